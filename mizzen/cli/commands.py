@@ -1,0 +1,86 @@
+"""The `mizzen` command: one word per process of the system.
+
+A command only reads its settings and starts its part; every flag is a field of that part's
+settings model, so `mizzen serve --help` and the environment variables cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="mizzen",
+    help="Serve language models on Kubernetes and train the next ones on spare capacity.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+keys = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+# The settings model of the part parses these commands' own flags, `--help` included.
+_OWN_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=_OWN_FLAGS)
+def serve(context: typer.Context) -> None:
+    """Serve one model: OpenAI and Open Inference Protocol on 8000 and 8001, admin on 8002."""
+    from pydantic_settings import CliApp
+
+    from mizzen.runtime.config import ServeConfig
+    from mizzen.runtime.server.main import serve as run
+
+    raise typer.Exit(run(CliApp.run(ServeConfig, cli_args=context.args)))
+
+
+@app.command(context_settings=_OWN_FLAGS)
+def gateway(context: typer.Context) -> None:
+    """Run the front door: one OpenAI-compatible address for every served model."""
+    from pydantic_settings import CliApp
+
+    from mizzen.runtime.gateway.config import GatewayConfig
+    from mizzen.runtime.gateway.main import run
+
+    raise typer.Exit(run(CliApp.run(GatewayConfig, cli_args=context.args)))
+
+
+@app.command()
+def operator() -> None:
+    """Run the operator; its settings are MIZZEN_* environment variables."""
+    from mizzen.operator.main import run
+
+    raise typer.Exit(run())
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Option(help="The job as JSON, as the operator mounts it.")],
+) -> None:
+    """Run one generation of a fine-tune job from its last committed checkpoint."""
+    from pathlib import Path
+
+    from mizzen.runtime.train.main import train as run
+
+    raise typer.Exit(run(Path(config)))
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="Who the key is for: lower-case letters and -.")],
+) -> None:
+    """Print a new API key and, on standard output, the Secret that lets it in."""
+    from mizzen.runtime.gateway.keys import print_key_secret
+
+    print_key_secret(name)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="mizzen")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
