@@ -1,0 +1,126 @@
+# Commands everybody uses. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON  ?= python3.11
+VENV    := .venv
+PY      := $(VENV)/bin/python
+CLUSTER ?= local
+export CLUSTER
+export PYTHONSAFEPATH :=
+export PYTHONDONTWRITEBYTECODE := 1
+
+SOURCES := operator runtime mizzen/cli hack benchmarks tests
+
+.PHONY: help
+help:  ## List the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+
+# --- first look ------------------------------------------------------------------------------
+
+.PHONY: demo
+demo:  ## From a fresh machine to a chat answer through a real cluster, and on to a fine-tuned adapter
+	@$(PYTHON) -m hack.demo
+
+.PHONY: test
+test: venv  ## Everything that must pass before a change lands
+	@$(MAKE) --no-print-directory lint unit
+	@$(MAKE) --no-print-directory api e2e
+
+# --- development -----------------------------------------------------------------------------
+
+$(VENV)/.synced: requirements.lock pyproject.toml
+	@echo "== Python environment in $(VENV) (torch is large: about two minutes the first time)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@test -x $(VENV)/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check uv
+	@$(VENV)/bin/uv pip sync --quiet --python $(PY) requirements.lock
+	@$(VENV)/bin/uv pip install --quiet --python $(PY) --no-deps --editable .
+	@touch $@
+
+.PHONY: venv
+venv: $(VENV)/.synced  ## Install the pinned Python environment into .venv
+
+.PHONY: lock
+lock: venv  ## Pin every dependency again, by name and hash
+	@$(VENV)/bin/uv pip compile pyproject.toml --all-extras --generate-hashes --no-emit-index-url \
+		--no-annotate --quiet --upgrade --output-file requirements.lock
+
+.PHONY: lint
+lint: venv  ## Style, types, import contracts, generated files, links
+	@$(VENV)/bin/ruff check $(SOURCES)
+	@$(VENV)/bin/ruff format --check $(SOURCES)
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports --no-cache
+	@$(VENV)/bin/codespell README.md CONTRIBUTING.md docs operator runtime mizzen/cli hack manifests --skip '*.lock,*.sum,*.json'
+	@$(PY) -m hack.generate --check
+	@$(PY) -m hack.links
+
+.PHONY: format
+format: venv  ## Format the code
+	@$(VENV)/bin/ruff check --fix $(SOURCES)
+	@$(VENV)/bin/ruff format $(SOURCES)
+
+.PHONY: unit
+unit: venv  ## Tests that need neither a cluster nor the network
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -q
+
+.PHONY: api
+api: venv bin  ## The operator and the gateway against a real API server with simulated nodes
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/api -q
+
+.PHONY: e2e
+e2e: venv bin  ## The quickstart as written, on the full local cluster
+	@$(PY) -m pytest tests/e2e -q
+
+.PHONY: crds
+crds: venv  ## Generate the CRDs, their reference pages and the chart's copies
+	@$(PY) -m hack.generate crds
+	@$(PY) -m hack.generate docs
+	@$(PY) -m hack.chart
+
+.PHONY: chart
+chart: venv bin  ## Generate and lint the Helm chart
+	@$(PY) -m hack.chart
+	@eval "$$($(PYTHON) -m hack.cluster env)" && helm lint charts/mizzen
+
+.PHONY: scale
+scale: venv bin  ## 1,000 LLMDeployments on simulated nodes, beside their peers
+	@$(PY) -m benchmarks.operator_scale
+
+.PHONY: bench
+bench: venv  ## Serving throughput beside its peer
+	@$(PY) -m benchmarks.serving_throughput
+
+# --- the local cluster -----------------------------------------------------------------------
+
+.PHONY: bin
+bin:  ## Build the Kubernetes binaries once, into the cache
+	@$(PYTHON) -m hack.cluster build
+
+.PHONY: cluster-up
+cluster-up:  ## Start the local cluster (again)
+	@$(PYTHON) -m hack.cluster up
+
+.PHONY: cluster-down
+cluster-down:  ## Stop it and leave nothing behind
+	@$(PYTHON) -m hack.cluster down
+
+.PHONY: cluster-status
+cluster-status:  ## What runs of it
+	@$(PYTHON) -m hack.cluster status
+
+.PHONY: cluster-env
+cluster-env:  ## Print shell exports: eval "$(make -s cluster-env)"
+	@$(PYTHON) -m hack.cluster env
+
+.PHONY: images
+images:  ## Build both images and push them to the local registry
+	@$(PYTHON) -m hack.cluster images
+
+.PHONY: deploy
+deploy:  ## Install or upgrade the chart in the current cluster
+	@$(PYTHON) -m hack.demo deploy
+
+.PHONY: dev
+dev: venv  ## Run the working tree in the cluster: a changed file is live after a pod restart
+	@$(PY) -m hack.dev
