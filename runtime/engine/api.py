@@ -1,0 +1,294 @@
+"""What the engine promises its callers: values in, values out, errors. Imports no torch."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from mizzen.runtime.errors import MizzenError
+
+if TYPE_CHECKING:
+    from mizzen.runtime.model.arch import ArchSpec
+
+FinishReason = Literal["stop", "length", "abort"]
+Message = Mapping[str, Any]
+NO_BIAS: Mapping[int, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen and when a sequence ends. `temperature=0` is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps the whole vocabulary
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = None  # None: as many as the context still holds
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # how many top alternatives; 0 gives the chosen token's only
+    logit_bias: Mapping[int, float] = NO_BIAS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One prompt to continue. A lower `priority` runs first."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    adapter: str | None = None
+    priority: int = 0
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """A chosen token's log probability, and the most likely alternatives at its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, log probability), best first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOutput:
+    """What one step added. The last output of a request carries its `finish_reason`.
+
+    `text` is the new text only: it never holds half a character, and text that may still turn
+    into a stop string is withheld until that is known. `output_tokens` counts from the start.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token id that ended it
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterState:
+    """A LoRA adapter that can be asked for now."""
+
+    name: str
+    path: str
+    digest: str  # of its content, "sha256:..."
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Gauges of this moment and counters since start."""
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_free: int
+    kv_usage_ratio: float
+    prompt_tokens: int
+    generation_tokens: int
+    preemptions: int
+    prefix_queries: int  # prompt tokens that were looked up
+    prefix_hits: int  # prompt tokens that were found
+    steps: int
+    heartbeat_age_s: float
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
+    start_seconds: Mapping[str, float] = field(default_factory=dict)  # start-up phase -> seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRequest:
+    """A request's life in figures, for metrics and access logs."""
+
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    e2e_s: float
+    queue_s: float  # arrival to first scheduled
+    prefill_s: float  # first scheduled to first token
+    decode_s: float  # first token to last token
+
+
+class Recorder(Protocol):
+    """Takes the engine's timings. Called from the loop's thread, so it must be quick."""
+
+    def on_first_token(self, ttft_s: float) -> None:
+        """A request's first token came `ttft_s` after its arrival."""
+
+    def on_token(self, itl_s: float) -> None:
+        """A later token came `itl_s` after the one before it."""
+
+    def on_step(self, step_s: float, tokens: int) -> None:
+        """A step took `step_s` and computed `tokens` prompt and output tokens."""
+
+    def on_finish(self, finished: FinishedRequest) -> None:
+        """A request ended."""
+
+
+class EngineBusyError(MizzenError):
+    """The queue is at its limit; the same request may succeed later."""
+
+    reason = "EngineBusy"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DrainingError(EngineBusyError):
+    """The engine finishes what it has and takes nothing new; another replica can."""
+
+    reason = "Draining"
+
+
+class PromptTooLongError(MizzenError):
+    """The prompt cannot fit the context together with one new token."""
+
+    reason = "PromptTooLong"
+
+    def __init__(self, *, prompt_tokens: int, model_len: int) -> None:
+        super().__init__(
+            f"The prompt has {prompt_tokens} tokens and the context holds {model_len}, one of "
+            f"which the answer needs. Shorten the prompt to at most {model_len - 1} tokens."
+        )
+        self.prompt_tokens = prompt_tokens
+        self.model_len = model_len
+
+
+class InvalidRequestError(MizzenError):
+    """The request asks for something that no retry will make possible; the text says what."""
+
+    reason = "InvalidRequest"
+
+
+class UnknownAdapterError(MizzenError):
+    """No adapter of that name is loaded."""
+
+    reason = "UnknownAdapter"
+
+    def __init__(self, name: str, loaded: Sequence[str]) -> None:
+        known = ", ".join(sorted(loaded)) or "none"
+        super().__init__(f"No adapter is called {name!r}. Loaded adapters: {known}.")
+        self.name = name
+
+
+class AdapterLoadError(MizzenError):
+    """An adapter could not be loaded; what is served stays as it was."""
+
+    reason = "AdapterLoadFailed"
+
+
+class EngineDeadError(MizzenError):
+    """The loop has stopped; only a new process helps."""
+
+    reason = "EngineDead"
+
+
+class TokenizerApi(Protocol):
+    """Text to token ids and back, and the model's chat template."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model brings a chat template."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the text's token ids."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the tokens' text."""
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Return the conversation as the model was trained to read it.
+
+        Raises:
+            InvalidRequestError: the template refuses the messages, or there is no template.
+        """
+
+
+class EngineApi(Protocol):
+    """The engine as the server sees it; `engine.Engine` is the real one.
+
+    `Engine.start(config: EngineConfig, recorder: Recorder | None = None)` builds it.
+    """
+
+    tokenizer: TokenizerApi
+    arch: "ArchSpec"
+    model_len: int
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
+        """Yield the answer as it grows. Closing or cancelling the iterator aborts the sequence.
+
+        Raises:
+            EngineBusyError: the queue is full; `DrainingError` when no more work is taken.
+            PromptTooLongError: the prompt leaves no room for an answer.
+            InvalidRequestError: a parameter is out of its range.
+            UnknownAdapterError: the adapter is not loaded.
+            EngineDeadError: the loop has stopped.
+        """
+
+    async def abort(self, request_id: str) -> None:
+        """End a request with finish_reason "abort"; unknown or ended ones are left alone."""
+
+    async def load_adapter(self, name: str, path: Path, digest: str | None = None) -> None:
+        """Make an adapter servable under `name`; an equal content is loaded once only.
+
+        Raises:
+            AdapterLoadError: it does not exist, does not fit the model, or no slot is free.
+        """
+
+    async def unload_adapter(self, name: str) -> None:
+        """Stop serving an adapter once its running requests have ended.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+        """
+
+    def adapters(self) -> list[AdapterState]:
+        """Return the adapters that can be asked for, by name."""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, wait for the running ones, abort those left after `timeout_s`."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` was called."""
+
+    def in_flight(self) -> int:
+        """Return how many requests have not ended."""
+
+    def stats(self) -> EngineStats:
+        """Return the engine's figures of now."""
+
+    def is_alive(self) -> bool:
+        """Whether the loop's heartbeat is fresh or the loop has nothing to do."""
+
+    def is_ready(self) -> bool:
+        """Whether it is warm, alive and takes new requests."""
+
+    async def stop(self) -> None:
+        """End every request, the loop and the worker ranks."""
