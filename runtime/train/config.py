@@ -1,0 +1,166 @@
+"""What a training job is told: the operator writes it as job.json, the trainer reads it here.
+
+Every field of the file has its place in this model, unknown ones are errors, and a dataset is
+already a path or a URL: the trainer knows nothing of Kubernetes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from mizzen.runtime.train.errors import JobConfigError
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Sha256 = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Adaptation(_Part):
+    """Which weights move; rank, alpha, dropout and targets only matter to LoRA."""
+
+    type: Literal["full", "lora"] = "lora"
+    rank: int = Field(default=16, ge=1, le=512)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+
+class Dataset(_Part):
+    """One file of conversations; `weight` 2.0 shows each sample twice per epoch."""
+
+    name: str = Field(min_length=1)
+    path: Path | None = None
+    url: str | None = Field(default=None, pattern=r"^https?://")
+    weight: float = Field(default=1.0, gt=0)
+    sha256: Sha256 | None = None
+    format: Literal["auto", "messages", "promptCompletion"] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Dataset:
+        if (self.path is None) == (self.url is None):
+            raise ValueError("set either path or url")
+        return self
+
+
+class Processing(_Part):
+    """How conversations become labelled tokens."""
+
+    loss_on: Literal["assistant", "all"] = "assistant"
+    max_seq_len: int = Field(default=1024, ge=8)
+    on_overlong: Literal["truncate", "drop"] = "truncate"
+    holdout_ratio: float = Field(default=0.1, ge=0.0, lt=1.0)
+    format: Literal["auto", "messages", "promptCompletion"] = "auto"
+
+
+class Hyperparameters(_Part):
+    """How the weights move. `batch_size` samples make one step, `micro_batch` run at once."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    micro_batch: int = Field(default=2, ge=1)
+    learning_rate: float = Field(default=2e-4, gt=0)
+    warmup_ratio: Ratio = 0.03
+    weight_decay: float = Field(default=0.0, ge=0)
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    grad_clip: float = Field(default=1.0, gt=0)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class Checkpointing(_Part):
+    """Where and how often a state is committed; whichever of steps and seconds comes first."""
+
+    directory: Path
+    every_steps: int | None = Field(default=50, ge=1)
+    every_seconds: float | None = Field(default=60.0, gt=0)
+    keep_last: int = Field(default=2, ge=1)
+
+
+class Output(_Part):
+    """Where the artifact goes: into a folder of its own, named by its digest."""
+
+    directory: Path
+    kind: Literal["adapter", "model"] = "adapter"
+
+
+class Suite(_Part):
+    """One question the gate asks; a candidate may be worse than its base by this ratio."""
+
+    name: str = Field(min_length=1)
+    type: Literal["perplexity"] = "perplexity"
+    max_regression_ratio: float = Field(default=0.0, ge=0.0)
+
+
+class Evaluation(_Part):
+    """What a result must pass before it is published; no suite, no gate."""
+
+    suites: tuple[Suite, ...] = ()
+
+
+class TrainConfig(_Part):
+    """One generation of one job."""
+
+    job: str = Field(min_length=1)
+    method: Literal["sft"] = "sft"
+    adaptation: Adaptation = Adaptation()
+    base_model: Path
+    datasets: tuple[Dataset, ...] = Field(min_length=1)
+    processing: Processing = Processing()
+    hyperparameters: Hyperparameters = Hyperparameters()
+    checkpoint: Checkpointing
+    output: Output
+    evaluation: Evaluation = Evaluation()
+    world_size: int = Field(default=1, ge=1)
+    generation: int = Field(default=1, ge=0)
+    admin_port: int = Field(default=8002, ge=0, le=65535)
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> TrainConfig:
+        if self.evaluation.suites and self.processing.holdout_ratio == 0:
+            raise ValueError("evaluation.suites need processing.holdout_ratio above 0")
+        wanted = "adapter" if self.adaptation.type == "lora" else "model"
+        if self.output.kind != wanted:
+            raise ValueError(f"adaptation {self.adaptation.type} makes output.kind {wanted}")
+        return self
+
+
+class TrainerEnvironment(BaseSettings):
+    """What belongs to the process rather than to the job; read from MIZZEN_* variables."""
+
+    model_config = SettingsConfigDict(env_prefix="MIZZEN_")
+
+    admin_token_file: Path = Path("/var/run/mizzen/admin/token")
+    termination_log: Path = Path("/dev/termination-log")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read and check job.json.
+
+    Raises:
+        JobConfigError: the file is missing or does not describe a job.
+    """
+    try:
+        return TrainConfig.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise JobConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValidationError as error:
+        raise JobConfigError(f"{path.name} is not a valid job: {_first_faults(error)}.") from error
+
+
+def _first_faults(error: ValidationError, *, limit: int = 5) -> str:
+    """Return the first faults as `field: what is wrong`, short enough for a status message."""
+    faults = [
+        f"{'.'.join(str(part) for part in fault['loc']) or 'job'}: {fault['msg']}"
+        for fault in error.errors(include_url=False)
+    ]
+    hidden = len(faults) - limit
+    return "; ".join(faults[:limit]) + (f"; and {hidden} more" if hidden > 0 else "")

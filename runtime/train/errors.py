@@ -1,0 +1,114 @@
+"""Everything that can end a training job, each with the reason its status will show.
+
+A `JobError` is the job's own fault and running it again would end the same way; any other
+`MizzenError` may pass, so the operator tries again.
+"""
+
+from __future__ import annotations
+
+from mizzen.runtime.errors import MizzenError
+
+
+class JobError(MizzenError):
+    """Base of the errors only a changed job, dataset or model can cure (exit 42)."""
+
+
+class JobConfigError(JobError):
+    """job.json is missing or says something impossible."""
+
+    reason = "JobConfigInvalid"
+
+
+class DatasetError(JobError):
+    """Base of what can be wrong with a dataset; every message starts with its name."""
+
+    def __init__(self, dataset: str, what: str) -> None:
+        super().__init__(f"dataset {dataset}: {what}")
+
+
+class DatasetNotFoundError(DatasetError):
+    """Nothing is there to read."""
+
+    reason = "DatasetNotFound"
+
+
+class DatasetEmptyError(DatasetError):
+    """The file holds no sample, or none is left to train on."""
+
+    reason = "DatasetEmpty"
+
+
+class DatasetNotJsonError(DatasetError):
+    """A line is not JSON."""
+
+    reason = "DatasetNotJson"
+
+
+class DatasetFormatUnknownError(DatasetError):
+    """A sample has neither of the forms we read."""
+
+    reason = "DatasetFormatUnknown"
+
+
+class DatasetNoAssistantTurnsError(DatasetError):
+    """No token would carry a loss."""
+
+    reason = "DatasetNoAssistantTurns"
+
+
+class DatasetNeverStopsError(DatasetError):
+    """No labelled token ends a turn: the model would learn never to stop."""
+
+    reason = "DatasetNeverStops"
+
+
+class DatasetDigestMismatchError(DatasetError):
+    """The bytes are not the ones the job was written for, or was started with."""
+
+    reason = "DatasetDigestMismatch"
+
+
+class DatasetUnreachableError(MizzenError):
+    """The server did not answer; it may later."""
+
+    reason = "DatasetUnreachable"
+
+    def __init__(self, dataset: str, what: str) -> None:
+        super().__init__(f"dataset {dataset}: {what}")
+
+
+class LossNotFiniteError(JobError):
+    """Training ran away; the same step would run away again."""
+
+    reason = "LossNotFinite"
+
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"The loss or its gradient stopped being finite at step {step}. "
+            "Lower hyperparameters.learningRate or raise hyperparameters.warmupRatio."
+        )
+
+
+class CheckpointMismatchError(JobError):
+    """The committed checkpoint belongs to a different job."""
+
+    reason = "CheckpointMismatch"
+
+
+class StorageFullError(MizzenError):
+    """There is no room for a checkpoint or an artifact; room can be made while we wait."""
+
+    reason = "StorageFull"
+
+    def __init__(self, what: str, *, directory: object, need_mib: int | None = None) -> None:
+        room = f" It needs {need_mib} MiB." if need_mib else ""
+        super().__init__(
+            f"{what} cannot be written to {directory}: the volume is full.{room} "
+            "Enlarge the claim or delete what is no longer needed."
+        )
+
+
+class StorageNotWritableError(JobError):
+    """The folder refuses us."""
+
+    reason = "StorageNotWritable"

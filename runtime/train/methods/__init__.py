@@ -1,0 +1,1 @@
+"""What is optimised: one module per training method."""
