@@ -1,0 +1,114 @@
+"""Why a condition is what it is: every reason the operator may write, in one enum.
+
+A reason never changes its meaning: alerts and documentation pages are keyed by it.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """CamelCase words for machines; the message beside them is for people."""
+
+    # Nothing is wrong.
+    VALID = "Valid"
+    AS_EXPECTED = "AsExpected"
+    IN_SERVICE = "InService"
+    SETTLED = "Settled"
+    SCALED_TO_ZERO = "ScaledToZero"
+    SCALING_DISABLED = "ScalingDisabled"
+    SCALING_MINIMUM = "KeepsMinimum"
+    ADAPTERS_LOADED = "AdaptersLoaded"
+    NO_ADAPTERS = "NoAdapters"
+
+    # Work is under way.
+    NOT_OBSERVED = "NotObserved"
+    STARTING = "Starting"
+    ROLLING_OUT = "RollingOut"
+    SCALING_UP = "ScalingUp"
+    SCALING_DOWN = "ScalingDown"
+    REPLACING = "ReplacingReplicas"
+    DRAINING = "Draining"
+    LOADING_ADAPTERS = "LoadingAdapters"
+
+    # The spec or the cluster must change.
+    INVALID_SPEC = "InvalidSpec"
+    TENSOR_EXCEEDS_DEVICES = "TensorExceedsDevices"
+    TOO_MANY_DEVICES = "MoreDevicesThanAnyNode"
+    UNSCHEDULABLE = "Unschedulable"
+    CLAIM_NOT_FOUND = "ClaimNotFound"
+    CLAIM_NOT_BOUND = "ClaimNotBound"
+    IMAGE_PULL_FAILED = "ImagePullFailed"
+    CONTAINER_CONFIG = "ContainerConfigInvalid"
+    POD_REFUSED = "PodRefused"
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    OUT_OF_MEMORY = "OutOfMemory"
+    RUNTIME_CRASHED = "RuntimeCrashed"
+    RUNTIME_CONFIG_INVALID = "RuntimeConfigInvalid"
+    REPLICAS_LOST = "ReplicasLost"
+    ADAPTER_REFUSED = "AdapterRefused"
+    RUNTIME_UNREACHABLE = "RuntimeUnreachable"
+
+    # Said by the runtime in its last words (runtime/errors.py).
+    BAD_MODEL = "BadModel"
+    MODEL_NOT_FOUND = "ModelNotFound"
+    NOT_A_MODEL = "NotAModel"
+    UNKNOWN_ARCHITECTURE = "UnknownArchitecture"
+    REMOTE_CODE_REFUSED = "RemoteCodeRefused"
+    PICKLED_WEIGHTS_REFUSED = "PickledWeightsRefused"
+    SHARD_TRUNCATED = "ShardTruncated"
+    WEIGHTS_MISSING = "WeightsMissing"
+    WEIGHT_SHAPE_MISMATCH = "WeightShapeMismatch"
+    TENSOR_PARALLEL_INVALID = "TensorParallelInvalid"
+    BAD_ADAPTER = "BadAdapter"
+    RANK_LOST = "RankLost"
+    INTERNAL_ERROR = "InternalError"
+
+    # Fine-tune jobs.
+    PENDING = "Pending"
+    ADMITTED = "Admitted"
+    PREPARING = "Preparing"
+    RUNNING = "Running"
+    YIELDING = "Yielding"
+    PARKED = "Parked"
+    EVALUATING = "Evaluating"
+    PUBLISHING = "Publishing"
+    PROMOTING = "Promoting"
+    SUSPENDED = "Suspended"
+    NOT_SUSPENDED = "NotSuspended"
+    FINISHED = "Finished"
+    COMPLETED = "Completed"
+    RESTARTING = "Restarting"
+    BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
+    EVALUATION_PASSED = "EvaluationPassed"
+    EVALUATION_FAILED = "EvaluationFailed"
+    NO_EVALUATION = "NoEvaluation"
+    PUBLISHED = "Published"
+    NOT_PUBLISHED = "NotPublished"
+    PROMOTED = "Promoted"
+    NO_PROMOTION = "NoPromotion"
+    DEPLOYMENT_NOT_FOUND = "DeploymentNotFound"
+    BASE_MODEL_NOT_FOUND = "BaseModelNotFound"
+    JOB_CONFIG_INVALID = "JobConfigInvalid"
+    TRAINER_CRASHED = "TrainerCrashed"
+    DATASET_NOT_FOUND = "DatasetNotFound"
+    DATASET_EMPTY = "DatasetEmpty"
+    DATASET_NOT_JSON = "DatasetNotJson"
+    DATASET_FORMAT_UNKNOWN = "DatasetFormatUnknown"
+    DATASET_NO_ASSISTANT_TURNS = "DatasetNoAssistantTurns"
+    DATASET_NEVER_STOPS = "DatasetNeverStops"
+    DATASET_DIGEST_MISMATCH = "DatasetDigestMismatch"
+    DATASET_UNREACHABLE = "DatasetUnreachable"
+    LOSS_NOT_FINITE = "LossNotFinite"
+    CHECKPOINT_MISMATCH = "CheckpointMismatch"
+    STORAGE_FULL = "StorageFull"
+    STORAGE_NOT_WRITABLE = "StorageNotWritable"
+
+
+def reason_or(word: str, fallback: Reason) -> Reason:
+    """Return the reason a process named, or `fallback` for a word we do not know."""
+    try:
+        return Reason(word)
+    except ValueError:
+        return fallback
