@@ -1,0 +1,129 @@
+"""What a job does next, from what its newest generation of pods did.
+
+A job runs in numbered generations: a resize, a yield, a crash and a lost node are all "this
+generation ended, start the next from the last committed checkpoint". The numbers live on the pods
+themselves, so a restarted operator comes to the same answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import Enum
+
+YIELDED_EXIT_CODE = 75
+BAD_CONFIGURATION_EXIT_CODE = 42
+_FIRST_WAIT_S = 10
+_LONGEST_WAIT_S = 300
+
+
+class Outcome(Enum):
+    """Where the pods of one generation stand."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    DONE = "done"
+    YIELDED = "yielded"
+    REJECTED = "rejected"  # bad configuration: running it again cannot help
+    CRASHED = "crashed"
+    LOST = "lost"  # evicted, deleted, or its node is gone: nobody's fault
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The newest generation; `crashes` counts those of the generations before it."""
+
+    number: int
+    outcome: Outcome
+    crashes: int = 0
+    ended_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Make the pods of this generation."""
+
+    number: int
+    crashes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Pods are there; ask them how far they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskToYield:
+    """Have the pods commit a checkpoint and leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitUntil:
+    """Crashed; start again at this time and not before."""
+
+    at: datetime
+    crashes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """Suspended, with no pods left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The trainer ended by itself, its result is in the last progress document."""
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Another generation would end the same way."""
+
+    crashes: int
+
+
+Step = Start | Watch | AskToYield | WaitUntil | Rest | Finish | GiveUp
+
+
+def backoff_s(crashes: int) -> int:
+    """Return how long to wait after the given number of crashes: 10 s doubled up to 5 minutes."""
+    return min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** max(0, min(crashes, 16) - 1))
+
+
+def decide_generation(
+    newest: Generation | None, *, is_suspended: bool, backoff_limit: int, now: datetime
+) -> Step:
+    """Return the one thing to do for a job that has not ended.
+
+    `newest` is None before the first generation. Yields and lost pods never count against the
+    back-off limit: the job did nothing wrong.
+    """
+    if newest is None:
+        return Rest() if is_suspended else Start(number=1, crashes=0)
+    match newest.outcome:
+        case Outcome.DONE:
+            return Finish()
+        case Outcome.REJECTED:
+            return GiveUp(crashes=newest.crashes)
+        case Outcome.PENDING | Outcome.RUNNING:
+            return AskToYield() if is_suspended else Watch()
+        case Outcome.CRASHED:
+            return _after_crash(newest, is_suspended, backoff_limit, now)
+        case Outcome.YIELDED | Outcome.LOST:
+            if is_suspended:
+                return Rest()
+            return Start(number=newest.number + 1, crashes=newest.crashes)
+
+
+def _after_crash(
+    newest: Generation, is_suspended: bool, backoff_limit: int, now: datetime
+) -> Step:
+    crashes = newest.crashes + 1
+    if crashes > backoff_limit:
+        return GiveUp(crashes=crashes)
+    if is_suspended:
+        return Rest()
+    ready_at = (newest.ended_at or now) + timedelta(seconds=backoff_s(crashes))
+    if now < ready_at:
+        return WaitUntil(at=ready_at, crashes=crashes)
+    return Start(number=newest.number + 1, crashes=crashes)

@@ -1,0 +1,84 @@
+"""A job's next step, read as a table."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mizzen.operator.planning.generations import (
+    AskToYield,
+    Finish,
+    Generation,
+    GiveUp,
+    Outcome,
+    Rest,
+    Start,
+    WaitUntil,
+    Watch,
+    backoff_s,
+    decide_generation,
+)
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+LONG_AGO = NOW - timedelta(hours=1)
+
+CASES = {
+    "starts with generation 1": (None, False, Start(1, 0)),
+    "starts nothing while suspended": (None, True, Rest()),
+    "watches a running generation": (Generation(1, Outcome.RUNNING), False, Watch()),
+    "watches a pending generation": (Generation(1, Outcome.PENDING), False, Watch()),
+    "asks a running generation to yield when suspended": (
+        Generation(1, Outcome.RUNNING), True, AskToYield(),
+    ),
+    "goes on after a yield": (Generation(3, Outcome.YIELDED, 1), False, Start(4, 1)),
+    "rests after a yield while suspended": (Generation(3, Outcome.YIELDED), True, Rest()),
+    "a lost node costs no crash": (Generation(2, Outcome.LOST, 1), False, Start(3, 1)),
+    "a crash starts the next generation once its wait is over": (
+        Generation(2, Outcome.CRASHED, 0, LONG_AGO), False, Start(3, 1),
+    ),
+    "a fresh crash waits": (
+        Generation(2, Outcome.CRASHED, 0, NOW), False,
+        WaitUntil(NOW + timedelta(seconds=10), 1),
+    ),
+    "gives up past the back-off limit": (
+        Generation(5, Outcome.CRASHED, 2, LONG_AGO), False, GiveUp(3),
+    ),
+    "bad configuration is not tried again": (
+        Generation(1, Outcome.REJECTED), False, GiveUp(0),
+    ),
+    "bad configuration ends a suspended job too": (
+        Generation(1, Outcome.REJECTED), True, GiveUp(0),
+    ),
+    "finishes": (Generation(4, Outcome.DONE), False, Finish()),
+    "finishes even when suspended at the last moment": (
+        Generation(4, Outcome.DONE), True, Finish(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("newest", "suspended", "expected"), CASES.values(), ids=CASES)
+def test_decide_generation(newest: Generation | None, suspended: bool, expected: object) -> None:
+    step = decide_generation(newest, is_suspended=suspended, backoff_limit=2, now=NOW)
+    assert step == expected
+
+
+@given(st.lists(st.sampled_from([Outcome.CRASHED, Outcome.YIELDED, Outcome.LOST]), max_size=40))
+def test_crashes_are_bounded_and_numbers_only_grow(outcomes: list[Outcome]) -> None:
+    newest = None
+    crashes = 0
+    for outcome in outcomes:
+        step = decide_generation(newest, is_suspended=False, backoff_limit=3, now=NOW)
+        if isinstance(step, GiveUp):
+            assert step.crashes == 4
+            return
+        assert isinstance(step, Start)
+        assert step.number == (newest.number if newest else 0) + 1
+        assert step.crashes == crashes
+        newest = Generation(step.number, outcome, step.crashes, LONG_AGO)
+        crashes += outcome is Outcome.CRASHED
+    assert crashes <= 4
+
+
+def test_backoff_doubles_up_to_five_minutes() -> None:
+    assert [backoff_s(n) for n in (1, 2, 3, 6, 60)] == [10, 20, 40, 300, 300]
