@@ -1,0 +1,125 @@
+"""Settings of `mizzen serve`: every field is a flag and an environment variable."""
+
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import unquote, urlsplit
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
+
+from mizzen.runtime.engine.config import Device, Dtype, EngineConfig
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+# Where the operator mounts the claims that models and adapters live on.
+PVC_ROOT = Path("/mnt/pvc")
+
+
+class ServeConfig(BaseSettings):
+    """Serve one model. Flags win over MIZZEN_SERVE_* variables, those over the defaults."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MIZZEN_SERVE_",
+        cli_prog_name="mizzen serve",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        protected_namespaces=(),
+        extra="forbid",
+    )
+
+    model: CliPositionalArg[str] = Field(
+        description="Directory in Hugging Face layout, a .gguf file, or a file:// address of one."
+    )
+    served_model_name: str | None = Field(
+        None, min_length=1, description="Name clients ask for; default: the path's last part."
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="Ranks the model is split over.")
+    dtype: Dtype = Field("auto", description="Number format of weights and activations.")
+    device: Device = Field("auto", description="Where the model runs.")
+    max_model_len: int | None = Field(
+        None, ge=2, description="Longest prompt plus answer, in tokens; default: the model's."
+    )
+    max_num_seqs: int = Field(64, ge=1, description="Sequences that run at once.")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="Tokens computed in one step; default: chosen by device."
+    )
+    block_size: int = Field(16, ge=1, description="Tokens in one block of the KV cache.")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="Memory of the KV cache; default: chosen from what is free."
+    )
+    max_waiting: int = Field(
+        512, ge=0, description="Requests that may wait; more are answered 429."
+    )
+    max_loras: int = Field(8, ge=0, description="Adapters that can be loaded at once.")
+    max_lora_rank: int = Field(64, ge=1, description="Largest rank an adapter may have.")
+
+    host: str = Field("0.0.0.0", description="Address all three ports listen on.")
+    port: Port = Field(8000, description="HTTP: OpenAI and Open Inference Protocol.")
+    grpc_port: Port = Field(8001, description="gRPC: Open Inference Protocol.")
+    admin_port: Port = Field(8002, description="Health, metrics, drain; not for users.")
+
+    admin_token_file: Path | None = Field(
+        None, description="Bearer token of admin calls; without it only loopback may make them."
+    )
+    api_key_file: Path | None = Field(
+        None, description="Bearer keys of users, one a line; without it inference is open."
+    )
+    adapters_file: Path | None = Field(
+        None, description="JSON list of adapters to load before the first request."
+    )
+    adapter_root: list[Path] = Field(
+        default_factory=list,
+        description=f"Directory adapters may be loaded from, beside {PVC_ROOT}; repeatable.",
+    )
+    drain_seconds: float = Field(
+        120.0, ge=0, description="How long running requests may take to finish at a stop."
+    )
+    lame_duck_seconds: float = Field(
+        3.0,
+        ge=0,
+        description="How long new requests are still served after readiness fell at a stop.",
+    )
+    max_body_mib: float = Field(8.0, gt=0, description="Largest request body; more gets 413.")
+
+    @property
+    def model_path(self) -> Path:
+        """Where the model lies, whether given as a path or as a file:// address."""
+        if self.model.startswith("file://"):
+            return Path(unquote(urlsplit(self.model).path))
+        return Path(self.model).expanduser()
+
+    @property
+    def served_name(self) -> str:
+        """What clients call the model."""
+        if self.served_model_name:
+            return self.served_model_name
+        path = self.model_path
+        return path.stem if path.suffix == ".gguf" else path.resolve().name
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The body limit in bytes."""
+        return int(self.max_body_mib * 2**20)
+
+    @property
+    def adapter_roots(self) -> tuple[Path, ...]:
+        """Every directory that adapters may come from."""
+        return (PVC_ROOT, *self.adapter_root)
+
+    def engine_config(self) -> EngineConfig:
+        """Return the part of these settings that the engine runs on."""
+        return EngineConfig(
+            model=self.model_path,
+            tensor_parallel_size=self.tensor_parallel_size,
+            dtype=self.dtype,
+            device=self.device,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            block_size=self.block_size,
+            kv_cache_gib=self.kv_cache_gib,
+            max_waiting=self.max_waiting,
+            max_loras=self.max_loras,
+            max_lora_rank=self.max_lora_rank,
+        )
