@@ -1,0 +1,230 @@
+"""Decides what a step computes. Plain values only: no clock, no tensor, no thread.
+
+There are no phases: each sequence has computed tokens chasing known tokens, and a step hands out a
+budget of tokens, running sequences first, then waiting ones. Chunked prefill, prefix hits, decode
+and recomputation after preemption all follow from that rule.
+"""
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from mizzen.runtime.engine.api import EngineBusyError, FinishReason, PromptTooLongError
+from mizzen.runtime.engine.blocks import BlockPool, next_hash
+from mizzen.runtime.engine.sequence import Sequence, State
+
+ORDER = attrgetter("order")
+RETRY_MIN_S, RETRY_MAX_S = 1.0, 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the scheduler must never exceed."""
+
+    step_tokens: int
+    max_running: int
+    model_len: int
+    max_waiting: int
+    max_waiting_tokens: int
+
+
+@dataclass(slots=True)
+class Chunk:
+    """One sequence's share of a step: `count` tokens from position `start`."""
+
+    seq: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether it reaches the last known token, so that a new one follows."""
+        return self.start + self.count == len(self.seq.token_ids)
+
+
+class Scheduler:
+    """Keeps the queues; `schedule`, run, `advance`, then `finish` those that ended."""
+
+    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+        if pool.total * pool.block_size < limits.model_len:
+            raise ValueError("the KV cache must hold one sequence of full length")
+        if limits.step_tokens < limits.max_running:
+            raise ValueError("the step's tokens must suffice for one token of each sequence")
+        self.pool = pool
+        self.limits = limits
+        self.running: list[Sequence] = []  # in order: the last one is preempted first
+        self.waiting: list[Sequence] = []
+        self.waiting_tokens = 0
+        self.preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self.tokens_per_s = 0.0  # as last observed; makes `retry_after_s` honest
+        self._rows = list(range(limits.max_running - 1, -1, -1))
+        self._aborted: list[Sequence] = []
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.running or self.waiting or self._aborted)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            PromptTooLongError: it leaves no room for one output token.
+            EngineBusyError: the queue is at its limit.
+        """
+        limits = self.limits
+        if seq.prompt_tokens >= limits.model_len:
+            raise PromptTooLongError(prompt_tokens=seq.prompt_tokens, model_len=limits.model_len)
+        tokens_after = self.waiting_tokens + len(seq.token_ids)
+        if len(self.waiting) >= limits.max_waiting:
+            raise EngineBusyError(
+                f"{len(self.waiting)} requests wait already. Try again later, or add replicas.",
+                retry_after_s=self._retry_after_s(),
+            )
+        if self.waiting and tokens_after > limits.max_waiting_tokens:
+            raise EngineBusyError(
+                f"{self.waiting_tokens} prompt tokens wait already. Try again later, or add "
+                "replicas.",
+                retry_after_s=self._retry_after_s(),
+            )
+        self._enqueue(seq)
+
+    def abort(self, seq: Sequence) -> None:
+        """Mark a sequence to end before the next step; legal in every state, any number of times.
+
+        Its blocks stay until then, because the step that runs now may still write to them.
+        """
+        if not seq.abort_wanted and seq.state is not State.FINISHED:
+            seq.abort_wanted = True
+            self._aborted.append(seq)
+
+    def reap(self) -> list[Sequence]:
+        """End the sequences marked by `abort` and return them. Only between two steps."""
+        ended = [seq for seq in self._aborted if seq.state is not State.FINISHED]
+        for seq in ended:
+            self.finish(seq, "abort")
+        self._aborted.clear()
+        return ended
+
+    def schedule(self) -> list[Chunk]:
+        """Return the next step's chunks. Their blocks are held from now on."""
+        budget = self.limits.step_tokens
+        chunks, preempted = self._schedule_running(budget)
+        if not preempted:
+            self._schedule_waiting(chunks, budget - sum(chunk.count for chunk in chunks))
+        return chunks
+
+    def advance(self, chunks: Iterable[Chunk]) -> None:
+        """Note that the chunks were computed, and offer blocks that became full to others."""
+        size = self.pool.block_size
+        for chunk in chunks:
+            seq, end = chunk.seq, chunk.start + chunk.count
+            seq.computed = end
+            for index in range(chunk.start // size, end // size):
+                self.pool.remember(seq.blocks[index], self._hash(seq, index))
+
+    def finish(self, seq: Sequence, reason: FinishReason) -> None:
+        """End a sequence and give back what it holds."""
+        if seq.state is State.RUNNING:
+            self.running.remove(seq)
+            self._release(seq)
+        elif seq.state is State.WAITING:
+            self.waiting.remove(seq)
+            self.waiting_tokens -= len(seq.token_ids)
+        seq.state = State.FINISHED
+        seq.finish_reason = reason
+
+    def check(self) -> None:
+        """Raise AssertionError unless blocks and rows in use are exactly the running ones'."""
+        self.pool.check()
+        assert len(self._rows) + len(self.running) == self.limits.max_running, "rows are lost"
+        if not self.running:
+            assert self.pool.used == 0, f"{self.pool.used} blocks are held by nobody"
+
+    def _schedule_running(self, budget: int) -> tuple[list[Chunk], bool]:
+        chunks: list[Chunk] = []
+        preempted = False
+        position = 0
+        while position < len(self.running):
+            seq = self.running[position]
+            # One token is kept for each one behind, so a long prompt never stops their decode.
+            behind = len(self.running) - position - 1
+            count = min(len(seq.token_ids) - seq.computed, budget - behind)
+            missing = self.pool.blocks_for(seq.computed + count) - len(seq.blocks)
+            while missing > self.pool.free:
+                preempted = True
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is seq:
+                    return chunks, True
+            if missing > 0:
+                seq.blocks += self.pool.allocate(missing)
+            chunks.append(Chunk(seq, seq.computed, count))
+            budget -= count
+            position += 1
+        return chunks, preempted
+
+    def _schedule_waiting(self, chunks: list[Chunk], budget: int) -> None:
+        while self.waiting and budget > 0 and self._rows:
+            seq = self.waiting[0]
+            if not self._admit(seq):
+                return
+            count = min(len(seq.token_ids) - seq.computed, budget)
+            chunks.append(Chunk(seq, seq.computed, count))
+            budget -= count
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Start a sequence if there is room for all its known tokens; return whether it did."""
+        # The last token is always computed anew: without it there would be nothing to sample from.
+        usable = (len(seq.token_ids) - 1) // self.pool.block_size
+        shared = self.pool.find(self._hash(seq, index) for index in range(usable))
+        fresh = self.pool.blocks_for(len(seq.token_ids)) - len(shared)
+        # A block of growth for each running sequence: admitted without, it would be preempted soon
+        # and its prompt computed twice.
+        needed = fresh + self.pool.idle_among(shared) + len(self.running)
+        if self.running and needed > self.pool.free:
+            return False
+        self.waiting.pop(0)
+        self.waiting_tokens -= len(seq.token_ids)
+        self.pool.share(shared)
+        seq.blocks = shared + self.pool.allocate(fresh)
+        seq.computed = len(shared) * self.pool.block_size
+        seq.row = self._rows.pop()
+        seq.state = State.RUNNING
+        insort(self.running, seq, key=ORDER)
+        if not seq.was_scheduled:
+            seq.was_scheduled = True
+            seq.cached = seq.computed
+            self.prefix_queries += seq.prompt_tokens
+            self.prefix_hits += seq.cached
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._release(seq)
+        self._enqueue(seq)
+        self.preemptions += 1
+
+    def _enqueue(self, seq: Sequence) -> None:
+        seq.state = State.WAITING
+        insort(self.waiting, seq, key=ORDER)
+        self.waiting_tokens += len(seq.token_ids)
+
+    def _release(self, seq: Sequence) -> None:
+        self.pool.release(seq.blocks)
+        self._rows.append(seq.row)
+        seq.blocks, seq.computed, seq.row = [], 0, -1
+
+    def _hash(self, seq: Sequence, index: int) -> bytes:
+        size, hashes = self.pool.block_size, seq.block_hashes
+        while len(hashes) <= index:
+            start = len(hashes) * size
+            parent = hashes[-1] if hashes else seq.parent_hash
+            hashes.append(next_hash(parent, seq.token_ids[start : start + size]))
+        return hashes[index]
+
+    def _retry_after_s(self) -> float:
+        waiting_s = self.waiting_tokens / self.tokens_per_s if self.tokens_per_s else RETRY_MIN_S
+        return min(RETRY_MAX_S, max(RETRY_MIN_S, waiting_s))
