@@ -88,7 +88,7 @@ def test_a_long_prompt_leaves_a_token_for_each_one_behind_it() -> None:
     scheduler.add(arrivals.make(30, priority=0))
     run_step(scheduler)
     assert [seq.request_id for seq in scheduler.running] == ["2", "1"]
-    assert shares(run_step(scheduler)) == {"2": (7, 7), "1": (4, 1)}
+    assert shares(run_step(scheduler)) == {"2": (7, 7), "1": (3, 1)}
 
 
 def test_a_full_prefix_hit_leaves_one_token_to_compute() -> None:
