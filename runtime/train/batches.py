@@ -1,0 +1,110 @@
+"""Which samples a step sees, and how they lie side by side in one packed row.
+
+The order is a function of the seed and of one counter, the samples seen so far: a resumed job
+continues with the sample it would have seen next, at any world size.
+"""
+
+# Shapes: T packed tokens, S segments (samples), N scored positions.
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mizzen.runtime.train.data import Prepared, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Samples laid end to end. Attention must not cross a segment's border."""
+
+    token_ids_T: Tensor
+    positions_T: Tensor  # restart at 0 in each segment
+    lengths: tuple[int, ...]
+    source_N: Tensor  # where the hidden state stands that predicts target_N
+    target_N: Tensor
+
+    @property
+    def labels(self) -> int:
+        """Number of scored tokens."""
+        return len(self.target_N)
+
+
+def pack(samples: Sequence[Sample], device: torch.device) -> PackedBatch:
+    """Lay samples end to end and list what is to be predicted from where."""
+    token_ids_T = np.concatenate([sample.token_ids_T for sample in samples])
+    positions_T = np.concatenate([np.arange(len(sample)) for sample in samples])
+    is_label_T = np.concatenate([sample.is_label_T for sample in samples])
+    # A segment's first token is never a label, so the place before a label is its own segment.
+    labels_N = np.flatnonzero(is_label_T)
+    return PackedBatch(
+        token_ids_T=torch.from_numpy(token_ids_T.astype(np.int64)).to(device),
+        positions_T=torch.from_numpy(positions_T).to(device),
+        lengths=tuple(len(sample) for sample in samples),
+        source_N=torch.from_numpy(labels_N - 1).to(device),
+        target_N=torch.from_numpy(token_ids_T[labels_N].astype(np.int64)).to(device),
+    )
+
+
+class SampleOrder:
+    """The endless row of samples a job sees, epoch after epoch."""
+
+    def __init__(self, data: Prepared, *, seed: int) -> None:
+        self._data = data
+        self._seed = seed
+        self._shares = [
+            round(len(samples) * weight)
+            for samples, weight in zip(data.train, data.weights, strict=True)
+        ]
+        self.epoch_samples = max(1, sum(self._shares))
+        self._epoch = -1
+        self._epoch_order: list[tuple[int, int]] = []
+
+    def take(self, counter: int, count: int) -> list[Sample]:
+        """Return `count` samples, from the one at `counter` on."""
+        return [self._at(counter + offset) for offset in range(count)]
+
+    def _at(self, counter: int) -> Sample:
+        epoch, place = divmod(counter, self.epoch_samples)
+        if epoch != self._epoch:
+            self._epoch, self._epoch_order = epoch, self._shuffled(epoch)
+        dataset, index = self._epoch_order[place]
+        return self._data.train[dataset][index]
+
+    def _shuffled(self, epoch: int) -> list[tuple[int, int]]:
+        # RandomState's stream is frozen by numpy's compatibility policy; Generator's is not, and
+        # a job may be resumed by a newer image.
+        random = np.random.RandomState([self._seed, epoch])
+        entries: list[tuple[int, int]] = []
+        for dataset, share in enumerate(self._shares):
+            indices = self._repeated(len(self._data.train[dataset]), share, random)
+            entries.extend((dataset, int(index)) for index in indices)
+        if not entries:  # weights so small that every share rounds to nothing
+            entries = [(0, 0)]
+        return [entries[i] for i in random.permutation(len(entries))]
+
+    @staticmethod
+    def _repeated(size: int, share: int, random: np.random.RandomState) -> npt.NDArray[np.int64]:
+        """Return `share` indices below `size`: whole rounds, then a random part of one more."""
+        rounds, rest = divmod(share, size)
+        whole = np.tile(np.arange(size), rounds)
+        return np.concatenate([whole, random.permutation(size)[:rest]]).astype(np.int64)
+
+
+def total_steps(
+    *, epoch_samples: int, epochs: float, batch_size: int, max_steps: int | None
+) -> int:
+    """Return how many optimizer steps a job makes; `max_steps` overrules `epochs`."""
+    if max_steps is not None:
+        return max_steps
+    return max(1, math.ceil(epoch_samples * epochs / batch_size))
+
+
+def split_micro(samples: Sequence[Sample], micro_batch: int) -> list[Sequence[Sample]]:
+    """Return a step's samples in groups that run at once."""
+    return [samples[i : i + micro_batch] for i in range(0, len(samples), micro_batch)]

@@ -1,0 +1,195 @@
+"""A job's state on disk: committed as a whole or not at all.
+
+A checkpoint is a folder `step-00000010` with safetensors files and `manifest.json`, which holds
+the counters and the files' hashes. The folder is filled under another name and renamed when every
+byte is on the disk, so whatever bears the final name was complete once; a hash that no longer
+fits means damage, and the one before is taken. Tensors are named like the model's parameters and
+hold whole tensors: nothing depends on how many ranks wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mizzen.runtime.train.durable import sha256_of, storage_faults_of, sync_path
+from mizzen.runtime.train.errors import CheckpointMismatchError, StorageFullError
+
+log = logging.getLogger(__name__)
+
+_COMMITTED = re.compile(r"^step-(\d{8})$")
+_PARTIAL_PREFIX = ".partial-"
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counters:
+    """Where a job stands. The sample order and the random numbers follow from these."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """Everything a job needs to go on: groups of named tensors, and its counters."""
+
+    counters: Counters
+    tensors: Mapping[str, Mapping[str, Tensor]]  # file stem -> name -> tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """A checkpoint that is safely on disk."""
+
+    step: int
+    committed_at: str  # RFC 3339, UTC
+    path: Path
+
+
+class CheckpointStore:
+    """The checkpoints of one job, in one folder.
+
+    `fingerprint` says what the states belong to (settings, data); a checkpoint with another one
+    is an error and not a reason to start again from nothing.
+    """
+
+    def __init__(self, directory: Path, *, fingerprint: str, generation: int, keep: int) -> None:
+        self.directory = directory
+        self._fingerprint = fingerprint
+        self._generation = generation
+        self._keep = keep
+
+    def commit(self, state: TrainState) -> Committed:
+        """Write a state; when this returns, a power cut cannot take it back.
+
+        A step that is already committed is not written twice: the same step is the same state.
+
+        Raises:
+            StorageFullError: there is no room; earlier checkpoints stay as they are.
+        """
+        name = f"step-{state.counters.step:08d}"
+        if (self.directory / name).exists():
+            return _read_committed(self.directory / name)
+        partial = self.directory / f"{_PARTIAL_PREFIX}{name}"
+        need = sum(t.nbytes for group in state.tensors.values() for t in group.values())
+        committed_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        try:
+            with storage_faults_of("A checkpoint", self.directory, need_bytes=need):
+                self._check_room(need)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                self._fill(partial, state, committed_at)
+                partial.rename(self.directory / name)
+                sync_path(self.directory)
+        except StorageFullError:
+            # What we half wrote must not be what keeps the volume full.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self._prune()
+        return Committed(
+            step=state.counters.step, committed_at=committed_at, path=self.directory / name
+        )
+
+    def restore(self) -> tuple[Committed, TrainState] | None:
+        """Return the newest undamaged state, or None where there is none yet.
+
+        What a killed process left half-written is removed, and so is what is damaged: a later
+        commit of the same step needs the name.
+
+        Raises:
+            CheckpointMismatchError: the newest state belongs to other settings or data.
+        """
+        self._remove_partials()
+        for path in reversed(self._committed_paths()):
+            manifest = _intact_manifest(path)
+            if manifest is None:
+                log.warning("Checkpoint %s is damaged; taking the one before it.", path.name)
+                shutil.rmtree(path)
+                continue
+            self._check_fingerprint(path, str(manifest["fingerprint"]))
+            tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in manifest["stems"]}
+            state = TrainState(counters=Counters(**manifest["counters"]), tensors=tensors)
+            return _read_committed(path), state
+        return None
+
+    def _fill(self, partial: Path, state: TrainState, committed_at: str) -> None:
+        hashes = {}
+        for stem, tensors in state.tensors.items():
+            file = partial / f"{stem}.safetensors"
+            save_file({name: t.contiguous() for name, t in tensors.items()}, file)
+            sync_path(file)
+            hashes[file.name] = sha256_of(file)
+        manifest = {
+            "format": _FORMAT,
+            "counters": asdict(state.counters),
+            "generation": self._generation,
+            "fingerprint": self._fingerprint,
+            "committed_at": committed_at,
+            "stems": list(state.tensors),
+            "sha256": hashes,
+        }
+        with (partial / _MANIFEST).open("w") as file_:
+            json.dump(manifest, file_, indent=1)
+            file_.flush()
+            os.fsync(file_.fileno())
+        sync_path(partial)
+
+    def _check_room(self, need: int) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self.directory).free < need:
+            raise StorageFullError(
+                "A checkpoint", directory=self.directory, need_mib=-(-need // 2**20)
+            )
+
+    def _check_fingerprint(self, path: Path, found: str) -> None:
+        if found != self._fingerprint:
+            raise CheckpointMismatchError(
+                f"The checkpoint {path.name} in {self.directory} was made with other settings or "
+                "data. Restore them, or give the job a new name to start afresh."
+            )
+
+    def _committed_paths(self) -> list[Path]:
+        """Return the committed folders, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(path for path in self.directory.iterdir() if _COMMITTED.match(path.name))
+
+    def _prune(self) -> None:
+        for path in self._committed_paths()[: -self._keep]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _remove_partials(self) -> None:
+        if self.directory.is_dir():
+            for path in self.directory.glob(f"{_PARTIAL_PREFIX}*"):
+                shutil.rmtree(path)
+
+
+def _read_committed(path: Path) -> Committed:
+    manifest = json.loads((path / _MANIFEST).read_bytes())
+    return Committed(
+        step=manifest["counters"]["step"], committed_at=manifest["committed_at"], path=path
+    )
+
+
+def _intact_manifest(path: Path) -> dict | None:  # type: ignore[type-arg]
+    """Return a checkpoint's manifest if every byte is as it was committed."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+        hashes: dict[str, str] = manifest["sha256"]
+        is_intact = all(sha256_of(path / name) == digest for name, digest in hashes.items())
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if is_intact else None

@@ -1,0 +1,141 @@
+"""How far the job is: written by the loop, read by the admin server's thread.
+
+The document's fields are the operator's contract; what is not known yet is null, never zero.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from mizzen.runtime.train.checkpoint import Committed
+
+Phase = Literal["Preparing", "Running", "Evaluating", "Publishing", "Succeeded"]
+
+TERMINATION_LOG_BYTES = 4096
+_MEASURED_STEPS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One suite's answer; base and candidate are perplexities."""
+
+    suite: str
+    base: float
+    candidate: float
+    regression_ratio: float
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """What a job leaves behind, at a path of its own."""
+
+    kind: Literal["adapter", "model"]
+    path: str
+    digest: str
+    bytes: int
+
+
+class ProgressBoard:
+    """The current progress document; safe to read from any thread."""
+
+    def __init__(self, *, generation: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._steps: deque[tuple[float, int]] = deque(maxlen=_MEASURED_STEPS + 1)
+        self._document: dict[str, Any] = {
+            "phase": "Preparing",
+            "step": 0,
+            "totalSteps": None,
+            "epoch": 0.0,
+            "loss": None,
+            "evalLoss": None,
+            "learningRate": None,
+            "tokens": 0,
+            "tokensPerSecond": None,
+            "etaSeconds": None,
+            "checkpoint": None,
+            "evaluation": [],
+            "artifact": None,
+            "generation": generation,
+        }
+
+    def document(self) -> dict[str, Any]:
+        """Return a copy of the document as it is now."""
+        with self._lock:
+            return dict(self._document)
+
+    def enter(self, phase: Phase) -> None:
+        """Note that the job is in another phase."""
+        with self._lock:
+            self._document["phase"] = phase
+            if phase != "Running":
+                self._document["etaSeconds"] = 0 if phase == "Succeeded" else None
+
+    def plan(self, *, step: int, total_steps: int, tokens: int, epoch: float) -> None:
+        """Note where the job starts and where it ends."""
+        with self._lock:
+            self._steps.append((self._clock(), tokens))
+            self._document.update(step=step, totalSteps=total_steps, tokens=tokens, epoch=epoch)
+
+    def advance(
+        self, *, step: int, tokens: int, epoch: float, loss: float, learning_rate: float
+    ) -> None:
+        """Note a finished step, and what the last steps say about the rest."""
+        with self._lock:
+            self._steps.append((self._clock(), tokens))
+            (began_at, tokens_before), (ended_at, _) = self._steps[0], self._steps[-1]
+            elapsed_s = max(ended_at - began_at, 1e-9)
+            step_s = elapsed_s / (len(self._steps) - 1)
+            steps_left = self._document["totalSteps"] - step
+            self._document.update(
+                step=step,
+                tokens=tokens,
+                epoch=round(epoch, 4),
+                loss=loss,
+                learningRate=learning_rate,
+                tokensPerSecond=round((tokens - tokens_before) / elapsed_s, 1),
+                etaSeconds=round(steps_left * step_s),
+            )
+
+    def evaluated(self, *, eval_loss: float, verdicts: list[Verdict]) -> None:
+        """Note the gate's answers."""
+        with self._lock:
+            self._document["evalLoss"] = eval_loss
+            self._document["evaluation"] = [
+                {
+                    "suite": verdict.suite,
+                    "base": verdict.base,
+                    "candidate": verdict.candidate,
+                    "regressionRatio": verdict.regression_ratio,
+                    "passed": verdict.passed,
+                }
+                for verdict in verdicts
+            ]
+
+    def committed(self, checkpoint: Committed) -> None:
+        """Note the last checkpoint that is safe."""
+        with self._lock:
+            self._document["checkpoint"] = {
+                "step": checkpoint.step,
+                "committedAt": checkpoint.committed_at,
+            }
+
+    def published(self, artifact: Artifact) -> None:
+        """Note what was published."""
+        with self._lock:
+            self._document["artifact"] = asdict(artifact)
+
+
+def fit_termination_log(document: dict[str, Any]) -> str:
+    """Return the document as JSON that kubelet will not cut: suites go first, from the end."""
+    slim = dict(document)
+    while len(text := json.dumps(slim).encode()) > TERMINATION_LOG_BYTES and slim["evaluation"]:
+        slim["evaluation"] = slim["evaluation"][:-1]
+    return text.decode()

@@ -1,0 +1,73 @@
+"""The wish to stop: asked for by SIGTERM or `POST /yield`, seen at the next safe point."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_DONE = 0
+EXIT_CRASH = 1
+EXIT_YIELDED = 75
+
+
+class YieldRequested(Exception):
+    """Raised at a safe point once somebody wants the job to stop."""
+
+
+class StopFlag:
+    """One flag for all ways to ask; asking twice changes nothing."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._nothing_to_lose = False
+
+    def listen_to_signals(self) -> None:
+        """Let SIGTERM, and Ctrl-C in a terminal, raise the flag."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.ask())
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the job should stop."""
+        return self._asked.is_set()
+
+    def ask(self) -> None:
+        """Ask the job to stop at its next safe point, which may be now."""
+        self._asked.set()
+        if self._nothing_to_lose:
+            leave(EXIT_YIELDED)
+
+    def check(self) -> None:
+        """Raise `YieldRequested` if the flag is up: the caller stands at a safe point."""
+        if self.is_asked:
+            raise YieldRequested
+
+    @contextmanager
+    def nothing_to_lose(self) -> Iterator[None]:
+        """While inside, a request ends the process at once.
+
+        For stretches that may be long (loading weights, copying an artifact), change nothing a
+        restart would not repeat, and offer no point at which to look.
+        """
+        self._nothing_to_lose = True
+        try:
+            if self.is_asked:
+                leave(EXIT_YIELDED)
+            yield
+        finally:
+            self._nothing_to_lose = False
+
+
+def leave(code: int) -> None:
+    """End the process now.
+
+    The interpreter's own shutdown joins threads and tears down process groups, which was seen to
+    take minutes; what had to be kept is on disk already.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
