@@ -1,0 +1,367 @@
+"""LLMDeployment: one served model, as its user writes and reads it."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from mizzen.operator.crds.common import (
+    Accelerator,
+    AdapterName,
+    ApiModel,
+    Conditions,
+    ModelSource,
+    PodTemplatePatch,
+    cel,
+)
+
+KIND = "LLMDeployment"
+PLURAL = "llmdeployments"
+
+
+class Model(ApiModel):
+    """The model to serve."""
+
+    source: Annotated[
+        ModelSource,
+        Field(
+            description="Where the weights are: pvc://CLAIM/PATH on a volume claim of this "
+            "namespace, or file:///PATH inside the runtime image. A folder with config.json and "
+            "safetensors files, or one .gguf file."
+        ),
+    ]
+    served_name: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=128,
+            pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$",
+            description="Name that clients put into the `model` field of a request. The "
+            "resource's name when left out.",
+        ),
+    ] = None
+    max_model_len: Annotated[
+        int | None,
+        Field(
+            ge=16,
+            description="Longest prompt plus answer in tokens. The model's own limit when left "
+            "out; smaller leaves more room for parallel requests.",
+        ),
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(description="Number format of the weights in memory; auto follows the device."),
+    ] = "auto"
+
+
+class Scaling(ApiModel):
+    """Bounds for a deployment whose size is not fixed."""
+
+    rules = (cel("self.min <= self.max", "scaling.min must not be larger than scaling.max."),)
+
+    min: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1000,
+            description="Fewest replicas. One replica always stays in service.",
+        ),
+    ] = 1
+    max: Annotated[int, Field(ge=1, le=1000, description="Most replicas.")]
+
+
+class Parallelism(ApiModel):
+    """How one copy of the model is spread over devices and pods."""
+
+    rules = (
+        cel(
+            "self.tensor % self.nodes == 0",
+            "parallelism.tensor must be a multiple of parallelism.nodes, so that every pod of a "
+            "replica holds equally many ranks.",
+        ),
+    )
+
+    tensor: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=64,
+            description="Ranks that share one copy of the model: GPUs, or processes on the CPU.",
+        ),
+    ] = 1
+    nodes: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=16,
+            description="Pods that make up one replica. They are created and restarted together.",
+        ),
+    ] = 1
+
+    @property
+    def ranks_per_pod(self) -> int:
+        """Ranks that one pod of a replica runs."""
+        return self.tensor // self.nodes
+
+
+class Adapter(ApiModel):
+    """A LoRA adapter served beside the base model."""
+
+    name: Annotated[
+        AdapterName, Field(description="Clients ask for it as MODEL:NAME in the `model` field.")
+    ]
+    source: Annotated[
+        ModelSource,
+        Field(description="Folder in PEFT layout: pvc://CLAIM/PATH or file:///PATH."),
+    ]
+
+
+class Engine(ApiModel):
+    """Settings of the runtime's engine."""
+
+    image: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=512,
+            description="Container image of the runtime; the operator's own default when left out.",
+        ),
+    ] = None
+    max_num_seqs: Annotated[
+        int | None, Field(ge=1, le=4096, description="Most requests computed at the same time.")
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int | None, Field(ge=16, le=1048576, description="Most tokens computed in one step.")
+    ] = None
+    kv_cache_gib: Annotated[
+        float | None,
+        Field(
+            alias="kvCacheGiB",
+            gt=0,
+            le=4096,
+            description="Memory for the keys and values of running requests, in GiB per rank. "
+            "Measured at start when left out.",
+        ),
+    ] = None
+
+
+class Drain(ApiModel):
+    """How a replica leaves."""
+
+    max_seconds: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=86400,
+            description="How long a leaving replica may take to finish its requests.",
+        ),
+    ] = 120
+
+
+class Rollout(ApiModel):
+    """How replicas are replaced when the pods' definition changes."""
+
+    rules = (
+        cel(
+            "self.maxSurge + self.maxUnavailable >= 1",
+            "rollout.maxSurge and rollout.maxUnavailable must not both be 0: nothing could move.",
+        ),
+    )
+
+    max_surge: Annotated[
+        int, Field(ge=0, le=1000, description="Replicas above the wanted number meanwhile.")
+    ] = 1
+    max_unavailable: Annotated[
+        int, Field(ge=0, le=1000, description="Replicas that may be missing meanwhile.")
+    ] = 0
+
+
+class LLMDeploymentSpec(ApiModel):
+    """What the user wants to be served."""
+
+    rules = (
+        cel(
+            "!(has(self.replicas) && has(self.scaling))",
+            "Set replicas for a fixed size or scaling for bounds, not both.",
+        ),
+        cel(
+            "!has(self.accelerator.count) || self.accelerator.resource != 'none'",
+            "accelerator.count needs accelerator.resource, such as nvidia.com/gpu.",
+        ),
+        cel(
+            "!has(self.accelerator.count) || "
+            "self.accelerator.count * self.parallelism.nodes >= self.parallelism.tensor",
+            "parallelism.tensor is larger than the devices of a replica: raise accelerator.count "
+            "or parallelism.nodes, or lower parallelism.tensor.",
+        ),
+    )
+
+    model: Annotated[Model, Field(description="The model to serve.")]
+    replicas: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=1000,
+            description="Fixed number of replicas; 1 when neither this nor scaling is set. "
+            "`kubectl scale` changes it.",
+        ),
+    ] = None
+    scaling: Annotated[
+        Scaling | None, Field(description="Bounds instead of a fixed number of replicas.")
+    ] = None
+    accelerator: Annotated[Accelerator, Field(description="The devices each pod asks for.")] = (
+        Accelerator()
+    )
+    parallelism: Annotated[
+        Parallelism, Field(description="How one copy of the model is spread.")
+    ] = Parallelism()
+    adapters: Annotated[
+        list[Adapter],
+        Field(
+            default_factory=list,
+            max_length=64,
+            description="LoRA adapters to serve beside the base model. Adapters promoted by "
+            "FineTuneJobs come on top.",
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["name"],
+            },
+        ),
+    ]
+    engine: Annotated[Engine, Field(description="Settings of the runtime's engine.")] = Engine()
+    drain: Annotated[Drain, Field(description="How a replica leaves.")] = Drain()
+    rollout: Annotated[Rollout, Field(description="How replicas are replaced on a change.")] = (
+        Rollout()
+    )
+    pod_template_patch: Annotated[
+        PodTemplatePatch | None, Field(description="Additions to the pods Mizzen makes.")
+    ] = None
+
+    @property
+    def desired_replicas(self) -> int:
+        """How many replicas should run."""
+        if self.replicas is not None:
+            return self.replicas
+        return max(1, self.scaling.min) if self.scaling else 1
+
+    @property
+    def devices_per_pod(self) -> int:
+        """Devices one pod requests; 0 on the CPU."""
+        if not self.accelerator.is_gpu:
+            return 0
+        return self.accelerator.count or self.parallelism.ranks_per_pod
+
+
+class PodStatus(ApiModel):
+    """One pod as the operator sees it."""
+
+    name: Annotated[str, Field(max_length=253, description="Name of the pod.")]
+    state: Annotated[
+        str,
+        Field(
+            max_length=64,
+            description="Pending, Starting, Ready, Draining or Failed.",
+        ),
+    ]
+    node: Annotated[str | None, Field(max_length=253, description="Node it runs on.")] = None
+    adapters: Annotated[
+        list[str] | None, Field(max_length=128, description="Adapters it has loaded.")
+    ] = None
+
+
+class AdapterStatus(ApiModel):
+    """One adapter as the replicas see it."""
+
+    name: Annotated[str, Field(max_length=63, description="Name of the adapter.")]
+    ready_replicas: Annotated[int, Field(description="Replicas that have it loaded.")] = 0
+    digest: Annotated[
+        str | None, Field(max_length=128, description="Digest of its content, where known.")
+    ] = None
+    job: Annotated[
+        str | None, Field(max_length=253, description="The FineTuneJob that promoted it.")
+    ] = None
+    error: Annotated[
+        str | None, Field(max_length=1024, description="Why it could not be loaded.")
+    ] = None
+
+
+class LLMDeploymentStatus(ApiModel):
+    """What the operator observed."""
+
+    observed_generation: Annotated[
+        int | None, Field(description="The metadata.generation this status belongs to.")
+    ] = None
+    phase: Annotated[
+        str | None,
+        Field(max_length=64, description="One word for people; programs read the conditions."),
+    ] = None
+    ready: Annotated[
+        str | None, Field(max_length=32, description="Ready of wanted replicas, such as 2/3.")
+    ] = None
+    replicas: Annotated[int | None, Field(description="Replicas that exist.")] = None
+    ready_replicas: Annotated[int | None, Field(description="Replicas that take traffic.")] = None
+    updated_replicas: Annotated[
+        int | None, Field(description="Replicas of the current revision.")
+    ] = None
+    selector: Annotated[
+        str | None,
+        Field(max_length=512, description="Label selector of the pods, for scaling tools."),
+    ] = None
+    revision: Annotated[
+        str | None,
+        Field(max_length=63, description="Hash of everything that makes pods differ."),
+    ] = None
+    url: Annotated[
+        str | None, Field(max_length=512, description="OpenAI-compatible address in the cluster.")
+    ] = None
+    gpus: Annotated[int | None, Field(description="Devices held by the existing pods.")] = None
+    pods: Annotated[
+        list[PodStatus] | None,
+        Field(
+            max_length=2048,
+            description="The pods, by name.",
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["name"],
+            },
+        ),
+    ] = None
+    adapters: Annotated[
+        list[AdapterStatus] | None,
+        Field(
+            max_length=128,
+            description="The adapters, those of promoted jobs included.",
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["name"],
+            },
+        ),
+    ] = None
+    conditions: Annotated[
+        Conditions | None,
+        Field(
+            description="Ready, Accepted, Available, Progressing, AdaptersReady and Degraded, "
+            "and Reconciling or Stalled while they are true."
+        ),
+    ] = None
+
+
+class LLMDeployment(ApiModel):
+    """One model, served by replicas behind one address.
+
+    The shortest one is spec.model.source alone.
+    """
+
+    rules: ClassVar[tuple[dict[str, str], ...]] = (
+        cel(
+            "self.metadata.name.size() <= 40 && "
+            "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+            "The name must have at most 40 lower-case letters, digits and dashes and begin with a "
+            "letter: services and pods are named after it.",
+        ),
+    )
+
+    spec: Annotated[LLMDeploymentSpec, Field(description="What should be served, and how.")]
+    status: Annotated[
+        LLMDeploymentStatus | None,
+        Field(description="What the operator observed. Written by the operator alone."),
+    ] = None
