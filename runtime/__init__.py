@@ -1,0 +1,1 @@
+"""The data plane: model, attention, tensor parallelism, engine, server and trainer."""

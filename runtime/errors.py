@@ -1,0 +1,105 @@
+"""Every error of the data plane: a reason for machines and a sentence that says what to change."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+EXIT_BAD_CONFIGURATION = 42
+_TERMINATION_LOG_BYTES = 4096  # kubelet keeps no more than this
+
+
+class MizzenError(Exception):
+    """Base of our errors. `reason` becomes a condition's reason, so it never changes."""
+
+    reason: ClassVar[str] = "InternalError"
+
+
+class BadModelError(MizzenError):
+    """The model cannot be served or trained as it is; trying again will not help."""
+
+    reason = "BadModel"
+
+
+class ModelNotFoundError(BadModelError):
+    """Nothing lies at the model's path."""
+
+    reason = "ModelNotFound"
+
+
+class NotAModelError(BadModelError):
+    """Something lies at the path, but it is neither a checkpoint directory nor a GGUF file."""
+
+    reason = "NotAModel"
+
+
+class UnknownArchitectureError(BadModelError):
+    """The decoder has no settings for this model family, or not for this variant of it."""
+
+    reason = "UnknownArchitecture"
+
+
+class RemoteCodeRefusedError(BadModelError):
+    """The model wants code from its own directory to run."""
+
+    reason = "RemoteCodeRefused"
+
+
+class PickledWeightsRefusedError(BadModelError):
+    """The weights exist only in a format that runs code when it is read."""
+
+    reason = "PickledWeightsRefused"
+
+
+class ShardTruncatedError(BadModelError):
+    """A weight file is shorter than its own header says."""
+
+    reason = "ShardTruncated"
+
+
+class WeightsMissingError(BadModelError):
+    """The checkpoint lacks a file or a tensor that its own description promises."""
+
+    reason = "WeightsMissing"
+
+
+class WeightShapeError(BadModelError):
+    """A tensor's shape disagrees with the model's configuration."""
+
+    reason = "WeightShapeMismatch"
+
+
+class TensorParallelInvalidError(BadModelError):
+    """The model's heads cannot be spread over this many ranks."""
+
+    reason = "TensorParallelInvalid"
+
+
+class BadAdapterError(MizzenError):
+    """The LoRA adapter cannot be used with this model; the message says why."""
+
+    reason = "BadAdapter"
+
+
+class RankLostError(MizzenError):
+    """A rank of the group died or stayed silent; the group cannot go on."""
+
+    reason = "RankLost"
+
+
+def report_fatal(error: MizzenError) -> int:
+    """Tell the operator and the reader of the log why this process ends; return the exit code.
+
+    The document goes to `$MIZZEN_TERMINATION_LOG` (`/dev/termination-log` in a pod).
+    """
+    message = str(error)
+    print(message, file=sys.stderr)  # noqa: T201 - the process ends here, logging may be gone
+    room = _TERMINATION_LOG_BYTES // 2  # JSON may need two bytes where the message has one
+    document = json.dumps({"reason": error.reason, "message": message[:room]})
+    log = Path(os.environ.get("MIZZEN_TERMINATION_LOG", "/dev/termination-log"))
+    try:
+        log.write_text(document)
+    except OSError:
+        pass  # outside a pod there is no such file, and stderr has the message
+    return EXIT_BAD_CONFIGURATION

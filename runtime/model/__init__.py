@@ -1,0 +1,1 @@
+"""One config-driven decoder: its description, its layers, its weights and its adapters."""

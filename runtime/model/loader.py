@@ -1,0 +1,73 @@
+"""Checkpoint to decoder: each rank reads only the bytes it holds."""
+
+from pathlib import Path
+
+import torch
+
+from mizzen.runtime.errors import WeightShapeError
+from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
+from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.layers import Placement, TensorShard, WeightSource
+from mizzen.runtime.model.safetensors_dir import SafetensorsDir
+from mizzen.runtime.parallel.group import RankGroup
+
+
+def load_decoder(
+    path: Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    group: RankGroup | None = None,
+) -> Decoder:
+    """Read the checkpoint at `path` (a directory or a `.gguf` file) for this rank of `group`.
+
+    The weights come frozen; `decoder.requires_grad_(True)` opens them for training and
+    `decoder.prepack()` makes them fast on a CPU.
+
+    Raises:
+        BadModelError: the checkpoint is not one we can use; the message says what to change.
+    """
+    device = torch.device(device)
+    checkpoint = find_checkpoint(path)
+    spec, source = _open(checkpoint)
+    place = Placement(choose_dtype(dtype, spec, device), device, group or RankGroup())
+    decoder = Decoder(spec, place)
+    load_shards(decoder, source)
+    return decoder.eval()
+
+
+def load_shards(decoder: Decoder, source: WeightSource) -> None:
+    """Fill every shard of the decoder from the source."""
+    for shard in decoder.shards():
+        value = source.read(shard.name, rows=shard.rows, columns=shard.columns)
+        if value.shape != shard.tensor.shape:
+            raise _wrong_shape(shard, source)
+        with torch.no_grad():
+            shard.tensor.copy_(value)
+
+
+def choose_dtype(dtype: torch.dtype | str, spec: ArchSpec, device: torch.device) -> torch.dtype:
+    """Turn "auto", "float32" or "bfloat16" into the type to compute in."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    # float16 overflows where models were trained in bfloat16, and CPUs are slow with it.
+    is_half = spec.dtype == torch.float16
+    return torch.bfloat16 if is_half else spec.dtype
+
+
+def _open(checkpoint: Path) -> tuple[ArchSpec, WeightSource]:
+    if checkpoint.suffix == ".gguf":
+        from mizzen.runtime.model.gguf_file import GgufFile  # noqa: PLC0415 - only if needed
+
+        file = GgufFile(checkpoint)
+        return file.spec(), file
+    return ArchSpec.from_dir(checkpoint), SafetensorsDir(checkpoint)
+
+
+def _wrong_shape(shard: TensorShard, source: WeightSource) -> WeightShapeError:
+    return WeightShapeError(
+        f"Tensor {shard.name} has shape {list(source.shape(shard.name))}, which does not fit "
+        "config.json. Weights and config.json must come from the same checkpoint."
+    )

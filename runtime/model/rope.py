@@ -1,0 +1,46 @@
+"""Rotary positions: the angles a position turns each pair of a head's dimensions by."""
+
+# Shapes: T packed tokens, H heads of this rank, d head dimension.
+import math
+
+import torch
+from torch import Tensor
+
+from mizzen.runtime.model.arch import RopeSpec
+
+
+def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
+    """Return the head_dim / 2 angular speeds, in float32, after context scaling."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    speeds = 1.0 / (rope.theta**exponents)
+    if rope.scaling == "linear":
+        return speeds / rope.factor
+    if rope.scaling == "factors":
+        return speeds / torch.tensor(rope.factors)
+    if rope.scaling == "llama3":
+        return _llama3_speeds(speeds, rope)
+    return speeds
+
+
+def _llama3_speeds(speeds: Tensor, rope: RopeSpec) -> Tensor:
+    """Slow the long waves by `factor`, keep the short ones, blend between.
+
+    Source: Llama 3.1's reference implementation, `apply_scaling`.
+    """
+    wave_lens = 2 * math.pi / speeds
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    keep = ((rope.original_max_len / wave_lens - low) / (high - low)).clamp(0.0, 1.0)
+    return keep * speeds + (1 - keep) * speeds / rope.factor
+
+
+def rope_tables(positions_T: Tensor, speeds: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of shape [T, 1, d], the halves repeated as Hugging Face lays them out."""
+    angles = positions_T.to(torch.float32)[:, None] * speeds[None, :]
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + d/2) of each head."""
+    first, second = x_THd.chunk(2, dim=-1)
+    return x_THd * cos + torch.cat((-second, first), dim=-1) * sin

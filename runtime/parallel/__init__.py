@@ -1,0 +1,1 @@
+"""Tensor parallelism: a group of ranks, how it starts, speaks and ends."""

@@ -1,0 +1,111 @@
+"""A group of ranks and its collectives. Knows tensors and bytes, nothing of models.
+
+A group of one rank does nothing at all, so single-rank code pays nothing and needs no branch.
+The collectives may be used while training; their gradients follow Megatron-LM (Shoeybi et al.,
+2019, section 3): `copy` is its f, `all_reduce` its g.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mizzen.runtime.errors import RankLostError
+
+
+class RankGroup:
+    """The ranks that compute one model together, as seen by one of them."""
+
+    def __init__(self, rank: int = 0, size: int = 1, process_group: Any = None) -> None:
+        self.rank = rank
+        self.size = size
+        self._process_group = process_group
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Return the sum of `x` over the ranks, the same on each; may reuse `x`'s memory."""
+        if self.size == 1:
+            return x
+        if x.requires_grad and torch.is_grad_enabled():
+            return _AllReduce.apply(x, self)
+        return self._sum_in_place(x.contiguous())
+
+    def copy(self, x: Tensor) -> Tensor:
+        """Return `x`; its gradient is summed over the ranks, for each used it in its own way."""
+        if self.size == 1 or not (x.requires_grad and torch.is_grad_enabled()):
+            return x
+        return _Copy.apply(x, self)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Return the ranks' `x`, equal in shape, joined along the last dimension."""
+        if self.size == 1:
+            return x
+        if x.requires_grad and torch.is_grad_enabled():
+            return _AllGather.apply(x, self)
+        return self._gather(x)
+
+    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
+        """Overwrite `x` with the source rank's and return it."""
+        if self.size > 1:
+            options = dist.BroadcastOptions()
+            options.rootRank = source
+            self._run(lambda group: group.broadcast([x], options))
+        return x
+
+    def barrier(self) -> None:
+        """Return when every rank has called this."""
+        if self.size > 1:
+            self._run(lambda group: group.barrier())
+
+    def _sum_in_place(self, x: Tensor) -> Tensor:
+        self._run(lambda group: group.allreduce([x]))
+        return x
+
+    def _gather(self, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format)] * self.size
+        parts = [torch.empty_like(part) for part in parts]
+        x = x.contiguous()
+        self._run(lambda group: group.allgather([parts], [x]))
+        return torch.cat(parts, dim=-1)
+
+    def _run(self, start: Callable[[Any], Any]) -> None:
+        try:
+            start(self._process_group).wait()
+        except RuntimeError as error:
+            # Gloo and NCCL report a closed connection and a time-out as plain RuntimeErrors.
+            raise RankLostError(f"A collective failed on rank {self.rank}: {error}") from error
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: RankGroup) -> Tensor:
+        return group._sum_in_place(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: RankGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.group._sum_in_place(grads[0].clone(memory_format=torch.contiguous_format)), None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: RankGroup) -> Tensor:
+        ctx.group, ctx.width = group, x.shape[-1]
+        return group._gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # Every rank computes the same loss from the joined tensor, so its own slice of the
+        # gradient is already whole: summing would count it once per rank.
+        return grads[0].narrow(-1, ctx.group.rank * ctx.width, ctx.width), None
