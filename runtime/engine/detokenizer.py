@@ -1,0 +1,166 @@
+"""Turns a stream of tokens into a stream of text: no half characters, no part of a stop string."""
+
+import codecs
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mizzen.runtime.engine.tokenizer import Tokenizer
+
+# A character has at most four bytes: when this many tokens still end in half a one, it is broken
+# text, and waiting longer would only let the window grow without end.
+MAX_PENDING_TOKENS = 6
+REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text; `stop` is the stop string that ended it."""
+
+    text: str
+    stop: str | None = None
+
+
+class Detokenizer:
+    """Decodes one sequence's output tokens as they come."""
+
+    def __init__(self, decode: "TokenDecoder", stop: Sequence[str] = ()) -> None:
+        self._decode = decode
+        self._stop = tuple(text for text in stop if text)
+        self._held = ""  # text that may turn out to be the beginning of a stop string
+
+    def push(self, token_id: int, *, check_stop: bool = True) -> Delta:
+        """Return the text that became certain with this token."""
+        return self._release(self._decode.push(token_id), check_stop=check_stop)
+
+    def finish(self) -> Delta:
+        """Return what was held back; the sequence has ended for another reason."""
+        text, self._held = self._held + self._decode.finish(), ""
+        return Delta(text)
+
+    def _release(self, text: str, *, check_stop: bool) -> Delta:
+        if not self._stop:
+            return Delta(text)
+        if not text:
+            return Delta("")
+        text = self._held + text
+        if check_stop and (found := _first_stop(text, self._stop)):
+            position, stop = found
+            self._held = ""
+            return Delta(text[:position], stop)
+        keep = max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[len(text) - keep :]
+        return Delta(text[: len(text) - keep])
+
+
+class TokenDecoder:
+    """Decodes tokens to text, holding back bytes that are not a whole character yet."""
+
+    def push(self, token_id: int) -> str:
+        """Return the text that is whole now."""
+        raise NotImplementedError
+
+    def finish(self) -> str:
+        """Return what is left, broken or not."""
+        raise NotImplementedError
+
+
+class ByteDecoder(TokenDecoder):
+    """For byte-level vocabularies: every token is known bytes, so a step costs one look-up."""
+
+    def __init__(self, bytes_of: Sequence[bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """Return the text that is whole now."""
+        return self._utf8.decode(self._bytes_of[token_id])
+
+    def finish(self) -> str:
+        """Return what is left, broken or not."""
+        return self._utf8.decode(b"", final=True)
+
+
+class WindowDecoder(TokenDecoder):
+    """For every other vocabulary: decode a short window before and after the new token."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], special: frozenset[int]) -> None:
+        self._decode = decode
+        self._special = special
+        self._context: list[int] = []  # decoded already; decides how the next text joins on
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """Return the text that is whole now."""
+        if token_id in self._special:
+            return ""
+        self._pending.append(token_id)
+        text = self._new_text()
+        if text.endswith(REPLACEMENT) and len(self._pending) < MAX_PENDING_TOKENS:
+            return ""
+        return self._take(text)
+
+    def finish(self) -> str:
+        """Return what is left, broken or not."""
+        return self._take(self._new_text())
+
+    def _new_text(self) -> str:
+        before = self._decode(self._context)
+        return self._decode([*self._context, *self._pending])[len(before) :]
+
+    def _take(self, text: str) -> str:
+        if self._pending:
+            self._context = self._pending[-MAX_PENDING_TOKENS:]
+            self._pending = []
+        return text
+
+
+class DetokenizerFactory:
+    """Chooses once how a tokenizer's tokens are decoded, and makes a detokenizer per sequence."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._bytes_of = byte_table(tokenizer)
+
+    def make(self, stop: Sequence[str] = ()) -> Detokenizer:
+        """Return a detokenizer for a new sequence."""
+        if self._bytes_of is not None:
+            return Detokenizer(ByteDecoder(self._bytes_of), stop)
+        return Detokenizer(WindowDecoder(self._tokenizer.decode, self._tokenizer.special_ids), stop)
+
+
+def byte_table(tokenizer: Tokenizer) -> list[bytes] | None:
+    """Return each token's bytes, or None when the vocabulary is not byte-level."""
+    decoder = tokenizer.backend.decoder
+    if decoder is None or "ByteLevel" not in repr(decoder):
+        return None
+    table = [b""] * tokenizer.vocab_size
+    byte_of = {char: byte for byte, char in _byte_alphabet().items()}
+    for token, index in tokenizer.backend.get_vocab(with_added_tokens=True).items():
+        if index in tokenizer.special_ids:
+            continue
+        try:
+            table[index] = bytes(byte_of[char] for char in token)
+        except KeyError:  # an added token in plain text
+            table[index] = token.encode()
+    return table
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """Return GPT-2's printable character for each byte.
+
+    Source: openai/gpt-2, `bytes_to_unicode` in src/encoder.py.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+
+
+def _first_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
+    found = [(position, stop) for stop in stops if (position := text.find(stop)) >= 0]
+    return min(found, default=None)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many last characters of `text` may be the beginning of `stop`."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)
