@@ -80,7 +80,7 @@ def run(
     Raises:
         DemoError: it failed; the text holds the last lines it printed.
     """
-    done = subprocess.run(  # noqa: S603 - the demo's own commands
+    done = subprocess.run(
         [str(part) for part in command],
         env=env, input=stdin, cwd=cwd, text=True, capture_output=True, check=False,
     )  # fmt: skip
@@ -98,7 +98,7 @@ class Background:
     ) -> None:
         self.title = title
         self._tail: deque[str] = deque(maxlen=12)
-        self._process = subprocess.Popen(  # noqa: S603 - the demo's own commands
+        self._process = subprocess.Popen(
             command, env=env, text=True, bufsize=1,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip

@@ -56,8 +56,8 @@ class Kubectl:
     def copy_in(self, source: Path, *, namespace: str, pod: str, target: str) -> None:
         """Stream a file into a running pod, as `kubectl cp` does, without needing tar there."""
         with source.open("rb") as stream:
-            done = subprocess.run(  # noqa: S603 - the demo's own command
-                ["kubectl", "exec", "-i", "-n", namespace, pod, "--",  # noqa: S607
+            done = subprocess.run(
+                ["kubectl", "exec", "-i", "-n", namespace, pod, "--",
                  "sh", "-c", f"cat > {target}.part && mv {target}.part {target}"],
                 env=self.env, stdin=stream, capture_output=True, text=True, check=False,
             )  # fmt: skip
@@ -71,8 +71,8 @@ class Kubectl:
         Raises:
             DemoError: the forward did not open.
         """
-        process = subprocess.Popen(  # noqa: S603 - the demo's own command
-            ["kubectl", "port-forward", "-n", namespace, target, f":{port}"],  # noqa: S607
+        process = subprocess.Popen(
+            ["kubectl", "port-forward", "-n", namespace, target, f":{port}"],
             env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:

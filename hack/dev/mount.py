@@ -1,4 +1,4 @@
-"""Mounts the working tree into our pods by admission policy, so that the product needs no dev switch.
+"""Mounts the working tree into our pods by admission policy: the product needs no dev switch.
 
 Only for a cluster whose node is this machine: the folder is mounted from the node's disk.
 """
@@ -20,7 +20,8 @@ def build_policy(source: Path) -> str:
     """
     expression = f"""Object{{spec: Object.spec{{
       volumes: [Object.spec.volumes{{name: "mizzen-source",
-        hostPath: Object.spec.volumes.hostPath{{path: {json.dumps(str(source))}, type: "Directory"}}}}],
+        hostPath: Object.spec.volumes.hostPath{{
+          path: {json.dumps(str(source))}, type: "Directory"}}}}],
       containers: object.spec.containers.map(c, Object.spec.containers{{name: c.name,
         env: [Object.spec.containers.env{{name: "PYTHONPATH", value: "{_MOUNT}"}}],
         volumeMounts: [Object.spec.containers.volumeMounts{{

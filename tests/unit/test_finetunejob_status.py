@@ -1,0 +1,162 @@
+"""The status of a job through its life, read as a table of phases and conditions."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from mizzen.operator.planning.generations import (
+    AskToYield,
+    Finish,
+    Generation,
+    GiveUp,
+    Outcome,
+    Rest,
+    Start,
+    WaitUntil,
+    Watch,
+)
+from mizzen.operator.status.finetunejob import (
+    JobFacts,
+    Problem,
+    Promotion,
+    for_people,
+    has_ended,
+    next_status,
+)
+from mizzen.operator.status.progress import Progress, parse_progress
+from mizzen.operator.status.reasons import Reason
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+RUNNING = Generation(1, Outcome.RUNNING)
+WORKING = parse_progress(
+    {"phase": "Running", "step": 12, "totalSteps": 40, "loss": 2.5, "etaSeconds": 250}
+)
+ARTIFACT = {"kind": "adapter", "path": "/mnt/pvc/models/a", "digest": "sha256:1", "bytes": 9}
+BETTER = {"suite": "holdout", "base": 10, "candidate": 8, "regressionRatio": -0.2, "passed": True}
+WORSE = {"suite": "holdout", "base": 10, "candidate": 12, "regressionRatio": 0.2, "passed": False}
+DONE = parse_progress({"phase": "Succeeded", "step": 40, "totalSteps": 40,
+                       "evaluation": [BETTER], "artifact": ARTIFACT})  # fmt: skip
+REGRESSED = parse_progress({"phase": "Succeeded", "step": 40, "evaluation": [WORSE]})
+PROMOTED = Promotion("smollm2", "support", ready_replicas=2, replicas=2)
+MISSING = Problem(Reason.DATASET_NOT_FOUND, "ConfigMap tickets does not exist.")
+BASE = JobFacts(
+    step=Watch(), newest=RUNNING, is_suspended=False, problem=None, progress=None,
+    artifact_uri=None, has_suites=True, promotion=None,
+)  # fmt: skip
+END = replace(BASE, step=Finish(), newest=Generation(1, Outcome.DONE))
+
+CASES = {
+    "a job that lacks its data waits and says so": (
+        replace(BASE, step=None, newest=None, problem=MISSING), "Pending",
+        {"Accepted": "False", "Ready": "False", "Stalled": "True", "Failed": "False"},
+    ),
+    "a new job is pending": (
+        replace(BASE, step=Start(1, 0), newest=None), "Pending",
+        {"Accepted": "True", "Admitted": "False", "Reconciling": "True"},
+    ),
+    "a silent trainer is preparing": (BASE, "Preparing", {"Running": "True"}),
+    "a working trainer is running": (
+        replace(BASE, progress=WORKING), "Running", {"Running": "True", "Succeeded": "False"},
+    ),
+    "suspending yields first": (
+        replace(BASE, step=AskToYield(), is_suspended=True), "Yielding", {"Suspended": "False"},
+    ),
+    "then rests": (
+        replace(BASE, step=Rest(), newest=Generation(1, Outcome.YIELDED), is_suspended=True),
+        "Suspended", {"Suspended": "True", "Running": "False"},
+    ),
+    "a crash waits for its back-off": (
+        replace(BASE, step=WaitUntil(NOW, 1), newest=Generation(1, Outcome.CRASHED)),
+        "Pending", {"Failed": "False"},
+    ),
+    "too many crashes fail": (
+        replace(BASE, step=GiveUp(7), newest=Generation(7, Outcome.CRASHED)),
+        "Failed", {"Failed": "True", "Stalled": "True", "Ready": "False"},
+    ),
+    "done without a promotion is a success": (
+        replace(END, progress=DONE, artifact_uri="pvc://models/a"), "Succeeded",
+        {"Succeeded": "True", "Published": "True", "EvaluationPassed": "True", "Ready": "True"},
+    ),
+    "done is promoted next": (
+        replace(END, progress=DONE, artifact_uri="pvc://models/a",
+                promotion=replace(PROMOTED, ready_replicas=1)),
+        "Promoting", {"Published": "True", "Promoted": "False", "Succeeded": "False"},
+    ),
+    "promoted everywhere is a success": (
+        replace(END, progress=DONE, artifact_uri="pvc://models/a", promotion=PROMOTED),
+        "Succeeded", {"Promoted": "True", "Succeeded": "True"},
+    ),
+    "a deployment without replicas has not got it": (
+        replace(END, progress=DONE, promotion=replace(PROMOTED, ready_replicas=0, replicas=0)),
+        "Promoting", {"Promoted": "False"},
+    ),
+    "a regression fails the job and publishes nothing": (
+        replace(END, progress=REGRESSED, promotion=None), "Failed",
+        {"Failed": "True", "EvaluationPassed": "False", "Published": "False"},
+    ),
+}  # fmt: skip
+
+
+def conditions_of(status: dict[str, Any]) -> dict[str, str]:
+    return {entry["type"]: entry["status"] for entry in status["conditions"]}
+
+
+@pytest.mark.parametrize(("facts", "phase", "conditions"), CASES.values(), ids=CASES)
+def test_next_status(facts: JobFacts, phase: str, conditions: dict[str, str]) -> None:
+    status = next_status({}, facts, generation=1, now=NOW)
+    assert status["phase"] == phase
+    assert conditions.items() <= conditions_of(status).items()
+
+
+@pytest.mark.parametrize("facts", [case[0] for case in CASES.values()], ids=CASES)
+def test_the_same_facts_write_the_same_status(facts: JobFacts) -> None:
+    first = next_status({}, facts, generation=1, now=NOW)
+    assert next_status(first, facts, generation=1, now=NOW + timedelta(hours=1)) == first
+
+
+def test_progress_speaks_to_people() -> None:
+    status = next_status({}, replace(BASE, progress=WORKING), generation=1, now=NOW)
+    assert status["progress"] == {
+        "step": 12, "totalSteps": 40, "steps": "12/40", "percent": 30,
+        "etaSeconds": 250, "eta": "4m10s",
+    }  # fmt: skip
+    assert status["metrics"] == {"loss": 2.5}
+
+
+def test_what_a_trainer_reported_outlives_its_pod() -> None:
+    before = next_status({}, replace(BASE, progress=WORKING), generation=1, now=NOW)
+    after = next_status(before, replace(BASE, step=Start(2, 1)), generation=1, now=NOW)
+    assert after["progress"] == before["progress"]
+    assert after["restarts"] == 1
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        (replace(BASE, progress=WORKING), False),
+        (replace(END, progress=DONE, promotion=PROMOTED), True),
+        (replace(END, progress=DONE, promotion=replace(PROMOTED, ready_replicas=0)), True),
+        (replace(END, progress=REGRESSED), True),
+        (replace(BASE, step=GiveUp(3)), True),
+    ],
+)
+def test_a_finished_job_never_trains_again(facts: JobFacts, expected: bool) -> None:
+    assert has_ended(next_status({}, facts, generation=1, now=NOW)) is expected
+
+
+def test_a_document_without_a_phase_is_no_progress() -> None:
+    with pytest.raises(ValueError, match="phase"):
+        parse_progress({"step": 3})
+
+
+def test_unknown_numbers_are_absent_not_zero() -> None:
+    assert parse_progress({"phase": "Running", "loss": None}) == Progress(phase="Running")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (45, "45s"), (250, "4m10s"), (7500, "2h5m")]
+)
+def test_durations_read_like_ages(seconds: int, text: str) -> None:
+    assert for_people(seconds) == text
