@@ -42,6 +42,7 @@ class Reason(StrEnum):
     IMAGE_PULL_FAILED = "ImagePullFailed"
     CONTAINER_CONFIG = "ContainerConfigInvalid"
     POD_REFUSED = "PodRefused"
+    EVICTED = "Evicted"
     QUOTA_EXCEEDED = "QuotaExceeded"
     OUT_OF_MEMORY = "OutOfMemory"
     RUNTIME_CRASHED = "RuntimeCrashed"

@@ -1,0 +1,77 @@
+"""Names on the wire: labels, annotations, the readiness gate, ports. Nothing else knows them."""
+
+from __future__ import annotations
+
+from mizzen.operator.crds.common import API_VERSION, Json
+
+FIELD_MANAGER = "mizzen-operator"
+STATUS_MANAGER = "mizzen-status"
+
+MANAGED_BY = "app.kubernetes.io/managed-by"
+OPERATOR = "mizzen-operator"
+INSTANCE = "app.kubernetes.io/instance"
+COMPONENT = "app.kubernetes.io/component"
+
+DEPLOYMENT = "mizzen.dev/deployment"
+JOB = "mizzen.dev/job"
+ROLE = "mizzen.dev/role"
+REVISION = "mizzen.dev/revision"
+SLOT = "mizzen.dev/slot"
+RANK = "mizzen.dev/rank"
+GENERATION = "mizzen.dev/generation"
+
+DRAINING_SINCE = "mizzen.dev/draining-since"
+GROUP_SIZE = "mizzen.dev/group-size"  # pods that make up the replica
+RESTARTS = "mizzen.dev/restarts"  # failures in a row before this replica was made
+LAST_FAILURE = "mizzen.dev/last-failure"  # JSON: reason and message of the latest of them
+
+IN_SERVICE_GATE = "mizzen.dev/in-service"
+
+ROLE_RUNTIME = "runtime"
+ROLE_TRAINER = "trainer"
+
+HTTP_PORT = 8000
+GRPC_PORT = 8001
+ADMIN_PORT = 8002
+
+ADMIN_SECRET = "mizzen-admin"
+ADMIN_TOKEN_KEY = "token"
+ADMIN_TOKEN_FOLDER = "/var/run/mizzen/admin"
+
+MANAGED_SELECTOR = f"{MANAGED_BY}={OPERATOR}"
+
+
+def base_labels(*, name: str, instance: str, component: str) -> dict[str, str]:
+    """Return the labels that every child carries."""
+    return {
+        "app.kubernetes.io/name": name,
+        INSTANCE: instance,
+        COMPONENT: component,
+        "app.kubernetes.io/part-of": "mizzen",
+        MANAGED_BY: OPERATOR,
+    }
+
+
+def deployment_labels(deployment: str) -> dict[str, str]:
+    """Return the labels of an LLMDeployment's children."""
+    return {
+        **base_labels(name="llmdeployment", instance=deployment, component="serving"),
+        DEPLOYMENT: deployment,
+    }
+
+
+def deployment_selector(deployment: str) -> str:
+    """Return the selector that finds an LLMDeployment's children."""
+    return f"{DEPLOYMENT}={deployment}"
+
+
+def owner_reference(kind: str, *, name: str, uid: str) -> Json:
+    """Return the reference by which the garbage collector removes a child with its owner."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": kind,
+        "name": name,
+        "uid": uid,
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
