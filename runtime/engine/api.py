@@ -100,6 +100,8 @@ class EngineStats:
     prefix_hits: int  # prompt tokens that were found
     steps: int
     heartbeat_age_s: float
+    block_size: int = 0
+    max_loras: int = 0
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
     start_seconds: Mapping[str, float] = field(default_factory=dict)  # start-up phase -> seconds
