@@ -1,0 +1,80 @@
+"""The operator's settings, from MIZZEN_* variables, and what we ask of Kopf."""
+
+import random
+import socket
+from collections.abc import Iterator
+
+import kopf
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class OperatorConfig(BaseSettings):
+    """Everything an installation can set; the chart writes the variables."""
+
+    model_config = SettingsConfigDict(env_prefix="MIZZEN_", frozen=True)
+
+    namespace: str = Field("mizzen-system", description="Where the operator itself runs.")
+    identity: str = Field(
+        default_factory=socket.gethostname, description="Name in the Lease, the pod's name."
+    )
+    watch_namespaces: list[str] = Field(
+        default_factory=list, description="Namespaces to serve; all when empty."
+    )
+    runtime_image: str = Field(
+        "mizzen-runtime:latest", description="Image of runtime and trainer pods."
+    )
+    image_pull_policy: str = Field("IfNotPresent", description="Pull policy of that image.")
+    image_pull_secrets: list[str] = Field(
+        default_factory=list, description="Secrets for its registry, in the pods' namespaces."
+    )
+    admin_secret: str = Field("mizzen-admin", description="Secret with the admin token.")
+    cluster_domain: str = Field("cluster.local", description="DNS domain of the cluster.")
+
+    workers: int = Field(16, ge=1, description="Reconciles at the same time.")
+    resync_s: float = Field(300.0, gt=0, description="Between two full relists.")
+    health_host: str = "0.0.0.0"
+    health_port: int = Field(8002, ge=0, description="/healthz, /readyz and /metrics.")
+    stuck_after_s: float = Field(
+        120.0, gt=0, description="/healthz fails when a due key waited this long."
+    )
+
+    lease_name: str = "mizzen-operator"
+    lease_duration_s: float = Field(15.0, gt=0)
+    lease_renew_s: float = Field(10.0, gt=0, description="Give up leading after this long.")
+    lease_retry_s: float = Field(2.0, gt=0)
+    shutdown_s: float = Field(20.0, gt=0, description="For running reconciles to end.")
+
+    log_format: str = Field("json", pattern="^(json|plain)$")
+    log_level: str = "INFO"
+
+
+class Backoffs:
+    """Pauses between Kopf's tries of one request: iterable again and again, with jitter."""
+
+    def __iter__(self) -> Iterator[float]:
+        for step in range(8):
+            yield min(20.0, 0.25 * 2**step) * random.uniform(0.8, 1.2)
+
+
+def configure_kopf(settings: kopf.OperatorSettings, *, child_selector: str) -> None:
+    """Make Kopf an informer: no peering, no Events, no scanning, no finalizers of its own name."""
+    settings.peering.standalone = True
+    settings.posting.enabled = False
+    settings.scanning.disabled = True
+    settings.watching.chunk_size = 500
+    settings.watching.server_timeout = 290
+    settings.watching.client_timeout = 310
+    settings.watching.connect_timeout = 10
+    settings.networking.request_timeout = 30
+    settings.networking.connect_timeout = 5
+    settings.networking.error_backoffs = Backoffs()
+    settings.execution.max_workers = 4
+    settings.persistence.finalizer = "mizzen.dev/operator"
+    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(
+        prefix="mizzen.dev", v1=False
+    )
+    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(
+        prefix="mizzen.dev", v1=False
+    )
+    settings.process.ultimate_exiting_timeout = 25

@@ -1,0 +1,25 @@
+"""What a reconcile may use besides the API server: settings, what is known, other parts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mizzen.operator.config import OperatorConfig
+from mizzen.operator.engine.key import Key
+from mizzen.operator.kube.store import Store
+from mizzen.operator.specs import SpecCache
+
+if TYPE_CHECKING:
+    from mizzen.operator.runtimes import Runtimes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Handed to every reconcile; the clock is handed over beside it, as `now`."""
+
+    config: OperatorConfig
+    store: Store
+    specs: SpecCache
+    runtimes: "Runtimes"
+    # Makes another resource look again, e.g. the deployment when its job was published.
+    enqueue: Callable[[Key, float], None]

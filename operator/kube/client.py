@@ -1,0 +1,216 @@
+"""The operator's few calls to the API server.
+
+Reads come from the store where a moment's delay is harmless; `get` and `list` ask the server.
+Writes are left out when the store shows that they would change nothing, and their answers go into
+the store, so that the next decision sees them. Must not know what the objects mean.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mizzen.operator.kube.documents import (
+    Json,
+    Ref,
+    collection_path,
+    object_path,
+    uid_of,
+    version_of,
+)
+from mizzen.operator.kube.errors import AlreadyExists, NotFound
+from mizzen.operator.kube.events import Event, first_event, repeat_event
+from mizzen.operator.kube.intent import covers, stamp
+from mizzen.operator.kube.store import Store
+from mizzen.operator.kube.transport import APPLY, MERGE, STRATEGIC, Transport
+
+OPERATOR = "mizzen-operator"
+STATUS = "mizzen-status"
+
+
+class WriteObserver(Protocol):
+    """Gets told about writes; telemetry implements it."""
+
+    def wrote(self, kind: str, outcome: str) -> None:
+        """A write of this kind was applied, created, skipped, deleted or failed."""
+
+
+class _Silent:
+    def wrote(self, kind: str, outcome: str) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A kind's objects as of one version of the cluster."""
+
+    items: list[Json]
+    version: int
+
+
+@dataclass(slots=True)
+class Kube:
+    """Calls for one cluster."""
+
+    transport: Transport
+    store: Store
+    observer: WriteObserver = field(default_factory=_Silent)
+
+    async def get(self, ref: Ref) -> Json | None:
+        """Return the object as the API server has it now, or None where there is none."""
+        try:
+            live = await self.transport.request("GET", object_path(ref))
+        except NotFound:
+            return None
+        self.store.put(live)
+        return live
+
+    async def list(
+        self,
+        api_version: str,
+        kind: str,
+        *,
+        namespace: str = "",
+        label_selector: str = "",
+        field_selector: str = "",
+        chunk_size: int = 500,
+    ) -> Listing:
+        """Return all objects of a kind, consistent as of one version."""
+        query = {"limit": str(chunk_size)}
+        if label_selector:
+            query["labelSelector"] = label_selector
+        if field_selector:
+            query["fieldSelector"] = field_selector
+        path = collection_path(api_version, kind, namespace)
+        items: list[Json] = []
+        while True:
+            page = await self.transport.request("GET", path, query=query)
+            # Elements of a list come without their kind.
+            items += [{"apiVersion": api_version, "kind": kind, **item} for item in page["items"]]
+            if not (token := page["metadata"].get("continue")):
+                return Listing(items, version_of(page))
+            query["continue"] = token
+
+    async def apply(self, intent: Json) -> Json:
+        """Make the object say what the intent says, and return it as it is now.
+
+        The intent holds every field we own, each time: one that is left out is removed.
+        """
+        stamped = stamp(intent)
+        ref = Ref.of(intent)
+        live = self.store.get(ref)
+        if live is not None and covers(live, stamped):
+            self.observer.wrote(ref.kind, "skipped")
+            return live
+        query = {"fieldManager": OPERATOR, "force": "true"}
+        return await self._write("PATCH", object_path(ref), ref, stamped, APPLY, query)
+
+    async def create(self, document: Json) -> Json:
+        """Create an object that never changes afterwards, such as a pod.
+
+        Where one of this name exists already it is returned: somebody, or an operator that
+        died in between, was quicker.
+        """
+        ref = Ref.of(document)
+        path = collection_path(ref.api_version, ref.kind, ref.namespace)
+        query = {"fieldManager": OPERATOR}
+        try:
+            return await self._write("POST", path, ref, document, "application/json", query)
+        except AlreadyExists:
+            if (live := await self.get(ref)) is None:
+                raise
+            return live
+
+    async def apply_status(self, resource: Json, status: Json) -> Json:
+        """Write the resource's status unless it says so already; return the resource.
+
+        Raises:
+            Conflict: the resource was deleted and made anew meanwhile.
+        """
+        ref = Ref.of(resource)
+        live = self.store.get(ref) or resource
+        if live.get("status") == status and uid_of(live) == uid_of(resource):
+            self.observer.wrote(ref.kind, "skipped")
+            return live
+        body = {
+            "apiVersion": ref.api_version,
+            "kind": ref.kind,
+            "metadata": {"name": ref.name, "namespace": ref.namespace, "uid": uid_of(resource)},
+            "status": status,
+        }
+        query = {"fieldManager": STATUS, "force": "true"}
+        return await self._write("PATCH", object_path(ref, "status"), ref, body, APPLY, query)
+
+    async def apply_condition(self, pod: Json, condition: Json) -> Json:
+        """Set one condition in a pod's status, leaving the kubelet's alone.
+
+        `condition` is a whole one: type, status, lastTransitionTime, reason and message.
+        """
+        ref = Ref.of(pod)
+        body = {"metadata": {"uid": uid_of(pod)}, "status": {"conditions": [condition]}}
+        query = {"fieldManager": OPERATOR}
+        path = object_path(ref, "status")
+        return await self._write("PATCH", path, ref, body, STRATEGIC, query)
+
+    async def annotate(self, document: Json, annotations: dict[str, str | None]) -> Json:
+        """Set annotations of an existing object; None removes one."""
+        ref = Ref.of(document)
+        body = {"metadata": {"uid": uid_of(document), "annotations": annotations}}
+        query = {"fieldManager": OPERATOR}
+        return await self._write("PATCH", object_path(ref), ref, body, MERGE, query)
+
+    async def delete(
+        self, document: Json, *, grace_s: int | None = None, check_version: bool = True
+    ) -> None:
+        """Delete exactly the object that was looked at; one that is gone already is fine.
+
+        Raises:
+            Conflict: it changed since, so the decision has to be made again.
+        """
+        ref = Ref.of(document)
+        preconditions = {"uid": uid_of(document)}
+        if check_version:
+            preconditions["resourceVersion"] = document["metadata"]["resourceVersion"]
+        body: dict[str, Any] = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "preconditions": preconditions,
+            "propagationPolicy": "Background",
+        }
+        if grace_s is not None:
+            body["gracePeriodSeconds"] = grace_s
+        try:
+            answer = await self.transport.request("DELETE", object_path(ref), body=body)
+        except NotFound:
+            self.store.remove(document)
+            return
+        self.observer.wrote(ref.kind, "deleted")
+        # A pod with a grace period lives on, marked; anything else is gone now.
+        if answer.get("kind") == ref.kind and "deletionTimestamp" in answer["metadata"]:
+            self.store.put(answer)
+        else:
+            self.store.remove(document)
+
+    async def create_event(self, event: Event) -> None:
+        """Tell people about a flipped condition; the same news again counts up."""
+        first = first_event(event)
+        ref = Ref.of(first)
+        path = collection_path(ref.api_version, ref.kind, ref.namespace)
+        try:
+            await self.transport.request("POST", path, body=first)
+        except AlreadyExists:
+            live = await self.transport.request("GET", object_path(ref))
+            body = repeat_event(live, event)
+            await self.transport.request("PATCH", object_path(ref), body=body, content_type=MERGE)
+
+    async def _write(
+        self, method: str, path: str, ref: Ref, body: Json, content_type: str, query: dict[str, str]
+    ) -> Json:
+        try:
+            live = await self.transport.request(
+                method, path, query=query, body=body, content_type=content_type
+            )
+        except Exception:
+            self.observer.wrote(ref.kind, "failed")
+            raise
+        self.observer.wrote(ref.kind, "created" if method == "POST" else "applied")
+        self.store.put(live)
+        return live
