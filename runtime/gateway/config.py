@@ -1,0 +1,88 @@
+"""Settings of the gateway: flags of `mizzen gateway`, environment MIZZEN_GATEWAY_*."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class GatewayConfig(BaseSettings):
+    """Front door of the cluster, or of a laptop when `upstream` names the runtimes."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MIZZEN_GATEWAY_",
+        cli_kebab_case=True,
+        cli_prog_name="mizzen gateway",
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        extra="forbid",
+    )
+
+    host: str = Field("0.0.0.0", description="Address to listen on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port of the OpenAI API.")
+    metrics_port: int = Field(8002, ge=0, le=65535, description="Port of metrics and health.")
+    upstream: list[str] = Field(
+        default_factory=list,
+        description="NAME=URL of a runtime, repeated: serve these and ask no Kubernetes.",
+    )
+    auth: Literal["on", "off"] = Field("on", description="Whether clients must send an API key.")
+    keys_file: Path | None = Field(
+        None, description="API keys without Kubernetes: lines of `ID sha256:SALT:HASH`."
+    )
+    namespace: str | None = Field(
+        None, description="Namespace of the API key Secrets; the pod's own when not set."
+    )
+    kubeconfig: Path | None = Field(
+        None, description="Cluster access from outside a pod; ~/.kube/config when not set."
+    )
+    max_body_mib: int = Field(16, ge=1, le=1024, description="Largest request body in MiB.")
+    body_timeout_s: float = Field(60.0, gt=0, description="Time a client has to send its body.")
+    connect_timeout_s: float = Field(3.0, gt=0, description="Time to connect to a replica.")
+    read_timeout_s: float = Field(
+        600.0, gt=0, description="Longest silence of a replica before the request is given up."
+    )
+    retry_window_s: float = Field(
+        10.0, ge=0, description="How long a request that failed unseen keeps looking for a replica."
+    )
+    max_resends: int = Field(
+        2, ge=0, description="How often a request is sent again after a replica died with it."
+    )
+    eject_s: float = Field(5.0, ge=0, description="How long a replica that failed is chosen last.")
+    lame_duck_s: float = Field(
+        5.0, ge=0, description="On SIGTERM: still accept for this long, while endpoints forget us."
+    )
+    drain_s: float = Field(
+        120.0, ge=0, description="On SIGTERM: time for open requests to end after that."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log lines to print."
+    )
+
+    @field_validator("upstream")
+    @classmethod
+    def _check_upstream(cls, entries: list[str]) -> list[str]:
+        for entry in entries:
+            name, _, url = entry.partition("=")
+            if not name or not url.startswith(("http://", "https://")):
+                raise ValueError(
+                    f"{entry!r} is not NAME=URL; write it as smollm2=http://127.0.0.1:8000"
+                )
+        return entries
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        if self.upstream and self.auth == "on" and self.keys_file is None:
+            raise ValueError(
+                "Without Kubernetes there are no key Secrets: add --keys-file PATH, or --auth off."
+            )
+        return self
+
+    @property
+    def upstreams(self) -> list[tuple[str, str]]:
+        """The upstream entries as (model name, base URL)."""
+        return [
+            (name, url.rstrip("/")) for name, _, url in (e.partition("=") for e in self.upstream)
+        ]

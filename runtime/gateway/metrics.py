@@ -1,0 +1,119 @@
+"""The gateway's Prometheus metrics. Labels name deployments, never what a client made up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from mizzen.runtime.gateway.directory import Directory, ServedModel
+
+# From a cached error to a long prompt on a CPU.
+_TTFB_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_MODEL_LABELS = ("namespace", "model")
+
+
+class GatewayMetrics:
+    """One registry per gateway, so that tests can have several."""
+
+    def __init__(self, directory: Directory) -> None:
+        self.registry = CollectorRegistry(auto_describe=True)
+        self._requests = Counter(
+            "mizzen_gateway_requests",
+            "Requests answered, by status code.",
+            (*_MODEL_LABELS, "code"),
+            registry=self.registry,
+        )
+        self._in_flight = Gauge(
+            "mizzen_gateway_in_flight_requests",
+            "Requests being answered now.",
+            _MODEL_LABELS,
+            registry=self.registry,
+        )
+        self._ttfb = Histogram(
+            "mizzen_gateway_time_to_first_byte_seconds",
+            "From the request's arrival to the first byte of its answer.",
+            _MODEL_LABELS,
+            buckets=_TTFB_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._retries = Counter(
+            "mizzen_gateway_retries",
+            "Requests sent on to another replica before the first byte, by reason.",
+            (*_MODEL_LABELS, "reason"),
+            registry=self.registry,
+        )
+        self._cut = Counter(
+            "mizzen_gateway_cut_streams",
+            "Answers that ended early because their replica was lost.",
+            _MODEL_LABELS,
+            registry=self.registry,
+        )
+        self._picks = Counter(
+            "mizzen_gateway_upstream_picks",
+            "Requests sent to each replica.",
+            (*_MODEL_LABELS, "endpoint"),
+            registry=self.registry,
+        )
+        self._picked: dict[str, set[tuple[str, str]]] = {}
+        self.registry.register(_ReadyEndpoints(directory))
+
+    def on_start(self, model: ServedModel) -> None:
+        """A request for a known model begins."""
+        self._in_flight.labels(*_labels(model)).inc()
+
+    def on_end(self, model: ServedModel) -> None:
+        """It is over, however it ended."""
+        self._in_flight.labels(*_labels(model)).dec()
+
+    def on_answer(self, model: ServedModel | None, code: int) -> None:
+        """A request was answered; requests for no known model share one label."""
+        self._requests.labels(*_labels(model), str(code)).inc()
+
+    def on_first_byte(self, model: ServedModel, seconds: float) -> None:
+        """The first byte of an answer went out."""
+        self._ttfb.labels(*_labels(model)).observe(seconds)
+
+    def on_retry(self, model: ServedModel, reason: str) -> None:
+        """A request moves to another replica."""
+        self._retries.labels(*_labels(model), reason).inc()
+
+    def on_cut(self, model: ServedModel) -> None:
+        """A replica was lost in the middle of an answer."""
+        self._cut.labels(*_labels(model)).inc()
+
+    def on_pick(self, model: ServedModel, url: str) -> None:
+        """A replica was chosen."""
+        labels = _labels(model)
+        self._picked.setdefault(url, set()).add(labels)
+        self._picks.labels(*labels, _endpoint(url)).inc()
+
+    def forget_endpoint(self, url: str) -> None:
+        """Drop the series of a replica that is gone: pods come and go, memory must not."""
+        for labels in self._picked.pop(url, ()):
+            self._picks.remove(*labels, _endpoint(url))
+
+
+class _ReadyEndpoints(Collector):
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        family = GaugeMetricFamily(
+            "mizzen_gateway_endpoints_ready",
+            "Replicas that may be sent requests.",
+            labels=_MODEL_LABELS,
+        )
+        for _, model in self._directory.models():
+            family.add_metric(_labels(model), self._directory.ready_count(model.key))
+        yield family
+
+
+def _labels(model: ServedModel | None) -> tuple[str, str]:
+    return ("", "") if model is None else (model.namespace, model.deployment)
+
+
+def _endpoint(url: str) -> str:
+    return url.removeprefix("http://")

@@ -1,0 +1,217 @@
+"""A request's way to a replica and back: choose, send, perhaps choose another, relay."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from aiohttp import ClientSession, web
+
+from mizzen.runtime.gateway.attempt import (
+    AttemptError,
+    FailureKind,
+    Opened,
+    Outgoing,
+    Refusal,
+    ReplicaLostError,
+    ReplicaTimeoutError,
+    open_answer,
+)
+from mizzen.runtime.gateway.balancer import Balancer
+from mizzen.runtime.gateway.config import GatewayConfig
+from mizzen.runtime.gateway.directory import Directory, Endpoint, Route
+from mizzen.runtime.gateway.errors import NoReplicaError, ReplicaSilentError, error_body
+from mizzen.runtime.gateway.headers import answer_headers, request_headers
+from mizzen.runtime.gateway.metrics import GatewayMetrics
+
+log = logging.getLogger(__name__)
+
+_PAUSE_S = 0.25
+_RETRY_AFTER_S = 5
+_EVENT_STREAM = "text/event-stream"
+
+
+@dataclass(slots=True)
+class Search:
+    """What one request has tried so far."""
+
+    give_up_at: float
+    tried: set[str] = field(default_factory=set)
+    resends: int = 0
+    last: AttemptError | None = None
+
+
+class Proxy:
+    """Sends requests to replicas so that one lost replica is no lost request."""
+
+    def __init__(
+        self,
+        *,
+        config: GatewayConfig,
+        directory: Directory,
+        balancer: Balancer,
+        metrics: GatewayMetrics,
+        session: ClientSession,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._directory = directory
+        self._balancer = balancer
+        self._metrics = metrics
+        self._session = session
+        self._clock = clock
+
+    async def forward(
+        self, request: web.Request, route: Route, body: bytes, *, request_id: str
+    ) -> web.StreamResponse:
+        """Answer `request` from one of the model's replicas.
+
+        Raises:
+            NoReplicaError: no replica took it.
+            ReplicaSilentError: one took it and fell silent.
+        """
+        started_at = self._clock()
+        outgoing = self._outgoing(request, body, request_id)
+        search = Search(give_up_at=started_at + self._config.retry_window_s)
+        while True:
+            endpoint = await self._next_endpoint(route, search)
+            if endpoint is None:
+                return self._give_up(route, search)
+            if search.last is not None:
+                self._metrics.on_retry(route.model, search.last.kind.value)
+            self._metrics.on_pick(route.model, endpoint.url)
+            with self._balancer.lease(endpoint.url):
+                try:
+                    answer = await open_answer(self._session, endpoint.url, outgoing)
+                except AttemptError as failure:
+                    self._note(route, endpoint, search, failure)
+                    continue
+                except ReplicaTimeoutError:
+                    self._balancer.note_failure(endpoint.url)
+                    raise ReplicaSilentError(
+                        f"A replica of {route.model.name!r} took the request and did not answer "
+                        f"within {self._config.read_timeout_s:g} seconds."
+                    ) from None
+                self._balancer.note_success(endpoint.url)
+                self._metrics.on_first_byte(route.model, self._clock() - started_at)
+                if isinstance(answer, Refusal):
+                    return _refused(answer)
+                return await self._relay(request, route, answer)
+
+    # Choosing.
+
+    async def _next_endpoint(self, route: Route, search: Search) -> Endpoint | None:
+        """Return the replica to try next, waiting for one while it is worth it; None to give up."""
+        # A request that takes its replicas down must not be handed round all of them.
+        while search.resends <= self._config.max_resends:
+            endpoints = self._directory.endpoints(route.model.key)
+            endpoint = self._balancer.choose(endpoints, without=search.tried)
+            if endpoint is not None or search.last is None:
+                return endpoint
+            # Every replica known was tried. Waiting helps where another is on its way to being
+            # ready; it does not where all of them are busy.
+            left_s = search.give_up_at - self._clock()
+            if left_s <= 0 or search.last.kind is FailureKind.BUSY:
+                break
+            await self._directory.wait_for_change(min(_PAUSE_S, left_s))
+            search.tried.clear()
+        return None
+
+    def _note(
+        self, route: Route, endpoint: Endpoint, search: Search, failure: AttemptError
+    ) -> None:
+        search.tried.add(endpoint.url)
+        search.last = failure
+        if failure.kind is FailureKind.LOST:
+            search.resends += 1
+        if failure.kind is not FailureKind.BUSY:
+            self._balancer.note_failure(endpoint.url)
+        log.info(
+            "model=%s/%s endpoint=%s not answered: %s (%s)",
+            *route.model.key,
+            endpoint.url,
+            failure.kind.value,
+            failure,
+        )
+
+    def _give_up(self, route: Route, search: Search) -> web.StreamResponse:
+        name = route.model.name
+        if search.last is None:
+            raise NoReplicaError(
+                f"The model {name!r} has no ready replica now. Try again in a few seconds; "
+                f"`kubectl -n {route.model.namespace} describe llmdeployment "
+                f"{route.model.deployment}` says why.",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        if search.last.refusal is not None:
+            refusal = search.last.refusal
+            refusal.headers.setdefault("Retry-After", str(_RETRY_AFTER_S))
+            return _refused(refusal)
+        raise NoReplicaError(
+            f"No replica of {name!r} answered: the last one tried was {search.last.kind.value}. "
+            "Try again in a few seconds.",
+            retry_after_s=_RETRY_AFTER_S,
+        )
+
+    # Sending and relaying.
+
+    def _outgoing(self, request: web.Request, body: bytes, request_id: str) -> Outgoing:
+        return Outgoing(
+            path=request.rel_url.raw_path_qs,
+            headers=request_headers(
+                request.headers,
+                request_id=request_id,
+                with_authorization=self._config.auth == "off",
+            ),
+            body=body,
+            connect_timeout_s=self._config.connect_timeout_s,
+            read_timeout_s=self._config.read_timeout_s,
+        )
+
+    async def _relay(
+        self, request: web.Request, route: Route, opened: Opened
+    ) -> web.StreamResponse:
+        upstream = opened.response
+        answer = web.StreamResponse(
+            status=upstream.status, headers=answer_headers(upstream.headers)
+        )
+        try:
+            # aiohttp reads no more than two buffers ahead, and `write` waits for a slow client:
+            # that is the whole of the flow control.
+            chunk = opened.first_chunk
+            await answer.prepare(request)
+            while chunk:
+                await answer.write(chunk)
+                chunk = await opened.next_chunk()
+            await answer.write_eof()
+        except ReplicaLostError as error:
+            await self._cut(request, route, answer, error)
+        except ConnectionError:
+            log.debug("client of %s/%s is gone", *route.model.key)
+        finally:
+            # Also when this task is cancelled because the client went away: the replica notices
+            # the closed connection and stops generating.
+            opened.close()
+        return answer
+
+    async def _cut(
+        self, request: web.Request, route: Route, answer: web.StreamResponse, error: Exception
+    ) -> None:
+        """End an answer whose replica was lost so that nobody takes it for a complete one."""
+        self._metrics.on_cut(route.model)
+        log.warning("model=%s/%s lost its replica in mid-answer: %s", *route.model.key, error)
+        if answer.headers.get("Content-Type", "").startswith(_EVENT_STREAM):
+            message = "The replica was lost in the middle of this answer; send the request again."
+            event = json.dumps(error_body(message, "server_error", code="replica_lost"))
+            await answer.write(f"\n\ndata: {event}\n\n".encode())
+            await answer.write_eof()
+        elif request.transport is not None:
+            # No end of the body was sent: the client's HTTP library reports it as incomplete.
+            request.transport.close()
+
+
+def _refused(refusal: Refusal) -> web.Response:
+    return web.Response(status=refusal.status, headers=refusal.headers, body=refusal.body)

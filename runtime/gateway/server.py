@@ -1,0 +1,205 @@
+"""The gateway as one object with a start and an end; `main` runs it, tests embed it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+
+from aiohttp import AddrInfoType, ClientSession, DummyCookieJar, TCPConnector, web
+
+from mizzen.runtime.gateway.app import Parts, build_app
+from mizzen.runtime.gateway.balancer import Balancer
+from mizzen.runtime.gateway.config import GatewayConfig
+from mizzen.runtime.gateway.directory import Directory, Endpoint, ServedModel
+from mizzen.runtime.gateway.health import build_health_app
+from mizzen.runtime.gateway.keys import KEY_LABEL, Keyring, parse_lines
+from mizzen.runtime.gateway.kube import KubeReader, connect, own_namespace
+from mizzen.runtime.gateway.lifecycle import Lifecycle
+from mizzen.runtime.gateway.metrics import GatewayMetrics
+from mizzen.runtime.gateway.proxy import Proxy
+from mizzen.runtime.gateway.reflector import Reflector
+from mizzen.runtime.gateway.sinks import DEPLOYMENT_LABEL, KeySink, ModelSink, SliceSink
+
+log = logging.getLogger(__name__)
+
+_KEEPALIVE_IDLE_S = 15
+_LINGER_S = 5.0
+_HEADER_BYTES = 32 * 1024
+
+
+class Gateway:
+    """Watches, the two servers, and an orderly end."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.config = config
+        self.directory = Directory()
+        self.keyring = Keyring()
+        self.lifecycle = Lifecycle()
+        self.balancer = Balancer(eject_s=config.eject_s)
+        self.metrics = GatewayMetrics(self.directory)
+        self.directory.on_endpoint_gone = self._forget_endpoint
+        self._session: ClientSession | None = None
+        self._reader: KubeReader | None = None
+        self._api: web.AppRunner | None = None
+        self._health: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        """Listen on both ports and begin to watch; health answers before the first list is read."""
+        config = self.config
+        if config.keys_file is not None:
+            lines = config.keys_file.read_text().splitlines()
+            self.keyring.replace(str(config.keys_file), parse_lines(lines))
+        if config.upstream:
+            self._learn_upstreams()
+        else:
+            await self._begin_watching()
+        self._session = _upstream_session()
+        self._health = web.AppRunner(
+            build_health_app(self.lifecycle, self.metrics), access_log=None
+        )
+        self._api = web.AppRunner(
+            build_app(self._parts(self._session)),
+            access_log=None,
+            # A client that goes away cancels its request here, and with it the one upstream.
+            handler_cancellation=True,
+            shutdown_timeout=config.drain_s,
+            lingering_time=_LINGER_S,
+            max_line_size=_HEADER_BYTES,
+            max_field_size=_HEADER_BYTES,
+        )
+        await _listen(self._health, config.host, config.metrics_port)
+        await _listen(self._api, config.host, config.port)
+        log.info("gateway listens on %s:%d, auth %s", config.host, self.port, config.auth)
+
+    @property
+    def port(self) -> int:
+        """The API's port, also where the settings said 0."""
+        assert self._api is not None
+        return int(self._api.addresses[0][1])
+
+    @property
+    def metrics_port(self) -> int:
+        """The health side's port, also where the settings said 0."""
+        assert self._health is not None
+        return int(self._health.addresses[0][1])
+
+    async def drain(self) -> None:
+        """Shut down gently: not ready, lame duck, then no new requests while open ones end."""
+        self.lifecycle.is_draining = True
+        log.info("shutting down: accepting for %g s more", self.config.lame_duck_s)
+        await asyncio.sleep(self.config.lame_duck_s)
+        await self.close()
+
+    async def close(self) -> None:
+        """Stop listening, let open requests end, then stop everything else."""
+        self.lifecycle.is_draining = True
+        if self._api is not None:
+            await self._api.cleanup()
+        for task in self.lifecycle.tasks:
+            task.cancel()
+        await asyncio.gather(*self.lifecycle.tasks, return_exceptions=True)
+        if self._health is not None:
+            await self._health.cleanup()
+        if self._session is not None:
+            await self._session.close()
+        if self._reader is not None:
+            await self._reader.close()
+
+    def _parts(self, session: ClientSession) -> Parts:
+        proxy = Proxy(
+            config=self.config,
+            directory=self.directory,
+            balancer=self.balancer,
+            metrics=self.metrics,
+            session=session,
+        )
+        return Parts(
+            config=self.config,
+            directory=self.directory,
+            keyring=self.keyring,
+            metrics=self.metrics,
+            proxy=proxy,
+            lifecycle=self.lifecycle,
+        )
+
+    def _learn_upstreams(self) -> None:
+        urls: dict[str, list[str]] = {}
+        for name, url in self.config.upstreams:
+            urls.setdefault(name, []).append(url)
+        for name, replicas in urls.items():
+            model = ServedModel(namespace="local", deployment=name, name=name)
+            self.directory.put_model(model)
+            self.directory.put_slice(
+                model.key,
+                deployment=model.key,
+                endpoints=tuple(Endpoint(url) for url in replicas),
+            )
+
+    async def _begin_watching(self) -> None:
+        self._reader = await connect(self.config.kubeconfig)
+        self.lifecycle.reflectors = self._reflectors(self._reader)
+        self.lifecycle.tasks = [
+            asyncio.create_task(reflector.run(), name=f"watch {reflector.name}")
+            for reflector in self.lifecycle.reflectors
+        ]
+
+    def _reflectors(self, reader: KubeReader) -> list[Reflector]:
+        reflectors = [
+            Reflector(
+                "llmdeployments",
+                reader,
+                ModelSink(self.directory),
+                path="/apis/mizzen.dev/v1alpha1/llmdeployments",
+            ),
+            Reflector(
+                "endpointslices",
+                reader,
+                SliceSink(self.directory),
+                path="/apis/discovery.k8s.io/v1/endpointslices",
+                query={"labelSelector": DEPLOYMENT_LABEL},
+            ),
+        ]
+        if self.config.auth == "on":
+            namespace = self.config.namespace or own_namespace()
+            reflectors.append(
+                Reflector(
+                    "api keys",
+                    reader,
+                    KeySink(self.keyring),
+                    path=f"/api/v1/namespaces/{namespace}/secrets",
+                    query={"labelSelector": f"{KEY_LABEL}=true"},
+                )
+            )
+        return reflectors
+
+    def _forget_endpoint(self, url: str) -> None:
+        self.balancer.forget(url)
+        self.metrics.forget_endpoint(url)
+
+
+def _upstream_session() -> ClientSession:
+    return ClientSession(
+        # The gateway's own clients are the only limit: a cap here would make them queue unseen.
+        connector=TCPConnector(limit=0, keepalive_timeout=30, socket_factory=_socket),
+        cookie_jar=DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("Accept-Encoding", "User-Agent", "Content-Type"),
+    )
+
+
+def _socket(address: AddrInfoType) -> socket.socket:
+    """Open a socket that notices a node that died without a word, within about a minute."""
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_IDLE_S)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    return made
+
+
+async def _listen(runner: web.AppRunner, host: str, port: int) -> None:
+    await runner.setup()
+    await web.TCPSite(runner, host, port).start()

@@ -1,0 +1,174 @@
+"""Kubernetes objects, reduced to what the gateway needs and put where it looks them up.
+
+A strange object is taken for what can be read of it: one of them must not stop a watch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from mizzen.runtime.gateway.directory import (
+    Directory,
+    Endpoint,
+    EndpointState,
+    ObjectKey,
+    ServedModel,
+)
+from mizzen.runtime.gateway.keys import Keyring, parse_secret
+from mizzen.runtime.gateway.kube import KubeObject
+
+log = logging.getLogger(__name__)
+
+DEPLOYMENT_LABEL = "mizzen.dev/deployment"
+_HTTP_PORT_NAME = "http"
+_HTTP_PORT = 8000
+
+
+def object_key(item: KubeObject) -> ObjectKey:
+    """Return namespace and name."""
+    metadata = item["metadata"]
+    return metadata.get("namespace", ""), metadata["name"]
+
+
+def parse_model(item: KubeObject) -> ServedModel:
+    """Read an LLMDeployment: its served name and the adapters that are on some replica."""
+    namespace, name = object_key(item)
+    spec = _mapping(_mapping(item.get("spec")).get("model"))
+    adapters = _mapping(item.get("status")).get("adapters")
+    return ServedModel(
+        namespace=namespace,
+        deployment=name,
+        name=str(spec.get("servedName") or name),
+        created_at_s=_epoch_s(item["metadata"].get("creationTimestamp")),
+        adapters=tuple(
+            sorted(
+                str(adapter["name"])
+                for adapter in (adapters if isinstance(adapters, list) else [])
+                if isinstance(adapter, dict)
+                and adapter.get("name")
+                and (adapter.get("readyReplicas") or 0) > 0
+            )
+        ),
+    )
+
+
+def parse_slice(item: KubeObject) -> tuple[ObjectKey, tuple[Endpoint, ...]]:
+    """Read an EndpointSlice: its deployment, and the replicas that answer."""
+    namespace, _ = object_key(item)
+    labels = item["metadata"].get("labels") or {}
+    port = next(
+        (
+            p["port"]
+            for p in item.get("ports") or ()
+            if p.get("name") == _HTTP_PORT_NAME and p.get("port")
+        ),
+        _HTTP_PORT,
+    )
+    endpoints = [
+        Endpoint(f"http://{_host(address)}:{port}", state)
+        for entry in item.get("endpoints") or ()
+        if (state := _state(_mapping(entry.get("conditions")))) is not None
+        # Several addresses of one entry are the same pod: the first is enough.
+        for address in (entry.get("addresses") or ())[:1]
+    ]
+    return (namespace, labels.get(DEPLOYMENT_LABEL, "")), tuple(endpoints)
+
+
+class ModelSink:
+    """LLMDeployments into the directory."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    def replace(self, items: Sequence[KubeObject]) -> None:
+        """Take the whole list."""
+        self._directory.replace_models(parse_model(item) for item in items)
+
+    def put(self, item: KubeObject) -> None:
+        """Take a new or changed deployment."""
+        self._directory.put_model(parse_model(item))
+
+    def drop(self, item: KubeObject) -> None:
+        """Forget a deleted deployment."""
+        self._directory.drop_model(object_key(item))
+
+
+class SliceSink:
+    """EndpointSlices into the directory."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    def replace(self, items: Sequence[KubeObject]) -> None:
+        """Take the whole list."""
+        self._directory.replace_slices({object_key(item): parse_slice(item) for item in items})
+
+    def put(self, item: KubeObject) -> None:
+        """Take a new or changed slice."""
+        deployment, endpoints = parse_slice(item)
+        self._directory.put_slice(object_key(item), deployment=deployment, endpoints=endpoints)
+
+    def drop(self, item: KubeObject) -> None:
+        """Forget a deleted slice."""
+        self._directory.drop_slice(object_key(item))
+
+
+class KeySink:
+    """API key Secrets into the keyring."""
+
+    def __init__(self, keyring: Keyring) -> None:
+        self._keyring = keyring
+
+    def replace(self, items: Sequence[KubeObject]) -> None:
+        """Take the whole list; a Secret that is not in it lets nobody in any more."""
+        for gone in self._keyring.sources() - {_source(item) for item in items}:
+            self._keyring.replace(gone, {})
+        for item in items:
+            self.put(item)
+
+    def put(self, item: KubeObject) -> None:
+        """Take a new or changed Secret."""
+        data = item.get("data")
+        keys, bad = parse_secret(data if isinstance(data, dict) else {})
+        for key_id in bad:
+            log.warning(
+                "Secret %s: entry %s is not `sha256:SALT:HASH`; use `mizzen keys create`",
+                _source(item),
+                key_id,
+            )
+        self._keyring.replace(_source(item), keys)
+
+    def drop(self, item: KubeObject) -> None:
+        """Forget a deleted Secret and its keys."""
+        self._keyring.replace(_source(item), {})
+
+
+def _source(item: KubeObject) -> str:
+    return "/".join(object_key(item))
+
+
+def _state(conditions: dict[str, Any]) -> EndpointState | None:
+    # An absent `ready` means ready, as the API says.
+    if conditions.get("ready") is not False:
+        return EndpointState.READY
+    if conditions.get("terminating") and conditions.get("serving"):
+        return EndpointState.TERMINATING
+    return None
+
+
+def _host(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _epoch_s(timestamp: object) -> int:
+    try:
+        return int(datetime.fromisoformat(str(timestamp)).timestamp())
+    except ValueError:
+        return 0
