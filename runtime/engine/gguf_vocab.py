@@ -1,35 +1,14 @@
-"""A tokenizer from a GGUF file's metadata, without importing transformers: start-up counts.
+"""A tokenizer from a GGUF file's metadata, without importing transformers: start-up counts."""
 
-Only the metadata at the file's beginning is read; tensors are the model loader's business.
-"""
-
-import mmap
-import struct
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
-from mizzen.runtime.errors import BadModelError, NotAModelError
+from mizzen.runtime.errors import BadModelError
 
-MAGIC = b"GGUF"
-STRING, ARRAY = 8, 9
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types, as llama.cpp numbers them
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -55,23 +34,6 @@ class UnknownTokenizerError(BadModelError):
     reason = "UnknownTokenizer"
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the key-value part of a GGUF file (versions 2 and 3, little endian).
-
-    Raises:
-        NotAModelError: it is not such a file, or it ends within its metadata.
-    """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[:4] != MAGIC:
-            raise NotAModelError(f"{path.name} is not a GGUF file. Download it again.")
-        try:
-            _, _, count = struct.unpack_from("<IQQ", data, 4)
-            reader = _Reader(data, offset=24)
-            return {reader.string(): reader.value(reader.scalar("I")) for _ in range(count)}
-        except (struct.error, KeyError, UnicodeDecodeError):
-            raise NotAModelError(f"{path.name} ends too early. Download it again.") from None
-
-
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """Return the tokenizer that the metadata describes.
 
@@ -92,35 +54,6 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
         _prepend_bos(tokenizer, metadata)
     return tokenizer
-
-
-class _Reader:
-    def __init__(self, data: mmap.mmap, *, offset: int) -> None:
-        self._data = data
-        self._offset = offset
-
-    def scalar(self, code: str) -> Any:
-        (value,) = struct.unpack_from(f"<{code}", self._data, self._offset)
-        self._offset += struct.calcsize(f"<{code}")
-        return value
-
-    def string(self) -> str:
-        size = self.scalar("Q")
-        self._offset += size
-        return self._data[self._offset - size : self._offset].decode()
-
-    def value(self, kind: int) -> Any:
-        if kind == STRING:
-            return self.string()
-        if kind != ARRAY:
-            return self.scalar(SCALARS[kind])
-        item_kind, count = self.scalar("I"), self.scalar("Q")
-        if item_kind in (STRING, ARRAY):
-            return [self.value(item_kind) for _ in range(count)]
-        layout = f"<{count}{SCALARS[item_kind]}"
-        values = struct.unpack_from(layout, self._data, self._offset)
-        self._offset += struct.calcsize(layout)
-        return list(values)
 
 
 def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from mizzen.runtime.engine.api import InvalidRequestError, Message
 from mizzen.runtime.engine.chat_template import render_chat
-from mizzen.runtime.engine.gguf_vocab import build_tokenizer, read_metadata
+from mizzen.runtime.engine.gguf_vocab import build_tokenizer
 from mizzen.runtime.errors import WeightsMissingError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -179,7 +179,9 @@ def _directory_template(path: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    metadata = read_metadata(path)
+    from mizzen.runtime.model.gguf_header import read_gguf_header  # noqa: PLC0415 - only if needed
+
+    metadata = read_gguf_header(path).metadata
     tokens = metadata["tokenizer.ggml.tokens"]
     ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")}
     return Tokenizer(

@@ -66,7 +66,7 @@ def test_each_position_and_seed_has_its_own_number() -> None:
     seeds, positions = np.meshgrid(np.arange(100, dtype=np.uint64), np.arange(100, dtype=np.uint64))
     numbers = uniform_numbers(seeds.ravel(), positions.ravel())
     assert len(set(numbers.tolist())) == 10_000
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     assert abs(numbers.mean() - 0.5) < 0.02
     deciles, _ = np.histogram(numbers, bins=10, range=(0, 1))
     assert deciles.min() > 850

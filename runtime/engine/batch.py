@@ -1,0 +1,80 @@
+"""From chunks to the packed arrays of one step. Plain numpy, so a step is a small message."""
+
+# Shapes: S sequences in the step, T packed tokens, B blocks in the longest block table, N tokens
+# that are sampled from.
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mizzen.runtime.engine.scheduler import Chunk
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """All that a rank needs to compute a step; every rank gets the same."""
+
+    token_ids_T: Ints
+    positions_T: Ints
+    slots_T: Ints
+    query_lens: list[int]
+    context_lens: list[int]
+    block_tables_SB: Ints
+    sample_at_N: Ints  # indices into T
+    lora_slots_S: list[int]
+
+
+class BatchBuilder:
+    """Keeps each running sequence's block table in a row of one array.
+
+    Only rows that changed are written, so a decode step gathers instead of rebuilding.
+    """
+
+    def __init__(self, *, rows: int, blocks_per_row: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._table = np.zeros((rows, blocks_per_row), dtype=np.int64)
+        self._written: list[list[int] | None] = [None] * rows  # the very list that fills the row
+        self._lengths = [0] * rows
+
+    def build(self, chunks: Items[Chunk]) -> StepInput:
+        """Pack the chunks in their order."""
+        for chunk in chunks:
+            self._write_row(chunk.seq.row, chunk.seq.blocks)
+        rows = np.array([chunk.seq.row for chunk in chunks])
+        starts = np.array([chunk.start for chunk in chunks])
+        counts = np.array([chunk.count for chunk in chunks])
+        ends = np.cumsum(counts)
+        contexts = starts + counts
+        positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
+        blocks = self._table[np.repeat(rows, counts), positions // self._block_size]
+        width = -(-int(contexts.max()) // self._block_size)
+        return StepInput(
+            token_ids_T=_token_ids(chunks),
+            positions_T=positions,
+            slots_T=blocks * self._block_size + positions % self._block_size,
+            query_lens=counts.tolist(),
+            context_lens=contexts.tolist(),
+            block_tables_SB=self._table[rows, :width],
+            sample_at_N=ends[[chunk.samples for chunk in chunks]] - 1,
+            lora_slots_S=[chunk.seq.lora_slot for chunk in chunks],
+        )
+
+    def _write_row(self, row: int, blocks: list[int]) -> None:
+        # A preempted sequence comes back with a new list, so identity tells old from new.
+        known = self._lengths[row] if self._written[row] is blocks else 0
+        if known != len(blocks):
+            self._table[row, known : len(blocks)] = blocks[known:]
+            self._written[row], self._lengths[row] = blocks, len(blocks)
+
+
+def _token_ids(chunks: Items[Chunk]) -> Ints:
+    ids: list[int] = []
+    for chunk in chunks:
+        if chunk.count == 1:
+            ids.append(chunk.seq.token_ids[chunk.start])
+        else:
+            ids += chunk.seq.token_ids[chunk.start : chunk.start + chunk.count]
+    return np.array(ids, dtype=np.int64)
