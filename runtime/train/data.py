@@ -10,11 +10,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mizzen.runtime.errors import MizzenError
 from mizzen.runtime.train.config import Dataset, Processing
 from mizzen.runtime.train.errors import (
     DatasetEmptyError,
     DatasetNeverStopsError,
     DatasetNoAssistantTurnsError,
+    DatasetRefusedByTemplateError,
 )
 from mizzen.runtime.train.sources import Conversation, Source
 
@@ -26,7 +28,7 @@ class ChatRenderer(Protocol):
     """The part of the serving tokenizer that training needs: one template for both."""
 
     @property
-    def eos_token_ids(self) -> frozenset[int]:
+    def eos_token_ids(self) -> Sequence[int]:
         """The tokens that end a turn."""
         ...
 
@@ -122,17 +124,18 @@ def _render_source(
     source: Source, renderer: ChatRenderer, rules: Processing, cuts: _Cuts
 ) -> list[tuple[bytes, Sample]]:
     """Return the samples worth training on, with the keys they are split by."""
-    rendered = [(c.key, _render(c, renderer, rules)) for c in source.conversations]
+    name = source.dataset.name
+    rendered = [(c.key, _render(name, c, renderer, rules)) for c in source.conversations]
     if not any(sample.labels for _, sample in rendered):
         raise DatasetNoAssistantTurnsError(
-            source.dataset.name,
+            name,
             f"none of its {len(rendered)} samples has an assistant turn to learn from.",
         )
     shortened = [(key, _shorten(sample, rules, cuts)) for key, sample in rendered]
     kept = [(key, sample) for key, sample in shortened if sample is not None]
     if not kept:
         raise DatasetEmptyError(
-            source.dataset.name,
+            name,
             f"all {len(rendered)} samples are longer than {rules.max_seq_len} tokens. "
             "Raise processing.maxSeqLen.",
         )
@@ -140,8 +143,13 @@ def _render_source(
     return kept
 
 
-def _render(conversation: Conversation, renderer: ChatRenderer, rules: Processing) -> Sample:
-    token_ids, is_assistant = renderer.render_for_training(conversation.messages)
+def _render(
+    name: str, conversation: Conversation, renderer: ChatRenderer, rules: Processing
+) -> Sample:
+    try:
+        token_ids, is_assistant = renderer.render_for_training(conversation.messages)
+    except MizzenError as error:
+        raise DatasetRefusedByTemplateError(name, f"{conversation.place}: {error}") from error
     is_label_T = np.asarray(is_assistant, dtype=np.bool_)
     if rules.loss_on == "all":
         is_label_T = np.ones_like(is_label_T)
@@ -166,9 +174,9 @@ def _shorten(sample: Sample, rules: Processing, cuts: _Cuts) -> Sample | None:
     return fits
 
 
-def _check_stops(dataset: Dataset, samples: Sequence[Sample], ends: frozenset[int]) -> None:
+def _check_stops(dataset: Dataset, samples: Sequence[Sample], ends: Sequence[int]) -> None:
     """Refuse data from which a model would unlearn to end its turn."""
-    end_ids = np.asarray(sorted(ends), dtype=np.int32)
+    end_ids = np.asarray(ends, dtype=np.int32)
     if not any(np.isin(s.token_ids_T[s.is_label_T], end_ids).any() for s in samples):
         raise DatasetNeverStopsError(
             dataset.name,

@@ -56,6 +56,12 @@ class DatasetNoAssistantTurnsError(DatasetError):
     reason = "DatasetNoAssistantTurns"
 
 
+class DatasetRefusedByTemplateError(DatasetError):
+    """The model's chat template cannot render a sample."""
+
+    reason = "DatasetRefusedByTemplate"
+
+
 class DatasetNeverStopsError(DatasetError):
     """No labelled token ends a turn: the model would learn never to stop."""
 

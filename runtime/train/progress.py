@@ -51,18 +51,19 @@ class ProgressBoard:
         self._steps: deque[tuple[float, int]] = deque(maxlen=_MEASURED_STEPS + 1)
         self._document: dict[str, Any] = {
             "phase": "Preparing",
-            "step": 0,
+            "step": None,
             "totalSteps": None,
-            "epoch": 0.0,
+            "epoch": None,
             "loss": None,
             "evalLoss": None,
             "learningRate": None,
-            "tokens": 0,
+            "tokens": None,
             "tokensPerSecond": None,
             "etaSeconds": None,
             "checkpoint": None,
             "evaluation": [],
             "artifact": None,
+            "dataset": None,
             "generation": generation,
         }
 
@@ -77,6 +78,16 @@ class ProgressBoard:
             self._document["phase"] = phase
             if phase != "Running":
                 self._document["etaSeconds"] = 0 if phase == "Succeeded" else None
+
+    def prepared(self, *, samples: int, holdout: int, truncated: int, dropped: int) -> None:
+        """Note what became of the data: what is trained on, kept for the gate, cut, left out."""
+        with self._lock:
+            self._document["dataset"] = {
+                "samples": samples,
+                "holdout": holdout,
+                "truncated": truncated,
+                "dropped": dropped,
+            }
 
     def plan(self, *, step: int, total_steps: int, tokens: int, epoch: float) -> None:
         """Note where the job starts and where it ends."""

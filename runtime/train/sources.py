@@ -39,6 +39,7 @@ class Conversation:
 
     messages: tuple[Message, ...]
     key: bytes
+    place: str  # in its file, as people count
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ def _conversation(name: str, place: str, value: object, form: str) -> Conversati
             name, f"{place} has {wanted}; its keys are {', '.join(map(str, value)) or 'none'}."
         )
     canonical = json.dumps(messages, sort_keys=True, ensure_ascii=False)
-    return Conversation(messages, hashlib.sha256(canonical.encode()).digest())
+    return Conversation(messages, hashlib.sha256(canonical.encode()).digest(), place)
 
 
 def _checked_messages(name: str, place: str, messages: object) -> tuple[Message, ...]:

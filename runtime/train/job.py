@@ -1,0 +1,244 @@
+"""One generation of one job, from its files to its artifact.
+
+Every stage may be the last: what a stage finished is on disk, so the next generation passes over
+it and goes on with the first unfinished one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mizzen.runtime.engine.tokenizer import Tokenizer
+from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.loader import load_decoder
+from mizzen.runtime.train.adaptation import Adapted, FullAdaptation
+from mizzen.runtime.train.admin import AdminServer
+from mizzen.runtime.train.batches import SampleOrder
+from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
+from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
+from mizzen.runtime.train.data import Prepared, prepare
+from mizzen.runtime.train.errors import JobConfigError
+from mizzen.runtime.train.evaluate import Examination, TallyStore, decide_verdict
+from mizzen.runtime.train.history import LossHistory
+from mizzen.runtime.train.loop import Loop, LoopParts, LossSum
+from mizzen.runtime.train.methods.sft import token_losses_sum
+from mizzen.runtime.train.progress import ProgressBoard, Verdict, fit_termination_log
+from mizzen.runtime.train.publish import publish
+from mizzen.runtime.train.sources import load_source
+from mizzen.runtime.train.stop import EXIT_DONE, EXIT_YIELDED, StopFlag, YieldRequested
+
+log = logging.getLogger(__name__)
+
+METHODS: dict[str, LossSum] = {"sft": token_losses_sum}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A job that is ready to train: its data, its model and where its state is kept."""
+
+    config: TrainConfig
+    data: Prepared
+    tokenizer: Tokenizer
+    decoder: Decoder
+    adapted: Adapted
+    store: CheckpointStore
+    state: TrainState | None  # as restored; None on a first start
+    tallies: TallyStore
+    board: ProgressBoard
+    stop: StopFlag
+
+
+def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag) -> int:
+    """Run a job until it is done or has yielded; return the exit code.
+
+    Raises:
+        MizzenError: the job cannot go on; the message says what to change.
+    """
+    if config.world_size > 1:
+        raise JobConfigError("world_size above 1 is not supported. Set it to 1.")
+    board = ProgressBoard(generation=config.generation)
+    AdminServer(board, stop, token_file=environment.admin_token_file).start(config.admin_port)
+    with stop.nothing_to_lose():
+        stage = _prepare(config, environment, board, stop)
+    try:
+        verdicts, step = _train_and_evaluate(stage)
+    except YieldRequested:
+        return EXIT_YIELDED
+    if all(verdict.passed for verdict in verdicts):
+        board.enter("Publishing")
+        with stop.nothing_to_lose():
+            board.published(publish(config, _artifact_writer(stage), step=step, verdicts=verdicts))
+    else:
+        log.warning("The candidate failed its evaluation; nothing is published.")
+    board.enter("Succeeded")
+    _report(environment.termination_log, board)
+    return EXIT_DONE
+
+
+def _prepare(
+    config: TrainConfig, environment: TrainerEnvironment, board: ProgressBoard, stop: StopFlag
+) -> Stage:
+    tokenizer = Tokenizer.load(config.base_model)
+    sources = [
+        load_source(dataset, default_format=config.processing.format) for dataset in config.datasets
+    ]
+    data = prepare(sources, tokenizer, config.processing)
+    board.prepared(
+        samples=data.samples,
+        holdout=len(data.holdout),
+        truncated=data.truncated,
+        dropped=data.dropped,
+    )
+    device = _choose_device(environment)
+    decoder = load_decoder(config.base_model, dtype=_load_dtype(config, device), device=device)
+    directory = config.checkpoint.directory
+    store = CheckpointStore(
+        directory,
+        fingerprint=fingerprint(config, data),
+        generation=config.generation,
+        keep=config.checkpoint.keep_last,
+    )
+    restored = store.restore()
+    if restored:
+        board.committed(restored[0])
+        log.info("Resuming from step %d.", restored[0].step)
+    return Stage(
+        config=config,
+        data=data,
+        tokenizer=tokenizer,
+        decoder=decoder,
+        adapted=_adapt(decoder, config, device),
+        store=store,
+        state=restored[1] if restored else None,
+        tallies=TallyStore(directory, fingerprint=fingerprint(config, data)),
+        board=board,
+        stop=stop,
+    )
+
+
+def _train_and_evaluate(stage: Stage) -> tuple[list[Verdict], int]:
+    """Train to the end and ask the gate; return its verdicts and the last step."""
+    adapted, suites = stage.adapted, stage.config.evaluation.suites
+    examination = Examination(
+        decoder=stage.decoder,
+        loss_sum=adapted.loss_sum(METHODS[stage.config.method]),
+        holdout=stage.data.holdout,
+        micro_batch=stage.config.hyperparameters.micro_batch,
+        store=stage.tallies,
+        stop=stage.stop,
+    )
+    loop: Loop | None = None
+    try:
+        # The base comes first: a full fine-tune leaves no base behind to ask later.
+        base = examination.tally("base", None) if suites else None
+        loop = _start_loop(stage)
+        stage.board.enter("Running")
+        stage.decoder.train()
+        loop.run()
+        stage.decoder.eval()
+        stage.board.enter("Evaluating")
+        adapted.round_for_publishing()
+        if base is None:
+            return [], loop.counters.step
+        candidate = examination.tally("candidate", adapted.trainable.lora)
+    except YieldRequested:
+        if loop is None:
+            loop = _start_loop(stage)
+        loop.commit()
+        log.info("Yielding at step %d.", loop.counters.step)
+        raise
+    verdicts = [decide_verdict(suite, base=base, candidate=candidate) for suite in suites]
+    stage.board.evaluated(eval_loss=candidate.mean_loss, verdicts=verdicts)
+    return verdicts, loop.counters.step
+
+
+def _start_loop(stage: Stage) -> Loop:
+    """Put the restored state back and return the loop that goes on from it."""
+    config, state = stage.config, stage.state
+    counters = state.counters if state else Counters()
+    if state:
+        stage.adapted.trainable.restore(state.tensors, steps=counters.step)
+    parts = LoopParts(
+        decoder=stage.decoder,
+        trainable=stage.adapted.trainable,
+        loss_sum=stage.adapted.loss_sum(METHODS[config.method]),
+        order=SampleOrder(stage.data, seed=config.hyperparameters.seed),
+        store=stage.store,
+        history=LossHistory(config.checkpoint.directory, resumed_step=counters.step),
+        board=stage.board,
+        stop=stage.stop,
+    )
+    return Loop(
+        parts,
+        hyper=config.hyperparameters,
+        checkpointing=config.checkpoint,
+        counters=counters,
+    )
+
+
+def _artifact_writer(stage: Stage) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        stage.adapted.write(folder, base_model=stage.config.base_model, tokenizer=stage.tokenizer)
+
+    return write
+
+
+def fingerprint(config: TrainConfig, data: Prepared) -> str:
+    """Return what a checkpoint must agree with: all that makes a step's outcome differ.
+
+    How many samples run at once is left out on purpose: it may change when memory is short.
+    """
+    document = config.model_dump(
+        mode="json", include={"method", "adaptation", "base_model", "processing"}
+    )
+    document["hyperparameters"] = config.hyperparameters.model_dump(exclude={"micro_batch"})
+    document["weights"] = data.weights
+    document["data"] = data.digest
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _choose_device(environment: TrainerEnvironment) -> torch.device:
+    if environment.device != "auto":
+        return torch.device(environment.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _adapt(decoder: Decoder, config: TrainConfig, device: torch.device) -> Adapted:
+    hyper = config.hyperparameters
+    # The first random numbers of a job: LoRA starts from noise that a restart must repeat.
+    torch.manual_seed(hyper.seed)
+    return FullAdaptation(
+        decoder, weight_decay=hyper.weight_decay, dtype=compute_dtype(config, device)
+    )
+
+
+def _load_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Return the type the base weights are kept in; weights that move are always float32."""
+    if config.adaptation.type == "full":
+        return torch.float32
+    return compute_dtype(config, device)
+
+
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Return the type matrices are multiplied in; "auto" is bfloat16 where it is fast."""
+    wanted = config.hyperparameters.dtype
+    if wanted == "auto":
+        wanted = "bfloat16" if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+
+
+def _report(termination_log: Path, board: ProgressBoard) -> None:
+    """Leave the last word where the operator finds it after the process is gone."""
+    text = fit_termination_log(board.document())
+    log.info("Done: %s", text)
+    try:
+        termination_log.write_text(text)
+    except OSError:
+        log.info("%s is not writable; outside a pod that is normal.", termination_log)

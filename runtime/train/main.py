@@ -1,0 +1,43 @@
+"""`mizzen train`: the process around a job, and what its exit code says.
+
+0 done, 75 yielded with everything committed, 42 only a changed job can succeed, 1 try again.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from mizzen.runtime.errors import BadAdapterError, BadModelError, MizzenError, report_fatal
+from mizzen.runtime.train.config import TrainerEnvironment, load_config
+from mizzen.runtime.train.errors import JobError
+from mizzen.runtime.train.stop import EXIT_CRASH, EXIT_YIELDED, StopFlag, leave
+
+
+def train(config_path: Path) -> int:
+    """Run one generation of the job described at `config_path`; return the exit code.
+
+    A job that yields does not return: somebody waits for its device.
+    """
+    stop = StopFlag()
+    stop.listen_to_signals()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        code = _run(config_path, stop)
+    except (JobError, BadModelError, BadAdapterError) as error:
+        return report_fatal(error)
+    except MizzenError as error:
+        report_fatal(error)
+        return EXIT_CRASH
+    if code == EXIT_YIELDED:
+        leave(code)
+    return code
+
+
+def _run(config_path: Path, stop: StopFlag) -> int:
+    config = load_config(config_path)
+    with stop.nothing_to_lose():
+        # torch takes seconds to import, and as a container's first process we would ignore a
+        # SIGTERM that comes before our handler is set.
+        from mizzen.runtime.train.job import run_job  # noqa: PLC0415
+    return run_job(config, TrainerEnvironment(), stop)
