@@ -1,5 +1,6 @@
 """Every error of the data plane: a reason for machines and a sentence that says what to change."""
 
+import contextlib
 import json
 import os
 import sys
@@ -98,8 +99,6 @@ def report_fatal(error: MizzenError) -> int:
     room = _TERMINATION_LOG_BYTES // 2  # JSON may need two bytes where the message has one
     document = json.dumps({"reason": error.reason, "message": message[:room]})
     log = Path(os.environ.get("MIZZEN_TERMINATION_LOG", "/dev/termination-log"))
-    try:
+    with contextlib.suppress(OSError):  # outside a pod there is no such file
         log.write_text(document)
-    except OSError:
-        pass  # outside a pod there is no such file, and stderr has the message
     return EXIT_BAD_CONFIGURATION
