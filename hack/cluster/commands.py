@@ -1,18 +1,68 @@
 """The command line: one function a command, each of a few lines."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hack.cluster import gobuild
+from hack.cluster import gobuild, registry
 from hack.cluster.api_only import ApiCluster
 from hack.cluster.errors import ClusterError
+from hack.cluster.local_cluster import SERVERS, LocalCluster
 from hack.cluster.progress import say, step
 
 
 def build(_: argparse.Namespace) -> None:
     """Build the servers from their Go modules (cached)"""
     print(gobuild.build())
+
+
+def check(_: argparse.Namespace) -> None:
+    """Say what on this machine stands in the way of a cluster; changes nothing"""
+    LocalCluster().check()
+    say("Nothing stands in the way of a local cluster.")
+
+
+def up(_: argparse.Namespace) -> None:
+    """Start the cluster, or what of it does not run; idempotent"""
+    cluster = LocalCluster()
+    cluster.up()
+    say(f"The cluster runs: export KUBECONFIG={cluster.layout.kubeconfig}")
+
+
+def down(arguments: argparse.Namespace) -> None:
+    """Stop the cluster and leave nothing on the host"""
+    with step("Stopped the cluster"):
+        LocalCluster().down(purge=arguments.purge)
+
+
+def status(_: argparse.Namespace) -> None:
+    """Say which servers run; fails when one does not"""
+    cluster = LocalCluster()
+    for name in SERVERS:
+        pid = cluster.processes.running(name)
+        print(f"{name:24} {f'running, pid {pid}' if pid else 'not running'}")
+    missing = cluster.missing_servers()
+    if missing:
+        raise ClusterError("The cluster is not complete: start it with `up`.")
+
+
+def env(_: argparse.Namespace) -> None:
+    """Print the shell's exports for the cluster, to be read by eval"""
+    print(f'export KUBECONFIG="{LocalCluster().layout.kubeconfig}"')
+    if str(gobuild.binaries()) not in os.environ.get("PATH", "").split(":"):
+        print(f'export PATH="{gobuild.binaries()}:$PATH"')
+    print(f'export MIZZEN_REGISTRY="{registry.address()}"')
+
+
+def fake_gpus(arguments: argparse.Namespace) -> None:
+    """Give the node COUNT GPUs in name only, as nvidia.com/gpu"""
+    LocalCluster().set_fake_gpus(arguments.count)
+
+
+def fake_nodes(arguments: argparse.Namespace) -> None:
+    """Add COUNT nodes played by kwok, tainted kwok.x-k8s.io/node=fake"""
+    LocalCluster().add_fake_nodes(arguments.count, gpus=arguments.gpus)
 
 
 def api_up(arguments: argparse.Namespace) -> None:
@@ -31,6 +81,13 @@ def api_down(arguments: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "build": build,
+    "check": check,
+    "up": up,
+    "down": down,
+    "status": status,
+    "env": env,
+    "fake-gpus": fake_gpus,
+    "fake-nodes": fake_nodes,
     "api-up": api_up,
     "api-down": api_down,
 }
@@ -39,11 +96,18 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     root = argparse.ArgumentParser(prog="python3 -m hack.cluster", description="A local cluster.")
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, function in COMMANDS.items():
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        if name in ("api-up", "api-down"):
-            command.add_argument("directory", type=Path, metavar="DIR")
+    subparsers = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = {
+        name: subparsers.add_parser(name, help=function.__doc__, description=function.__doc__)
+        for name, function in COMMANDS.items()
+    }
+    purge = "delete the cluster's state too, images included"
+    commands["down"].add_argument("--purge", action="store_true", help=purge)
+    commands["fake-gpus"].add_argument("count", type=int, metavar="COUNT")
+    commands["fake-nodes"].add_argument("count", type=int, metavar="COUNT")
+    commands["fake-nodes"].add_argument("--gpus", type=int, default=8, help="GPUs of each node")
+    for name in ("api-up", "api-down"):
+        commands[name].add_argument("directory", type=Path, metavar="DIR")
     return root
 
 

@@ -140,7 +140,7 @@ def _compile(folder: Path) -> None:
     reporter.start()
     assert process.stderr is not None  # stderr=PIPE above
     for line in process.stderr:
-        # -v prints each package's import path when it is compiled; the rest is downloads and errors.
+        # -v prints the import path of what it compiles; the rest is downloads and errors.
         (other if " " in line or line.startswith("#") else compiled).append(line.rstrip())
     ended.set()
     if process.wait() != 0:
