@@ -1,0 +1,74 @@
+"""The address of a served model, and the budget that keeps node drains from emptying it."""
+
+from __future__ import annotations
+
+from mizzen.operator.crds.common import Json
+from mizzen.operator.desired import labels
+
+
+def ranks_service_name(deployment: str) -> str:
+    """Return the name under which the pods of a group find each other."""
+    return f"{deployment}-ranks"
+
+
+def build_service(deployment: str, *, namespace: str, owner: Json) -> Json:
+    """Return the Service of the replicas' leaders.
+
+    Its EndpointSlices inherit the labels; the gateway finds them by `mizzen.dev/deployment`.
+    """
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(deployment, deployment, namespace=namespace, owner=owner),
+        "spec": {
+            "selector": {labels.DEPLOYMENT: deployment, labels.RANK: "0"},
+            "ports": [
+                {"name": "http", "port": labels.HTTP_PORT, "targetPort": "http"},
+                {"name": "grpc", "port": labels.GRPC_PORT, "targetPort": "grpc"},
+            ],
+        },
+    }
+
+
+def build_ranks_service(deployment: str, *, namespace: str, owner: Json) -> Json:
+    """Return the headless Service that gives the pods of a group their names.
+
+    Its label is not `mizzen.dev/deployment`: the gateway would take every rank for a replica.
+    """
+    name = ranks_service_name(deployment)
+    metadata = _metadata(name, deployment, namespace=namespace, owner=owner)
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata,
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,  # ranks meet before any of them is ready
+            "selector": {labels.DEPLOYMENT: deployment},
+        },
+    }
+
+
+def build_disruption_budget(
+    deployment: str, *, namespace: str, owner: Json, replicas: int, nodes: int
+) -> Json:
+    """Return the budget that lets one pod go at a time, and a broken one at any time."""
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": _metadata(deployment, deployment, namespace=namespace, owner=owner),
+        "spec": {
+            "minAvailable": replicas * nodes - 1,
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            "selector": {"matchLabels": {labels.DEPLOYMENT: deployment}},
+        },
+    }
+
+
+def _metadata(name: str, deployment: str, *, namespace: str, owner: Json) -> Json:
+    return {
+        "name": name,
+        "namespace": namespace,
+        "labels": labels.deployment_labels(deployment),
+        "ownerReferences": [owner],
+    }

@@ -1,0 +1,159 @@
+"""What the operator asks of runtime pods: finish and go, and which adapters to serve.
+
+Drain and the list of adapters are calls to the admin port; loading and unloading are tritonclient's
+model-repository calls. A runtime that does not answer is an answer too: None, never an exception.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import aiohttp
+
+ADMIN_PORT = 8002
+HTTP_PORT = 8000
+_LOAD_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """An adapter that a runtime says it serves."""
+
+    name: str
+    digest: str | None = None
+
+
+class AdapterRefusedError(Exception):
+    """The runtime will not serve this adapter; its text says why, and a retry will not help."""
+
+
+class Runtimes(Protocol):
+    """The calls; tests put a runtime of their own behind them."""
+
+    async def drain(self, pod_ip: str) -> int | None:
+        """Have the runtime refuse new requests; return how many are left, None for no answer."""
+
+    async def adapters(self, pod_ip: str) -> tuple[LoadedAdapter, ...] | None:
+        """Return the adapters it serves, None for no answer."""
+
+    async def load_adapter(self, pod_ip: str, name: str, *, path: str, digest: str | None) -> bool:
+        """Load an adapter, or its newer content; return whether it was done.
+
+        Raises:
+            AdapterRefusedError: trying again will not help.
+        """
+
+    async def unload_adapter(self, pod_ip: str, name: str) -> bool:
+        """Stop serving an adapter; return whether it was done."""
+
+    async def close(self) -> None:
+        """Close the connections."""
+
+
+class HttpRuntimes:
+    """The real ones."""
+
+    def __init__(
+        self,
+        token_file: Path,
+        *,
+        timeout_s: float = 3.0,
+        http_port: int = HTTP_PORT,
+        admin_port: int = ADMIN_PORT,
+    ) -> None:
+        self._token_file = token_file
+        self._http_port = http_port
+        self._admin_port = admin_port
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def drain(self, pod_ip: str) -> int | None:
+        """Have the runtime refuse new requests; return how many are left, None for no answer."""
+        answer = await self._ask("POST", pod_ip, "/drain")
+        left = (answer or {}).get("in_flight")
+        return left if isinstance(left, int) else None
+
+    async def adapters(self, pod_ip: str) -> tuple[LoadedAdapter, ...] | None:
+        """Return the adapters it serves, None for no answer."""
+        answer = await self._ask("GET", pod_ip, "/adapters")
+        entries = (answer or {}).get("adapters")
+        if not isinstance(entries, list):
+            return None
+        return tuple(LoadedAdapter(entry["name"], entry.get("digest")) for entry in entries)
+
+    async def load_adapter(self, pod_ip: str, name: str, *, path: str, digest: str | None) -> bool:
+        """Load an adapter, or its newer content; return whether it was done.
+
+        Raises:
+            AdapterRefusedError: trying again will not help.
+        """
+        parameters = {"path": path} | ({"digest": digest} if digest else {})
+        config = json.dumps({"parameters": parameters})
+        return await self._change_repository(pod_ip, name, config=config)
+
+    async def unload_adapter(self, pod_ip: str, name: str) -> bool:
+        """Stop serving an adapter; return whether it was done."""
+        try:
+            return await self._change_repository(pod_ip, name, config=None)
+        except AdapterRefusedError:
+            return True  # it is not loaded: what was asked for is so
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def _ask(self, method: str, pod_ip: str, path: str) -> dict[str, object] | None:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=self._timeout)
+        url = f"http://{_host(pod_ip)}:{self._admin_port}{path}"
+        try:
+            async with self._session.request(method, url, headers=self._headers()) as response:
+                if response.status >= 300:
+                    return None
+                document = await response.json()
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return None
+        return document if isinstance(document, dict) else None
+
+    async def _change_repository(self, pod_ip: str, name: str, *, config: str | None) -> bool:
+        # Imported by the first adapter: it brings 20 MiB that most operators never need.
+        from tritonclient.http.aio import InferenceServerClient  # noqa: PLC0415
+        from tritonclient.utils import InferenceServerException  # noqa: PLC0415
+
+        address = f"{_host(pod_ip)}:{self._http_port}"
+        client = InferenceServerClient(address, conn_timeout=_LOAD_TIMEOUT_S)
+        headers = dict(self._headers())
+        try:
+            if config is None:
+                await client.unload_model(name, headers=headers)
+            else:
+                await client.load_model(name, headers=headers, config=config)
+        except InferenceServerException as error:
+            if _is_refusal(error.status()):
+                raise AdapterRefusedError(str(error.message())) from error
+            return False
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+        finally:
+            await client.close()
+        return True
+
+    def _headers(self) -> Mapping[str, str]:
+        if not self._token_file.exists():
+            return {}
+        return {"Authorization": f"Bearer {self._token_file.read_text().strip()}"}
+
+
+def _host(pod_ip: str) -> str:
+    return f"[{pod_ip}]" if ":" in pod_ip else pod_ip
+
+
+def _is_refusal(status: str | None) -> bool:
+    """Whether the answer blames the request: 4xx, but not a token or a queue in the way."""
+    word = (status or "").split()[-1:] or [""]
+    return word[0].startswith("4") and word[0] not in ("401", "403", "408", "429")
