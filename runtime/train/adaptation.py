@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
+from mizzen.runtime.model.lora import PATHS, LoraConfig, TrainableLora, save_adapter
 from mizzen.runtime.train.batches import PackedBatch
+from mizzen.runtime.train.config import TrainConfig
+from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.export import check_exportable, published_dtype, write_model
 from mizzen.runtime.train.loop import LossSum
-from mizzen.runtime.train.trainable import Trainable, full_views
+from mizzen.runtime.train.trainable import NamedView, Trainable, full_views
 
 
 class Adapted(Protocol):
@@ -24,6 +27,10 @@ class Adapted(Protocol):
 
     def loss_sum(self, method: LossSum) -> LossSum:
         """Return the method's loss as this adaptation computes it."""
+        ...
+
+    def set_training(self, is_training: bool) -> None:
+        """Switch what differs between training and evaluation, such as dropout."""
         ...
 
     def round_for_publishing(self) -> None:
@@ -57,6 +64,10 @@ class FullAdaptation:
 
         return in_low_precision
 
+    def set_training(self, is_training: bool) -> None:
+        """Tell the decoder."""
+        self._decoder.train(is_training)
+
     @torch.no_grad()
     def round_for_publishing(self) -> None:
         """Round to the published type and back."""
@@ -73,3 +84,57 @@ class FullAdaptation:
             base_model=base_model,
             tokenizer=tokenizer,
         )
+
+
+class LoraAdaptation:
+    """A low-rank addition moves, in float32, whatever type the frozen weights are kept in."""
+
+    def __init__(self, lora: TrainableLora, *, weight_decay: float) -> None:
+        self._lora = lora
+        views = [
+            NamedView(site.tensor_name(side), matrix, matrix)
+            for site, pair in lora.pairs()
+            for side, matrix in zip("AB", pair, strict=True)
+            if isinstance(matrix, nn.Parameter)
+        ]
+        self.trainable = Trainable(views, lora=lora, weight_decay=weight_decay)
+
+    def loss_sum(self, method: LossSum) -> LossSum:
+        """Return the method's loss as it is: the decoder's own type decides."""
+        return method
+
+    def set_training(self, is_training: bool) -> None:
+        """Tell the adapter: dropout is its own."""
+        self._lora.train(is_training)
+
+    def round_for_publishing(self) -> None:
+        """Do nothing: an adapter is published in the type it was trained in."""
+
+    def write(self, folder: Path, *, base_model: Path, tokenizer: Tokenizer) -> None:
+        """Write the adapter in PEFT's layout; the tokenizer stays the base model's."""
+        save_adapter(folder, self._lora.adapter(), base_model=str(base_model))
+
+
+def adapt(decoder: Decoder, config: TrainConfig, *, dtype: torch.dtype) -> Adapted:
+    """Make a decoder trainable in the way the job asks for.
+
+    Raises:
+        JobConfigError: the job names linears there are not, or its result could not be written.
+    """
+    adaptation, hyper = config.adaptation, config.hyperparameters
+    if adaptation.type == "full":
+        return FullAdaptation(decoder, weight_decay=hyper.weight_decay, dtype=dtype)
+    targets = tuple(PATHS) if adaptation.targets == "all-linear" else adaptation.targets
+    if unknown := sorted(set(targets) - PATHS.keys()):
+        raise JobConfigError(
+            f"adaptation.targets names {', '.join(unknown)}. "
+            f"Use all-linear, or some of {', '.join(PATHS)}."
+        )
+    rules = LoraConfig(
+        rank=adaptation.rank,
+        alpha=adaptation.alpha,
+        dropout=adaptation.dropout,
+        targets=targets,
+    )
+    lora = TrainableLora(decoder, rules, seed=hyper.seed)
+    return LoraAdaptation(lora, weight_decay=hyper.weight_decay)

@@ -18,7 +18,7 @@ import torch
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
-from mizzen.runtime.train.adaptation import Adapted, FullAdaptation
+from mizzen.runtime.train.adaptation import Adapted, adapt
 from mizzen.runtime.train.admin import AdminServer
 from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
@@ -114,7 +114,7 @@ def _prepare(
         data=data,
         tokenizer=tokenizer,
         decoder=decoder,
-        adapted=_adapt(decoder, config, device),
+        adapted=adapt(decoder, config, dtype=compute_dtype(config, device)),
         store=store,
         state=restored[1] if restored else None,
         tallies=TallyStore(directory, fingerprint=fingerprint(config, data)),
@@ -140,9 +140,9 @@ def _train_and_evaluate(stage: Stage) -> tuple[list[Verdict], int]:
         base = examination.tally("base", None) if suites else None
         loop = _start_loop(stage)
         stage.board.enter("Running")
-        stage.decoder.train()
+        adapted.set_training(True)
         loop.run()
-        stage.decoder.eval()
+        adapted.set_training(False)
         stage.board.enter("Evaluating")
         adapted.round_for_publishing()
         if base is None:
@@ -208,15 +208,6 @@ def _choose_device(environment: TrainerEnvironment) -> torch.device:
     if environment.device != "auto":
         return torch.device(environment.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _adapt(decoder: Decoder, config: TrainConfig, device: torch.device) -> Adapted:
-    hyper = config.hyperparameters
-    # The first random numbers of a job: LoRA starts from noise that a restart must repeat.
-    torch.manual_seed(hyper.seed)
-    return FullAdaptation(
-        decoder, weight_decay=hyper.weight_decay, dtype=compute_dtype(config, device)
-    )
 
 
 def _load_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
