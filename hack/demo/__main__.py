@@ -59,7 +59,10 @@ def run_demo(console: Console, target: str, *, only_deploy: bool, only_answer: b
     console.step("Install the Helm chart", lambda: steps.install_chart(kubectl, images))
     if only_deploy:
         return
-    console.step("A real model on a volume", lambda: steps.provide_model(console, kubectl, images))
+    console.step(
+        "A real model on a volume",
+        lambda: steps.provide_model(console, kubectl, images, is_local=is_local),
+    )
     console.step("kubectl apply: an LLMDeployment", lambda: steps.serve_model(console, kubectl))
     with steps.open_gateway(kubectl) as chat:
         console.step("Ask the model", lambda: chat.ask(steps.MODEL, steps.FIRST_QUESTION))

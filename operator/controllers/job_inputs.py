@@ -1,0 +1,58 @@
+"""What a job needs before its first pod: the base model, its volumes, its data."""
+
+from __future__ import annotations
+
+from mizzen.operator.crds.common import API_VERSION
+from mizzen.operator.crds.finetunejob import FineTuneJobSpec
+from mizzen.operator.crds.llmdeployment import KIND as DEPLOYMENT_KIND
+from mizzen.operator.desired.jobs import Job, config_map_of
+from mizzen.operator.kube.client import Kube
+from mizzen.operator.kube.documents import Ref
+from mizzen.operator.kube.store import Store
+from mizzen.operator.status.finetunejob import Problem
+from mizzen.operator.status.reasons import Reason
+
+
+def find_base_model(spec: FineTuneJobSpec, namespace: str, store: Store) -> str | Problem:
+    """Return the address of the model to start from, or why there is none."""
+    if spec.base_model.source is not None:
+        return spec.base_model.source
+    name = spec.base_model.deployment or ""
+    deployment = store.get(Ref(API_VERSION, DEPLOYMENT_KIND, namespace, name))
+    if deployment is None:
+        return Problem(
+            Reason.BASE_MODEL_NOT_FOUND,
+            f"spec.baseModel.deployment names {name}, but this namespace has no LLMDeployment of "
+            "that name. Create it, or give spec.baseModel.source.",
+        )
+    return str(deployment["spec"]["model"]["source"])
+
+
+async def missing_input(job: Job, kube: Kube) -> Problem | None:
+    """Ask the API server for every claim and ConfigMap; return the first that is not there."""
+    for claim in job.claims:
+        if await kube.get(Ref("v1", "PersistentVolumeClaim", job.namespace, claim)) is None:
+            return Problem(
+                Reason.CLAIM_NOT_FOUND,
+                f"The job mounts the volume claim {claim}, but this namespace has none of that "
+                "name. Create it or correct the pvc:// address.",
+            )
+    for dataset in job.spec.dataset:
+        name, key = config_map_of(dataset)
+        if not name:
+            continue
+        config_map = await kube.get(Ref("v1", "ConfigMap", job.namespace, name))
+        if config_map is None:
+            return Problem(
+                Reason.DATASET_NOT_FOUND,
+                f"Dataset {dataset.name} is in the ConfigMap {name}, but this namespace has none "
+                "of that name. Create it or correct the dataset's uri.",
+            )
+        keys = {*config_map.get("data", {}), *config_map.get("binaryData", {})}
+        if key not in keys:
+            return Problem(
+                Reason.DATASET_NOT_FOUND,
+                f"Dataset {dataset.name} is the key {key} of the ConfigMap {name}, which has "
+                f"{', '.join(sorted(keys)) or 'no keys'}. Correct the dataset's uri.",
+            )
+    return None
