@@ -3,6 +3,7 @@
 import random
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import kopf
 from pydantic import Field
@@ -29,6 +30,9 @@ class OperatorConfig(BaseSettings):
         default_factory=list, description="Secrets for its registry, in the pods' namespaces."
     )
     admin_secret: str = Field("mizzen-admin", description="Secret with the admin token.")
+    admin_token_file: Path = Field(
+        Path("/var/run/mizzen/admin/token"), description="That token, mounted in this pod."
+    )
     cluster_domain: str = Field("cluster.local", description="DNS domain of the cluster.")
 
     workers: int = Field(16, ge=1, description="Reconciles at the same time.")
@@ -57,8 +61,8 @@ class Backoffs:
             yield min(20.0, 0.25 * 2**step) * random.uniform(0.8, 1.2)
 
 
-def configure_kopf(settings: kopf.OperatorSettings, *, child_selector: str) -> None:
-    """Make Kopf an informer: no peering, no Events, no scanning, no finalizers of its own name."""
+def configure_kopf(settings: kopf.OperatorSettings) -> None:
+    """Make Kopf an informer: no peering, no Events, no scanning, our own prefix everywhere."""
     settings.peering.standalone = True
     settings.posting.enabled = False
     settings.scanning.disabled = True

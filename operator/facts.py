@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from mizzen.operator.config import OperatorConfig
 from mizzen.operator.engine.key import Key
 from mizzen.operator.kube.store import Store
+from mizzen.operator.runtimes import Runtimes
 from mizzen.operator.specs import SpecCache
-
-if TYPE_CHECKING:
-    from mizzen.operator.runtimes import Runtimes
+from mizzen.operator.trainers import TrainerClient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +18,7 @@ class Facts:
     config: OperatorConfig
     store: Store
     specs: SpecCache
-    runtimes: "Runtimes"
+    runtimes: Runtimes
+    trainers: TrainerClient
     # Makes another resource look again, e.g. the deployment when its job was published.
     enqueue: Callable[[Key, float], None]

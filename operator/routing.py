@@ -9,6 +9,7 @@ from mizzen.operator.crds import finetunejob, llmdeployment
 from mizzen.operator.crds.common import API_VERSION, GROUP
 from mizzen.operator.engine.key import Key
 from mizzen.operator.kube.documents import Json, Ref, labels_of
+from mizzen.operator.kube.store import Store
 
 DEPLOYMENT = "llmdeployment"
 JOB = "finetunejob"
@@ -37,14 +38,14 @@ def route(document: Json) -> Iterable[Key]:
         yield Key(DEPLOYMENT, namespace, document["metadata"]["name"])
     elif document["kind"] == finetunejob.KIND:
         yield Key(JOB, namespace, document["metadata"]["name"])
-        for name in promotes_to(document):
-            yield Key(DEPLOYMENT, namespace, name)
+        for deployment in promotes_to(document):
+            yield Key(DEPLOYMENT, namespace, deployment)
     else:
         labels = labels_of(document)
-        if name := labels.get(DEPLOYMENT_LABEL):
-            yield Key(DEPLOYMENT, namespace, name)
-        if name := labels.get(JOB_LABEL):
-            yield Key(JOB, namespace, name)
+        if deployment := labels.get(DEPLOYMENT_LABEL):
+            yield Key(DEPLOYMENT, namespace, deployment)
+        if job := labels.get(JOB_LABEL):
+            yield Key(JOB, namespace, job)
 
 
 def promotes_to(job: Json) -> Iterable[str]:
@@ -65,3 +66,16 @@ INDEXES = {
     (finetunejob.KIND, PROMOTES_TO): promotes_to,
     (finetunejob.KIND, STARTS_FROM): starts_from,
 }
+
+
+def neighbours(resource: Json, store: Store) -> Iterable[Key]:
+    """Yield the other resources that read this one's status."""
+    namespace = resource["metadata"].get("namespace") or ""
+    name = resource["metadata"]["name"]
+    if resource["kind"] == llmdeployment.KIND:
+        for index in (PROMOTES_TO, STARTS_FROM):
+            for job in store.lookup(finetunejob.KIND, index, namespace, name):
+                yield Key(JOB, namespace, job["metadata"]["name"])
+    elif resource["kind"] == finetunejob.KIND:
+        for deployment in promotes_to(resource):
+            yield Key(DEPLOYMENT, namespace, deployment)

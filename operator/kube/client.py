@@ -5,6 +5,7 @@ Writes are left out when the store shows that they would change nothing, and the
 the store, so that the next decision sees them. Must not know what the objects mean.
 """
 
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,6 +39,10 @@ class _Silent:
         pass
 
 
+def _ignore(_: Json) -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Listing:
     """A kind's objects as of one version of the cluster."""
@@ -52,6 +57,10 @@ class Kube:
 
     transport: Transport
     store: Store
+    # Kinds the store has all objects of; of others it has what was read or written.
+    listed: frozenset[str] = frozenset()
+    # Called after a status write: its echo is no news, yet others may look at that status.
+    on_status: Callable[[Json], None] = _ignore
     observer: WriteObserver = field(default_factory=_Silent)
 
     async def get(self, ref: Ref) -> Json | None:
@@ -64,29 +73,39 @@ class Kube:
         return live
 
     async def list(
+        self, api_version: str, kind: str, *, namespace: str = "", label_selector: str = ""
+    ) -> Listing:
+        """Return all objects of a kind, consistent as of one version."""
+        items: list[Json] = []
+        version = 0
+        async for page in self.pages(
+            api_version, kind, namespace=namespace, label_selector=label_selector
+        ):
+            items += page.items
+            version = page.version
+        return Listing(items, version)
+
+    async def pages(
         self,
         api_version: str,
         kind: str,
         *,
         namespace: str = "",
         label_selector: str = "",
-        field_selector: str = "",
-        chunk_size: int = 500,
-    ) -> Listing:
-        """Return all objects of a kind, consistent as of one version."""
+        chunk_size: int = 250,
+    ) -> AsyncIterator[Listing]:
+        """Yield a kind's objects in chunks, all as of one version: whole lists need much memory."""
         query = {"limit": str(chunk_size)}
         if label_selector:
             query["labelSelector"] = label_selector
-        if field_selector:
-            query["fieldSelector"] = field_selector
         path = collection_path(api_version, kind, namespace)
-        items: list[Json] = []
         while True:
             page = await self.transport.request("GET", path, query=query)
             # Elements of a list come without their kind.
-            items += [{"apiVersion": api_version, "kind": kind, **item} for item in page["items"]]
+            items = [{"apiVersion": api_version, "kind": kind, **item} for item in page["items"]]
+            yield Listing(items, version_of(page))
             if not (token := page["metadata"].get("continue")):
-                return Listing(items, version_of(page))
+                return
             query["continue"] = token
 
     async def apply(self, intent: Json) -> Json:
@@ -97,6 +116,8 @@ class Kube:
         stamped = stamp(intent)
         ref = Ref.of(intent)
         live = self.store.get(ref)
+        if live is None and ref.kind not in self.listed:
+            live = await self.get(ref)
         if live is not None and covers(live, stamped):
             self.observer.wrote(ref.kind, "skipped")
             return live
@@ -137,7 +158,10 @@ class Kube:
             "status": status,
         }
         query = {"fieldManager": STATUS, "force": "true"}
-        return await self._write("PATCH", object_path(ref, "status"), ref, body, APPLY, query)
+        path = object_path(ref, "status")
+        written = await self._write("PATCH", path, ref, body, APPLY, query)
+        self.on_status(written)
+        return written
 
     async def apply_condition(self, pod: Json, condition: Json) -> Json:
         """Set one condition in a pod's status, leaving the kubelet's alone.

@@ -6,7 +6,7 @@ old: before deleting anything, the caller asks the API server. Must not know wha
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import TypeVar
 
 from mizzen.operator.engine.key import Key
@@ -35,9 +35,9 @@ class Store:
         # Versions at which objects were deleted: a late event must not bring them back.
         self._deleted: dict[Ref, int] = {}
 
-    def get(self, ref: Ref) -> Json | None:
+    def get(self, ref: tuple[str, str, str, str], /) -> Json | None:
         """Return the object, or None where none is known."""
-        return self._objects.get(ref)
+        return self._objects.get(Ref(*ref))
 
     def children(self, owner: Key, kind: str) -> list[Json]:
         """Return the owner's objects of this kind, sorted by name."""
@@ -65,10 +65,13 @@ class Store:
         known = self._objects.get(ref)
         if known is not None and version <= version_of(known):
             return set()
+        fresh = trim(document)
         before = self._routes.get(ref, ())
         self._forget(ref)
         self._deleted.pop(ref, None)
-        self._remember(ref, trim(document))
+        self._remember(ref, fresh)
+        if known is not None and _is_same(known, fresh):
+            return set()
         return {*before, *self._routes[ref]}
 
     def remove(self, document: Json) -> set[Key]:
@@ -83,24 +86,31 @@ class Store:
         self._forget(ref)
         return concerned
 
-    def replace(self, kind: str, items: Iterable[Json], *, version: int) -> set[Key]:
-        """Take in a full list of a kind as of `version`; return the keys of all that differs."""
+    def prune(
+        self, kind: str, present: Set[Ref], *, version: int, namespace: str | None = None
+    ) -> set[Key]:
+        """Drop what a full list as of `version` does not have; return the keys that concerns."""
         concerned: set[Key] = set()
-        present: set[Ref] = set()
-        for document in items:
-            present.add(Ref.of(document))
-            concerned |= self.put(document)
-        for ref in [ref for ref in self._objects if ref.kind == kind and ref not in present]:
+
+        def is_listed(ref: Ref) -> bool:
+            return ref.kind == kind and namespace in (None, ref.namespace)
+
+        for ref in [ref for ref in self._objects if is_listed(ref) and ref not in present]:
             # Newer than the list: an event or a write of ours was quicker.
             if version_of(self._objects[ref]) > version:
                 continue
             concerned.update(self._routes.get(ref, ()))
             self._deleted[ref] = version
             self._forget(ref)
-        # The list is later than these deletions: nothing can bring them back any more.
-        for ref in [r for r, at in self._deleted.items() if r.kind == kind and at < version]:
+        # Watches have long passed the deletions before this list: no event brings them back.
+        for ref in [r for r, at in self._deleted.items() if is_listed(r) and at < version]:
             del self._deleted[ref]
         return concerned
+
+    def drop_except(self, kinds: Set[str]) -> None:
+        """Forget objects of other kinds: nobody watches those, so they are read again."""
+        for ref in [ref for ref in self._objects if ref.kind not in kinds]:
+            self._forget(ref)
 
     def _remember(self, ref: Ref, document: Json) -> None:
         self._objects[ref] = document
@@ -123,6 +133,17 @@ class Store:
             if kind == ref.kind:
                 for value in index(document):
                     _discard(self._by_index, (kind, name, ref.namespace, value), ref)
+
+
+def _is_same(known: Json, fresh: Json) -> bool:
+    """Return whether nothing differs but the version."""
+    return all(
+        known.get(key) == fresh.get(key) for key in (known.keys() | fresh.keys()) - {"metadata"}
+    ) and _without_version(known["metadata"]) == _without_version(fresh["metadata"])
+
+
+def _without_version(metadata: Json) -> Json:
+    return {key: value for key, value in metadata.items() if key != "resourceVersion"}
 
 
 def _discard(sets: dict[K, set[Ref]], key: K, ref: Ref) -> None:

@@ -16,6 +16,8 @@ _POD_STATUS = (
     "message",
     "startTime",
 )
+# Their status is other controllers' business, and changes often.
+_WITHOUT_STATUS = ("PodDisruptionBudget", "Service", "NetworkPolicy")
 _METADATA_DROPPED = ("managedFields", "selfLink", "generateName")
 # kubectl's copy of the whole object.
 _LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
@@ -27,6 +29,8 @@ def trim(document: Json) -> Json:
     if document.get("kind") == "Pod":
         kept["spec"] = _only(document.get("spec") or {}, _POD_SPEC)
         kept["status"] = _only(document.get("status") or {}, _POD_STATUS)
+    elif document.get("kind") in _WITHOUT_STATUS:
+        kept.pop("status", None)
     shared: Json = _share(kept)
     return shared
 
