@@ -68,18 +68,22 @@ class Routes:
     async def answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Give the request an id, turn errors into OpenAI's shape, count the answer."""
         request[_ID] = request_id_of(request.headers)
+        with self._parts.lifecycle.open_request():
+            answer = await self._answer(request, handler)
+        self._parts.metrics.on_answer(request.get(_MODEL), answer.status)
+        return answer
+
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            answer = await handler(request)
+            return await handler(request)
         except GatewayError as error:
-            answer = error.response()
+            return error.response()
         except web.HTTPException as error:
-            answer = _plain_error(request, error)
+            return _plain_error(request, error)
         except Exception:
             log.exception("request %s failed inside the gateway", request[_ID])
             message = f"The gateway failed; its log says why under {request[_ID]}."
-            answer = _json(500, error_body(message, "server_error"))
-        self._parts.metrics.on_answer(request.get(_MODEL), answer.status)
-        return answer
+            return _json(500, error_body(message, "server_error"))
 
     @web.middleware
     async def check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from mizzen.runtime.gateway.reflector import Reflector
@@ -15,6 +17,28 @@ class Lifecycle:
     reflectors: list[Reflector] = field(default_factory=list)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     is_draining: bool = False
+    _open_requests: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @contextmanager
+    def open_request(self) -> Iterator[None]:
+        """Count one request while the block runs."""
+        self._open_requests += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._open_requests -= 1
+            if not self._open_requests:
+                self._idle.set()
+
+    async def wait_until_idle(self, timeout_s: float) -> int:
+        """Return when no request is open, or after `timeout_s`; say how many still are."""
+        if self._open_requests:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._idle.wait()
+        return self._open_requests
 
     def is_synced(self) -> bool:
         """Whether every kind was listed once; true at once where nothing is watched."""

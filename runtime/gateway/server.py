@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 _KEEPALIVE_IDLE_S = 15
 _LINGER_S = 5.0
+_SETTLE_S = 0.2
+_BACKLOG = 1024
+_CLEANUP_S = 1.0
 _HEADER_BYTES = 32 * 1024
 
 
@@ -42,6 +45,7 @@ class Gateway:
         self._session: ClientSession | None = None
         self._reader: KubeReader | None = None
         self._api: web.AppRunner | None = None
+        self._listener: socket.socket | None = None
         self._health: web.AppRunner | None = None
 
     async def start(self) -> None:
@@ -56,20 +60,22 @@ class Gateway:
             await self._begin_watching()
         self._session = _upstream_session()
         self._health = web.AppRunner(
-            build_health_app(self.lifecycle, self.metrics), access_log=None
+            build_health_app(self.lifecycle, self.metrics),
+            access_log=None,
+            shutdown_timeout=_CLEANUP_S,
         )
         self._api = web.AppRunner(
             build_app(self._parts(self._session)),
             access_log=None,
             # A client that goes away cancels its request here, and with it the one upstream.
             handler_cancellation=True,
-            shutdown_timeout=config.drain_s,
+            shutdown_timeout=_CLEANUP_S,
             lingering_time=_LINGER_S,
             max_line_size=_HEADER_BYTES,
             max_field_size=_HEADER_BYTES,
         )
         await _listen(self._health, config.host, config.metrics_port)
-        await _listen(self._api, config.host, config.port)
+        self._listener = await _listen(self._api, config.host, config.port)
         log.info("gateway listens on %s:%d, auth %s", config.host, self.port, config.auth)
 
     @property
@@ -89,17 +95,30 @@ class Gateway:
         self.lifecycle.is_draining = True
         log.info("shutting down: accepting for %g s more", self.config.lame_duck_s)
         await asyncio.sleep(self.config.lame_duck_s)
+        if self._api is not None:
+            await self._stop_listening(self._api)
+            left = await self.lifecycle.wait_until_idle(self.config.drain_s)
+            log.info("requests still open at the end: %d", left)
         await self.close()
 
+    async def _stop_listening(self, api: web.AppRunner) -> None:
+        # A connection whose server is closed between its accept and its set-up is never answered
+        # nor closed (asyncio of Python 3.11): first take no more, then let the taken ones settle.
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+        await asyncio.sleep(_SETTLE_S)
+        for site in list(api.sites):
+            await site.stop()
+
     async def close(self) -> None:
-        """Stop listening, let open requests end, then stop everything else."""
+        """Stop at once, whatever is open."""
         self.lifecycle.is_draining = True
-        if self._api is not None:
+        if self._api is not None and self._api.server is not None:
             await self._api.cleanup()
         for task in self.lifecycle.tasks:
             task.cancel()
         await asyncio.gather(*self.lifecycle.tasks, return_exceptions=True)
-        if self._health is not None:
+        if self._health is not None and self._health.server is not None:
             await self._health.cleanup()
         if self._session is not None:
             await self._session.close()
@@ -200,6 +219,14 @@ def _socket(address: AddrInfoType) -> socket.socket:
     return made
 
 
-async def _listen(runner: web.AppRunner, host: str, port: int) -> None:
+async def _listen(runner: web.AppRunner, host: str, port: int) -> socket.socket:
     await runner.setup()
-    await web.TCPSite(runner, host, port).start()
+    is_ipv6 = ":" in host
+    listener = socket.create_server(
+        (host, port),
+        family=socket.AF_INET6 if is_ipv6 else socket.AF_INET,
+        backlog=_BACKLOG,
+        dualstack_ipv6=is_ipv6 and socket.has_dualstack_ipv6(),
+    )
+    await web.SockSite(runner, listener).start()
+    return listener
