@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,8 +121,10 @@ def _progress_line(resource: dict[str, object] | None) -> str:
         parts.append(f"loss {metrics['loss']}")
     if "eta" in progress:
         parts.append(f"{progress['eta']} left")
-    for verdict in status.get("evaluation", []):
-        parts.append(f"{verdict['suite']}: {verdict['base']} -> {verdict['candidate']}")
+    parts.extend(
+        f"{verdict['suite']}: {verdict['base']} -> {verdict['candidate']}"
+        for verdict in status.get("evaluation", [])
+    )
     return ", ".join(parts)
 
 
@@ -152,7 +155,10 @@ def _demo_key(kubectl: Kubectl) -> str:
 
 def _local_volume() -> dict[str, object]:
     """A folder of this machine as a volume, reserved for the quickstart's claim."""
-    folder = run(cluster("volume", "models"), cwd=ROOT).strip()
+    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    folder = Path(state) / "mizzen" / "volumes" / "models"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o777)  # a hostPath volume knows no fsGroup, and no pod of ours runs as root
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolume",
@@ -162,7 +168,7 @@ def _local_volume() -> dict[str, object]:
             "accessModes": ["ReadWriteOnce", "ReadWriteMany"],
             "persistentVolumeReclaimPolicy": "Retain",
             "storageClassName": "",
-            "hostPath": {"path": folder},
+            "hostPath": {"path": str(folder)},
             "claimRef": {"namespace": NAMESPACE, "name": "models"},
         },
     }

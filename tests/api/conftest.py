@@ -1,0 +1,32 @@
+"""One API server for all tests of this folder; each test gets a namespace of its own."""
+
+from collections.abc import Iterator
+from itertools import count
+
+import pytest
+from hack.cluster.api_only import ApiCluster
+
+CRDS = "manifests/crds"
+_numbers = count(1)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[ApiCluster]:
+    """A real control plane with simulated nodes of 8 GPUs each, our CRDs installed."""
+    with ApiCluster() as running:
+        running.add_nodes(4, gpus=8)
+        running.kubectl("apply", "--server-side", "-f", CRDS)
+        running.kubectl(
+            "wait", "--for=condition=Established", "crd", "--all", "--timeout=30s"
+        )
+        yield running
+
+
+@pytest.fixture
+def namespace(cluster: ApiCluster) -> Iterator[str]:
+    """A fresh namespace, gone after the test."""
+    name = f"test-{next(_numbers)}"
+    cluster.kubectl("create", "namespace", name)
+    cluster.wait_for_service_account(name)
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")

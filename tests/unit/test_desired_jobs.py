@@ -1,0 +1,100 @@
+"""Trainer pods and job.json: what the operator builds, the trainer's own settings model reads."""
+
+from typing import Any
+
+import pytest
+
+from mizzen.operator.crds.finetunejob import FineTuneJobSpec
+from mizzen.operator.desired.jobs import (
+    Job,
+    artifact_uri,
+    build_config_map,
+    build_train_config,
+    build_trainer_pod,
+)
+from mizzen.runtime.train.config import TrainConfig
+
+
+def job(**changes: Any) -> Job:
+    spec: dict[str, Any] = {
+        "baseModel": {"source": "pvc://models/smollm2"},
+        "dataset": [{"name": "tickets", "uri": "configMap://tickets/data.jsonl"}],
+    } | changes
+    parsed = FineTuneJobSpec.parse(spec)
+    return Job("team", "support", "8c1b2c1e-0000", parsed, "pvc://models/smollm2")
+
+
+SPECS: dict[str, dict[str, Any]] = {
+    "the shortest job": {},
+    "a full fine-tune": {"adaptation": {"type": "full"}},
+    "attention only": {"adaptation": {"targets": "attention"}},
+    "a gate that demands better": {
+        "evaluation": {"suites": [{"name": "holdout", "maxRegressionRatio": -0.05}]}
+    },
+    "data on a claim and on the web": {
+        "dataset": [
+            {"name": "a", "uri": "pvc://data/a.jsonl", "weight": 2, "sha256": "a" * 64},
+            {"name": "b", "uri": "https://data.example/b.jsonl", "format": "messages"},
+        ]
+    },
+    "no clipping": {"hyperparameters": {"gradClip": 0, "maxSteps": 10, "microBatch": 1}},
+    "the largest seed": {"hyperparameters": {"seed": 4294967295}},
+    "results elsewhere": {"output": {"uri": "pvc://results/x"}},
+}
+
+
+@pytest.mark.parametrize("changes", SPECS.values(), ids=SPECS)
+def test_the_trainer_reads_what_the_operator_writes(changes: dict[str, Any]) -> None:
+    written = build_train_config(job(**changes), generation=3)
+    assert TrainConfig.model_validate(written).generation == 3
+
+
+def test_results_go_beside_the_base_model_by_default() -> None:
+    assert job().output_uri == "pvc://models/adapters/support"
+    assert job(adaptation={"type": "full"}).output_uri == "pvc://models/models/support"
+
+
+def test_every_source_is_mounted_once() -> None:
+    mounted = job(
+        dataset=[
+            {"name": "a", "uri": "pvc://models/a.jsonl"},
+            {"name": "b", "uri": "pvc://data/b.jsonl"},
+            {"name": "c", "uri": "configMap://c.with.dots/d"},
+        ]
+    )
+    pod = build_trainer_pod(mounted, 1, crashes=0, image="r:1", pull_policy="IfNotPresent")
+    paths = [m["mountPath"] for m in pod["spec"]["containers"][0]["volumeMounts"]]
+    assert len(paths) == len(set(paths))
+    assert {"/mnt/pvc/models", "/mnt/pvc/data", "/mnt/configmap/c.with.dots"} <= set(paths)
+    names = {volume["name"] for volume in pod["spec"]["volumes"]}
+    assert {m["name"] for m in pod["spec"]["containers"][0]["volumeMounts"]} == names
+
+
+def test_a_pod_remembers_the_crashes_before_it() -> None:
+    pod = build_trainer_pod(job(), 4, crashes=2, image="r:1", pull_policy="Always")
+    assert pod["metadata"]["name"] == "support-g4-0"
+    assert pod["metadata"]["annotations"]["mizzen.dev/restarts"] == "2"
+    assert pod["spec"]["volumes"][0] == {"name": "job", "configMap": {"name": "support-g4"}}
+
+
+def test_trainer_pods_carry_no_credentials_of_the_api() -> None:
+    pod = build_trainer_pod(job(), 1, crashes=0, image="r:1", pull_policy="Always")
+    assert pod["spec"]["automountServiceAccountToken"] is False
+    assert pod["spec"]["restartPolicy"] == "Never"
+
+
+def test_gpus_are_requested_as_limits() -> None:
+    gpu = job(resources={"accelerator": {"resource": "nvidia.com/gpu", "count": 2}})
+    pod = build_trainer_pod(gpu, 1, crashes=0, image="r:1", pull_policy="Always")
+    limits = pod["spec"]["containers"][0]["resources"]["limits"]
+    assert limits == {"nvidia.com/gpu": "2"}
+
+
+def test_a_generation_is_immutable_and_owned() -> None:
+    config_map = build_config_map(job(), 2)
+    assert config_map["immutable"] is True
+    assert config_map["metadata"]["ownerReferences"][0]["name"] == "support"
+
+
+def test_an_artifact_is_found_by_its_claim() -> None:
+    assert artifact_uri("/mnt/pvc/models/adapters/s/0123") == "pvc://models/adapters/s/0123"
