@@ -1,0 +1,234 @@
+"""The engine as others use it: asynchronous, cancellable, drainable. The work is the loop's."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from itertools import count
+from pathlib import Path
+
+from mizzen.runtime.engine.adapters import AdapterTable, SlotUse, content_hash
+from mizzen.runtime.engine.admission import check_request
+from mizzen.runtime.engine.api import (
+    AdapterLoadError,
+    AdapterState,
+    DrainingError,
+    EngineDeadError,
+    EngineStats,
+    GenerationRequest,
+    InvalidRequestError,
+    Recorder,
+    TokenOutput,
+)
+from mizzen.runtime.engine.blocks import root_hash
+from mizzen.runtime.engine.config import EngineConfig
+from mizzen.runtime.engine.detokenizer import DetokenizerFactory
+from mizzen.runtime.engine.live import Live
+from mizzen.runtime.engine.sequence import Sequence
+from mizzen.runtime.engine.startup import Parts, start_parts
+from mizzen.runtime.engine.streams import Stream
+from mizzen.runtime.errors import BadAdapterError, BadModelError
+from mizzen.runtime.model.lora import load_adapter
+
+DRAIN_RETRY_S = 1.0
+
+
+class Engine:
+    """One model, loaded and warm. All methods may be called from any event loop."""
+
+    def __init__(self, config: EngineConfig, parts: Parts) -> None:
+        self.tokenizer = parts.tokenizer
+        self.arch = parts.arch
+        self.model_len = parts.model_len
+        self._config = config
+        self._parts = parts
+        self._loop = parts.loop
+        self._ranks = parts.ranks
+        self._detokenizers = DetokenizerFactory(parts.tokenizer)
+        self._adapters: AdapterTable = parts.loop.adapters
+        self._arrivals = count()
+        self._adapter_lock = asyncio.Lock()
+        self._draining = False
+
+    @classmethod
+    def start(cls, config: EngineConfig, recorder: Recorder | None = None) -> "Engine":
+        """Load the model, warm it up and start the loop.
+
+        Raises:
+            MizzenError: the model or the settings cannot be used; the message says what to change.
+        """
+        parts = start_parts(config, recorder)
+        parts.loop.start()
+        return cls(config, parts)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
+        """Yield the answer as it grows; see `api.EngineApi.generate`."""
+        stream = self._submit(request)
+        ended = False
+        try:
+            while not ended:
+                item = await stream.queue.get()
+                ended = isinstance(item, Exception) or item.finish_reason is not None
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            if not ended:
+                self._loop.abort(request.request_id)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request with finish_reason "abort"."""
+        self._loop.abort(request_id)
+
+    async def load_adapter(self, name: str, path: Path, digest: str | None = None) -> None:
+        """Make an adapter servable under `name`; running requests keep the weights they have.
+
+        Raises:
+            AdapterLoadError: it does not exist, does not fit the model, or there are too many.
+        """
+        async with self._adapter_lock:
+            try:
+                content = await asyncio.to_thread(content_hash, path)
+                if self._adapters.has_content(name, content):
+                    return
+                limit = self._config.max_lora_rank
+                adapter = await asyncio.to_thread(load_adapter, path, max_rank=limit)
+                slot = self._adapters.reserve(name)
+                await self._between_steps(lambda: self._ranks.load_adapter(slot, adapter, path))
+            except (OSError, BadAdapterError, BadModelError) as error:
+                raise AdapterLoadError(f"Adapter {name} cannot be loaded: {error}") from error
+            state = AdapterState(
+                name=name, path=str(path), digest=digest or content, rank=adapter.config.rank
+            )
+            with self._loop.lock:
+                replaced = self._adapters.publish(SlotUse(slot, content, state))
+            await self._clear(replaced)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Stop serving an adapter; its running requests finish first.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+        """
+        async with self._adapter_lock:
+            with self._loop.lock:
+                unused = self._adapters.withdraw(name)
+            await self._clear(unused)
+
+    def adapters(self) -> list[AdapterState]:
+        """Return the adapters that can be asked for, by name."""
+        with self._loop.lock:
+            return self._adapters.states()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, wait for the running ones, abort those left after `timeout_s`."""
+        self._draining = True
+        if not await asyncio.to_thread(self._loop.wait_until_empty, timeout_s):
+            for request_id in list(self._loop.live):
+                self._loop.abort(request_id)
+            await asyncio.to_thread(self._loop.wait_until_empty, None)
+
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` was called."""
+        return self._draining
+
+    def in_flight(self) -> int:
+        """Return how many requests have not ended."""
+        return len(self._loop.live)
+
+    def stats(self) -> EngineStats:
+        """Return the engine's figures of now."""
+        loop, scheduler = self._loop, self._loop.scheduler
+        with loop.lock:
+            pool = scheduler.pool
+            return EngineStats(
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
+                blocks_total=pool.total,
+                blocks_free=pool.free,
+                kv_usage_ratio=pool.used / pool.total,
+                prompt_tokens=loop.prompt_tokens,
+                generation_tokens=loop.generation_tokens,
+                preemptions=scheduler.preemptions,
+                prefix_queries=scheduler.prefix_queries,
+                prefix_hits=scheduler.prefix_hits,
+                steps=loop.steps,
+                heartbeat_age_s=time.monotonic() - loop.heartbeat_at,
+                block_size=pool.block_size,
+                max_loras=self._adapters.max_loras,
+                running_adapters=_adapter_names(scheduler.running),
+                waiting_adapters=_adapter_names(scheduler.waiting),
+                start_seconds=self._parts.start_seconds,
+            )
+
+    def is_alive(self) -> bool:
+        """Whether the loop still turns; an idle one stamps its heartbeat too."""
+        age_s = time.monotonic() - self._loop.heartbeat_at
+        return self._loop.is_running() and age_s < self._config.heartbeat_limit_s
+
+    def is_ready(self) -> bool:
+        """Whether it is alive and takes new requests."""
+        return self.is_alive() and not self._draining
+
+    async def stop(self) -> None:
+        """End every request, the loop and the other ranks."""
+        await asyncio.to_thread(self._loop.stop)
+
+    def _submit(self, request: GenerationRequest) -> Stream:
+        if self._draining:
+            raise DrainingError(
+                "This replica is draining. Send the request again: another will take it.",
+                retry_after_s=DRAIN_RETRY_S,
+            )
+        if not self._loop.is_running():
+            raise EngineDeadError("The engine's loop has ended. See its log.")
+        check_request(request, vocab_size=self.arch.vocab_size)
+        if request.request_id in self._loop.live:
+            raise InvalidRequestError(f"Request id {request.request_id!r} is in use.")
+        stream = Stream(asyncio.get_running_loop())
+        with self._loop.lock:
+            use = self._adapters.acquire(request.adapter) if request.adapter else None
+        live = Live(
+            seq=self._sequence(request, use),
+            detokenizer=self._detokenizers.make(request.sampling.stop),
+            stream=stream,
+            arrived_at=time.monotonic(),
+            adapter_use=use,
+        )
+        try:
+            self._loop.add(live)
+        except BaseException:
+            if use is not None:
+                self._loop.release_adapter(use)
+            raise
+        return stream
+
+    def _sequence(self, request: GenerationRequest, use: SlotUse | None) -> Sequence:
+        sampling = request.sampling
+        room = self.model_len - len(request.prompt_token_ids)
+        return Sequence(
+            request_id=request.request_id,
+            arrival=next(self._arrivals),
+            token_ids=list(request.prompt_token_ids),
+            sampling=sampling,
+            priority=request.priority,
+            lora_slot=use.slot if use else 0,
+            adapter=request.adapter,
+            parent_hash=root_hash(
+                adapter_digest=use.content if use else "", cache_salt=request.cache_salt
+            ),
+            max_tokens=min(sampling.max_tokens or room, room),
+            seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+        )
+
+    async def _clear(self, slot: int | None) -> None:
+        if slot is not None:
+            await self._between_steps(lambda: self._ranks.clear_adapter(slot))
+
+    async def _between_steps(self, call: Callable[[], None]) -> None:
+        await asyncio.wrap_future(self._loop.call_between_steps(call))
+
+
+def _adapter_names(sequences: list[Sequence]) -> tuple[str, ...]:
+    return tuple(sorted({seq.adapter for seq in sequences if seq.adapter}))

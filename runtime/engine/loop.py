@@ -1,0 +1,226 @@
+"""The engine's loop, in its own thread: schedule, run, sample, hand out.
+
+Other threads only add and abort requests under the lock, or ask for a call between two steps.
+The model, the sampler and the batch arrays belong to the loop alone.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from mizzen.runtime.engine.adapters import AdapterTable, SlotUse
+from mizzen.runtime.engine.api import EngineDeadError, FinishReason, Recorder, TokenOutput
+from mizzen.runtime.engine.batch import BatchBuilder
+from mizzen.runtime.engine.live import Live
+from mizzen.runtime.engine.ranks import Ranks
+from mizzen.runtime.engine.sampler import Sampler
+from mizzen.runtime.engine.scheduler import Chunk, Scheduler
+from mizzen.runtime.engine.streams import Outbox
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+IDLE_WAKE_S = 1.0  # the heartbeat is stamped at least this often while there is nothing to do
+RATE_WEIGHT = 0.1  # of the newest step in the moving average of tokens per second
+
+
+class Loop:
+    """Runs steps until stopped. If a step fails, every request ends with EngineDeadError."""
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        builder: BatchBuilder,
+        ranks: Ranks,
+        sampler: Sampler,
+        adapters: AdapterTable,
+        eos_ids: frozenset[int],
+        recorder: Recorder,
+    ) -> None:
+        self.scheduler = scheduler
+        self.adapters = adapters
+        self.live: dict[str, Live] = {}
+        self.lock = threading.Lock()
+        self.heartbeat_at = time.monotonic()
+        self.steps = 0
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.death: BaseException | None = None
+        self._builder = builder
+        self._ranks = ranks
+        self._sampler = sampler
+        self._eos_ids = eos_ids
+        self._recorder = recorder
+        self._outbox = Outbox()
+        self._work = threading.Condition(self.lock)
+        self._calls: deque[tuple[Callable[[], object], Future]] = deque()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="mizzen-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to take steps."""
+        self._thread.start()
+
+    def is_running(self) -> bool:
+        """Whether the thread is there and has not failed."""
+        return self.death is None and self._thread.is_alive()
+
+    def add(self, live: Live) -> None:
+        """Queue a request; raises what `Scheduler.add` raises, or EngineDeadError."""
+        with self._work:
+            if self.death is not None or self._stopping:
+                raise self._dead_error()
+            self.scheduler.add(live.seq)
+            self.live[live.seq.request_id] = live
+            self._work.notify()
+
+    def abort(self, request_id: str) -> None:
+        """Mark a request to end before the next step; ended and unknown ones are left alone."""
+        with self._work:
+            if live := self.live.get(request_id):
+                self.scheduler.abort(live.seq)
+                self._work.notify()
+
+    def release_adapter(self, use: SlotUse) -> None:
+        """End one use of an adapter by a request that was never added."""
+        with self._work:
+            self._release(use)
+
+    def call_between_steps(self, call: Callable[[], T]) -> "Future[T]":
+        """Have the loop's thread run `call` while no step is under way."""
+        future: Future[T] = Future()
+        with self._work:
+            if self.death is not None or self._stopping:
+                future.set_exception(self._dead_error())
+            else:
+                self._calls.append((call, future))
+                self._work.notify()
+        return future
+
+    def wait_until_empty(self, timeout_s: float | None) -> bool:
+        """Block until no request is left, or the time is up; return whether none is left."""
+        with self._work:
+            return self._work.wait_for(lambda: not self.live, timeout_s)
+
+    def stop(self) -> None:
+        """End the loop after its step and every request with it; returns when it has ended."""
+        with self._work:
+            self._stopping = True
+            self._work.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self.heartbeat_at = time.monotonic()
+                self._run_calls()
+                if chunks := self._next_chunks():
+                    self._step(chunks)
+                self._outbox.flush()
+        except BaseException as error:
+            log.exception("The engine's loop has failed; every request ends now.")
+            self.death = error
+        finally:
+            self._end_everything()
+            self._ranks.stop()
+
+    def _next_chunks(self) -> list[Chunk]:
+        now = time.monotonic()
+        with self._work:
+            for seq in self.scheduler.reap():
+                live = self.live[seq.request_id]
+                self._outbox.put(live.stream, live.aborted())
+                self._forget(live, "abort", now)
+            chunks = self.scheduler.schedule()
+            if not chunks and not self._calls and not self._stopping:
+                self._outbox.flush()
+                self._ranks.check()
+                self._work.wait(IDLE_WAKE_S)
+            for chunk in chunks:
+                live = self.live[chunk.seq.request_id]
+                if live.scheduled_at is None:
+                    live.scheduled_at = now
+        return chunks
+
+    def _step(self, chunks: list[Chunk]) -> None:
+        began_at = time.monotonic()
+        sampling = [chunk.seq for chunk in chunks if chunk.samples]
+        logits_NV = self._ranks.run(self._builder.build(chunks))
+        sampled = None if logits_NV is None else self._sampler.sample(logits_NV, sampling)
+        now = time.monotonic()
+        with self.lock:
+            self.scheduler.advance(chunks)
+            if sampled is not None:
+                for seq, token_id, logprob in zip(
+                    sampling, sampled.token_ids, sampled.logprobs, strict=True
+                ):
+                    if not seq.abort_wanted:
+                        live = self.live[seq.request_id]
+                        output = live.take(token_id, logprob, self._eos_ids)
+                        self._hand_out(live, output, now)
+            self._count(chunks, len(sampling), now - began_at)
+
+    def _hand_out(self, live: Live, output: TokenOutput, now: float) -> None:
+        if live.first_token_at is None:
+            live.first_token_at = now
+            self.prompt_tokens += live.seq.prompt_tokens
+            self._recorder.on_first_token(now - live.arrived_at)
+        else:
+            self._recorder.on_token(now - (live.last_token_at or now))
+        live.last_token_at = now
+        self._outbox.put(live.stream, output)
+        if output.finish_reason is not None:
+            self.scheduler.finish(live.seq, output.finish_reason)
+            self._forget(live, output.finish_reason, now)
+
+    def _forget(self, live: Live, reason: FinishReason, now: float) -> None:
+        del self.live[live.seq.request_id]
+        if live.adapter_use is not None:
+            self._release(live.adapter_use)
+        self._recorder.on_finish(live.finished(reason, now))
+        if not self.live:
+            self._work.notify_all()
+
+    def _release(self, use: SlotUse) -> None:
+        if (slot := self.adapters.release(use)) is not None:
+            self._calls.append((lambda: self._ranks.clear_adapter(slot), Future()))
+
+    def _count(self, chunks: list[Chunk], sampled: int, step_s: float) -> None:
+        tokens = sum(chunk.count for chunk in chunks)
+        self.steps += 1
+        self.generation_tokens += sampled
+        rate, old = tokens / max(step_s, 1e-6), self.scheduler.tokens_per_s
+        self.scheduler.tokens_per_s = old + RATE_WEIGHT * (rate - old) if old else rate
+        self._recorder.on_step(step_s, tokens)
+
+    def _run_calls(self) -> None:
+        while self._calls:
+            call, future = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _end_everything(self) -> None:
+        with self.lock:
+            self._stopping = True
+            for live in self.live.values():
+                self._outbox.put(live.stream, self._dead_error())
+            self.live.clear()
+            self._work.notify_all()
+            while self._calls:
+                self._calls.popleft()[1].set_exception(self._dead_error())
+            self._outbox.flush()
+
+    def _dead_error(self) -> EngineDeadError:
+        if self.death is None:
+            return EngineDeadError("The engine has been stopped.")
+        return EngineDeadError(f"The engine's loop has failed: {self.death!r}. See its log.")

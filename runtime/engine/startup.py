@@ -1,0 +1,205 @@
+"""Builds the engine's parts from its settings: how long, how many, how large, in which order."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from mizzen.runtime.attention.base import KvShape
+from mizzen.runtime.engine.adapters import AdapterTable
+from mizzen.runtime.engine.api import FinishedRequest, Recorder
+from mizzen.runtime.engine.batch import BatchBuilder
+from mizzen.runtime.engine.blocks import BlockPool
+from mizzen.runtime.engine.config import EngineConfig
+from mizzen.runtime.engine.host import cpu_count, memory_available_bytes
+from mizzen.runtime.engine.loop import Loop
+from mizzen.runtime.engine.ranks import Ranks, SingleRank
+from mizzen.runtime.engine.runner import Runner
+from mizzen.runtime.engine.sampler import Sampler
+from mizzen.runtime.engine.scheduler import Limits, Scheduler
+from mizzen.runtime.engine.tokenizer import Tokenizer
+from mizzen.runtime.errors import BadModelError
+from mizzen.runtime.model.arch import ArchSpec
+from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.loader import load_decoder
+
+# A step of this many tokens is the longest pause a prompt can put between two tokens of others.
+STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+KV_SHARE = {"cpu": 0.3, "cuda": 0.85}  # of the memory that is free once the weights are there
+GIB = 1 << 30
+
+
+class KvCacheTooSmallError(BadModelError):
+    """The KV cache cannot hold one sequence of the wanted length."""
+
+    reason = "KvCacheTooSmall"
+
+
+class ContextTooLongError(BadModelError):
+    """More context was asked for than the model was made for."""
+
+    reason = "ContextTooLong"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A loaded, warm model and the loop that will run it."""
+
+    tokenizer: Tokenizer
+    arch: ArchSpec
+    model_len: int
+    ranks: Ranks
+    loop: Loop
+    start_seconds: dict[str, float]
+
+
+class NullRecorder:
+    """Takes timings nobody asked for."""
+
+    def on_first_token(self, ttft_s: float) -> None:
+        """Ignore it."""
+
+    def on_token(self, itl_s: float) -> None:
+        """Ignore it."""
+
+    def on_step(self, step_s: float, tokens: int) -> None:
+        """Ignore it."""
+
+    def on_finish(self, finished: FinishedRequest) -> None:
+        """Ignore it."""
+
+
+def start_parts(config: EngineConfig, recorder: Recorder | None = None) -> Parts:
+    """Load everything and warm it up; the loop is not started yet.
+
+    Raises:
+        BadModelError: the model or the settings cannot be used.
+    """
+    seconds: dict[str, float] = {}
+    device = choose_device(config)
+    if device.type == "cpu":
+        torch.set_num_threads(threads_per_rank(config))
+    with _timed(seconds, "tokenizer"):
+        tokenizer = Tokenizer.load(config.model)
+    with _timed(seconds, "weights"):
+        decoder = load_decoder(config.model, dtype=config.dtype, device=device)
+    with _timed(seconds, "prepack"):
+        decoder.prepack()
+    model_len = choose_model_len(config, decoder.spec)
+    kv = choose_kv(config, decoder, model_len)
+    step_tokens = max(
+        config.max_num_batched_tokens or STEP_TOKENS[device.type], config.max_num_seqs
+    )
+    runner = Runner(decoder, kv=kv)
+    with _timed(seconds, "warm_up"):
+        runner.warm_up(max_tokens=step_tokens, max_rows=min(8, config.max_num_seqs))
+    pool = BlockPool(
+        num_blocks=kv.blocks,
+        block_size=config.block_size,
+        enable_caching=config.enable_prefix_caching,
+    )
+    limits = Limits(
+        step_tokens=step_tokens,
+        max_running=config.max_num_seqs,
+        model_len=model_len,
+        max_waiting=config.max_waiting,
+        max_waiting_tokens=config.max_waiting_tokens,
+    )
+    eos_ids = frozenset((*tokenizer.eos_token_ids, *decoder.spec.eos_ids))
+    ranks = SingleRank(runner)
+    loop = Loop(
+        scheduler=Scheduler(pool, limits),
+        builder=BatchBuilder(
+            rows=config.max_num_seqs,
+            blocks_per_row=pool.blocks_for(model_len),
+            block_size=config.block_size,
+        ),
+        ranks=ranks,
+        sampler=Sampler(eos_token_ids=tuple(eos_ids)),
+        adapters=AdapterTable(max_loras=config.max_loras),
+        eos_ids=eos_ids,
+        recorder=recorder or NullRecorder(),
+    )
+    return Parts(tokenizer, decoder.spec, model_len, ranks, loop, seconds)
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """Return where the model runs."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def threads_per_rank(config: EngineConfig) -> int:
+    """Return how many threads a rank computes with."""
+    return config.cpu_threads or max(1, cpu_count() // config.tensor_parallel_size)
+
+
+def choose_model_len(config: EngineConfig, spec: ArchSpec) -> int:
+    """Return the context's length.
+
+    Raises:
+        ContextTooLongError: the model was not made for so long a context.
+    """
+    if config.max_model_len is None:
+        return spec.max_len
+    if config.max_model_len > spec.max_len:
+        raise ContextTooLongError(
+            f"The model's context has {spec.max_len} tokens and {config.max_model_len} were asked "
+            f"for. Set the maximum model length to at most {spec.max_len}."
+        )
+    return config.max_model_len
+
+
+def choose_kv(config: EngineConfig, decoder: Decoder, model_len: int) -> KvShape:
+    """Return the KV cache's shape: what was asked for, or a share of the free memory.
+
+    Raises:
+        KvCacheTooSmallError: it would not hold one sequence of `model_len` tokens.
+    """
+    shape = KvShape(
+        layers=decoder.spec.layers,
+        blocks=1,
+        kv_heads=decoder.heads.kv.size,
+        head_dim=decoder.spec.head_dim,
+        block_tokens=config.block_size,
+    )
+    block_bytes = shape.block_bytes(decoder.place.dtype)
+    per_sequence = -(-model_len // config.block_size)
+    if config.kv_cache_gib is not None:
+        usable = int(config.kv_cache_gib * GIB)
+    else:
+        usable = min(
+            int(_free_bytes(decoder.place.device) * KV_SHARE[decoder.place.device.type]),
+            config.max_num_seqs * per_sequence * block_bytes,
+        )
+    blocks = usable // block_bytes
+    if blocks < per_sequence:
+        holds = blocks * config.block_size
+        need_gib = per_sequence * block_bytes / GIB
+        raise KvCacheTooSmallError(
+            f"The KV cache holds {holds} tokens and the context {model_len}. Give it at least "
+            f"{need_gib:.2f} GiB, or set the maximum model length to at most {holds}."
+        )
+    return KvShape(
+        layers=shape.layers,
+        blocks=blocks + 1,  # and the one that is written to but never read
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        block_tokens=shape.block_tokens,
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return memory_available_bytes()
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    began_at = time.monotonic()
+    yield
+    seconds[phase] = time.monotonic() - began_at
