@@ -33,10 +33,11 @@ def build_service(deployment: str, *, namespace: str, owner: Json) -> Json:
 def build_ranks_service(deployment: str, *, namespace: str, owner: Json) -> Json:
     """Return the headless Service that gives the pods of a group their names.
 
-    Its label is not `mizzen.dev/deployment`: the gateway would take every rank for a replica.
+    It lacks the label `mizzen.dev/deployment`: the gateway would take each rank for a replica.
     """
     name = ranks_service_name(deployment)
     metadata = _metadata(name, deployment, namespace=namespace, owner=owner)
+    del metadata["labels"][labels.DEPLOYMENT]
     return {
         "apiVersion": "v1",
         "kind": "Service",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mizzen.operator.crds.common import Json
@@ -43,6 +42,8 @@ class Serving:
     uid: str
     spec: LLMDeploymentSpec
     image: str
+    pull_policy: str = "IfNotPresent"
+    pull_secrets: tuple[str, ...] = ()
     adapters: tuple[WantedAdapter, ...] = ()
 
     @property
@@ -112,27 +113,9 @@ def build_pod(serving: Serving, place: PodPlace) -> Json:
             "annotations": _annotations(serving, place),
             "ownerReferences": [serving.owner],
         },
-        "spec": _pod_spec(serving, name, place.rank),
+        "spec": _pod_spec(serving, name, place),
     }
     return pods.with_patch(pod, serving.spec.pod_template_patch)
-
-
-def build_group(serving: Serving, place: PodPlace, ranks: Sequence[int]) -> list[Json]:
-    """Return the pods of these ranks of one replica, the leader first."""
-    nodes = sorted(ranks)
-    return [
-        build_pod(
-            serving,
-            PodPlace(
-                revision=place.revision,
-                slot=place.slot,
-                rank=rank,
-                restarts=place.restarts,
-                last_failure=place.last_failure,
-            ),
-        )
-        for rank in nodes
-    ]
 
 
 def _labels(serving: Serving, place: PodPlace) -> dict[str, str]:
@@ -154,7 +137,7 @@ def _annotations(serving: Serving, place: PodPlace) -> dict[str, str]:
     return annotations
 
 
-def _pod_spec(serving: Serving, name: str, rank: int) -> Json:
+def _pod_spec(serving: Serving, name: str, place: PodPlace) -> Json:
     spec = serving.spec
     is_group = spec.parallelism.nodes > 1
     pod_spec: Json = {
@@ -174,7 +157,7 @@ def _pod_spec(serving: Serving, name: str, rank: int) -> Json:
             }
             for trouble in ("not-ready", "unreachable")
         ],
-        "containers": [_container(serving, rank)],
+        "containers": [_container(serving, place)],
         "volumes": [
             *pods.scratch_volumes(),
             pods.admin_token_volume(),
@@ -185,21 +168,25 @@ def _pod_spec(serving: Serving, name: str, rank: int) -> Json:
             *map(claim_volume, serving.claims),
         ],
     }
-    if rank == 0:
+    if serving.pull_secrets:
+        pod_spec["imagePullSecrets"] = [{"name": name} for name in serving.pull_secrets]
+    if place.rank == 0:
         pod_spec["readinessGates"] = [{"conditionType": labels.IN_SERVICE_GATE}]
     if is_group:
+        # Gives each rank a name in DNS, known before the pod has an address.
         pod_spec |= {"hostname": name, "subdomain": ranks_service_name(serving.name)}
     return pod_spec
 
 
-def _container(serving: Serving, rank: int) -> Json:
+def _container(serving: Serving, place: PodPlace) -> Json:
     spec = serving.spec
     return {
         "name": CONTAINER,
         "image": spec.engine.image or serving.image,
+        "imagePullPolicy": serving.pull_policy,
         "command": ["mizzen"],
         "args": ["serve", serving.model.path, *_flags(serving)],
-        "env": [{"name": "HOME", "value": "/tmp"}, *_group_env(serving, rank)],
+        "env": [{"name": "HOME", "value": "/tmp"}, *_group_env(serving, place)],
         "ports": [
             {"name": "http", "containerPort": labels.HTTP_PORT},
             {"name": "grpc", "containerPort": labels.GRPC_PORT},
@@ -237,14 +224,17 @@ def _flags(serving: Serving) -> list[str]:
     return [word for pair in given for word in pair]
 
 
-def _group_env(serving: Serving, rank: int) -> list[Json]:
+def _group_env(serving: Serving, place: PodPlace) -> list[Json]:
     """Return how the pods of a group find each other; a lone pod needs none of it."""
     nodes = serving.spec.parallelism.nodes
     if nodes == 1:
         return []
+    leader_pod = pod_name(serving.name, place.revision, slot=place.slot, rank=0)
+    leader = f"{leader_pod}.{ranks_service_name(serving.name)}.{serving.namespace}.svc"
     return [
         {"name": "MIZZEN_GROUP_SIZE", "value": str(nodes)},
-        {"name": "MIZZEN_GROUP_RANK", "value": str(rank)},
+        {"name": "MIZZEN_GROUP_RANK", "value": str(place.rank)},
+        {"name": "MIZZEN_GROUP_LEADER", "value": leader},
     ]
 
 

@@ -1,0 +1,206 @@
+"""Pods as the API server shows them become replicas as the planner sees them. Pure.
+
+All that must survive a restart of the operator is read from the pods themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from mizzen.operator.crds.common import Json
+from mizzen.operator.desired import labels
+from mizzen.operator.planning.rollout import Replica, Standing
+from mizzen.operator.status.causes import Cause, pod_cause
+from mizzen.operator.status.conditions import parse_rfc3339
+from mizzen.operator.status.reasons import Reason, reason_or
+
+# A replica that served this long before it failed starts counting its failures anew.
+_FORGIVEN_AFTER = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A replica together with the pods it is made of."""
+
+    replica: Replica
+    pods: tuple[Json, ...]  # by rank
+    missing_ranks: tuple[int, ...] = ()
+    draining_since: datetime | None = None
+    cause: Cause | None = None  # what keeps it from serving, where anything does
+
+    @property
+    def standing(self) -> Standing:
+        """Where the replica stands."""
+        return self.replica.standing
+
+    @property
+    def leader(self) -> Json | None:
+        """The pod that serves, where it exists."""
+        return self.pods[0] if rank_of(self.pods[0]) == 0 else None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the leader's process lives, so that it can be asked."""
+        leader = self.leader
+        return (
+            leader is not None
+            and leader["status"].get("phase") == "Running"
+            and any(
+                "running" in container.get("state", {})
+                for container in leader["status"].get("containerStatuses", [])
+            )
+        )
+
+    @property
+    def address(self) -> str:
+        """The leader's address, empty before it has one."""
+        return str((self.leader or {}).get("status", {}).get("podIP") or "")
+
+    @property
+    def has_loaded(self) -> bool:
+        """Whether every process is ready, so that only the gate stands before the traffic."""
+        return not self.missing_ranks and all(
+            condition_of(pod, "ContainersReady") == "True" for pod in self.pods
+        )
+
+    @property
+    def is_gate_open(self) -> bool:
+        """Whether the gate says in service."""
+        leader = self.leader
+        return leader is not None and condition_of(leader, labels.IN_SERVICE_GATE) == "True"
+
+
+def read_groups(pods: Iterable[Json], *, owner_uid: str, now: datetime) -> list[Group]:
+    """Return the owner's replicas, by revision and slot. Pods of others are not looked at."""
+    members: dict[tuple[str, int], list[Json]] = {}
+    for pod in pods:
+        place = _place_of(pod, owner_uid)
+        if place is not None:
+            members.setdefault(place, []).append(pod)
+    return [
+        _read_group(revision, slot, sorted(members[revision, slot], key=rank_of), now)
+        for revision, slot in sorted(members)
+    ]
+
+
+def rank_of(pod: Json) -> int:
+    """Return the pod's place in its group."""
+    return int(pod["metadata"]["labels"][labels.RANK])
+
+
+def condition_of(pod: Json, type_: str) -> str:
+    """Return the status of one of the pod's conditions, empty where it has none."""
+    condition = _condition(pod, type_)
+    return str(condition.get("status") or "") if condition else ""
+
+
+def is_leaving(pod: Json) -> bool:
+    """Whether the pod has been deleted and its processes are ending."""
+    return "deletionTimestamp" in pod["metadata"]
+
+
+def failure_note(cause: Cause | None) -> str:
+    """Return what a successor's annotation says about the failure before it."""
+    if cause is None:
+        return ""
+    return json.dumps({"reason": cause.reason.value, "message": cause.message}, sort_keys=True)
+
+
+def _place_of(pod: Json, owner_uid: str) -> tuple[str, int] | None:
+    metadata = pod["metadata"]
+    owners = metadata.get("ownerReferences") or []
+    names = metadata.get("labels") or {}
+    is_ours = any(owner.get("uid") == owner_uid and owner.get("controller") for owner in owners)
+    if not is_ours or not names.get(labels.REVISION):
+        return None
+    if not (names.get(labels.SLOT, "").isdigit() and names.get(labels.RANK, "").isdigit()):
+        return None
+    return names[labels.REVISION], int(names[labels.SLOT])
+
+
+def _read_group(revision: str, slot: int, pods: list[Json], now: datetime) -> Group:
+    notes: Mapping[str, str] = pods[0]["metadata"].get("annotations") or {}
+    present = {rank_of(pod) for pod in pods}
+    missing = tuple(sorted(set(range(_number(notes.get(labels.GROUP_SIZE), 1))) - present))
+    since = notes.get(labels.DRAINING_SINCE)
+    standing = _standing(pods, missing=missing, is_draining=bool(since))
+    failed_at = _failed_at(pods, now) if standing is Standing.FAILED else None
+    restarts = _number(notes.get(labels.RESTARTS), 0)
+    if failed_at and _served_long(pods[0], until=failed_at):
+        restarts = 0
+    return Group(
+        replica=Replica(slot, revision, standing, restarts=restarts, failed_at=failed_at),
+        pods=tuple(pods),
+        missing_ranks=missing,
+        draining_since=parse_rfc3339(since) if since else None,
+        cause=_cause(pods, notes, standing),
+    )
+
+
+def _standing(pods: list[Json], *, missing: tuple[int, ...], is_draining: bool) -> Standing:
+    leaving = sum(map(is_leaving, pods))
+    was_in_service = bool(condition_of(pods[0], labels.IN_SERVICE_GATE))
+    if leaving:
+        # A group lives and dies together: the rest of a half deleted one has to go as well.
+        return Standing.LEAVING if leaving == len(pods) else Standing.LOST
+    if missing and (rank_of(pods[0]) != 0 or was_in_service):
+        return Standing.LOST
+    if is_draining:
+        return Standing.DRAINING
+    if any(pod["status"].get("phase") in ("Failed", "Succeeded") for pod in pods):
+        return Standing.FAILED
+    if not was_in_service:
+        return Standing.STARTING
+    is_ready = condition_of(pods[0], "Ready") == "True"
+    is_open = condition_of(pods[0], labels.IN_SERVICE_GATE) == "True"
+    return Standing.IN_SERVICE if is_ready and is_open else Standing.UNREADY
+
+
+def _cause(pods: list[Json], notes: Mapping[str, str], standing: Standing) -> Cause | None:
+    """Return the first cause by rank; of a replica that only just began, its predecessor's."""
+    if standing not in (Standing.STARTING, Standing.UNREADY, Standing.FAILED):
+        return None
+    for pod in pods:
+        if cause := pod_cause(pod):
+            return cause
+    try:
+        note = json.loads(notes.get(labels.LAST_FAILURE, ""))
+        reason = reason_or(note["reason"], Reason.RUNTIME_CRASHED)
+        return Cause(reason, str(note["message"]), needs_change=False)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _failed_at(pods: list[Json], now: datetime) -> datetime:
+    """Return when the group failed; a pod that does not say counts as failed when it was made."""
+    ends = [
+        state["terminated"]["finishedAt"]
+        for pod in pods
+        for container in pod["status"].get("containerStatuses", [])
+        if (state := container.get("state", {})).get("terminated", {}).get("finishedAt")
+    ]
+    if ends:
+        return max(map(parse_rfc3339, ends))
+    created = pods[0]["metadata"].get("creationTimestamp")
+    return parse_rfc3339(created) if created else now
+
+
+def _served_long(leader: Json, *, until: datetime) -> bool:
+    gate = _condition(leader, labels.IN_SERVICE_GATE)
+    since = (gate or {}).get("lastTransitionTime")
+    return bool(since) and until - parse_rfc3339(str(since)) >= _FORGIVEN_AFTER
+
+
+def _condition(pod: Json, type_: str) -> Json | None:
+    for condition in pod["status"].get("conditions") or []:
+        if condition.get("type") == type_:
+            found: Json = condition
+            return found
+    return None
+
+
+def _number(text: str | None, default: int) -> int:
+    return int(text) if text and text.isdigit() else default
