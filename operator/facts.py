@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mizzen.operator.config import OperatorConfig
 from mizzen.operator.engine.key import Key
 from mizzen.operator.kube.store import Store
+from mizzen.operator.namespaces import Namespaces
 from mizzen.operator.runtimes import Runtimes
 from mizzen.operator.specs import SpecCache
 from mizzen.operator.trainers import TrainerClient
@@ -18,6 +19,7 @@ class Facts:
     config: OperatorConfig
     store: Store
     specs: SpecCache
+    namespaces: Namespaces
     runtimes: Runtimes
     trainers: TrainerClient
     # Makes another resource look again, e.g. the deployment when its job was published.

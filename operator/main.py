@@ -35,6 +35,7 @@ from mizzen.operator.kube.leases import LeaseObject
 from mizzen.operator.kube.relist import relist
 from mizzen.operator.kube.store import Store
 from mizzen.operator.kube.transport import HttpTransport, Transport
+from mizzen.operator.namespaces import Namespaces
 from mizzen.operator.routing import DEPLOYMENT, INDEXES, JOB, neighbours, route
 from mizzen.operator.runtimes import HttpRuntimes
 from mizzen.operator.specs import SpecCache
@@ -82,6 +83,7 @@ def assemble(config: OperatorConfig, transport: Transport) -> Parts:
         config=config,
         store=store,
         specs=SpecCache(),
+        namespaces=Namespaces(config),
         runtimes=HttpRuntimes(config.admin_token_file),
         trainers=TrainerClient(config.admin_token_file),
         enqueue=queue.add,
