@@ -53,19 +53,18 @@ class RankGroup:
             self._run(lambda group: group.broadcast([x], options))
         return x
 
-    def barrier(self) -> None:
-        """Return when every rank has called this."""
-        if self.size > 1:
-            self._run(lambda group: group.barrier())
+    def abort(self) -> None:
+        """Break collectives that wait for a rank which is gone; the group is of no more use."""
+        if hasattr(self._process_group, "abort"):
+            self._process_group.abort()
 
     def _sum_in_place(self, x: Tensor) -> Tensor:
         self._run(lambda group: group.allreduce([x]))
         return x
 
     def _gather(self, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format)] * self.size
-        parts = [torch.empty_like(part) for part in parts]
         x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
         self._run(lambda group: group.allgather([parts], [x]))
         return torch.cat(parts, dim=-1)
 
@@ -73,8 +72,9 @@ class RankGroup:
         try:
             start(self._process_group).wait()
         except RuntimeError as error:
-            # Gloo and NCCL report a closed connection and a time-out as plain RuntimeErrors.
-            raise RankLostError(f"A collective failed on rank {self.rank}: {error}") from error
+            # Gloo and NCCL report a closed connection and a time-out as plain RuntimeErrors. Their
+            # text names ports, so it stays the cause and does not enter the message.
+            raise RankLostError(f"Rank {self.rank} lost another rank in a collective.") from error
 
 
 class _AllReduce(torch.autograd.Function):

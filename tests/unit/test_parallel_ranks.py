@@ -1,0 +1,66 @@
+"""A group of ranks: sums, and what happens when one of them is gone."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from mizzen.runtime.errors import RankLostError
+from mizzen.runtime.parallel.ranks import Ranks
+from tests.fixtures import rank_work
+
+
+@contextmanager
+def started(size: int, follow: Any, *arguments: Any, **options: Any) -> Iterator[Ranks]:
+    ranks = Ranks(size, follow, arguments, **options)
+    try:
+        yield ranks
+    finally:
+        ranks.stop()
+
+
+def test_one_rank_starts_nothing_and_changes_nothing() -> None:
+    with started(1, rank_work.echo_sum) as ranks:
+        x = torch.ones(3)
+        assert ranks.group.all_reduce(x) is x
+        assert ranks.group.all_gather(x) is x
+        ranks.send(b"nobody hears this")
+        ranks.check()
+
+
+def test_three_ranks_sum_and_gather_on_each_message() -> None:
+    with started(3, rank_work.echo_sum) as ranks:
+        for number in (2, 5):
+            ranks.send(b"%d" % number)
+            assert ranks.group.all_reduce(torch.tensor([100.0])).item() == 100 + 3 * number
+            assert ranks.group.all_gather(torch.tensor([[0.0]])).tolist() == [[0.0, 1.0, 2.0]]
+
+
+def test_a_dead_rank_breaks_the_collective_and_takes_the_group_down() -> None:
+    lost = threading.Event()
+    with started(3, rank_work.die_on_message, on_lost=lambda _: lost.set()) as ranks:
+        ranks.send(b"die")
+        with pytest.raises(RankLostError):
+            ranks.group.all_reduce(torch.ones(1))
+        assert lost.wait(30)
+        with pytest.raises(RankLostError, match="ended with exit code"):
+            ranks.check()
+        with pytest.raises(RankLostError):
+            ranks.send(b"more")
+        assert not any(process.is_alive() for process in ranks._processes)
+
+
+def test_a_silent_rank_is_a_lost_rank() -> None:
+    with (
+        started(2, rank_work.fall_silent, timeout_s=3.0) as ranks,
+        pytest.raises(RankLostError, match="in a collective"),
+    ):
+        ranks.group.all_reduce(torch.ones(1))
+
+
+def test_a_rank_that_cannot_start_ends_the_start() -> None:
+    with pytest.raises(RankLostError, match="Rank 1 did not start"):
+        Ranks(2, rank_work.refuse_to_start, (rank_work.BreaksWhenReceived(),))
