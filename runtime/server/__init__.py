@@ -1,0 +1,1 @@
+"""The runtime's ports: OpenAI and Open Inference Protocol for users, admin for the operator."""

@@ -1,0 +1,88 @@
+"""The admin port: health that tells the truth, metrics, drain, adapters. Not for users."""
+
+from functools import partial
+
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from mizzen.runtime.server.access import Access, Gate
+from mizzen.runtime.server.adapters import adapters_body
+from mizzen.runtime.server.drain import Drain
+from mizzen.runtime.server.errors import ApiError, from_validation
+from mizzen.runtime.server.routes import GuardedRoute, build_http_app, json_response, read_body
+from mizzen.runtime.server.service import Service
+
+_BODY_LIMIT = 64 * 1024
+
+
+class DrainRequest(BaseModel):
+    """Body of POST /drain."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    timeout_s: float | None = Field(None, ge=0, le=86_400, alias="timeoutSeconds")
+
+
+def admin_routes(service: Service, drain: Drain) -> list[GuardedRoute]:
+    """Return every route of the admin port."""
+    return [
+        GuardedRoute("GET", "/healthz", partial(_healthz, service), Access.OPEN),
+        GuardedRoute("GET", "/readyz", partial(_readyz, service), Access.OPEN),
+        GuardedRoute("GET", "/metrics", partial(_metrics, service), Access.OPEN),
+        GuardedRoute("GET", "/drain", partial(_drain_state, service), Access.ADMIN),
+        GuardedRoute("POST", "/drain", partial(_begin_drain, service, drain), Access.ADMIN),
+        GuardedRoute("GET", "/adapters", partial(_adapters, service), Access.ADMIN),
+    ]
+
+
+def build_admin_app(service: Service, gate: Gate, drain: Drain) -> ASGIApp:
+    """Return the admin port as an ASGI app."""
+    return build_http_app(admin_routes(service, drain), gate=gate, render_error=_render_error)
+
+
+def _render_error(path: str, error: ApiError) -> dict[str, object]:
+    return {"error": error.message}
+
+
+async def _healthz(service: Service, request: Request) -> ASGIApp:
+    """Say whether a restart would help. A model may load as long as its start probe lets it."""
+    alive = service.is_alive()
+    body = {"alive": alive, "phase": service.phase}
+    return json_response(body, status=200 if alive else 503)
+
+
+async def _readyz(service: Service, request: Request) -> ASGIApp:
+    """Say whether new requests should come here."""
+    ready = service.is_ready()
+    body = {"ready": ready, "phase": service.phase}
+    return json_response(body, status=200 if ready else 503)
+
+
+async def _metrics(service: Service, request: Request) -> ASGIApp:
+    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _drain_state(service: Service, request: Request) -> ASGIApp:
+    return json_response(_drain_body(service))
+
+
+async def _begin_drain(service: Service, drain: Drain, request: Request) -> ASGIApp:
+    body = await read_body(request, limit=_BODY_LIMIT)
+    try:
+        asked = DrainRequest.model_validate_json(body or b"{}")
+    except ValidationError as error:
+        raise from_validation(error) from error
+    timeout_s = service.config.drain_seconds if asked.timeout_s is None else asked.timeout_s
+    drain.begin(timeout_s)
+    return json_response(_drain_body(service), status=202)
+
+
+def _drain_body(service: Service) -> dict[str, object]:
+    return {"draining": service.is_draining, "inFlight": service.in_flight()}
+
+
+async def _adapters(service: Service, request: Request) -> ASGIApp:
+    return json_response(adapters_body(service))

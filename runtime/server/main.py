@@ -1,0 +1,234 @@
+"""`mizzen serve`: one process from its first port to its last answer."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+import uvloop
+from starlette.types import ASGIApp
+
+from mizzen.runtime.config import ServeConfig
+from mizzen.runtime.engine.api import EngineApi, EngineDeadError
+from mizzen.runtime.errors import MizzenError, RankLostError, report_fatal
+from mizzen.runtime.server.access import Gate, SecretFile
+from mizzen.runtime.server.adapters import load_listed
+from mizzen.runtime.server.admin import build_admin_app
+from mizzen.runtime.server.app import build_user_app
+from mizzen.runtime.server.drain import Drain
+from mizzen.runtime.server.grpc_server import build_grpc_server
+from mizzen.runtime.server.metrics import Metrics
+from mizzen.runtime.server.service import Phase, Service
+
+log = logging.getLogger(__name__)
+
+StartEngine = Callable[[ServeConfig, Metrics], Awaitable[EngineApi]]
+
+
+class PortTakenError(MizzenError):
+    """A port the server needs is in use."""
+
+    reason = "PortTaken"
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where a server listens in the end; a configured 0 becomes a free port."""
+
+    http: int
+    grpc: int
+    admin: int
+
+
+def serve(config: ServeConfig) -> int:
+    """Serve until told to stop; return the process's exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(Server(config, start_engine).run())
+    except (RankLostError, EngineDeadError):
+        raise  # a crash, not a mistake in the configuration: starting again may help
+    except MizzenError as error:
+        return report_fatal(error)
+    return 0
+
+
+async def start_engine(config: ServeConfig, metrics: Metrics) -> EngineApi:
+    """Load the model in a thread, so that the ports answer meanwhile."""
+    from mizzen.runtime.engine.engine import Engine  # noqa: PLC0415 - ports first, torch is slow
+
+    return await asyncio.to_thread(Engine.start, config.engine_config(), metrics)
+
+
+class Server:
+    """The three ports of a runtime and the order in which they open and close."""
+
+    def __init__(self, config: ServeConfig, start_engine: StartEngine) -> None:
+        self._config = config
+        self._start_engine = start_engine
+        metrics = Metrics(
+            config.served_name, block_size=config.block_size, max_loras=config.max_loras
+        )
+        self.service = Service(config, metrics)
+        metrics.observe(self.service)
+        self.drain = Drain(self.service, lame_duck_s=config.lame_duck_seconds)
+        self.bound = asyncio.Event()  # the ports are known and answer
+        self.started = asyncio.Event()  # requests are served
+        self.ports: Ports | None = None
+        self._stop_asked = asyncio.Event()
+
+    def ask_to_stop(self) -> None:
+        """Begin the polite stop; asked again, it ends at once."""
+        if self._stop_asked.is_set():
+            log.warning("asked to stop twice, ending without waiting")
+            raise SystemExit(1)
+        self._stop_asked.set()
+
+    async def run(self) -> None:
+        """Serve until asked to stop.
+
+        Raises:
+            MizzenError: the model cannot be served, or a port is taken.
+        """
+        gate = _build_gate(self._config)
+        # Admin first: probes and metrics have to tell the truth while the model loads.
+        admin_socket = self._bind(self._config.admin_port)
+        http_socket = self._bind(self._config.port)
+        grpc_server, grpc_port = self._bind_grpc(gate)
+        self.ports = Ports(_port(http_socket), grpc_port, _port(admin_socket))
+        admin = _HttpServer(build_admin_app(self.service, gate, self.drain), admin_socket)
+        users = _HttpServer(build_user_app(self.service, gate), http_socket)
+        await grpc_server.start()
+        self.bound.set()
+        with _signals(self.ask_to_stop):
+            try:
+                await self._serve()
+            finally:
+                await users.stop()
+                await grpc_server.stop(grace=1.0)
+                await self._stop_engine()
+                await admin.stop()
+
+    async def _serve(self) -> None:
+        loading = asyncio.create_task(self._load())
+        stopping = asyncio.create_task(self._stop_asked.wait())
+        try:
+            await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+                await stopping
+            # A stop during loading has nobody to be polite to.
+            if self.service.engine_or_none:
+                self.drain.begin(self._config.drain_seconds)
+                await self.drain.wait()
+        finally:
+            loading.cancel()
+            stopping.cancel()
+
+    async def _load(self) -> None:
+        self._enter(Phase.LOADING_MODEL)
+        engine = await self._start_engine(self._config, self.service.metrics)
+        self.service.metrics.on_loaded(engine.model_len)
+        self.service.attach(engine)
+        self._enter(Phase.LOADING_ADAPTERS)
+        await load_listed(self.service, self._config.adapters_file)
+        self._enter(Phase.SERVING)
+        log.info("serving %s on %s", self._config.served_name, self.ports)
+        self.started.set()
+
+    def _enter(self, phase: Phase) -> None:
+        # A drain may have begun meanwhile, and nothing goes back from there.
+        if not self.service.is_draining:
+            self.service.phase = phase
+
+    async def _stop_engine(self) -> None:
+        self.service.phase = Phase.STOPPED
+        if engine := self.service.engine_or_none:
+            await engine.stop()
+
+    def _bind(self, port: int) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self._config.host else socket.AF_INET
+        bound = socket.socket(family)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((self._config.host, port))
+        except OSError as error:
+            bound.close()
+            raise _port_taken(self._config.host, port, error) from error
+        bound.setblocking(False)
+        return bound
+
+    def _bind_grpc(self, gate: Gate) -> tuple[Any, int]:
+        host, port = self._config.host, self._config.grpc_port
+        try:
+            return build_grpc_server(self.service, gate, host=host, port=port)
+        except RuntimeError as error:
+            raise _port_taken(host, port, error) from error
+
+
+def _build_gate(config: ServeConfig) -> Gate:
+    return Gate(
+        admin_token=SecretFile(config.admin_token_file) if config.admin_token_file else None,
+        api_keys=SecretFile(config.api_key_file) if config.api_key_file else None,
+    )
+
+
+def _port(bound: socket.socket) -> int:
+    return int(bound.getsockname()[1])
+
+
+def _port_taken(host: str, port: int, error: Exception) -> PortTakenError:
+    return PortTakenError(
+        f"Cannot listen on {host}:{port} ({error}). Stop what uses it or choose another port with "
+        "--port, --grpc-port or --admin-port."
+    )
+
+
+class _HttpServer:
+    """A uvicorn server without signal handlers of its own, running as a task."""
+
+    def __init__(self, app: ASGIApp, bound: socket.socket) -> None:
+        self._server = _QuietServer(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self._task = asyncio.create_task(self._server.serve([bound]))
+
+    async def stop(self) -> None:
+        """Close the port and the idle connections; answers under way get their time."""
+        self._server.should_exit = True
+        await self._task
+
+
+class _QuietServer(uvicorn.Server):
+    """Leaves the process's signals alone: they belong to the polite stop."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
+@contextmanager
+def _signals(ask_to_stop: Callable[[], None]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    wanted = (signal.SIGTERM, signal.SIGINT)
+    for each in wanted:
+        loop.add_signal_handler(each, ask_to_stop)
+    try:
+        yield
+    finally:
+        for each in wanted:
+            loop.remove_signal_handler(each)

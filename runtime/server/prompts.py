@@ -1,0 +1,52 @@
+"""Requests become token ids. Long texts are encoded off the event loop."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from mizzen.runtime.engine.api import EngineApi, PromptTooLongError
+from mizzen.runtime.server.errors import invalid
+from mizzen.runtime.server.schemas import ChatRequest, CompletionRequest
+
+# Encoding takes about a second per million characters; this much is a few milliseconds.
+_INLINE_CHARS = 20_000
+
+
+async def encode_chat(engine: EngineApi, request: ChatRequest) -> tuple[int, ...]:
+    """Return the conversation in the model's own chat format."""
+    messages = [message.to_template() for message in request.messages]
+    size = sum(len(message["content"]) for message in messages)
+    token_ids = await _encode(lambda: engine.tokenizer.apply_chat_template(messages), size)
+    return _checked(engine, token_ids, param="messages")
+
+
+async def encode_completion(engine: EngineApi, request: CompletionRequest) -> list[tuple[int, ...]]:
+    """Return each prompt's token ids."""
+    return [await _encode_prompt(engine, prompt) for prompt in request.prompts()]
+
+
+async def encode_text(engine: EngineApi, text: str, *, param: str) -> tuple[int, ...]:
+    """Return one text's token ids."""
+    token_ids = await _encode(lambda: engine.tokenizer.encode(text), len(text))
+    return _checked(engine, token_ids, param=param)
+
+
+async def _encode_prompt(engine: EngineApi, prompt: str | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        return await encode_text(engine, prompt, param="prompt")
+    largest = engine.tokenizer.vocab_size - 1
+    if max(prompt) > largest:
+        raise invalid("prompt", f"prompt: token ids go up to {largest} in this model.")
+    return _checked(engine, prompt, param="prompt")
+
+
+async def _encode(encode: Callable[[], list[int]], chars: int) -> list[int]:
+    return encode() if chars <= _INLINE_CHARS else await asyncio.to_thread(encode)
+
+
+def _checked(engine: EngineApi, token_ids: Sequence[int], *, param: str) -> tuple[int, ...]:
+    if not token_ids:
+        raise invalid(param, f"{param}: the prompt is empty; send at least one token.")
+    if len(token_ids) >= engine.model_len:
+        error = PromptTooLongError(prompt_tokens=len(token_ids), model_len=engine.model_len)
+        raise invalid(param, str(error), code="context_length_exceeded") from error
+    return tuple(token_ids)
