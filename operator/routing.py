@@ -38,8 +38,8 @@ def route(document: Json) -> Iterable[Key]:
         yield Key(DEPLOYMENT, namespace, document["metadata"]["name"])
     elif document["kind"] == finetunejob.KIND:
         yield Key(JOB, namespace, document["metadata"]["name"])
-        for deployment in promotes_to(document):
-            yield Key(DEPLOYMENT, namespace, deployment)
+        for target in promotes_to(document):
+            yield Key(DEPLOYMENT, namespace, target)
     else:
         labels = labels_of(document)
         if deployment := labels.get(DEPLOYMENT_LABEL):

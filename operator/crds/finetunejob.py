@@ -270,10 +270,38 @@ class Promotion(ApiModel):
     ] = "HotLoadAdapter"
 
 
+def _unchanged(*fields: str) -> tuple[dict[str, str], ...]:
+    """Return the rules that keep these fields as they were, each with its own message."""
+    return tuple(
+        cel(
+            f"has(self.{name}) == has(oldSelf.{name}) && "
+            f"(!has(self.{name}) || self.{name} == oldSelf.{name})",
+            f"spec.{name} cannot change once the job exists (only spec.suspend can): delete the "
+            "job and create it anew.",
+        )
+        for name in fields
+    )
+
+
 class FineTuneJobSpec(ApiModel):
     """What should be trained, on what, and where the result goes."""
 
     rules = (
+        *_unchanged(
+            "method",
+            "adaptation",
+            "baseModel",
+            "dataset",
+            "processing",
+            "hyperparameters",
+            "checkpoint",
+            "resources",
+            "failure",
+            "evaluation",
+            "output",
+            "promotion",
+            "podTemplatePatch",
+        ),
         cel(
             "!has(self.promotion) || self.promotion.strategy != 'HotLoadAdapter' || "
             "self.adaptation.type == 'lora'",

@@ -16,9 +16,11 @@ async def load_configuration() -> Configuration:
     """Return address and credentials of the API server."""
     configuration = Configuration()
     if os.environ.get(_IN_CLUSTER):
-        loaders.load_incluster_config(client_configuration=configuration)
+        loaders.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
     else:
-        await loaders.load_kube_config(client_configuration=configuration)
+        await loaders.load_kube_config(  # type: ignore[no-untyped-call]
+            client_configuration=configuration
+        )
     # Every worker may have a request under way, and a few list calls beside them.
     configuration.connection_pool_maxsize = 64
     return configuration
