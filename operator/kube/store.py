@@ -29,6 +29,7 @@ class Store:
         self._route = route
         self._indexes = indexes or {}
         self._objects: dict[Ref, Json] = {}
+        self._by_kind: dict[str, dict[Ref, Json]] = defaultdict(dict)
         self._routes: dict[Ref, tuple[Key, ...]] = {}
         self._by_owner: dict[tuple[Key, str], set[Ref]] = defaultdict(set)
         self._by_index: dict[tuple[str, str, str, str], set[Ref]] = defaultdict(set)
@@ -51,7 +52,7 @@ class Store:
 
     def all(self, kind: str) -> list[Json]:
         """Return every object of this kind."""
-        return [document for ref, document in self._objects.items() if ref.kind == kind]
+        return list(self._by_kind.get(kind, {}).values())
 
     def __len__(self) -> int:
         return len(self._objects)
@@ -95,7 +96,8 @@ class Store:
         def is_listed(ref: Ref) -> bool:
             return ref.kind == kind and namespace in (None, ref.namespace)
 
-        for ref in [ref for ref in self._objects if is_listed(ref) and ref not in present]:
+        known = self._by_kind.get(kind, {})
+        for ref in [ref for ref in known if is_listed(ref) and ref not in present]:
             # Newer than the list: an event or a write of ours was quicker.
             if version_of(self._objects[ref]) > version:
                 continue
@@ -114,6 +116,7 @@ class Store:
 
     def _remember(self, ref: Ref, document: Json) -> None:
         self._objects[ref] = document
+        self._by_kind[ref.kind][ref] = document
         keys = tuple(self._route(document))
         self._routes[ref] = keys
         for key in keys:
@@ -127,6 +130,7 @@ class Store:
         document = self._objects.pop(ref, None)
         if document is None:
             return
+        del self._by_kind[ref.kind][ref]
         for key in self._routes.pop(ref, ()):
             _discard(self._by_owner, (key, ref.kind), ref)
         for (kind, name), index in self._indexes.items():

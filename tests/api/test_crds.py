@@ -1,0 +1,256 @@
+"""What the API server makes of our resources: defaults, refusals, columns, scale, selectors."""
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+
+from hack.cluster.api_only import ApiCluster
+from hack.cluster.errors import ClusterError
+
+pytestmark = pytest.mark.api
+
+Document = dict[str, Any]
+
+
+def deployment(**spec: Any) -> Document:
+    return {
+        "apiVersion": "mizzen.dev/v1alpha1",
+        "kind": "LLMDeployment",
+        "metadata": {"name": "smollm2"},
+        "spec": {"model": {"source": "pvc://models/smollm2"}} | spec,
+    }
+
+
+def job(**spec: Any) -> Document:
+    return {
+        "apiVersion": "mizzen.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "support"},
+        "spec": {
+            "baseModel": {"deployment": "smollm2"},
+            "dataset": [{"name": "tickets", "uri": "configMap://tickets/data.jsonl"}],
+        }
+        | spec,
+    }
+
+
+def apply(cluster: ApiCluster, namespace: str, document: Document, *flags: str) -> Document:
+    text = cluster.kubectl(
+        "apply", "-n", namespace, "-f", "-", "-o", "json", *flags, stdin=yaml.safe_dump(document)
+    )
+    answer: Document = json.loads(text)
+    return answer
+
+
+GPU = {"resource": "nvidia.com/gpu"}
+REFUSED = {
+    "replicas together with scaling": (
+        deployment(replicas=2, scaling={"min": 1, "max": 2}),
+        "Set replicas for a fixed size or scaling for bounds, not both.",
+    ),
+    "a lower bound above the upper one": (
+        deployment(scaling={"min": 3, "max": 2}),
+        "scaling.min must not be larger than scaling.max.",
+    ),
+    "an unknown field": (deployment(replica=2), 'unknown field "spec.replica"'),
+    "no model": ({**deployment(), "spec": {}}, "spec.model: Required value"),
+    "a model path of a kind we do not have": (
+        deployment(model={"source": "http://example/model"}),
+        "A model path must look like pvc://CLAIM/PATH or file:///PATH.",
+    ),
+    "a model path that climbs out of its volume": (
+        deployment(model={"source": "pvc://models/../other"}),
+        "A path must not contain '..'; write the full path.",
+    ),
+    "more ranks than a replica has devices": (
+        deployment(accelerator={**GPU, "count": 1}, parallelism={"tensor": 2}),
+        "parallelism.tensor is larger than the devices of a replica",
+    ),
+    "ranks that do not spread evenly over pods": (
+        deployment(parallelism={"tensor": 3, "nodes": 2}),
+        "parallelism.tensor must be a multiple of parallelism.nodes",
+    ),
+    "a number of devices without their name": (
+        deployment(accelerator={"count": 2}),
+        "accelerator.count needs accelerator.resource, such as nvidia.com/gpu.",
+    ),
+    "a rollout that cannot move": (
+        deployment(rollout={"maxSurge": 0, "maxUnavailable": 0}),
+        "must not both be 0",
+    ),
+    "a negative number of replicas": (deployment(replicas=-1), "greater than or equal to 0"),
+    "a host path": (
+        deployment(podTemplatePatch={"volumes": [{"name": "root", "hostPath": {"path": "/"}}]}),
+        'unknown field "spec.podTemplatePatch.volumes[0].hostPath"',
+    ),
+    "the host's network": (
+        deployment(podTemplatePatch={"hostNetwork": True}),
+        'unknown field "spec.podTemplatePatch.hostNetwork"',
+    ),
+    "our own labels": (
+        deployment(podTemplatePatch={"labels": {"mizzen.dev/deployment": "other"}}),
+        "Keys under mizzen.dev/ and app.kubernetes.io/ are set by Mizzen; use another prefix.",
+    ),
+    "a name that no service can have": (
+        {**deployment(), "metadata": {"name": "smollm2.v1"}},
+        "services and pods are named after it",
+    ),
+    "two adapters of one name": (
+        deployment(adapters=[{"name": "a", "source": "pvc://m/a"}] * 2),
+        "Duplicate value",
+    ),
+    "a job with two base models": (
+        job(baseModel={"deployment": "smollm2", "source": "pvc://models/smollm2"}),
+        "Set exactly one of baseModel.deployment and baseModel.source.",
+    ),
+    "a job without a base model": (
+        job(baseModel={}),
+        "Set exactly one of baseModel.deployment and baseModel.source.",
+    ),
+    "a job without data": (job(dataset=[]), "should have at least 1 items"),
+    "a dataset of a kind we do not have": (
+        job(dataset=[{"name": "a", "uri": "s3://bucket/data.jsonl"}]),
+        "A dataset's uri must look like configMap://NAME/KEY, pvc://CLAIM/PATH",
+    ),
+    "a promotion to nowhere": (
+        job(promotion={"strategy": "HotLoadAdapter"}),
+        "needs promotion.deployment, the LLMDeployment that should serve the adapter.",
+    ),
+    "a promotion of a whole model as an adapter": (
+        job(promotion={"deployment": "smollm2"}, adaptation={"type": "full"}),
+        "a fully trained model is not an adapter",
+    ),
+    "a result with no place to go": (
+        job(baseModel={"source": "file:///models/smollm2"}),
+        "Set output.uri",
+    ),
+    "an evaluation with nothing held out": (
+        job(evaluation={"suites": [{"name": "holdout"}]}, processing={"holdoutRatio": 0}),
+        "evaluation.suites needs processing.holdoutRatio above 0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("document", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_the_api_server_refuses(
+    cluster: ApiCluster, namespace: str, document: Document, sentence: str
+) -> None:
+    with pytest.raises(ClusterError) as refusal:
+        apply(cluster, namespace, document, "--dry-run=server")
+    assert sentence in str(refusal.value)
+
+
+def test_a_client_that_prunes_cannot_smuggle_a_host_path_in(
+    cluster: ApiCluster, namespace: str
+) -> None:
+    patch = {"volumes": [{"name": "root", "hostPath": {"path": "/"}}]}
+    with pytest.raises(ClusterError, match="hostPath and other kinds are not allowed"):
+        apply(cluster, namespace, deployment(podTemplatePatch=patch), "--validate=false")
+
+
+def test_the_shortest_deployment_gets_every_default(cluster: ApiCluster, namespace: str) -> None:
+    spec = apply(cluster, namespace, deployment())["spec"]
+    assert spec == {
+        "model": {"source": "pvc://models/smollm2", "dtype": "auto"},
+        "accelerator": {"resource": "none"},
+        "parallelism": {"tensor": 1, "nodes": 1},
+        "drain": {"maxSeconds": 120},
+        "rollout": {"maxSurge": 1, "maxUnavailable": 0},
+    }
+
+
+def test_the_example_of_every_field_is_accepted(cluster: ApiCluster, namespace: str) -> None:
+    patch = {
+        "labels": {"team": "chat"},
+        "nodeSelector": {"gpu": "h100"},
+        "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "affinity": {"nodeAffinity": {}},
+        "topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "zone"}],
+        "env": [
+            {"name": "A", "value": "1"},
+            {"name": "B", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}},
+        ],
+        "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": "10Gi"}}],
+        "volumeMounts": [{"name": "scratch", "mountPath": "/scratch"}],
+        "resources": {"requests": {"cpu": 2, "memory": "4Gi"}, "limits": {"memory": "8Gi"}},
+        "imagePullSecrets": [{"name": "registry"}],
+        "runtimeClassName": "nvidia",
+        "priorityClassName": "serving",
+    }
+    full = deployment(
+        model={
+            "source": "file:///models/m.gguf",
+            "servedName": "org/Model-1.5",
+            "maxModelLen": 4096,
+            "dtype": "bfloat16",
+        },
+        scaling={"min": 1, "max": 4},
+        accelerator={**GPU, "count": 2},
+        parallelism={"tensor": 4, "nodes": 2},
+        adapters=[{"name": "support.v2", "source": "pvc://models/adapters/support"}],
+        engine={
+            "image": "example/runtime:1",
+            "maxNumSeqs": 8,
+            "maxNumBatchedTokens": 512,
+            "kvCacheGiB": 0.5,
+        },
+        podTemplatePatch=patch,
+    )
+    assert apply(cluster, namespace, full)["spec"]["podTemplatePatch"] == patch
+
+
+def test_a_job_cannot_change_but_for_suspend(cluster: ApiCluster, namespace: str) -> None:
+    apply(cluster, namespace, job())
+    assert apply(cluster, namespace, job(suspend=True))["spec"]["suspend"] is True
+    with pytest.raises(ClusterError, match=r"spec.hyperparameters cannot change once the job"):
+        apply(cluster, namespace, job(hyperparameters={"epochs": 2}))
+    with pytest.raises(ClusterError, match=r"spec.output cannot change once the job"):
+        apply(cluster, namespace, job(output={"uri": "pvc://models/elsewhere"}))
+
+
+def test_kubectl_scale_and_the_scale_subresource(cluster: ApiCluster, namespace: str) -> None:
+    apply(cluster, namespace, deployment())
+    cluster.kubectl("scale", "-n", namespace, "llmd/smollm2", "--replicas=3")
+    path = f"/apis/mizzen.dev/v1alpha1/namespaces/{namespace}/llmdeployments/smollm2/scale"
+    scale = json.loads(cluster.kubectl("get", "--raw", path))
+    assert scale["spec"]["replicas"] == 3
+
+
+def test_status_and_spec_are_written_apart(cluster: ApiCluster, namespace: str) -> None:
+    made = apply(cluster, namespace, {**deployment(), "status": {"phase": "Ready"}})
+    assert "status" not in made
+    cluster.kubectl(
+        "patch", "-n", namespace, "llmd/smollm2", "--subresource=status", "--type=merge",
+        "-p", json.dumps({"status": {"phase": "Ready", "selector": "a=b", "replicas": 2}}),
+    )  # fmt: skip
+    shown = cluster.kubectl("get", "-n", namespace, "llmd", "smollm2", "-o", "json")
+    after = json.loads(shown)
+    assert after["status"]["phase"] == "Ready"
+    assert after["metadata"]["generation"] == made["metadata"]["generation"]
+
+
+def test_kubectl_get_llm_lists_both_kinds_with_their_columns(
+    cluster: ApiCluster, namespace: str
+) -> None:
+    apply(cluster, namespace, deployment())
+    apply(cluster, namespace, job())
+    table = cluster.kubectl("get", "-n", namespace, "llm")
+    heads = [line.split() for line in table.splitlines() if line.startswith("NAME")]
+    assert heads == [
+        ["NAME", "METHOD", "BASE", "PHASE", "STEP", "LOSS", "ETA", "RESTARTS", "AGE"],
+        ["NAME", "MODEL", "READY", "STATE", "GPUS", "URL", "AGE"],
+    ]
+
+
+def test_jobs_are_found_by_what_they_promote_to(cluster: ApiCluster, namespace: str) -> None:
+    apply(cluster, namespace, job(promotion={"deployment": "smollm2"}))
+    for target, expected in (("smollm2", "finetunejob.mizzen.dev/support\n"), ("other", "")):
+        selector = f"--field-selector=spec.promotion.deployment={target}"
+        assert cluster.kubectl("get", "-n", namespace, "ftj", "-o", "name", selector) == expected
+
+
+def test_kubectl_explain_reads_like_documentation(cluster: ApiCluster) -> None:
+    text = cluster.kubectl("explain", "llmdeployment.spec.drain.maxSeconds")
+    assert "How long a leaving replica may take to finish its requests." in text
