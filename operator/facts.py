@@ -7,7 +7,6 @@ from mizzen.operator.config import OperatorConfig
 from mizzen.operator.engine.key import Key
 from mizzen.operator.kube.store import Store
 from mizzen.operator.namespaces import Namespaces
-from mizzen.operator.namespaces import Namespaces
 from mizzen.operator.runtimes import Runtimes
 from mizzen.operator.specs import SpecCache
 from mizzen.operator.trainers import TrainerClient

@@ -36,7 +36,6 @@ from mizzen.operator.kube.relist import relist
 from mizzen.operator.kube.store import Store
 from mizzen.operator.kube.transport import HttpTransport, Transport
 from mizzen.operator.namespaces import Namespaces
-from mizzen.operator.namespaces import Namespaces
 from mizzen.operator.routing import DEPLOYMENT, INDEXES, JOB, neighbours, route
 from mizzen.operator.runtimes import HttpRuntimes
 from mizzen.operator.specs import SpecCache
@@ -84,7 +83,6 @@ def assemble(config: OperatorConfig, transport: Transport) -> Parts:
         config=config,
         store=store,
         specs=SpecCache(),
-        namespaces=Namespaces(config),
         runtimes=HttpRuntimes(config.admin_token_file),
         trainers=TrainerClient(config.admin_token_file),
         namespaces=Namespaces(config),
