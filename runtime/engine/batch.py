@@ -27,6 +27,22 @@ class StepInput:
     lora_slots_S: list[int]
 
 
+def dummy_step(query_lens: list[int], *, block_size: int) -> StepInput:
+    """Return a step that reads and writes only the block that belongs to nobody."""
+    total, longest = sum(query_lens), max(query_lens)
+    zeros = np.zeros(total, dtype=np.int64)
+    return StepInput(
+        token_ids_T=zeros,
+        positions_T=zeros,
+        slots_T=zeros,
+        query_lens=query_lens,
+        context_lens=query_lens,
+        block_tables_SB=np.zeros((len(query_lens), -(-longest // block_size)), dtype=np.int64),
+        sample_at_N=np.cumsum(query_lens) - 1,
+        lora_slots_S=[0] * len(query_lens),
+    )
+
+
 class BatchBuilder:
     """Keeps each running sequence's block table in a row of one array.
 

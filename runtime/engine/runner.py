@@ -46,17 +46,6 @@ class Runner:
             hidden_TD = hidden_TD.index_select(0, self._to_device(step.sample_at_N))
         return self._decoder.logits(hidden_TD)
 
-    def warm_up(self, *, max_tokens: int, max_rows: int) -> None:
-        """Run a prompt and a decode step on the block nobody reads.
-
-        Kernels are chosen and memory is grown here, and not under the first request.
-        """
-        size = self._kv.block_tokens
-        prompt = min(max_tokens, 64, self._kv.blocks * size)
-        self.run(_dummy_step([prompt], block_tokens=size))
-        for rows in {1, max_rows}:
-            self.run(_dummy_step([1] * rows, block_tokens=size))
-
     def load_adapter(self, slot: int, adapter: Adapter) -> None:
         """Put an adapter into a slot; raises BadAdapterError if it does not fit."""
         self._lora.load(slot, adapter)
@@ -67,21 +56,6 @@ class Runner:
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
-
-
-def _dummy_step(query_lens: list[int], *, block_tokens: int) -> StepInput:
-    total, longest = sum(query_lens), max(query_lens)
-    zeros = np.zeros(total, dtype=np.int64)
-    return StepInput(
-        token_ids_T=zeros,
-        positions_T=zeros,
-        slots_T=zeros,
-        query_lens=query_lens,
-        context_lens=query_lens,
-        block_tables_SB=np.zeros((len(query_lens), -(-longest // block_tokens)), dtype=np.int64),
-        sample_at_N=np.cumsum(query_lens) - 1,
-        lora_slots_S=[0] * len(query_lens),
-    )
 
 
 def _allocate(kv: KvShape, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -53,6 +53,7 @@ class Sampler:
         self._eos = eos_token_ids
         self._plan: _Plan | None = None
 
+    @torch.inference_mode()
     def sample(self, logits_NV: Tensor, rows: list[Sequence]) -> Sampled:
         """Return the rows' next tokens. `logits_NV` is float32 and may be changed."""
         plan = self._plan

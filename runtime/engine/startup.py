@@ -7,27 +7,36 @@ from dataclasses import dataclass
 
 import torch
 
-from mizzen.runtime.attention.base import KvShape
 from mizzen.runtime.engine.adapters import AdapterTable
 from mizzen.runtime.engine.api import FinishedRequest, Recorder
-from mizzen.runtime.engine.batch import BatchBuilder
+from mizzen.runtime.engine.batch import BatchBuilder, StepInput, dummy_step
 from mizzen.runtime.engine.blocks import BlockPool
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.host import cpu_count, memory_available_bytes
 from mizzen.runtime.engine.loop import Loop
-from mizzen.runtime.engine.ranks import Ranks, SingleRank
+from mizzen.runtime.engine.ranks import (
+    LedRanks,
+    ModelRanks,
+    OneRank,
+    follow,
+    largest_kv,
+    load_rank,
+    own_kv,
+)
 from mizzen.runtime.engine.runner import Runner
 from mizzen.runtime.engine.sampler import Sampler
 from mizzen.runtime.engine.scheduler import Limits, Scheduler
 from mizzen.runtime.engine.tokenizer import Tokenizer
+from mizzen.runtime.engine.wire import Allocate, encode
 from mizzen.runtime.errors import BadModelError
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
-from mizzen.runtime.model.loader import load_decoder
+from mizzen.runtime.parallel.ranks import Ranks
 
 # A step of this many tokens is the longest pause a prompt can put between two tokens of others.
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 KV_SHARE = {"cpu": 0.3, "cuda": 0.85}  # of the memory that is free once the weights are there
+WARM_UP_PROMPT, WARM_UP_ROWS = 64, 8
 GIB = 1 << 30
 
 
@@ -50,7 +59,7 @@ class Parts:
     tokenizer: Tokenizer
     arch: ArchSpec
     model_len: int
-    ranks: Ranks
+    ranks: ModelRanks
     loop: Loop
     start_seconds: dict[str, float]
 
@@ -79,24 +88,44 @@ def start_parts(config: EngineConfig, recorder: Recorder | None = None) -> Parts
     """
     seconds: dict[str, float] = {}
     device = choose_device(config)
+    threads = threads_per_rank(config)
     if device.type == "cpu":
-        torch.set_num_threads(threads_per_rank(config))
+        torch.set_num_threads(threads)
     with _timed(seconds, "tokenizer"):
         tokenizer = Tokenizer.load(config.model)
+    with _timed(seconds, "ranks"):
+        arguments = (config, device.type, threads)
+        ranks = Ranks(config.tensor_parallel_size, follow, arguments, device=device.type)
+    try:
+        return _start_model(config, ranks, tokenizer, device, recorder, seconds)
+    except BaseException:
+        ranks.stop()
+        raise
+
+
+def _start_model(
+    config: EngineConfig,
+    ranks: Ranks,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    recorder: Recorder | None,
+    seconds: dict[str, float],
+) -> Parts:
     with _timed(seconds, "weights"):
-        decoder = load_decoder(config.model, dtype=config.dtype, device=device)
-    with _timed(seconds, "prepack"):
-        decoder.prepack()
+        decoder = load_rank(config, device, ranks.group)
     model_len = choose_model_len(config, decoder.spec)
-    kv = choose_kv(config, decoder, model_len)
+    blocks = choose_blocks(config, decoder, model_len)
     step_tokens = max(
         config.max_num_batched_tokens or STEP_TOKENS[device.type], config.max_num_seqs
     )
-    runner = Runner(decoder, kv=kv)
+    ranks.send(encode(Allocate(blocks)))
+    runner = Runner(decoder, kv=own_kv(config, decoder, blocks=blocks))
+    model = OneRank(runner) if ranks.group.size == 1 else LedRanks(runner, ranks)
     with _timed(seconds, "warm_up"):
-        runner.warm_up(max_tokens=step_tokens, max_rows=min(8, config.max_num_seqs))
+        for step in warm_up_steps(step_tokens, config):
+            model.run(step)
     pool = BlockPool(
-        num_blocks=kv.blocks,
+        num_blocks=blocks,
         block_size=config.block_size,
         enable_caching=config.enable_prefix_caching,
     )
@@ -108,7 +137,6 @@ def start_parts(config: EngineConfig, recorder: Recorder | None = None) -> Parts
         max_waiting_tokens=config.max_waiting_tokens,
     )
     eos_ids = frozenset((*tokenizer.eos_token_ids, *decoder.spec.eos_ids))
-    ranks = SingleRank(runner)
     loop = Loop(
         scheduler=Scheduler(pool, limits),
         builder=BatchBuilder(
@@ -116,13 +144,13 @@ def start_parts(config: EngineConfig, recorder: Recorder | None = None) -> Parts
             blocks_per_row=pool.blocks_for(model_len),
             block_size=config.block_size,
         ),
-        ranks=ranks,
+        ranks=model,
         sampler=Sampler(eos_token_ids=tuple(eos_ids)),
         adapters=AdapterTable(max_loras=config.max_loras),
         eos_ids=eos_ids,
         recorder=recorder or NullRecorder(),
     )
-    return Parts(tokenizer, decoder.spec, model_len, ranks, loop, seconds)
+    return Parts(tokenizer, decoder.spec, model_len, model, loop, seconds)
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -153,43 +181,40 @@ def choose_model_len(config: EngineConfig, spec: ArchSpec) -> int:
     return config.max_model_len
 
 
-def choose_kv(config: EngineConfig, decoder: Decoder, model_len: int) -> KvShape:
-    """Return the KV cache's shape: what was asked for, or a share of the free memory.
+def choose_blocks(config: EngineConfig, decoder: Decoder, model_len: int) -> int:
+    """Return how many blocks each rank's KV cache has: as wanted, or a share of free memory.
 
     Raises:
-        KvCacheTooSmallError: it would not hold one sequence of `model_len` tokens.
+        KvCacheTooSmallError: they would not hold one sequence of `model_len` tokens.
     """
-    shape = KvShape(
-        layers=decoder.spec.layers,
-        blocks=1,
-        kv_heads=decoder.heads.kv.size,
-        head_dim=decoder.spec.head_dim,
-        block_tokens=config.block_size,
-    )
-    block_bytes = shape.block_bytes(decoder.place.dtype)
+    size, device = decoder.group.size, decoder.place.device
+    largest = largest_kv(own_kv(config, decoder, blocks=1), decoder)
+    block_bytes = largest.block_bytes(decoder.place.dtype)
     per_sequence = -(-model_len // config.block_size)
     if config.kv_cache_gib is not None:
-        usable = int(config.kv_cache_gib * GIB)
+        usable = int(config.kv_cache_gib * GIB) // size
     else:
-        usable = min(
-            int(_free_bytes(decoder.place.device) * KV_SHARE[decoder.place.device.type]),
-            config.max_num_seqs * per_sequence * block_bytes,
-        )
+        sharing = size if device.type == "cpu" else 1  # each GPU has memory of its own
+        usable = int(_free_bytes(device) * KV_SHARE[device.type]) // sharing
+        usable = min(usable, config.max_num_seqs * per_sequence * block_bytes)
     blocks = usable // block_bytes
     if blocks < per_sequence:
-        holds = blocks * config.block_size
-        need_gib = per_sequence * block_bytes / GIB
+        holds, need_gib = blocks * config.block_size, per_sequence * block_bytes * size / GIB
         raise KvCacheTooSmallError(
             f"The KV cache holds {holds} tokens and the context {model_len}. Give it at least "
             f"{need_gib:.2f} GiB, or set the maximum model length to at most {holds}."
         )
-    return KvShape(
-        layers=shape.layers,
-        blocks=blocks + 1,  # and the one that is written to but never read
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        block_tokens=shape.block_tokens,
-    )
+    return blocks + 1  # and the one that is written to but never read
+
+
+def warm_up_steps(step_tokens: int, config: EngineConfig) -> list[StepInput]:
+    """Return steps on the block nobody reads: a prompt, one decode, several.
+
+    Kernels are chosen and memory is grown by these, and not under the first request.
+    """
+    prompt = min(step_tokens, WARM_UP_PROMPT)
+    shapes = [[prompt], [1], [1] * min(WARM_UP_ROWS, config.max_num_seqs)]
+    return [dummy_step(lens, block_size=config.block_size) for lens in shapes]
 
 
 def _free_bytes(device: torch.device) -> int:

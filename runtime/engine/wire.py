@@ -1,0 +1,98 @@
+"""What rank 0 tells the other ranks, as bytes. Only integers and a path: nothing is unpickled."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mizzen.runtime.engine.batch import StepInput
+
+STEP, ALLOCATE, LOAD, CLEAR = range(4)
+HEADER_INTS = 10
+WORD = np.dtype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Allocate:
+    """Make a KV cache of this many blocks."""
+
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Read an adapter and put it into a slot."""
+
+    slot: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Clear:
+    """Empty a slot."""
+
+    slot: int
+
+
+Message = StepInput | Allocate | Load | Clear
+
+
+def encode(message: Message) -> bytes:
+    """Return the message's bytes: ten integers that say what follows, then that."""
+    match message:
+        case StepInput():
+            return _encode_step(message)
+        case Allocate(blocks):
+            return _header(ALLOCATE, blocks)
+        case Load(slot, path):
+            return _header(LOAD, slot) + str(path).encode()
+        case Clear(slot):
+            return _header(CLEAR, slot)
+
+
+def decode(data: bytes) -> Message:
+    """Return what `encode` was given."""
+    kind, *sizes = np.frombuffer(data, dtype=WORD, count=HEADER_INTS).tolist()
+    body = memoryview(data)[HEADER_INTS * WORD.itemsize :]
+    if kind == STEP:
+        return _decode_step(sizes, np.frombuffer(body, dtype=WORD).copy())
+    if kind == ALLOCATE:
+        return Allocate(sizes[0])
+    if kind == LOAD:
+        return Load(sizes[0], Path(bytes(body).decode()))
+    return Clear(sizes[0])
+
+
+def _encode_step(step: StepInput) -> bytes:
+    arrays = [
+        step.token_ids_T,
+        step.positions_T,
+        step.slots_T,
+        np.array(step.query_lens, dtype=WORD),
+        np.array(step.context_lens, dtype=WORD),
+        step.block_tables_SB.ravel(),
+        step.sample_at_N,
+        np.array(step.lora_slots_S, dtype=WORD),
+    ]
+    sizes = [len(array) for array in arrays]
+    return _header(STEP, *sizes) + np.concatenate(arrays).tobytes()
+
+
+def _decode_step(sizes: list[int], words: np.ndarray) -> StepInput:
+    parts = np.split(words, np.cumsum(sizes[:7]))
+    query_lens = parts[3].tolist()
+    return StepInput(
+        token_ids_T=parts[0],
+        positions_T=parts[1],
+        slots_T=parts[2],
+        query_lens=query_lens,
+        context_lens=parts[4].tolist(),
+        block_tables_SB=parts[5].reshape(len(query_lens), -1),
+        sample_at_N=parts[6],
+        lora_slots_S=parts[7].tolist(),
+    )
+
+
+def _header(kind: int, *values: int) -> bytes:
+    padding = [0] * (HEADER_INTS - 1 - len(values))
+    return np.array([kind, *values, *padding], dtype=WORD).tobytes()
