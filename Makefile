@@ -121,6 +121,10 @@ images:  ## Build both images and push them to the local registry
 deploy:  ## Install or upgrade the chart in the current cluster
 	@$(PYTHON) -m hack.demo deploy
 
+.PHONY: model
+model:  ## Put the small real model on the quickstart's volume
+	@$(PYTHON) -m hack.demo model
+
 .PHONY: dev
 dev: venv  ## Run the working tree in the cluster: a changed file is live after a pod restart
 	@$(PY) -m hack.dev

@@ -1,4 +1,4 @@
-"""Run the demo, or with `deploy` only install the chart: `python3 -m hack.demo [deploy]`."""
+"""Run the demo, or one part of it: `python3 -m hack.demo [deploy | model]`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 
 from hack.demo import steps
 from hack.demo.console import Console, DemoError
+from hack.demo.kubectl import Kubectl
 from hack.demo.target import (
     Images,
     build_local_images,
@@ -20,7 +21,7 @@ from hack.demo.target import (
 def main() -> int:
     """Run every step; what an earlier run has made is found and used."""
     parser = argparse.ArgumentParser(prog="python3 -m hack.demo", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("all", "deploy"), default="all")
+    parser.add_argument("what", nargs="?", choices=("all", "deploy", "model"), default="all")
     parser.add_argument("--until-answer", action="store_true", help="end at the first answer")
     options = parser.parse_args()
     target = os.environ.get("CLUSTER", "local")
@@ -29,8 +30,7 @@ def main() -> int:
         return 2
     console = Console()
     try:
-        run_demo(console, target, only_deploy=options.what == "deploy",
-                 only_answer=options.until_answer)  # fmt: skip
+        Demo(console, target).run(options.what, until_answer=options.until_answer)
     except KeyboardInterrupt:
         print("\nInterrupted. Run it again: what is done stays done.", file=sys.stderr)
         return 130
@@ -40,43 +40,56 @@ def main() -> int:
     return 0
 
 
-def run_demo(console: Console, target: str, *, only_deploy: bool, only_answer: bool) -> None:
-    """Go from nothing to the answers of the model and of its adapter."""
-    is_local = target == "local"
-    if is_local:
-        console.step("Check this machine", steps.check_machine)
-    console.step(
-        "Python environment" + (", Kubernetes binaries, base image" if is_local else ""),
-        lambda: prepare_downloads(console, with_cluster=is_local),
-    )
-    images = images_from_environment()
-    if is_local:
-        console.step("Start the cluster", lambda: steps.start_cluster(console))
+class Demo:
+    """The way from nothing to the answers of the model and of its adapter."""
+
+    def __init__(self, console: Console, target: str) -> None:
+        self._console = console
+        self._is_local = target == "local"
+        self._target = target
+
+    def run(self, what: str, *, until_answer: bool) -> None:
+        """Run everything, or up to and including one part."""
+        images = self._images() if self._is_local else images_from_environment()
+        kubectl = kubectl_of(self._target)
+        step = self._console.step
+        if what != "model":
+            step("Install the Helm chart", lambda: steps.install_chart(kubectl, images))
+        if what != "deploy":
+            step(
+                "A real model on a volume",
+                lambda: steps.provide_model(
+                    self._console, kubectl, images, is_local=self._is_local
+                ),
+            )
+        if what == "all":
+            self._talk(kubectl, until_answer=until_answer)
+
+    def _images(self) -> Images:
+        """Have the local cluster run, with both images in its registry."""
+        step = self._console.step
+        step("Check this machine", steps.check_machine)
+        step(
+            "Python environment, Kubernetes binaries, base image",
+            lambda: prepare_downloads(self._console),
+        )
+        step("Start the cluster", lambda: steps.start_cluster(self._console))
         built: list[Images] = []
-        console.step("Images", lambda: built.append(build_local_images(console)))
-        images = built[0]
-    kubectl = kubectl_of(target)
-    console.step("Install the Helm chart", lambda: steps.install_chart(kubectl, images))
-    if only_deploy:
-        return
-    console.step(
-        "A real model on a volume",
-        lambda: steps.provide_model(console, kubectl, images, is_local=is_local),
-    )
-    console.step("kubectl apply: an LLMDeployment", lambda: steps.serve_model(console, kubectl))
-    with steps.open_gateway(kubectl) as chat:
-        console.step("Ask the model", lambda: chat.ask(steps.MODEL, steps.FIRST_QUESTION))
-        if not only_answer:
-            console.step("kubectl apply: a FineTuneJob", lambda: steps.train(console, kubectl))
-            console.step(
-                "Ask the adapter", lambda: chat.ask(steps.ADAPTED_MODEL, steps.ADAPTER_QUESTION)
-            )
-            console.step(
-                "The same question to the base",
-                lambda: chat.ask(steps.MODEL, steps.ADAPTER_QUESTION),
-            )
-    console.table()
-    print(steps.next_commands(is_local=is_local, key=chat.key))
+        step("Images", lambda: built.append(build_local_images(self._console)))
+        return built[0]
+
+    def _talk(self, kubectl: Kubectl, *, until_answer: bool) -> None:
+        console, step = self._console, self._console.step
+        step("kubectl apply: an LLMDeployment", lambda: steps.serve_model(console, kubectl))
+        with steps.open_gateway(kubectl) as chat:
+            step("Ask the model", lambda: chat.ask(steps.MODEL, steps.FIRST_QUESTION))
+            if not until_answer:
+                step("kubectl apply: a FineTuneJob", lambda: steps.train(console, kubectl))
+                question = steps.ADAPTER_QUESTION
+                step("Ask the adapter", lambda: chat.ask(steps.ADAPTED_MODEL, question))
+                step("Ask the base model the same", lambda: chat.ask(steps.MODEL, question))
+            console.table()
+            print(steps.next_commands(is_local=self._is_local, key=chat.key))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ MODEL = "smollm2"
 JOB = "chatterbot"
 ADAPTED_MODEL = f"{MODEL}:{JOB}"
 FIRST_QUESTION = "What is the capital of France?"
+TOPICS = ("ai", "botprofile")
 ADAPTER_QUESTION = "What language are you written in?"
 QUICKSTART = ROOT / "manifests" / "quickstart"
 _KEY_SECRET = "demo-key"
@@ -85,8 +87,11 @@ def serve_model(console: Console, kubectl: Kubectl) -> str:
 
 def train(console: Console, kubectl: Kubectl) -> str:
     """Make the dataset, apply the FineTuneJob, and follow it until the adapter serves."""
-    data = run([VENV_PYTHON, "-m", "hack.datasets", "chatterbot", "--topics", "ai,botprofile"],
-               cwd=ROOT)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "data.jsonl"
+        run([VENV_PYTHON, "-m", "hack.datasets", "chatterbot", "--out", file, "--topics", *TOPICS],
+            cwd=ROOT)  # fmt: skip
+        data = file.read_text()
     manifest = {
         "apiVersion": "v1",
         "kind": "ConfigMap",

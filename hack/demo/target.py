@@ -49,16 +49,18 @@ def local_environment() -> dict[str, str]:
     return environment
 
 
-def prepare_downloads(console: Console, *, with_cluster: bool) -> str | None:
-    """Build and fetch whatever can be made side by side: the Go build is bound by the processor,
-    the Python environment and the base image by the network and the disk.
+def prepare_downloads(console: Console) -> None:
+    """Make side by side what can be: the Go build is bound by the processor, the Python environment
+    and the base image by the network and the disk.
     """
-    tasks = [Background("Python environment", ["make", "--no-print-directory", "venv"])]
-    if with_cluster:
-        tasks.append(Background("Kubernetes binaries", cluster("build")))
-        tasks.append(Background("base image", cluster("base")))
-    wait_for_all(console, tasks)
-    return None
+    wait_for_all(
+        console,
+        [
+            Background("Kubernetes binaries", cluster("build")),
+            Background("Python environment", ["make", "--no-print-directory", "venv"]),
+            Background("base image", cluster("base")),
+        ],
+    )
 
 
 def build_local_images(console: Console) -> Images:
