@@ -1,0 +1,1 @@
+"""Generates what of the Helm chart follows from something else."""
