@@ -50,9 +50,13 @@ class Demo:
 
     def run(self, what: str, *, until_answer: bool) -> None:
         """Run everything, or up to and including one part."""
-        images = self._images() if self._is_local else images_from_environment()
-        kubectl = kubectl_of(self._target)
         step = self._console.step
+        if self._is_local:
+            images = self._images()
+        else:
+            step("Python environment", lambda: prepare_downloads(self._console, is_local=False))
+            images = images_from_environment()
+        kubectl = kubectl_of(self._target)
         if what != "model":
             step("Install the Helm chart", lambda: steps.install_chart(kubectl, images))
         if what != "deploy":
@@ -71,7 +75,7 @@ class Demo:
         step("Check this machine", steps.check_machine)
         step(
             "Python environment, Kubernetes binaries, base image",
-            lambda: prepare_downloads(self._console),
+            lambda: prepare_downloads(self._console, is_local=True),
         )
         step("Start the cluster", lambda: steps.start_cluster(self._console))
         built: list[Images] = []

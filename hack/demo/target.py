@@ -49,18 +49,15 @@ def local_environment() -> dict[str, str]:
     return environment
 
 
-def prepare_downloads(console: Console) -> None:
+def prepare_downloads(console: Console, *, is_local: bool) -> None:
     """Make side by side what can be: the Go build is bound by the processor, the Python environment
     and the base image by the network and the disk.
     """
-    wait_for_all(
-        console,
-        [
-            Background("Kubernetes binaries", cluster("build")),
-            Background("Python environment", ["make", "--no-print-directory", "venv"]),
-            Background("base image", cluster("base")),
-        ],
-    )
+    tasks = [Background("Python environment", ["make", "--no-print-directory", "venv"])]
+    if is_local:
+        tasks.append(Background("Kubernetes binaries", cluster("build")))
+        tasks.append(Background("base image", cluster("base")))
+    wait_for_all(console, tasks)
 
 
 def build_local_images(console: Console) -> Images:
