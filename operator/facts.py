@@ -7,6 +7,7 @@ from mizzen.operator.config import OperatorConfig
 from mizzen.operator.engine.key import Key
 from mizzen.operator.kube.store import Store
 from mizzen.operator.namespaces import Namespaces
+from mizzen.operator.nodes import NodeSizes
 from mizzen.operator.runtimes import Runtimes
 from mizzen.operator.specs import SpecCache
 from mizzen.operator.trainers import TrainerClient
@@ -20,8 +21,8 @@ class Facts:
     store: Store
     specs: SpecCache
     namespaces: Namespaces
+    nodes: NodeSizes
     runtimes: Runtimes
     trainers: TrainerClient
-    namespaces: Namespaces
     # Makes another resource look again, e.g. the deployment when its job was published.
     enqueue: Callable[[Key, float], None]

@@ -66,9 +66,10 @@ class Lease:
 
     async def keep(self) -> None:
         """Renew until that fails for too long; returning means this process must stop now."""
-        while _now() - self._renewed_at < self.times.renew_s:
-            await asyncio.sleep(self.times.retry_s)
-            if not await self._try() and not self._is_held:
+        while (left_s := self.times.renew_s - self.age_s()) > 0:
+            await asyncio.sleep(min(self.times.retry_s, left_s))
+            left_s = self.times.renew_s - self.age_s()
+            if not await self._try(within_s=max(0.0, left_s)) and not self._is_held:
                 break
         self._is_held = False
         logger.error("lost the lead", extra={"identity": self.identity})
@@ -84,11 +85,11 @@ class Lease:
         except Exception as error:
             logger.warning("could not release the Lease", extra={"error": str(error)})
 
-    async def _try(self) -> bool:
+    async def _try(self, *, within_s: float = 5.0) -> bool:
         """Take or renew the Lease if that is allowed; return whether it is ours now."""
         asked_at = _now()
         try:
-            async with asyncio.timeout(self.times.renew_s / 2):
+            async with asyncio.timeout(min(within_s, self.times.renew_s / 2)):
                 lease = await self._observe()
                 if lease is not None and not self._may_take(lease):
                     self._is_held = False
@@ -106,7 +107,8 @@ class Lease:
 
     async def _observe(self) -> Json | None:
         lease = await self.api.read()
-        if lease is not None and (self._seen is None or lease["spec"] != self._seen["spec"]):
+        # The version, not the times in it: an equal renewal is a renewal too.
+        if lease is not None and (self._seen is None or _version(lease) != _version(self._seen)):
             self._seen, self._seen_at = lease, _now()
         return lease
 
@@ -127,6 +129,10 @@ class Lease:
             "renewTime": now,
             "leaseTransitions": int(old.get("leaseTransitions") or 0) + int(is_new_holder),
         }
+
+
+def _version(lease: Json) -> str:
+    return str(lease["metadata"]["resourceVersion"])
 
 
 def _now() -> float:
