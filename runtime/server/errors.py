@@ -135,7 +135,9 @@ def _place(error: ErrorDetails) -> list[str]:
     return [
         str(part)
         for part in error["loc"]
-        if isinstance(part, int) or (part.isidentifier() and part not in ("str", "int"))
+        if isinstance(part, int)
+        or part.isdigit()
+        or (part.isidentifier() and part not in ("str", "int"))
     ]
 
 

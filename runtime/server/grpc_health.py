@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-import grpc
+import grpc  # type: ignore[import-untyped]
 
 SERVICE = "grpc.health.v1.Health"
 

@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 import uvloop
@@ -48,9 +49,10 @@ class Ports:
 def serve(config: ServeConfig) -> int:
     """Serve until told to stop; return the process's exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(Server(config, start_engine).run())
+            runner.run(_serve_until_stopped(config))
     except (RankLostError, EngineDeadError):
         raise  # a crash, not a mistake in the configuration: starting again may help
     except MizzenError as error:
@@ -58,11 +60,22 @@ def serve(config: ServeConfig) -> int:
     return 0
 
 
+async def _serve_until_stopped(config: ServeConfig) -> None:
+    server = Server(config, start_engine)
+    await server.run()
+    if server.service.engine_or_none is None:
+        # Stopped while the model loads. A thread in the middle of reading weights cannot be
+        # ended, and waiting for it would outlast the pod's grace period.
+        logging.shutdown()
+        os._exit(0)
+
+
 async def start_engine(config: ServeConfig, metrics: Metrics) -> EngineApi:
     """Load the model in a thread, so that the ports answer meanwhile."""
     from mizzen.runtime.engine.engine import Engine  # noqa: PLC0415 - ports first, torch is slow
 
-    return await asyncio.to_thread(Engine.start, config.engine_config(), metrics)
+    engine = await asyncio.to_thread(Engine.start, config.engine_config(), metrics)
+    return cast("EngineApi", engine)  # its attributes have narrower types than the protocol's
 
 
 class Server:
@@ -71,9 +84,7 @@ class Server:
     def __init__(self, config: ServeConfig, start_engine: StartEngine) -> None:
         self._config = config
         self._start_engine = start_engine
-        metrics = Metrics(
-            config.served_name, block_size=config.block_size, max_loras=config.max_loras
-        )
+        metrics = Metrics(config.served_name)
         self.service = Service(config, metrics)
         metrics.observe(self.service)
         self.drain = Drain(self.service, lame_duck_s=config.lame_duck_seconds)
@@ -81,12 +92,12 @@ class Server:
         self.started = asyncio.Event()  # requests are served
         self.ports: Ports | None = None
         self._stop_asked = asyncio.Event()
+        self._hurry = asyncio.Event()
 
     def ask_to_stop(self) -> None:
-        """Begin the polite stop; asked again, it ends at once."""
+        """Begin the polite stop; asked again, end without waiting for what runs."""
         if self._stop_asked.is_set():
-            log.warning("asked to stop twice, ending without waiting")
-            raise SystemExit(1)
+            self._hurry.set()
         self._stop_asked.set()
 
     async def run(self) -> None:
@@ -116,19 +127,17 @@ class Server:
 
     async def _serve(self) -> None:
         loading = asyncio.create_task(self._load())
-        stopping = asyncio.create_task(self._stop_asked.wait())
         try:
-            await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+            await _first_of(loading, self._stop_asked.wait())
             if loading.done():
                 loading.result()
-                await stopping
+            await self._stop_asked.wait()
             # A stop during loading has nobody to be polite to.
             if self.service.engine_or_none:
                 self.drain.begin(self._config.drain_seconds)
-                await self.drain.wait()
+                await _first_of(self.drain.wait(), self._hurry.wait())
         finally:
             loading.cancel()
-            stopping.cancel()
 
     async def _load(self) -> None:
         self._enter(Phase.LOADING_MODEL)
@@ -169,6 +178,17 @@ class Server:
             return build_grpc_server(self.service, gate, host=host, port=port)
         except RuntimeError as error:
             raise _port_taken(host, port, error) from error
+
+
+async def _first_of(*waits: Awaitable[object]) -> None:
+    """Wait until one of `waits` is over; the coroutines among them end with it."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task, wait in zip(tasks, waits, strict=True):
+            if task is not wait:
+                task.cancel()
 
 
 def _build_gate(config: ServeConfig) -> Gate:

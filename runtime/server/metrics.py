@@ -6,7 +6,6 @@ Every label set exists from the start: a missing series looks like an outage to 
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -17,12 +16,18 @@ from mizzen.runtime.engine.api import EngineApi, EngineStats, FinishedRequest
 from mizzen.runtime.server.errors import ApiError
 
 # vllm/v1/metrics/buckets.py
-_LATENCY_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
-_LATENCY_S += (1920, 7680)
-_TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
-_TTFT_S += (20, 40, 80, 160, 640, 2560)
-_ITL_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
-_ITL_S += (20, 40, 80)
+_LATENCY_S = (
+    *(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60),
+    *(120, 240, 480, 960, 1920, 7680),
+)
+_TTFT_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
+)
+_ITL_S = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1, 2.5, 5, 7.5, 10, 20, 40, 80),
+)
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -50,18 +55,11 @@ class Observed(Protocol):
         """Whether this replica should get new requests."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    block_size: int
-    max_loras: int
-
-
 class Metrics:
     """The engine's `Recorder`, and the registry that /metrics prints."""
 
-    def __init__(self, model_name: str, *, block_size: int, max_loras: int) -> None:
+    def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
-        self._limits = _Limits(block_size=block_size, max_loras=max_loras)
         self._labels = (model_name, "0")
         self._ttft = self._histogram("time_to_first_token_seconds", _TTFT_S)
         self._itl = self._histogram("inter_token_latency_seconds", _ITL_S)
@@ -79,7 +77,7 @@ class Metrics:
 
     def observe(self, observed: Observed) -> None:
         """Read `observed` at each scrape."""
-        self.registry.register(_Scrape(observed, self._labels, self._limits))
+        self.registry.register(_Scrape(observed, self._labels))
 
     def on_loaded(self, model_len: int) -> None:
         """Create what needs the context length: vLLM's token buckets end there."""
@@ -138,10 +136,9 @@ class Metrics:
 class _Scrape(Collector):
     """Turns the engine's figures of now into metric families."""
 
-    def __init__(self, observed: Observed, labels: tuple[str, str], limits: _Limits) -> None:
+    def __init__(self, observed: Observed, labels: tuple[str, str]) -> None:
         self._observed = observed
         self._labels = labels
-        self._limits = limits
 
     def collect(self) -> Iterator[Metric]:
         yield self._phase()
@@ -195,7 +192,7 @@ class _Scrape(Collector):
         return self._labelled(
             "vllm:cache_config_info",
             {
-                "block_size": str(self._limits.block_size),
+                "block_size": str(stats.block_size),
                 "num_gpu_blocks": str(stats.blocks_total),
             },
         )
@@ -205,7 +202,7 @@ class _Scrape(Collector):
         return self._labelled(
             "vllm:lora_requests_info",
             {
-                "max_lora": str(self._limits.max_loras),
+                "max_lora": str(stats.max_loras),
                 "running_lora_adapters": ",".join(stats.running_adapters),
                 "waiting_lora_adapters": ",".join(stats.waiting_adapters),
             },

@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from typing import Any, TypeAlias
 
-import grpc
-from google.protobuf import json_format
-from google.protobuf.message import Message
+import grpc  # type: ignore[import-untyped]
+from google.protobuf import json_format  # type: ignore[import-untyped]
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from mizzen.runtime.server.adapters import load_adapter, source_from_parameters, unload_adapter
@@ -32,7 +32,9 @@ from mizzen.runtime.server.oip_models import (
 from mizzen.runtime.server.oip_tensors import Tensor, from_raw, from_values, to_raw
 from mizzen.runtime.server.service import Service
 
-Context = grpc.aio.ServicerContext
+# Neither grpc nor the generated messages bring types.
+Context: TypeAlias = Any
+Message: TypeAlias = Any
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from starlette.requests import Request
@@ -28,13 +28,14 @@ from mizzen.runtime.server.oip_models import (
 )
 from mizzen.runtime.server.oip_tensors import Tensor, from_raw, from_values, to_json, to_raw
 from mizzen.runtime.server.routes import (
-    Endpoint,
     GuardedRoute,
     json_response,
     read_body,
     too_large,
 )
 from mizzen.runtime.server.service import Service
+
+_Call = Callable[[Service, Request], Awaitable[ASGIApp]]
 
 _HEADER_LENGTH = "inference-header-content-length"
 _WBITS = {"gzip": 31, "deflate": 15}
@@ -43,7 +44,7 @@ _WBITS = {"gzip": 31, "deflate": 15}
 def oip_routes(service: Service) -> list[GuardedRoute]:
     """Return the protocol's routes."""
 
-    def route(method: str, path: str, call: Endpoint, access: Access) -> GuardedRoute:
+    def route(method: str, path: str, call: _Call, access: Access) -> GuardedRoute:
         return GuardedRoute(method, f"/v2{path}", partial(call, service), access)
 
     fixed = [

@@ -217,8 +217,8 @@ class CompletionRequest(OpenAIRequest):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]  # one prompt in token ids
-        return self.prompt  # type: ignore[return-value]  # a list of either kind, not mixed
+            return [self.prompt]
+        return self.prompt
 
     def params(self) -> SamplingParams:
         """Return the engine's form; 16 tokens unless told, as OpenAI's API has it."""
