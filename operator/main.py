@@ -36,6 +36,7 @@ from mizzen.operator.kube.relist import relist
 from mizzen.operator.kube.store import Store
 from mizzen.operator.kube.transport import HttpTransport, Transport
 from mizzen.operator.namespaces import Namespaces
+from mizzen.operator.nodes import NodeSizes
 from mizzen.operator.routing import DEPLOYMENT, INDEXES, JOB, neighbours, route
 from mizzen.operator.runtimes import HttpRuntimes
 from mizzen.operator.specs import SpecCache
@@ -86,6 +87,7 @@ def assemble(config: OperatorConfig, transport: Transport) -> Parts:
         runtimes=HttpRuntimes(config.admin_token_file),
         trainers=TrainerClient(config.admin_token_file),
         namespaces=Namespaces(config),
+        nodes=NodeSizes(),
         enqueue=queue.add,
     )
     times = LeaseTimes(

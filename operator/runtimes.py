@@ -74,7 +74,7 @@ class HttpRuntimes:
     async def drain(self, pod_ip: str) -> int | None:
         """Have the runtime refuse new requests; return how many are left, None for no answer."""
         answer = await self._ask("POST", pod_ip, "/drain")
-        left = (answer or {}).get("in_flight")
+        left = (answer or {}).get("inFlight")
         return left if isinstance(left, int) else None
 
     async def adapters(self, pod_ip: str) -> tuple[LoadedAdapter, ...] | None:
@@ -154,6 +154,5 @@ def _host(pod_ip: str) -> str:
 
 
 def _is_refusal(status: str | None) -> bool:
-    """Whether the answer blames the request: 4xx, but not a token or a queue in the way."""
-    word = (status or "").split()[-1:] or [""]
-    return word[0].startswith("4") and word[0] not in ("401", "403", "408", "429")
+    """Whether the answer blames the request: 4xx, but not the token or the time."""
+    return (status or "").startswith("4") and status not in ("401", "408", "429")

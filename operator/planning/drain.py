@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-# The gate was closed, but it takes a moment until every proxy has heard of it. Asking the runtime
-# to refuse requests earlier would turn that moment into errors.
+# After the gate was closed it takes a moment until every proxy has heard of it. Until then a
+# runtime without requests may still get one.
 SETTLE_S = 2.0
 
 
@@ -19,15 +19,8 @@ class Drain:
     in_flight: int | None = None  # None: not asked yet, or no answer
 
 
-def may_ask(drain: Drain, *, now: datetime) -> bool:
-    """Whether the runtime should be told to refuse new requests, and asked what is left."""
-    return drain.is_running and now >= drain.since + timedelta(seconds=SETTLE_S)
-
-
 def is_drained(drain: Drain, *, max_s: int, now: datetime) -> bool:
     """Whether nothing more is to be waited for."""
-    if not drain.is_running:
+    if not drain.is_running or now >= drain.since + timedelta(seconds=max_s):
         return True
-    if now >= drain.since + timedelta(seconds=max_s):
-        return True
-    return may_ask(drain, now=now) and drain.in_flight == 0
+    return drain.in_flight == 0 and now >= drain.since + timedelta(seconds=SETTLE_S)

@@ -26,15 +26,12 @@ class Reason(StrEnum):
     NOT_OBSERVED = "NotObserved"
     STARTING = "Starting"
     ROLLING_OUT = "RollingOut"
-    SCALING_UP = "ScalingUp"
     SCALING_DOWN = "ScalingDown"
-    REPLACING = "ReplacingReplicas"
     DRAINING = "Draining"
     LOADING_ADAPTERS = "LoadingAdapters"
 
     # The spec or the cluster must change.
     INVALID_SPEC = "InvalidSpec"
-    TENSOR_EXCEEDS_DEVICES = "TensorExceedsDevices"
     TOO_MANY_DEVICES = "MoreDevicesThanAnyNode"
     UNSCHEDULABLE = "Unschedulable"
     CLAIM_NOT_FOUND = "ClaimNotFound"
@@ -47,9 +44,8 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = "OutOfMemory"
     RUNTIME_CRASHED = "RuntimeCrashed"
     RUNTIME_CONFIG_INVALID = "RuntimeConfigInvalid"
-    REPLICAS_LOST = "ReplicasLost"
     ADAPTER_REFUSED = "AdapterRefused"
-    RUNTIME_UNREACHABLE = "RuntimeUnreachable"
+    ADMIN_TOKEN_MISSING = "AdminTokenMissing"
 
     # Said by the runtime in its last words (runtime/errors.py).
     BAD_MODEL = "BadModel"

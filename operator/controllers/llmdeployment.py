@@ -1,0 +1,98 @@
+"""Brings an LLMDeployment one step closer to its spec: observe, plan, apply, report."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen, bring_adapters
+from mizzen.operator.controllers.llmdeployment_apply import apply, set_gate
+from mizzen.operator.controllers.llmdeployment_observe import (
+    Observed,
+    SpecRefusedError,
+    find_resource,
+    observe,
+    read_serving,
+)
+from mizzen.operator.controllers.llmdeployment_plan import Plan, gates_to_open, plan_deployment
+from mizzen.operator.controllers.llmdeployment_report import report, report_refusal
+from mizzen.operator.engine.key import Key
+from mizzen.operator.engine.results import Done, Requeue, Result, Retryable, Terminal
+from mizzen.operator.facts import Facts
+from mizzen.operator.kube.client import Kube
+from mizzen.operator.kube.errors import KubeError
+
+# A runtime that did not answer is asked again soon, one that refused an adapter now and then:
+# its files may be mended where they lie.
+_UNANSWERED_S = 2.0
+_REFUSED_S = 60.0
+
+
+async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Result:
+    """Bring one deployment closer to its spec; safe to repeat, safe to interrupt."""
+    resource = find_resource(key, facts)
+    if resource is None:
+        # ownerReferences take the children with it.
+        await facts.namespaces.release(key.namespace, kube)
+        return Done()
+    try:
+        serving = read_serving(resource, facts)
+    except SpecRefusedError as error:
+        await report_refusal(resource, str(error), kube, now=now)
+        return Terminal(error)
+    observed = await observe(key, resource, serving, kube=kube, facts=facts, now=now)
+    plan = plan_deployment(observed, now=now)
+    if plan.takes_away:
+        observed = await observe(
+            key, resource, serving, kube=kube, facts=facts, now=now, ask_server=True
+        )
+        plan = plan_deployment(observed, now=now)
+    failure = await _apply(key, plan, kube=kube, facts=facts, now=now)
+    adapters = await _bring_adapters(observed, facts)
+    # Also after a failure: that one pod could not be made is no reason to keep another waiting.
+    failure = await _open_gates(observed, plan, adapters, kube=kube, now=now) or failure
+    # A failure is told too: status is where people look when nothing moves.
+    await report(key, observed, adapters, kube=kube, facts=facts, now=now, failure=failure)
+    if failure is not None:
+        return Retryable(failure) if failure.retry else Requeue(_REFUSED_S)
+    return _next_look(plan, adapters)
+
+
+async def _apply(
+    key: Key, plan: Plan, *, kube: Kube, facts: Facts, now: datetime
+) -> KubeError | None:
+    """Make the plan's writes; return what stopped them, if anything."""
+    try:
+        await facts.namespaces.prepare(key.namespace, kube)
+        await apply(plan, kube, now=now)
+    except KubeError as error:
+        return error
+    return None
+
+
+async def _open_gates(
+    observed: Observed, plan: Plan, adapters: AdaptersSeen, *, kube: Kube, now: datetime
+) -> KubeError | None:
+    """Let traffic in where it may come; return what stopped that, if anything."""
+    try:
+        for group in gates_to_open(observed, plan, adapters):
+            await set_gate(group, is_open=True, kube=kube, now=now)
+    except KubeError as error:
+        return error
+    return None
+
+
+async def _bring_adapters(observed: Observed, facts: Facts) -> AdaptersSeen:
+    """Bring adapters up to date, where the deployment has or had any."""
+    if not observed.serving.adapters and not observed.status.get("adapters"):
+        return AdaptersSeen()
+    return await bring_adapters(observed.groups, observed.serving.adapters, facts.runtimes)
+
+
+def _next_look(plan: Plan, adapters: AdaptersSeen) -> Result:
+    waits = [
+        plan.look_again_after_s,
+        _UNANSWERED_S if adapters.incomplete else None,
+        _REFUSED_S if adapters.errors else None,
+    ]
+    wait = min((wait for wait in waits if wait is not None), default=None)
+    return Done() if wait is None else Requeue(max(0.1, wait))

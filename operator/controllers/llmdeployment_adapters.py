@@ -1,0 +1,113 @@
+"""Adapters: which ones a deployment wants, and bringing its running replicas to have them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mizzen.operator.controllers.llmdeployment_replicas import Group
+from mizzen.operator.crds.common import Json
+from mizzen.operator.desired.adapters import PromotedArtifact, WantedAdapter
+from mizzen.operator.planning.rollout import Standing
+from mizzen.operator.runtimes import AdapterRefusedError, LoadedAdapter, Runtimes
+from mizzen.operator.status.conditions import condition_status
+
+_CAN_LOAD = (Standing.STARTING, Standing.UNREADY, Standing.IN_SERVICE)
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptersSeen:
+    """What the replicas have loaded after this round; replicas are told apart by address."""
+
+    loaded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    errors: Mapping[str, str] = field(default_factory=dict)  # by adapter
+    incomplete: frozenset[str] = frozenset()  # replicas to try again soon
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What one replica has to load and to drop."""
+
+    load: tuple[WantedAdapter, ...] = ()
+    unload: tuple[str, ...] = ()
+
+
+def promoted_artifacts(jobs: Iterable[Json]) -> list[PromotedArtifact]:
+    """Return the adapters of jobs that passed their evaluation and published a result."""
+    found: list[PromotedArtifact] = []
+    for job in jobs:
+        status = job.get("status") or {}
+        artifact = status.get("artifact") or {}
+        conditions = status.get("conditions") or []
+        is_good = all(
+            condition_status(conditions, type_) == "True"
+            for type_ in ("EvaluationPassed", "Published")
+        )
+        is_leaving = "deletionTimestamp" in job["metadata"]
+        if is_good and not is_leaving and _is_adapter(artifact):
+            name = job["metadata"]["name"]
+            found.append(PromotedArtifact(name, artifact["uri"], artifact.get("digest")))
+    return found
+
+
+def _is_adapter(artifact: Json) -> bool:
+    return artifact.get("kind") == "adapter" and str(artifact.get("uri")).startswith("pvc://")
+
+
+def plan_change(wanted: Sequence[WantedAdapter], loaded: Sequence[LoadedAdapter]) -> Change:
+    """Return what turns the loaded adapters into the wanted ones."""
+    digests = {adapter.name: adapter.digest for adapter in loaded}
+    return Change(
+        load=tuple(
+            adapter
+            for adapter in wanted
+            if adapter.name not in digests
+            or (adapter.digest is not None and digests[adapter.name] != adapter.digest)
+        ),
+        unload=tuple(sorted(digests.keys() - {adapter.name for adapter in wanted})),
+    )
+
+
+async def bring_adapters(
+    groups: Iterable[Group], wanted: Sequence[WantedAdapter], runtimes: Runtimes
+) -> AdaptersSeen:
+    """Load and unload on every replica that can, all at once; one bad adapter stops no other."""
+    addresses = [
+        group.address
+        for group in groups
+        if group.standing in _CAN_LOAD and group.has_loaded and group.address
+    ]
+    rounds = await asyncio.gather(*(_bring(ip, wanted, runtimes) for ip in addresses))
+    errors: dict[str, str] = {}
+    for one in rounds:
+        errors |= one.errors
+    return AdaptersSeen(
+        loaded={ip: names for one in rounds for ip, names in one.loaded.items()},
+        errors=errors,
+        incomplete=frozenset().union(*(one.incomplete for one in rounds)),
+    )
+
+
+async def _bring(ip: str, wanted: Sequence[WantedAdapter], runtimes: Runtimes) -> AdaptersSeen:
+    known = await runtimes.adapters(ip)
+    if known is None:
+        return AdaptersSeen(incomplete=frozenset({ip}))
+    change = plan_change(wanted, known)
+    missing = {adapter.name for adapter in change.load}
+    errors: dict[str, str] = {}
+    for name in change.unload:
+        await runtimes.unload_adapter(ip, name)
+    for adapter in change.load:
+        try:
+            path, digest = adapter.source.path, adapter.digest
+            if await runtimes.load_adapter(ip, adapter.name, path=path, digest=digest):
+                missing.discard(adapter.name)
+        except AdapterRefusedError as error:
+            errors[adapter.name] = str(error)
+    names = tuple(adapter.name for adapter in wanted if adapter.name not in missing)
+    return AdaptersSeen(
+        loaded={ip: names},
+        errors=errors,
+        incomplete=frozenset({ip}) if missing - errors.keys() else frozenset(),
+    )

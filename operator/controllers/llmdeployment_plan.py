@@ -1,0 +1,170 @@
+"""What to do about a deployment now, from one look at it. Pure: no clock, no client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen
+from mizzen.operator.controllers.llmdeployment_observe import Observed
+from mizzen.operator.controllers.llmdeployment_replicas import Group, failure_note
+from mizzen.operator.crds.common import Json
+from mizzen.operator.desired.adapters import build_adapters
+from mizzen.operator.desired.services import (
+    build_disruption_budget,
+    build_ranks_service,
+    build_service,
+)
+from mizzen.operator.desired.serving import PodPlace, Serving, build_pod
+from mizzen.operator.planning.drain import Drain, is_drained
+from mizzen.operator.planning.rollout import Budget, Replica, Standing, Step, next_step
+
+_POLL_DRAIN_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The writes of one reconcile, in the order in which they are made."""
+
+    children: tuple[Json, ...]
+    create: tuple[tuple[Json, ...], ...]  # groups of pods
+    drain: tuple[Group, ...]
+    close: tuple[Group, ...]  # draining, but the gate still says in service
+    remove: tuple[Group, ...]  # serve nobody, or have drained
+    prune: tuple[Json, ...]
+    look_again_after_s: float | None
+
+    @property
+    def takes_away(self) -> bool:
+        """Whether it ends a replica that might be in use."""
+        return bool(self.drain or self.remove)
+
+
+def plan_deployment(observed: Observed, *, now: datetime) -> Plan:
+    """Return what brings the deployment closer to its spec."""
+    spec = observed.spec
+    step = next_step(
+        [group.replica for group in observed.groups],
+        revision=observed.revision,
+        desired=spec.desired_replicas,
+        budget=Budget(surge=spec.rollout.max_surge, unavailable=spec.rollout.max_unavailable),
+        now=now,
+    )
+    groups = {group.replica: group for group in observed.groups}
+    draining = [g for g in observed.groups if g.standing is Standing.DRAINING]
+    drained = [g for g in draining if _is_drained(g, observed, now)]
+    children = build_children(observed.serving)
+    return Plan(
+        children=children,
+        create=(*_incomplete(observed), *_new_groups(step, observed, groups)),
+        drain=tuple(groups[replica] for replica in step.drain),
+        close=tuple(g for g in draining if g.is_gate_open and g not in drained),
+        remove=(*(groups[replica] for replica in step.remove), *drained),
+        prune=_prune(observed.children, children),
+        look_again_after_s=_soonest(
+            step.look_again_after_s, _POLL_DRAIN_S if draining or step.drain else None
+        ),
+    )
+
+
+def build_children(serving: Serving) -> tuple[Json, ...]:
+    """Return every child but the pods."""
+    spec, name = serving.spec, serving.name
+    namespace, owner = serving.namespace, serving.owner
+    nodes, replicas = spec.parallelism.nodes, spec.desired_replicas
+    children = [build_service(name, namespace=namespace, owner=owner)]
+    if nodes > 1:
+        children.append(build_ranks_service(name, namespace=namespace, owner=owner))
+    if serving.adapters:
+        children.append(
+            build_adapters(name, namespace=namespace, owner=owner, adapters=serving.adapters)
+        )
+    if replicas > 1:
+        # A budget for a single replica would block every node drain for ever.
+        children.append(
+            build_disruption_budget(
+                name, namespace=namespace, owner=owner, replicas=replicas, nodes=nodes
+            )
+        )
+    return tuple(children)
+
+
+def gates_to_open(observed: Observed, plan: Plan, adapters: AdaptersSeen) -> list[Group]:
+    """Return the replicas that may take traffic from now on.
+
+    One adapter that no replica accepts must not keep the base model from its users, so only an
+    adapter that could still be loaded holds the gate.
+    """
+    leaving = {group.replica for group in (*plan.drain, *plan.remove)}
+    return [
+        group
+        for group in observed.groups
+        if group.standing in (Standing.STARTING, Standing.UNREADY)
+        and group.replica.revision == observed.revision
+        and group.replica not in leaving
+        and group.has_loaded
+        and not group.is_gate_open
+        and group.address not in adapters.incomplete
+    ]
+
+
+def _is_drained(group: Group, observed: Observed, now: datetime) -> bool:
+    since = group.draining_since or now
+    drain = Drain(since, group.is_running, observed.in_flight.get(group.address))
+    return is_drained(drain, max_s=observed.spec.drain.max_seconds, now=now)
+
+
+def _incomplete(observed: Observed) -> list[tuple[Json, ...]]:
+    """Return the pods that a new group still lacks, because the operator was interrupted."""
+    return [
+        _pods(observed.serving, group.replica, "", ranks=group.missing_ranks)
+        for group in observed.groups
+        if group.missing_ranks
+        and group.standing is Standing.STARTING
+        and group.replica.revision == observed.revision
+    ]
+
+
+def _new_groups(
+    step: Step, observed: Observed, groups: dict[Replica, Group]
+) -> list[tuple[Json, ...]]:
+    created: list[tuple[Json, ...]] = []
+    for creation in step.create:
+        failed = groups.get(creation.replaces) if creation.replaces else None
+        replica = Replica(
+            creation.slot, observed.revision, Standing.STARTING, restarts=creation.restarts
+        )
+        note = failure_note(failed.cause if failed else None)
+        ranks = range(observed.spec.parallelism.nodes)
+        created.append(_pods(observed.serving, replica, note, ranks=ranks))
+    return created
+
+
+def _pods(
+    serving: Serving, replica: Replica, last_failure: str, *, ranks: Iterable[int]
+) -> tuple[Json, ...]:
+    return tuple(
+        build_pod(
+            serving,
+            PodPlace(
+                revision=replica.revision,
+                slot=replica.slot,
+                rank=rank,
+                restarts=replica.restarts,
+                last_failure=last_failure,
+            ),
+        )
+        for rank in ranks
+    )
+
+
+def _prune(present: Iterable[Json], wanted: Iterable[Json]) -> tuple[Json, ...]:
+    kept = {(child["kind"], child["metadata"]["name"]) for child in wanted}
+    return tuple(
+        child for child in present if (child["kind"], child["metadata"]["name"]) not in kept
+    )
+
+
+def _soonest(*waits: float | None) -> float | None:
+    return min((wait for wait in waits if wait is not None), default=None)

@@ -1,0 +1,161 @@
+"""Writes a deployment's status where it changed, and tells people when a condition flips."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen
+from mizzen.operator.controllers.llmdeployment_observe import Observed
+from mizzen.operator.controllers.llmdeployment_replicas import Group, read_groups
+from mizzen.operator.crds.common import Json
+from mizzen.operator.desired import labels
+from mizzen.operator.engine.key import Key
+from mizzen.operator.facts import Facts
+from mizzen.operator.kube.client import Kube
+from mizzen.operator.kube.errors import (
+    AlreadyExists,
+    Conflict,
+    Forbidden,
+    Invalid,
+    KubeError,
+    QuotaExceeded,
+)
+from mizzen.operator.kube.events import Event
+from mizzen.operator.namespaces import AdminTokenMissingError
+from mizzen.operator.status.causes import Cause
+from mizzen.operator.status.conditions import (
+    Condition,
+    ConditionType,
+    Document,
+    next_conditions,
+    rfc3339,
+)
+from mizzen.operator.status.llmdeployment import (
+    AdapterSeen,
+    PodSeen,
+    ReplicaSeen,
+    Seen,
+    news,
+    next_status,
+)
+from mizzen.operator.status.reasons import Reason
+
+_FAILURES: tuple[tuple[type[KubeError], Reason], ...] = (
+    (AdminTokenMissingError, Reason.ADMIN_TOKEN_MISSING),
+    (QuotaExceeded, Reason.QUOTA_EXCEEDED),
+    (Forbidden, Reason.POD_REFUSED),
+    (Invalid, Reason.POD_REFUSED),
+    (AlreadyExists, Reason.POD_REFUSED),
+)
+
+
+async def report(
+    key: Key,
+    observed: Observed,
+    adapters: AdaptersSeen,
+    *,
+    kube: Kube,
+    facts: Facts,
+    now: datetime,
+    failure: KubeError | None = None,
+) -> None:
+    """Write the status as it is after the writes, which the store has seen."""
+    pods = facts.store.children(key, "Pod")
+    groups = read_groups(pods, owner_uid=observed.serving.uid, now=now)
+    seen = what_is_seen(
+        observed, groups, adapters, domain=facts.config.cluster_domain, failure=failure
+    )
+    status = next_status(observed.status, seen, now=now)
+    await _write(observed.resource, status, kube, now)
+
+
+async def report_refusal(resource: Json, why: str, kube: Kube, *, now: datetime) -> None:
+    """Say that the spec cannot be followed; whatever runs is left as it is."""
+    previous = resource.get("status") or {}
+    generation = int(resource["metadata"]["generation"])
+    conditions = [
+        Condition(type_, status, Reason.INVALID_SPEC, why)
+        for type_, status in (
+            (ConditionType.READY, False),
+            (ConditionType.ACCEPTED, False),
+            (ConditionType.STALLED, True),
+        )
+    ]
+    before = previous.get("conditions") or []
+    status: Document = {
+        **previous,
+        "observedGeneration": generation,
+        "phase": "Failed",
+        "conditions": next_conditions(before, conditions, observed_generation=generation, now=now),
+    }
+    await _write(resource, status, kube, now)
+
+
+def what_is_seen(
+    observed: Observed,
+    groups: list[Group],
+    adapters: AdaptersSeen,
+    *,
+    domain: str,
+    failure: KubeError | None = None,
+) -> Seen:
+    """Return what the status is made of."""
+    serving, spec = observed.serving, observed.spec
+    return Seen(
+        generation=observed.generation,
+        revision=observed.revision,
+        desired=spec.desired_replicas,
+        max_unavailable=spec.rollout.max_unavailable,
+        is_scaled=spec.scaling is not None,
+        url=f"http://{serving.name}.{serving.namespace}.svc.{domain}:{labels.HTTP_PORT}/v1",
+        selector=f"{labels.DEPLOYMENT}={serving.name},{labels.RANK}=0",
+        devices_per_pod=spec.devices_per_pod,
+        replicas=tuple(_replica(group, observed, adapters) for group in groups),
+        adapters=tuple(
+            AdapterSeen(
+                wanted.name, wanted.digest, wanted.job, adapters.errors.get(wanted.name, "")
+            )
+            for wanted in serving.adapters
+        ),
+        failure=_failure(failure),
+    )
+
+
+def _replica(group: Group, observed: Observed, adapters: AdaptersSeen) -> ReplicaSeen:
+    cause = group.cause
+    if cause and cause.reason is Reason.UNSCHEDULABLE:
+        cause = observed.too_large or cause
+    return ReplicaSeen(
+        revision=group.replica.revision,
+        standing=group.standing,
+        pods=tuple(
+            PodSeen(pod["metadata"]["name"], str(pod.get("spec", {}).get("nodeName") or ""))
+            for pod in group.pods
+        ),
+        cause=cause,
+        adapters=adapters.loaded.get(group.address, ()),
+    )
+
+
+def _failure(error: KubeError | None) -> Cause | None:
+    """Return the cause for people where a write cannot succeed as things are."""
+    for kind, reason in _FAILURES:
+        if isinstance(error, kind):
+            return Cause(reason, str(error), needs_change=not isinstance(error, Conflict))
+    return None
+
+
+async def _write(resource: Json, status: Document, kube: Kube, now: datetime) -> None:
+    previous = resource.get("status") or {}
+    if previous == status:
+        return
+    await kube.apply_status(resource, status)
+    for flip in news(previous, status):
+        event = Event(
+            about=resource,
+            reason=flip.reason,
+            message=flip.message,
+            is_warning=flip.is_warning,
+            at=rfc3339(now),
+        )
+        await kube.create_event(event)
