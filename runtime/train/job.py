@@ -24,6 +24,7 @@ from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
 from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
 from mizzen.runtime.train.data import Prepared, prepare
+from mizzen.runtime.train.device import choose_device, choose_dtype, use_own_cpus
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.evaluate import Examination, TallyStore, decide_verdict
 from mizzen.runtime.train.history import LossHistory
@@ -63,6 +64,7 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
     """
     if config.world_size > 1:
         raise JobConfigError("world_size above 1 is not supported. Set it to 1.")
+    log.info("Computing with %d threads.", use_own_cpus())
     board = ProgressBoard(generation=config.generation)
     AdminServer(board, stop, token_file=environment.admin_token_file).start(config.admin_port)
     with stop.nothing_to_lose():
@@ -96,7 +98,7 @@ def _prepare(
         truncated=data.truncated,
         dropped=data.dropped,
     )
-    device = _choose_device(environment)
+    device = choose_device(environment.device)
     decoder = load_decoder(config.base_model, dtype=_load_dtype(config, device), device=device)
     directory = config.checkpoint.directory
     store = CheckpointStore(
@@ -114,7 +116,7 @@ def _prepare(
         data=data,
         tokenizer=tokenizer,
         decoder=decoder,
-        adapted=adapt(decoder, config, dtype=compute_dtype(config, device)),
+        adapted=adapt(decoder, config, dtype=choose_dtype(config.hyperparameters.dtype, device)),
         store=store,
         state=restored[1] if restored else None,
         tallies=TallyStore(directory, fingerprint=fingerprint(config, data)),
@@ -204,25 +206,11 @@ def fingerprint(config: TrainConfig, data: Prepared) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def _choose_device(environment: TrainerEnvironment) -> torch.device:
-    if environment.device != "auto":
-        return torch.device(environment.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _load_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """Return the type the base weights are kept in; weights that move are always float32."""
     if config.adaptation.type == "full":
         return torch.float32
-    return compute_dtype(config, device)
-
-
-def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Return the type matrices are multiplied in; "auto" is bfloat16 where it is fast."""
-    wanted = config.hyperparameters.dtype
-    if wanted == "auto":
-        wanted = "bfloat16" if device.type == "cuda" else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+    return choose_dtype(config.hyperparameters.dtype, device)
 
 
 def _report(termination_log: Path, board: ProgressBoard) -> None:

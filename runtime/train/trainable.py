@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
@@ -45,25 +46,46 @@ class Trainable:
         self.parameters = list({id(v.parameter): v.parameter for v in views}.values())
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        # Norm weights and biases are scales and offsets; pulling them to zero only hurts.
-        matrices = [p for p in self.parameters if p.ndim >= 2]
-        vectors = [p for p in self.parameters if p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self._optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+        self._weight_decay = weight_decay
+        self._moments = {
+            name: [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+            for name in (FIRST_MOMENT, SECOND_MOMENT)
+        }
+        self._steps = 0
 
     def step(self, *, learning_rate: float) -> None:
         """Move the weights along their gradients, and drop those."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
+        self._steps += 1
+        # Norm weights and biases are scales and offsets; pulling them to zero only hurts.
+        for is_matrix in (True, False):
+            chosen = [i for i, p in enumerate(self.parameters) if (p.ndim >= 2) is is_matrix]
+            self._adamw(chosen, learning_rate, self._weight_decay if is_matrix else 0.0)
         self.drop_gradients()
+
+    @torch.no_grad()
+    def _adamw(self, chosen: list[int], learning_rate: float, weight_decay: float) -> None:
+        # The function behind torch's class: creating the class imports torch's compiler, which
+        # costs seconds at every start and every resume.
+        adamw(
+            [self.parameters[i] for i in chosen],
+            [_gradient(self.parameters[i]) for i in chosen],
+            [self._moments[FIRST_MOMENT][i] for i in chosen],
+            [self._moments[SECOND_MOMENT][i] for i in chosen],
+            [],
+            [torch.tensor(float(self._steps - 1)) for _ in chosen],
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
 
     def drop_gradients(self) -> None:
         """Forget what was accumulated."""
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each moving tensor by its checkpoint name, detached."""
@@ -71,12 +93,12 @@ class Trainable:
             yield view.name, view.view.detach()
 
     def state_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Return everything a checkpoint must hold; moments only once there are some."""
-        groups: dict[str, dict[str, Tensor]] = {WEIGHTS: dict(self.weights())}
-        for moment in (FIRST_MOMENT, SECOND_MOMENT):
-            if tensors := dict(self._moments(moment)):
-                groups[moment] = tensors
-        return groups
+        """Return everything a checkpoint must hold: views, copied only when written."""
+        return {
+            WEIGHTS: dict(self.weights()),
+            FIRST_MOMENT: self._moment_views(FIRST_MOMENT),
+            SECOND_MOMENT: self._moment_views(SECOND_MOMENT),
+        }
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], *, steps: int) -> None:
         """Put back what `state_tensors` gave after `steps` steps.
@@ -84,26 +106,15 @@ class Trainable:
         Raises:
             CheckpointMismatchError: the names or shapes are not this model's.
         """
-        if steps:
-            self._create_moments(steps)
+        self._steps = steps
         with torch.no_grad():
-            _copy_all(tensors[WEIGHTS], dict(self.weights()))
-            for moment in (FIRST_MOMENT, SECOND_MOMENT) if steps else ():
-                _copy_all(tensors[moment], dict(self._moments(moment)))
+            for group, into in self.state_tensors().items():
+                _copy_all(tensors.get(group, {}), into)
 
-    def _moments(self, moment: str) -> Iterator[tuple[str, Tensor]]:
-        for view in self._views:
-            state = self._optimizer.state.get(view.parameter)
-            if state:
-                yield view.name, view.of(state[moment])
-
-    def _create_moments(self, steps: int) -> None:
-        for parameter in self.parameters:
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(steps)),
-                FIRST_MOMENT: torch.zeros_like(parameter),
-                SECOND_MOMENT: torch.zeros_like(parameter),
-            }
+    def _moment_views(self, moment: str) -> dict[str, Tensor]:
+        place = {id(parameter): i for i, parameter in enumerate(self.parameters)}
+        held = self._moments[moment]
+        return {v.name: v.of(held[place[id(v.parameter)]]) for v in self._views}
 
 
 def full_views(decoder: Decoder) -> list[NamedView]:
@@ -115,6 +126,11 @@ def full_views(decoder: Decoder) -> list[NamedView]:
         assert isinstance(base, nn.Parameter)
         views.append(NamedView(shard.name, base, shard.tensor))
     return views
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    # A weight no token reached, such as an adapter of a layer that was skipped, stays as it is.
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _copy_all(saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
