@@ -6,7 +6,9 @@ sequences of similar length become one padded batch; a prefill is attended by it
 
 # Shapes: S sequences of one plan, B blocks, C context tokens, Q query tokens, K KV heads, G query
 # heads per KV head, d head dimension.
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ class _Decodes:
 
     rows_S: Tensor  # into the packed tokens
     blocks_SB: Tensor
-    mask_S11C: Tensor | None  # True where a key exists; None when every row is full
+    padding_S11C: Tensor | None  # True where no key exists; None when every row is full
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +92,12 @@ class PagedSdpa:
         lens_S = torch.tensor([batch.context_lens[i] for i in group], device=device)
         width = -(-int(lens_S.max()) // self._block_tokens)
         columns_C = torch.arange(width * self._block_tokens, device=device)
-        mask_SC = columns_C < lens_S[:, None]
+        padding_SC = columns_C >= lens_S[:, None]
         index = torch.tensor(group, device=device)
         return _Decodes(
             rows_S=torch.tensor([starts[i] for i in group], device=device),
             blocks_SB=batch.block_tables_SB[index, :width],
-            mask_S11C=None if bool(mask_SC.all()) else mask_SC[:, None, None, :],
+            padding_S11C=padding_SC[:, None, None, :] if bool(padding_SC.any()) else None,
         )
 
     def _plan_prefills(self, batch: PagedBatch) -> list[_Prefill]:
@@ -120,12 +122,8 @@ class PagedSdpa:
         )
 
 
-def _starts(query_lens: "list[int] | tuple[int, ...]") -> list[int]:
-    starts, total = [], 0
-    for query_len in query_lens:
-        starts.append(total)
-        total += query_len
-    return starts
+def _starts(query_lens: Sequence[int]) -> list[int]:
+    return [0, *accumulate(query_lens)][:-1]
 
 
 def _attend_decodes(plan: _Decodes, q_SHd: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -137,12 +135,15 @@ def _attend_decodes(plan: _Decodes, q_SHd: Tensor, keys: Tensor, values: Tensor)
         return pages.view(count, width * side.shape[1], kv_heads, head_dim).transpose(1, 2)
 
     # The query heads of a KV group stand where queries stand: each key is then read once per
-    # group, and no kernel needs to repeat it.
+    # group, and no kernel needs to repeat it. For so few queries, two plain products on keys laid
+    # out head by head take a third of the time of torch's fused kernel on a CPU.
     q_SKGd = q_SHd.view(count, kv_heads, -1, head_dim)
-    out_SKGd = F.scaled_dot_product_attention(
-        q_SKGd, gather(keys), gather(values), attn_mask=plan.mask_S11C
-    )
-    return out_SKGd.reshape(q_SHd.shape)
+    scores_SKGC = torch.matmul(q_SKGd, gather(keys).contiguous().transpose(-1, -2)).float()
+    scores_SKGC *= head_dim**-0.5
+    if plan.padding_S11C is not None:
+        scores_SKGC.masked_fill_(plan.padding_S11C, -torch.inf)
+    weights_SKGC = scores_SKGC.softmax(dim=-1).to(q_SHd.dtype)
+    return torch.matmul(weights_SKGC, gather(values).contiguous()).view(q_SHd.shape)
 
 
 def _attend_prefill(plan: _Prefill, q_QHd: Tensor, keys: Tensor, values: Tensor) -> Tensor:

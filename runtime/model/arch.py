@@ -103,6 +103,9 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_t
 
 def _llama_spec(family: str, config: Mapping[str, Any]) -> ArchSpec:
     heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise NotAModelError(f"{heads} query heads do not divide among {kv_heads} KV heads.")
     act = config.get("hidden_act", "silu")
     if act not in _ACTIVATIONS:
         raise UnknownArchitectureError(
@@ -117,7 +120,7 @@ def _llama_spec(family: str, config: Mapping[str, Any]) -> ArchSpec:
         intermediate_size=config["intermediate_size"],
         layers=config["num_hidden_layers"],
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
+        kv_heads=kv_heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         max_len=_max_len(family, config),
         norm_eps=config.get("rms_norm_eps", 1e-6),

@@ -46,15 +46,15 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.heads, self.head_dim = layer, heads, spec.head_dim
 
-        def part(name: str, span: Span) -> Part:
+        def part(name: str, span: Span, total: int) -> Part:
             d = spec.head_dim
-            return Part(name, f"self_attn.{name}", Span(span.start * d, span.size * d))
+            return Part(name, f"self_attn.{name}", Span(span.start * d, span.size * d), total * d)
 
-        parts = [part("q_proj", heads.queries), part("k_proj", heads.kv), part("v_proj", heads.kv)]
+        parts = [part("q_proj", heads.queries, spec.heads)]
+        parts += [part(name, heads.kv, spec.kv_heads) for name in ("k_proj", "v_proj")]
+        out = part("o_proj", heads.queries, spec.heads)
         self.qkv = ColumnLinear(prefix, parts, spec.hidden_size, bias=spec.qkv_bias, place=place)
-        self.out = RowLinear(
-            prefix, part("o_proj", heads.queries), spec.hidden_size, bias=spec.o_bias, place=place
-        )
+        self.out = RowLinear(prefix, out, spec.hidden_size, bias=spec.o_bias, place=place)
         self.q_norm = self.k_norm = None
         if spec.qk_norm:
             names = [f"{prefix}self_attn.{side}_norm.weight" for side in "qk"]
@@ -86,9 +86,10 @@ class FeedForward(nn.Module):
     def __init__(self, spec: ArchSpec, layer: int, prefix: str, place: Placement) -> None:
         super().__init__()
         self.layer = layer
-        span = even_span(spec.intermediate_size, rank=place.group.rank, size=place.group.size)
-        parts = [Part(name, f"mlp.{name}", span) for name in ("gate_proj", "up_proj")]
-        down = Part("down_proj", "mlp.down_proj", span)
+        total = spec.intermediate_size
+        span = even_span(total, rank=place.group.rank, size=place.group.size)
+        parts = [Part(name, f"mlp.{name}", span, total) for name in ("gate_proj", "up_proj")]
+        down = Part("down_proj", "mlp.down_proj", span, total)
         self.gate_up = ColumnLinear(
             prefix, parts, spec.hidden_size, bias=spec.mlp_bias, place=place
         )

@@ -89,11 +89,12 @@ def can_pack(place: Placement) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One checkpoint matrix inside a merged linear: its name and this rank's output rows."""
+    """One checkpoint matrix: its name, and this rank's share of the dimension that is cut."""
 
     name: str  # as adapters call it: "q_proj"
     path: str  # under the layer: "self_attn.q_proj"
-    rows: Span
+    span: Span
+    total: int  # of all ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class TensorShard:
 
     name: str
     tensor: Tensor
+    whole: tuple[int, ...]  # the shape of the whole tensor
     rows: Span | None = None
     columns: Span | None = None
 
@@ -112,13 +114,14 @@ class ColumnLinear(Linear):
     def __init__(
         self, prefix: str, parts: list[Part], columns: int, *, bias: bool, place: Placement
     ) -> None:
-        super().__init__(sum(p.rows.size for p in parts), columns, bias=bias, place=place)
+        super().__init__(sum(p.span.size for p in parts), columns, bias=bias, place=place)
         self.prefix = prefix
         self.parts = parts
+        self.columns = columns
 
     def forward(self, x_TI: Tensor, layer: int, lora: LoraDelta | None) -> list[Tensor]:
         """Return each part's output for this rank's rows, adapters included."""
-        outputs = list(self.matmul(x_TI).split([p.rows.size for p in self.parts], dim=-1))
+        outputs = list(self.matmul(x_TI).split([p.span.size for p in self.parts], dim=-1))
         if lora is not None:
             for index, part in enumerate(self.parts):
                 delta = lora.delta(layer, part.name, x_TI)
@@ -130,20 +133,22 @@ class ColumnLinear(Linear):
         """Yield views of the held part of each checkpoint tensor."""
         start = 0
         for part in self.parts:
-            path, size = f"{self.prefix}{part.path}", part.rows.size
-            yield TensorShard(f"{path}.weight", self.weight[start : start + size], rows=part.rows)
+            path, held = f"{self.prefix}{part.path}", slice(start, start + part.span.size)
+            whole = (part.total, self.columns)
+            yield TensorShard(f"{path}.weight", self.weight[held], whole, rows=part.span)
             if self.bias is not None:
-                yield TensorShard(f"{path}.bias", self.bias[start : start + size], rows=part.rows)
-            start += size
+                yield TensorShard(f"{path}.bias", self.bias[held], whole[:1], rows=part.span)
+            start = held.stop
 
 
 class RowLinear(Linear):
     """An input-sharded matrix. Its output is a share of the sum until the group reduces it."""
 
     def __init__(self, prefix: str, part: Part, rows: int, *, bias: bool, place: Placement) -> None:
-        super().__init__(rows, part.rows.size, bias=bias, place=place)
+        super().__init__(rows, part.span.size, bias=bias, place=place)
         self.prefix = prefix
         self.part = part
+        self.rows = rows
         self._group = place.group
 
     def forward(self, x_TI: Tensor, layer: int, lora: LoraDelta | None) -> Tensor:
@@ -162,9 +167,10 @@ class RowLinear(Linear):
     def shards(self) -> Iterator[TensorShard]:
         """Yield views of the held part of each checkpoint tensor."""
         path = f"{self.prefix}{self.part.path}"
-        yield TensorShard(f"{path}.weight", self.weight, columns=self.part.rows)
+        whole = (self.rows, self.part.total)
+        yield TensorShard(f"{path}.weight", self.weight, whole, columns=self.part.span)
         if self.bias is not None:
-            yield TensorShard(f"{path}.bias", self.bias)
+            yield TensorShard(f"{path}.bias", self.bias, whole[:1])
 
 
 class VocabTable(Linear):
@@ -205,8 +211,8 @@ class VocabTable(Linear):
 
     def shards(self) -> Iterator[TensorShard]:
         """Yield views of the held part of each checkpoint tensor."""
-        held = self._held
-        yield TensorShard(self.name, self.weight[:held], rows=Span(self.span.start, held))
+        held, whole = self._held, (self.vocab, self.weight.shape[1])
+        yield TensorShard(self.name, self.weight[:held], whole, rows=Span(self.span.start, held))
 
 
 class RmsNorm(nn.Module):
@@ -224,7 +230,7 @@ class RmsNorm(nn.Module):
 
     def shards(self) -> Iterator[TensorShard]:
         """Yield the one tensor."""
-        yield TensorShard(self.name, self.weight)
+        yield TensorShard(self.name, self.weight, tuple(self.weight.shape))
 
 
 ACTIVATIONS = {

@@ -7,7 +7,7 @@ import torch
 from mizzen.runtime.errors import WeightShapeError
 from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
-from mizzen.runtime.model.layers import Placement, TensorShard, WeightSource
+from mizzen.runtime.model.layers import Placement, WeightSource
 from mizzen.runtime.model.safetensors_dir import SafetensorsDir
 from mizzen.runtime.parallel.group import RankGroup
 
@@ -39,11 +39,14 @@ def load_decoder(
 def load_shards(decoder: Decoder, source: WeightSource) -> None:
     """Fill every shard of the decoder from the source."""
     for shard in decoder.shards():
-        value = source.read(shard.name, rows=shard.rows, columns=shard.columns)
-        if value.shape != shard.tensor.shape:
-            raise _wrong_shape(shard, source)
+        # Checked on the whole: a part of a larger tensor would load without a complaint.
+        if (found := source.shape(shard.name)) != shard.whole:
+            raise WeightShapeError(
+                f"Tensor {shard.name} has shape {list(found)} and the model's configuration says "
+                f"{list(shard.whole)}. Both must come from the same checkpoint."
+            )
         with torch.no_grad():
-            shard.tensor.copy_(value)
+            shard.tensor.copy_(source.read(shard.name, rows=shard.rows, columns=shard.columns))
 
 
 def choose_dtype(dtype: torch.dtype | str, spec: ArchSpec, device: torch.device) -> torch.dtype:
@@ -64,10 +67,3 @@ def _open(checkpoint: Path) -> tuple[ArchSpec, WeightSource]:
         file = GgufFile(checkpoint)
         return file.spec(), file
     return ArchSpec.from_dir(checkpoint), SafetensorsDir(checkpoint)
-
-
-def _wrong_shape(shard: TensorShard, source: WeightSource) -> WeightShapeError:
-    return WeightShapeError(
-        f"Tensor {shard.name} has shape {list(source.shape(shard.name))}, which does not fit "
-        "config.json. Weights and config.json must come from the same checkpoint."
-    )

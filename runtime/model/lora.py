@@ -221,10 +221,10 @@ class SiteShape:
 def site_shapes(decoder: Decoder) -> dict[str, SiteShape]:
     """Return each target's shape; all layers of a model are alike."""
     spec, block = decoder.spec, decoder.blocks[0]
-    q, k, v = (part.rows for part in block.attention.qkv.parts)
+    q, k, v = (part.span for part in block.attention.qkv.parts)
     wide, ff = spec.hidden_size, spec.intermediate_size
     q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    hidden = block.feed_forward.down.part.rows
+    hidden = block.feed_forward.down.part.span
     return {
         "q_proj": SiteShape(wide, q_width, q, None),
         "k_proj": SiteShape(wide, kv_width, k, None),

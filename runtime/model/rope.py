@@ -34,13 +34,12 @@ def _llama3_speeds(speeds: Tensor, rope: RopeSpec) -> Tensor:
 
 
 def rope_tables(positions_T: Tensor, speeds: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of shape [T, 1, d], the halves repeated as Hugging Face lays them out."""
-    angles = positions_T.to(torch.float32)[:, None] * speeds[None, :]
-    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    """Return cos and sin of shape [T, 1, d], as `rotate` wants them: sin's first half negated."""
+    angles = (positions_T.to(torch.float32)[:, None] * speeds)[:, None, :]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + d/2) of each head."""
-    first, second = x_THd.chunk(2, dim=-1)
-    return x_THd * cos + torch.cat((-second, first), dim=-1) * sin
+    """Turn the pairs (i, i + d/2) of each head, as Hugging Face lays them out."""
+    return torch.addcmul(x_THd * cos, x_THd.roll(x_THd.shape[-1] // 2, dims=-1), sin)
