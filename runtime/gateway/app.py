@@ -108,6 +108,7 @@ class Routes:
     async def finish_headers(self, request: web.Request, answer: web.StreamResponse) -> None:
         """Name the request, and send clients elsewhere while this gateway shuts down."""
         answer.headers[REQUEST_ID] = request.get(_ID) or request_id_of(request.headers)
+        answer.headers["Server"] = "mizzen"
         if self._parts.lifecycle.is_draining:
             answer.headers["Connection"] = "close"
             answer.force_close()

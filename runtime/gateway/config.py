@@ -8,6 +8,9 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+_HEALTH_PORT = 8002
+_LOCAL_HEALTH_PORT = 8082
+
 
 class GatewayConfig(BaseSettings):
     """Front door of the cluster, or of a laptop when `upstream` names the runtimes."""
@@ -23,7 +26,13 @@ class GatewayConfig(BaseSettings):
 
     host: str = Field("0.0.0.0", description="Address to listen on.")
     port: int = Field(8080, ge=0, le=65535, description="Port of the OpenAI API.")
-    metrics_port: int = Field(8002, ge=0, le=65535, description="Port of metrics and health.")
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port of metrics and health; 8002, but 8082 with --upstream, where a runtime "
+        "beside it has 8002.",
+    )
     upstream: list[str] = Field(
         default_factory=list,
         description="NAME=URL of a runtime, repeated: serve these and ask no Kubernetes.",
@@ -34,6 +43,9 @@ class GatewayConfig(BaseSettings):
     )
     namespace: str | None = Field(
         None, description="Namespace of the API key Secrets; the pod's own when not set."
+    )
+    watch_namespaces: list[str] = Field(
+        default_factory=list, description="Namespaces to serve models of; all when empty."
     )
     kubeconfig: Path | None = Field(
         None, description="Cluster access from outside a pod; ~/.kube/config when not set."
@@ -79,6 +91,13 @@ class GatewayConfig(BaseSettings):
                 "Without Kubernetes there are no key Secrets: add --keys-file PATH, or --auth off."
             )
         return self
+
+    @property
+    def health_port(self) -> int:
+        """Port of metrics and health."""
+        if self.metrics_port is not None:
+            return self.metrics_port
+        return _LOCAL_HEALTH_PORT if self.upstream else _HEALTH_PORT
 
     @property
     def upstreams(self) -> list[tuple[str, str]]:

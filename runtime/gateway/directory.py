@@ -76,9 +76,10 @@ class Directory:
         if self._models.pop(key, None) is not None:
             self._index_names()
 
-    def replace_models(self, models: Iterable[ServedModel]) -> None:
-        """Learn the whole list anew."""
-        self._models = {model.key: model for model in models}
+    def replace_models(self, models: Iterable[ServedModel], *, namespace: str | None) -> None:
+        """Learn the whole list anew, of one namespace or (None) of all."""
+        kept = {k: m for k, m in self._models.items() if not _is_in(k, namespace)}
+        self._models = kept | {model.key: model for model in models}
         self._index_names()
 
     def models(self) -> list[tuple[str, ServedModel]]:
@@ -143,10 +144,13 @@ class Directory:
         self._announce()
 
     def replace_slices(
-        self, slices: Mapping[ObjectKey, tuple[ObjectKey, tuple[Endpoint, ...]]]
+        self,
+        slices: Mapping[ObjectKey, tuple[ObjectKey, tuple[Endpoint, ...]]],
+        *,
+        namespace: str | None,
     ) -> None:
-        """Learn the whole list anew."""
-        for key in [key for key in self._slices if key not in slices]:
+        """Learn the whole list anew, of one namespace or (None) of all."""
+        for key in [k for k in self._slices if k not in slices and _is_in(k, namespace)]:
             self.drop_slice(key)
         for key, (deployment, endpoints) in slices.items():
             self.put_slice(key, deployment=deployment, endpoints=endpoints)
@@ -207,3 +211,7 @@ class Directory:
                 await changed.wait()
         except TimeoutError:
             return
+
+
+def _is_in(key: ObjectKey, namespace: str | None) -> bool:
+    return namespace is None or key[0] == namespace

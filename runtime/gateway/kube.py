@@ -1,4 +1,4 @@
-"""The few raw calls the gateway makes to the API server: list and watch. No typed models."""
+"""The few raw calls this package makes to the API server. No typed models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 from urllib.parse import urlencode
 
 from aiohttp import ClientResponse, ClientTimeout
@@ -32,6 +32,10 @@ class KubeError(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"{status}: {message}")
         self.status = status
+
+
+class NoClusterError(Exception):
+    """Nothing says where the cluster is."""
 
 
 class GoneError(KubeError):
@@ -69,11 +73,17 @@ class KubeSource(Protocol):
         ...
 
 
-class KubeReader:
-    """List and watch through the official client's connection, authentication and TLS."""
+class KubeClient:
+    """Requests through the official client's connection, authentication and TLS."""
 
     def __init__(self, client: ApiClient) -> None:
         self._client = client
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def close(self) -> None:
         """Close the connections."""
@@ -114,37 +124,54 @@ class KubeReader:
         finally:
             response.close()
 
+    async def call(self, method: str, path: str, body: KubeObject | None = None) -> dict[str, Any]:
+        """Send one request and return the answer's document.
+
+        Raises:
+            KubeError: the answer is not a success.
+        """
+        response = await self._send(method, path, ClientTimeout(total=30), body)
+        async with response:
+            document: dict[str, Any] = json.loads(await response.read())
+        return document
+
     async def _get(
         self, path: str, query: Mapping[str, str], limits: ClientTimeout
     ) -> ClientResponse:
+        return await self._send("GET", f"{path}?{urlencode(query)}", limits, None)
+
+    async def _send(
+        self, method: str, path: str, limits: ClientTimeout, body: KubeObject | None
+    ) -> ClientResponse:
         headers = {"Accept": "application/json"}
-        await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, "GET", None)
-        url = f"{self._client.configuration.host}{path}?{urlencode(query)}"
+        # Reads the token again from its file when that is due.
+        await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, None)
         answer = await self._client.rest_client.request(  # type: ignore[no-untyped-call]
-            "GET", url, headers=headers, _request_timeout=limits
+            method,
+            self._client.configuration.host + path,
+            headers=headers,
+            body=body,
+            _request_timeout=limits,
         )
         response = cast(ClientResponse, answer.response)
-        if response.status != 200:
+        if response.status >= 300:
             async with response:
                 raise _error(response.status, await response.read())
         return response
 
 
-async def connect(kubeconfig: Path | None) -> KubeReader:
-    """Return a reader for the cluster this process runs in, or the one a kubeconfig names.
+async def connect(kubeconfig: Path | None) -> KubeClient:
+    """Return a client for the cluster this process runs in, or the one a kubeconfig names.
 
     Raises:
-        ValueError: there is no usable configuration; the text says what to do without a cluster.
+        NoClusterError: there is no usable configuration.
     """
     configuration = Configuration()
     try:
         await _load(configuration, kubeconfig)
     except (ConfigException, OSError) as error:
-        raise ValueError(
-            f"No access to a cluster: {error} Set --kubeconfig PATH, or serve runtimes without "
-            "Kubernetes with --upstream NAME=URL."
-        ) from error
-    return KubeReader(ApiClient(configuration))
+        raise NoClusterError(f"No access to a cluster: {str(error).rstrip('.')}.") from error
+    return KubeClient(ApiClient(configuration))
 
 
 # The official client's loaders carry no annotations.

@@ -8,6 +8,7 @@ import signal
 import sys
 
 from mizzen.runtime.gateway.config import GatewayConfig
+from mizzen.runtime.gateway.kube import NoClusterError
 from mizzen.runtime.gateway.server import Gateway
 
 _CONFIG_EXIT = 42
@@ -32,8 +33,8 @@ async def serve(config: GatewayConfig) -> int:
         loop.add_signal_handler(number, told_to_stop.set)
     try:
         await gateway.start()
-    except (OSError, ValueError, ConnectionError) as error:
-        sys.stderr.write(f"mizzen gateway: {error}\n")
+    except (OSError, ValueError, NoClusterError) as error:
+        sys.stderr.write(f"mizzen gateway: {error}{_hint(error)}\n")
         await gateway.close()
         return _CONFIG_EXIT
     await told_to_stop.wait()
@@ -45,3 +46,12 @@ async def serve(config: GatewayConfig) -> int:
         task.cancel()
     await asyncio.gather(drained, again, return_exceptions=True)
     return 0
+
+
+def _hint(error: Exception) -> str:
+    if not isinstance(error, NoClusterError):
+        return ""
+    return (
+        " Set --kubeconfig PATH, or do without Kubernetes: --upstream NAME=http://127.0.0.1:8000 "
+        "--auth off."
+    )

@@ -14,7 +14,7 @@ from mizzen.runtime.gateway.config import GatewayConfig
 from mizzen.runtime.gateway.directory import Directory, Endpoint, ServedModel
 from mizzen.runtime.gateway.health import build_health_app
 from mizzen.runtime.gateway.keys import KEY_LABEL, Keyring, parse_lines
-from mizzen.runtime.gateway.kube import KubeReader, connect, own_namespace
+from mizzen.runtime.gateway.kube import KubeClient, connect, own_namespace
 from mizzen.runtime.gateway.lifecycle import Lifecycle
 from mizzen.runtime.gateway.metrics import GatewayMetrics
 from mizzen.runtime.gateway.proxy import Proxy
@@ -43,7 +43,7 @@ class Gateway:
         self.metrics = GatewayMetrics(self.directory)
         self.directory.on_endpoint_gone = self._forget_endpoint
         self._session: ClientSession | None = None
-        self._reader: KubeReader | None = None
+        self._kube: KubeClient | None = None
         self._api: web.AppRunner | None = None
         self._listener: socket.socket | None = None
         self._health: web.AppRunner | None = None
@@ -74,7 +74,7 @@ class Gateway:
             max_line_size=_HEADER_BYTES,
             max_field_size=_HEADER_BYTES,
         )
-        await _listen(self._health, config.host, config.metrics_port)
+        await _listen(self._health, config.host, config.health_port)
         self._listener = await _listen(self._api, config.host, config.port)
         log.info("gateway listens on %s:%d, auth %s", config.host, self.port, config.auth)
 
@@ -122,8 +122,8 @@ class Gateway:
             await self._health.cleanup()
         if self._session is not None:
             await self._session.close()
-        if self._reader is not None:
-            await self._reader.close()
+        if self._kube is not None:
+            await self._kube.close()
 
     def _parts(self, session: ClientSession) -> Parts:
         proxy = Proxy(
@@ -156,41 +156,46 @@ class Gateway:
             )
 
     async def _begin_watching(self) -> None:
-        self._reader = await connect(self.config.kubeconfig)
-        self.lifecycle.reflectors = self._reflectors(self._reader)
+        self._kube = await connect(self.config.kubeconfig)
+        self.lifecycle.reflectors = self._reflectors(self._kube)
         self.lifecycle.tasks = [
             asyncio.create_task(reflector.run(), name=f"watch {reflector.name}")
             for reflector in self.lifecycle.reflectors
         ]
 
-    def _reflectors(self, reader: KubeReader) -> list[Reflector]:
-        reflectors = [
-            Reflector(
-                "llmdeployments",
-                reader,
-                ModelSink(self.directory),
-                path="/apis/mizzen.dev/v1alpha1/llmdeployments",
-            ),
-            Reflector(
-                "endpointslices",
-                reader,
-                SliceSink(self.directory),
-                path="/apis/discovery.k8s.io/v1/endpointslices",
-                query={"labelSelector": DEPLOYMENT_LABEL},
-            ),
-        ]
+    def _reflectors(self, kube: KubeClient) -> list[Reflector]:
+        reflectors: list[Reflector] = []
+        namespaces: list[str | None] = [*self.config.watch_namespaces]
+        for namespace in namespaces or [None]:
+            reflectors += self._reflectors_of(kube, namespace)
         if self.config.auth == "on":
-            namespace = self.config.namespace or own_namespace()
-            reflectors.append(
-                Reflector(
-                    "api keys",
-                    reader,
-                    KeySink(self.keyring),
-                    path=f"/api/v1/namespaces/{namespace}/secrets",
-                    query={"labelSelector": f"{KEY_LABEL}=true"},
-                )
+            home = self.config.namespace or own_namespace()
+            keys = Reflector(
+                "api keys",
+                kube,
+                KeySink(self.keyring),
+                path=f"/api/v1/namespaces/{home}/secrets",
+                query={"labelSelector": f"{KEY_LABEL}=true"},
             )
+            reflectors.append(keys)
         return reflectors
+
+    def _reflectors_of(self, kube: KubeClient, namespace: str | None) -> list[Reflector]:
+        scope = "" if namespace is None else f"/namespaces/{namespace}"
+        models = Reflector(
+            f"llmdeployments{scope}",
+            kube,
+            ModelSink(self.directory, namespace),
+            path=f"/apis/mizzen.dev/v1alpha1{scope}/llmdeployments",
+        )
+        slices = Reflector(
+            f"endpointslices{scope}",
+            kube,
+            SliceSink(self.directory, namespace),
+            path=f"/apis/discovery.k8s.io/v1{scope}/endpointslices",
+            query={"labelSelector": DEPLOYMENT_LABEL},
+        )
+        return [models, slices]
 
     def _forget_endpoint(self, url: str) -> None:
         self.balancer.forget(url)

@@ -78,14 +78,16 @@ def parse_slice(item: KubeObject) -> tuple[ObjectKey, tuple[Endpoint, ...]]:
 
 
 class ModelSink:
-    """LLMDeployments into the directory."""
+    """LLMDeployments into the directory, of one namespace or of all."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, namespace: str | None = None) -> None:
         self._directory = directory
+        self._namespace = namespace
 
     def replace(self, items: Sequence[KubeObject]) -> None:
         """Take the whole list."""
-        self._directory.replace_models(parse_model(item) for item in items)
+        models = [parse_model(item) for item in items]
+        self._directory.replace_models(models, namespace=self._namespace)
 
     def put(self, item: KubeObject) -> None:
         """Take a new or changed deployment."""
@@ -97,14 +99,16 @@ class ModelSink:
 
 
 class SliceSink:
-    """EndpointSlices into the directory."""
+    """EndpointSlices into the directory, of one namespace or of all."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, namespace: str | None = None) -> None:
         self._directory = directory
+        self._namespace = namespace
 
     def replace(self, items: Sequence[KubeObject]) -> None:
         """Take the whole list."""
-        self._directory.replace_slices({object_key(item): parse_slice(item) for item in items})
+        slices = {object_key(item): parse_slice(item) for item in items}
+        self._directory.replace_slices(slices, namespace=self._namespace)
 
     def put(self, item: KubeObject) -> None:
         """Take a new or changed slice."""
