@@ -167,7 +167,8 @@ def _scheduling_cause(condition: Json, pod: Json) -> Cause | None:
 
 def _unschedulable(message: str) -> str:
     """Return the scheduler's sentence without its counts, which change with every node."""
-    why = message.split("nodes are available:")[-1].split(" preemption:")[0].split(". no new")[0]
+    why = message.partition("nodes are available:")[2] or message
+    why = why.partition(" preemption:")[0].partition(". no new")[0]
     parts = sorted({_COUNT.sub("", part.strip(" .")) for part in re.split(r", (?=\d)", why)})
     return f"No node has room for the pod: {_shorten(', '.join(filter(None, parts)))}."
 
