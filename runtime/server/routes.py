@@ -1,6 +1,7 @@
 """How an HTTP app is put together here: guarded routes, bounded bodies, watched connections."""
 
 import asyncio
+import contextlib
 import json
 import re
 import uuid
@@ -53,7 +54,8 @@ def build_http_app(
         answer = _from_starlette(error) if isinstance(error, HTTPException) else None
         answer = answer or to_api_error(error)
         body = render_error(request.url.path, answer)
-        return json_response(body, status=answer.status, headers=answer.headers())
+        kind = LingeringResponse if answer.status == 413 else Response
+        return json_response(body, status=answer.status, headers=answer.headers(), kind=kind)
 
     app = Starlette(
         routes=list(routes),
@@ -71,11 +73,46 @@ def _from_starlette(error: HTTPException) -> ApiError:
 
 
 def json_response(
-    body: Any, *, status: int = 200, headers: Mapping[str, str] | None = None
+    body: Any,
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    kind: type[Response] = Response,
 ) -> Response:
     """Return `body` as JSON."""
     content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-    return Response(content, status, dict(headers or {}), media_type="application/json")
+    return kind(content, status, dict(headers or {}), media_type="application/json")
+
+
+class LingeringResponse(Response):
+    """An answer to a request whose body is not wanted, followed by the end of the connection.
+
+    Most clients send all before they read. Closing on them at once resets the connection and
+    loses the answer, so what still comes is thrown away for a while.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, let the client notice, close."""
+        headers = [*self.raw_headers, (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+        await send(_part(bytes(self.body)))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                await _discard(receive)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+_LINGER_S = 10.0
+_LINGER_IDLE_S = 1.0
+_LINGER_BYTES = 64 << 20
+
+
+async def _discard(receive: Receive) -> None:
+    size, more = 0, True
+    while more and size <= _LINGER_BYTES:
+        message = await asyncio.wait_for(receive(), _LINGER_IDLE_S)
+        size += len(message.get("body", b""))
+        more = bool(message.get("more_body", False))
 
 
 async def read_body(request: Request, *, limit: int) -> bytes:
@@ -185,9 +222,6 @@ def _with_request_id(scope: Scope, send: Send) -> Send:
     async def send_with_id(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = [*message["headers"], (b"x-request-id", request_id.encode())]
-            # The unread rest of a refused body would be taken for the next request.
-            if message["status"] == 413:
-                headers.append((b"connection", b"close"))
             message = {**message, "headers": headers}
         await send(message)
 

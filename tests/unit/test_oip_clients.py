@@ -22,6 +22,7 @@ from tritonclient.utils import InferenceServerException
 from mizzen.runtime.engine.api import EngineBusyError
 from tests.fixtures.fake_engine import FakeEngine
 from tests.fixtures.runtime_server import Running, eventually, running_server
+from tests.fixtures.triton_tensors import tensors
 
 # One server for all tests here; each begins with the engine as new.
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("fake")]
@@ -49,18 +50,6 @@ async def running(adapter_root: Path) -> AsyncIterator[Running]:
 def fake() -> FakeEngine:
     ENGINE.reset()
     return ENGINE
-
-
-def tensor(kind: Any, name: str, value: Any) -> Any:
-    datatype = "BOOL" if isinstance(value, bool) else "BYTES"
-    array = np.array([value], dtype=np.bool_ if datatype == "BOOL" else np.object_)
-    made = kind.InferInput(name, [1], datatype)
-    made.set_data_from_numpy(array)
-    return made
-
-
-def tensors(kind: Any, **values: Any) -> list[Any]:
-    return [tensor(kind, name, value) for name, value in values.items()]
 
 
 def text(result: Any, name: str = "text_output") -> str:
@@ -221,16 +210,16 @@ async def test_a_bad_adapter_is_refused_and_listed_with_its_reason(
     client: AnyClient, running: Running, adapter_root: Path
 ) -> None:
     root = adapter_root
-    cases = {
-        "only from below": "/etc",
-        "only from below ": f"{root}/../../etc",
-        "only from below  ": f"{root}/outside",
-        "is not a directory": f"{root}/missing",
-        "holds no adapter_config": f"{root}/empty",
-    }
-    for message, path in cases.items():
+    cases = [
+        ("only from below", "/etc"),
+        ("only from below", f"{root}/../../etc"),
+        ("only from below", f"{root}/outside"),
+        ("is not a directory", f"{root}/missing"),
+        ("holds no adapter_config", f"{root}/empty"),
+    ]
+    for message, path in cases:
         config = json.dumps({"parameters": {"path": path}})
-        with pytest.raises(InferenceServerException, match=message.strip()):
+        with pytest.raises(InferenceServerException, match=message):
             await client.load_model("broken", config=config)
     for config in ("{", "[]", "{}", '{"parameters": {"path": "/x", "digest": "md5:1"}}'):
         with pytest.raises(InferenceServerException):
