@@ -7,7 +7,7 @@ revision before. While nothing changes the document is equal to the byte, so not
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from mizzen.operator.planning.rollout import Standing
@@ -17,6 +17,7 @@ from mizzen.operator.status.conditions import (
     ConditionType,
     Document,
     Flip,
+    condition_status,
     flips,
     next_conditions,
 )
@@ -161,14 +162,21 @@ def next_status(previous: Mapping[str, object], seen: Seen, *, now: datetime) ->
 
 
 def news(previous: Mapping[str, object], status: Document) -> list[Flip]:
-    """Return the flips worth an Event; one cause that flips several conditions is told once."""
+    """Return the flips worth an Event; one cause that flips several conditions is told once.
+
+    Being not ready during a planned change is no warning; a fault is.
+    """
     before, after = previous.get("conditions") or [], status["conditions"]
     assert isinstance(before, list) and isinstance(after, list)
+    has_fault = condition_status(after, ConditionType.DEGRADED) != "False"
     told: dict[tuple[str, str], Flip] = {}
     for flip in flips(before, after, of=_EVENT_CONDITIONS):
         is_over = flip.type is ConditionType.DEGRADED and flip.status == "False"
         if not is_over:  # Ready says the same in better words
-            told.setdefault((flip.reason, flip.message), flip)
+            told.setdefault(
+                (flip.reason, flip.message),
+                replace(flip, is_warning=flip.is_warning and has_fault),
+            )
     return list(told.values())
 
 

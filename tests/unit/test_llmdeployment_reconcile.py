@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 
 from mizzen.operator.engine.results import Done, Requeue, Retryable
-from mizzen.operator.kube.errors import Conflict, QuotaExceeded, Unavailable
+from mizzen.operator.kube.errors import Conflict, KubeError, QuotaExceeded, Unavailable
 from tests.fixtures.memory_api import failing
 from tests.fixtures.serving_world import CRS, PODS, World, publish_job
 
@@ -491,7 +492,8 @@ def crash_at(world: World, fatal: int, *, is_lost: bool) -> list[int]:
         if seen - 1 != fatal:
             return await plain_request(method, path, **more)
         if is_lost:
-            await plain_request(method, path, **more)
+            with contextlib.suppress(KubeError):
+                await plain_request(method, path, **more)
         crashes.append(fatal)
         raise Killed
 
