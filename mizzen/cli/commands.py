@@ -50,9 +50,9 @@ def gateway(context: typer.Context) -> None:
 @app.command()
 def operator() -> None:
     """Run the operator; its settings are MIZZEN_* environment variables."""
-    from mizzen.operator.main import run
+    from mizzen.operator.main import main as run
 
-    raise typer.Exit(run())
+    run()
 
 
 @app.command()

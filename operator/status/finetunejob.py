@@ -88,7 +88,10 @@ def next_status(
     """Return the whole status document to write; `generation` is the resource's own counter."""
     phase = next_phase(facts)
     status: Document = {"observedGeneration": generation, "phase": phase}
-    if facts.newest is not None:
+    if isinstance(facts.step, Start):
+        status["generation"] = facts.step.number
+        status["restarts"] = facts.step.crashes
+    elif facts.newest is not None:
         status["generation"] = facts.newest.number
         status["restarts"] = _crashes(facts)
     else:

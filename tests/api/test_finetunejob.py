@@ -1,0 +1,278 @@
+"""A job's life on a real API server: its pods' ends are played by hand, everything else is real."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes.aio.config import kube_config
+
+from hack.cluster.api_only import ApiCluster
+from mizzen.operator.config import OperatorConfig
+from mizzen.operator.controllers.finetunejob import reconcile
+from mizzen.operator.engine.key import Key
+from mizzen.operator.handlers import FOLLOWED
+from mizzen.operator.kube.connect import open_client
+from mizzen.operator.kube.relist import relist
+from mizzen.operator.kube.transport import HttpTransport
+from mizzen.operator.main import Parts, assemble
+from mizzen.operator.status.progress import Progress, parse_progress
+
+pytestmark = pytest.mark.api
+
+Document = dict[str, Any]
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+DONE = {
+    "phase": "Succeeded", "step": 40, "totalSteps": 40, "loss": 1.5, "generation": 1,
+    "evaluation": [{"suite": "holdout", "base": 10.0, "candidate": 8.0,
+                    "regressionRatio": -0.2, "passed": True}],
+    "artifact": {"kind": "adapter", "path": "/mnt/pvc/models/adapters/support/0123",
+                 "digest": "sha256:0123", "bytes": 99},
+}  # fmt: skip
+REGRESSED = DONE | {
+    "artifact": None,
+    "evaluation": [{"suite": "holdout", "base": 10.0, "candidate": 12.0,
+                    "regressionRatio": 0.2, "passed": False}],
+}  # fmt: skip
+
+
+class SilentTrainers:
+    """Plays trainers that cannot be reached; keeps whom it was to ask."""
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.asked_to_yield: list[str] = []
+        self.reported = progress
+
+    async def progress(self, pod_ip: str) -> Progress | None:
+        return self.reported
+
+    async def ask_to_yield(self, pod_ip: str, *, deadline_s: int) -> bool:
+        self.asked_to_yield.append(pod_ip)
+        return True
+
+
+class Scene:
+    """One job in one namespace, looked at as often as a test says."""
+
+    def __init__(self, cluster: ApiCluster, namespace: str, parts: Parts) -> None:
+        self.cluster = cluster
+        self.namespace = namespace
+        self.trainers = SilentTrainers()
+        self.parts = replace(parts, facts=replace(parts.facts, trainers=self.trainers))
+        self.now = NOW
+
+    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
+        return self.cluster.kubectl("-n", self.namespace, *arguments, stdin=stdin)
+
+    def apply(self, document: Document) -> None:
+        self.kubectl("apply", "-f", "-", stdin=json.dumps(document))
+
+    async def look(self, times: int = 1) -> Document:
+        """Reconcile; return the status as the API server has it."""
+        for _ in range(times):
+            await relist(self.parts.kube, FOLLOWED)
+            key = Key("finetunejob", self.namespace, "support")
+            await reconcile(key, kube=self.parts.kube, facts=self.parts.facts, now=self.now)
+        found = json.loads(self.kubectl("get", "ftj", "support", "-o", "json"))
+        return found.get("status", {})
+
+    def pods(self) -> list[str]:
+        listed = self.kubectl("get", "pods", "-o", "jsonpath={.items[*].metadata.name}")
+        return sorted(listed.split())
+
+    def play(self, pod: str, phase: str, **container: Any) -> None:
+        """Have the kubelet say that the pod is in this phase."""
+        # The claim has no volume, so no scheduler or kubelet ever touches the pod meanwhile.
+        status: Document = {"phase": phase, "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}]}
+        if container:
+            status["containerStatuses"] = [
+                {"name": "trainer", "image": "r", "imageID": "r", "ready": False,
+                 "restartCount": 0, "state": {"terminated": container}}
+            ]  # fmt: skip
+        self.kubectl("patch", "pod", pod, "--subresource=status", "--type=merge",
+                     "-p", json.dumps({"status": status}))  # fmt: skip
+
+
+def job(**spec: Any) -> Document:
+    return {
+        "apiVersion": "mizzen.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "support"},
+        "spec": {
+            "baseModel": {"source": "pvc://models/smollm2"},
+            "dataset": [{"name": "tickets", "uri": "configMap://tickets/data.jsonl"}],
+            "evaluation": {"suites": [{"name": "holdout"}]},
+            "failure": {"backoffLimit": 1},
+        }
+        | spec,
+    }
+
+
+CLAIM = {
+    "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "models"},
+    "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}},
+             "storageClassName": ""},
+}  # fmt: skip
+DATA = {
+    "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "tickets"},
+    "data": {"data.jsonl": "{}"},
+}  # fmt: skip
+
+
+@pytest.fixture
+async def scene(
+    cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> AsyncIterator[Scene]:
+    # The client library reads KUBECONFIG once, when it is imported.
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(cluster.kubeconfig))
+    config = OperatorConfig(namespace=namespace, admin_token_file=tmp_path / "token")
+    async with await open_client() as client:
+        made = Scene(cluster, namespace, assemble(config, HttpTransport(client)))
+        made.apply(DATA)
+        made.apply(CLAIM)
+        yield made
+
+
+def condition(status: Document, type_: str) -> Document:
+    return next(entry for entry in status["conditions"] if entry["type"] == type_)
+
+
+async def test_a_job_trains_and_succeeds(scene: Scene) -> None:
+    scene.apply(job())
+    await scene.look()
+    assert scene.pods() == ["support-g1-0"]
+    scene.play("support-g1-0", "Running")
+    scene.trainers.reported = parse_progress({"phase": "Running", "step": 12, "totalSteps": 40})
+    status = await scene.look()
+    assert (status["phase"], status["progress"]["steps"]) == ("Running", "12/40")
+    scene.play("support-g1-0", "Succeeded", exitCode=0, message=json.dumps(DONE))
+    status = await scene.look()
+    assert status["phase"] == "Succeeded"
+    assert status["artifact"]["uri"] == "pvc://models/adapters/support/0123"
+    assert condition(status, "EvaluationPassed")["status"] == "True"
+
+
+async def test_looking_again_writes_nothing(scene: Scene) -> None:
+    scene.apply(job())
+    await scene.look()
+    scene.play("support-g1-0", "Succeeded", exitCode=0, message=json.dumps(DONE))
+    await scene.look()
+    before = scene.kubectl("get", "ftj,pods,cm", "-o", "jsonpath={.items[*].metadata}")
+    scene.now += timedelta(hours=1)
+    await scene.look(times=10)
+    assert scene.kubectl("get", "ftj,pods,cm", "-o", "jsonpath={.items[*].metadata}") == before
+
+
+async def test_a_finished_job_does_not_train_again_when_its_pod_is_cleaned_up(
+    scene: Scene,
+) -> None:
+    scene.apply(job())
+    await scene.look()
+    scene.play("support-g1-0", "Succeeded", exitCode=0, message=json.dumps(DONE))
+    before = await scene.look()
+    scene.kubectl("delete", "pod", "support-g1-0", "--grace-period=0", "--force")
+    assert await scene.look(times=3) == before
+    assert scene.pods() == []
+
+
+async def test_a_regression_fails_the_job(scene: Scene) -> None:
+    scene.apply(job())
+    await scene.look()
+    scene.play("support-g1-0", "Succeeded", exitCode=0, message=json.dumps(REGRESSED))
+    status = await scene.look()
+    assert status["phase"] == "Failed"
+    assert condition(status, "Ready")["reason"] == "EvaluationFailed"
+    assert "holdout" in condition(status, "Ready")["message"]
+
+
+async def test_crashes_back_off_and_end_at_the_limit(scene: Scene) -> None:
+    scene.apply(job())
+    await scene.look()
+    ended = (NOW - timedelta(hours=1)).isoformat().replace("+00:00", "Z")
+    scene.play("support-g1-0", "Failed", exitCode=137, finishedAt=ended)
+    status = await scene.look()
+    assert scene.pods() == ["support-g1-0", "support-g2-0"]
+    assert status["restarts"] == 1
+    scene.play("support-g2-0", "Failed", exitCode=137, finishedAt=ended)
+    status = await scene.look()
+    assert status["phase"] == "Failed"
+    assert scene.pods() == ["support-g1-0", "support-g2-0"]
+
+
+async def test_a_deleted_pod_is_replaced_and_costs_no_crash(scene: Scene) -> None:
+    scene.apply(job())
+    await scene.look()
+    scene.kubectl("delete", "pod", "support-g1-0", "--grace-period=0", "--force")
+    status = await scene.look(times=2)
+    assert scene.pods() == ["support-g2-0"]
+    assert status["restarts"] == 0
+
+
+async def test_suspending_yields_and_resuming_goes_on(scene: Scene) -> None:
+    scene.apply(job())
+    await scene.look()
+    scene.play("support-g1-0", "Running")
+    scene.apply(job(suspend=True))
+    assert (await scene.look())["phase"] == "Yielding"
+    assert scene.trainers.asked_to_yield
+    scene.play("support-g1-0", "Failed", exitCode=75)
+    assert (await scene.look())["phase"] == "Suspended"
+    scene.apply(job(suspend=False))
+    await scene.look()
+    assert scene.pods() == ["support-g1-0", "support-g2-0"]
+
+
+BAD_INPUT: dict[str, tuple[Callable[[Scene], None], Document, str, str]] = {
+    "a dataset that is missing": (
+        lambda scene: scene.kubectl("delete", "configmap", "tickets"),
+        {}, "DatasetNotFound", "ConfigMap tickets",
+    ),
+    "a key the ConfigMap has not": (
+        lambda scene: None,
+        {"dataset": [{"name": "t", "uri": "configMap://tickets/other"}]},
+        "DatasetNotFound", "data.jsonl",
+    ),
+    "a claim that is missing": (
+        lambda scene: None, {"output": {"uri": "pvc://nowhere/x"}}, "ClaimNotFound", "nowhere",
+    ),
+    "a base deployment that is missing": (
+        lambda scene: None, {"baseModel": {"deployment": "ghost"}}, "BaseModelNotFound", "ghost",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("prepare", "spec", "reason", "words"), BAD_INPUT.values(), ids=BAD_INPUT)
+async def test_missing_input_is_named_and_waited_for(
+    scene: Scene, prepare: Callable[[Scene], None], spec: Document, reason: str, words: str
+) -> None:
+    prepare(scene)
+    scene.apply(job(**spec))
+    status = await scene.look()
+    assert scene.pods() == []
+    assert condition(status, "Accepted")["reason"] == reason
+    assert words in condition(status, "Ready")["message"]
+
+
+async def test_a_job_whose_data_arrives_starts(scene: Scene) -> None:
+    scene.kubectl("delete", "configmap", "tickets")
+    scene.apply(job())
+    await scene.look()
+    scene.apply(DATA)
+    status = await scene.look()
+    assert scene.pods() == ["support-g1-0"]
+    assert condition(status, "Accepted")["status"] == "True"
+
+
+async def test_a_trainer_that_refuses_its_data_ends_the_job_with_its_words(scene: Scene) -> None:
+    scene.apply(job())
+    await scene.look()
+    words = {"reason": "DatasetNotJson", "message": "dataset tickets: line 7 is not JSON."}
+    scene.play("support-g1-0", "Failed", exitCode=42, message=json.dumps(words))
+    status = await scene.look()
+    assert status["phase"] == "Failed"
+    ready = condition(status, "Ready")
+    assert (ready["reason"], ready["message"]) == ("DatasetNotJson", words["message"])
+    assert scene.pods() == ["support-g1-0"]
