@@ -15,7 +15,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """All that a rank needs to compute a step; every rank gets the same."""
+    """All that a rank needs to compute a step; every rank gets the same.
+
+    Sequences that compute a single token come first.
+    """
 
     token_ids_T: Ints
     positions_T: Ints
@@ -25,6 +28,7 @@ class StepInput:
     block_tables_SB: Ints
     sample_at_N: Ints  # indices into T
     lora_slots_S: list[int]
+    sequence_ids_S: list[int]  # tell sequences apart over their whole life
 
 
 def dummy_step(query_lens: list[int], *, block_size: int) -> StepInput:
@@ -40,6 +44,7 @@ def dummy_step(query_lens: list[int], *, block_size: int) -> StepInput:
         block_tables_SB=np.zeros((len(query_lens), -(-longest // block_size)), dtype=np.int64),
         sample_at_N=np.cumsum(query_lens) - 1,
         lora_slots_S=[0] * len(query_lens),
+        sequence_ids_S=list(range(-len(query_lens), 0)),
     )
 
 
@@ -56,7 +61,7 @@ class BatchBuilder:
         self._lengths = [0] * rows
 
     def build(self, chunks: Items[Chunk]) -> StepInput:
-        """Pack the chunks in their order."""
+        """Pack the chunks in their order, which is the scheduler's: single tokens first."""
         for chunk in chunks:
             self._write_row(chunk.seq.row, chunk.seq.blocks)
         rows = np.array([chunk.seq.row for chunk in chunks])
@@ -76,6 +81,7 @@ class BatchBuilder:
             block_tables_SB=self._table[rows, :width],
             sample_at_N=ends[[chunk.samples for chunk in chunks]] - 1,
             lora_slots_S=[chunk.seq.lora_slot for chunk in chunks],
+            sequence_ids_S=[chunk.seq.arrival for chunk in chunks],
         )
 
     def _write_row(self, row: int, blocks: list[int]) -> None:

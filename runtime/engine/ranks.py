@@ -108,7 +108,11 @@ def follow(
     for data in inbox:
         message = decode(data)
         if isinstance(message, Allocate):
-            runner = Runner(decoder, kv=own_kv(config, decoder, blocks=message.blocks))
+            runner = Runner(
+                decoder,
+                kv=own_kv(config, decoder, blocks=message.blocks),
+                max_rows=config.max_num_seqs,
+            )
             continue
         assert runner is not None, "the KV cache comes before the first step"
         match message:

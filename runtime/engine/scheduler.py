@@ -114,7 +114,8 @@ class Scheduler:
         chunks, preempted = self._schedule_running(budget)
         if not preempted:
             self._schedule_waiting(chunks, budget - sum(chunk.count for chunk in chunks))
-        return chunks
+        # Single tokens first: attention treats them as one block.
+        return sorted(chunks, key=lambda chunk: chunk.count > 1)
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
         """Note that the chunks were computed, and offer blocks that became full to others."""

@@ -119,7 +119,9 @@ def _start_model(
         config.max_num_batched_tokens or STEP_TOKENS[device.type], config.max_num_seqs
     )
     ranks.send(encode(Allocate(blocks)))
-    runner = Runner(decoder, kv=own_kv(config, decoder, blocks=blocks))
+    runner = Runner(
+        decoder, kv=own_kv(config, decoder, blocks=blocks), max_rows=config.max_num_seqs
+    )
     model = OneRank(runner) if ranks.group.size == 1 else LedRanks(runner, ranks)
     with _timed(seconds, "warm_up"):
         for step in warm_up_steps(step_tokens, config):
