@@ -59,7 +59,7 @@ def to_safetensors(output: Path) -> Path:
         return target
     loaded = LlamaForCausalLM.from_pretrained(output, gguf_file=gguf.name, dtype=torch.float32)
     # transformers refuses to save what it read from GGUF, so a fresh model takes the weights.
-    model = LlamaForCausalLM(loaded.config).to(torch.bfloat16)
+    model = LlamaForCausalLM(loaded.config).bfloat16()
     model.load_state_dict(loaded.state_dict())
     partial = target.with_suffix(".partial")  # renamed when whole; a broken run is written over
     AutoTokenizer.from_pretrained(output, gguf_file=gguf.name).save_pretrained(partial)

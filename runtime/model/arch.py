@@ -90,6 +90,8 @@ class ArchSpec:
             raise NotAModelError(
                 f"config.json has no field {missing}. Copy the checkpoint's own config.json again."
             ) from None
+        except (TypeError, AttributeError, ZeroDivisionError) as error:
+            raise NotAModelError(f"config.json has a field of the wrong type: {error}.") from None
 
 
 _FAMILIES = {

@@ -4,6 +4,9 @@ Attention over earlier tokens is the caller's: the engine passes paged attention
 causal attention over packed sequences.
 """
 
+# torch leaves some of its calls untyped.
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+
 # Shapes: T packed tokens, D model width, H query heads and K KV heads of this rank, d head
 # dimension, N chosen positions, V vocabulary.
 from collections.abc import Iterator
@@ -157,8 +160,8 @@ class Decoder(nn.Module):
             if spec.tied
             else VocabTable("lm_head.weight", spec.vocab_size, width, place=place)
         )
-        speeds = inverse_frequencies(spec.rope, spec.head_dim).to(place.device)
-        self.register_buffer("rope_speeds", speeds, persistent=False)
+        # No buffer: `decoder.to(dtype)` must not round angles.
+        self._rope_speeds = inverse_frequencies(spec.rope, spec.head_dim).to(place.device)
 
     def forward(
         self,
@@ -169,7 +172,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Return hidden_TD after the final norm, equal on every rank."""
         x_TD = self.embedding.embed(token_ids_T)
-        tables = rope_tables(positions_T, self.rope_speeds, x_TD.dtype)
+        tables = rope_tables(positions_T, self._rope_speeds, x_TD.dtype)
         for block in self.blocks:
             x_TD = block(x_TD, tables, attend, lora)
         return self.norm(x_TD)

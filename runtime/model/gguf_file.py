@@ -72,8 +72,7 @@ class GgufFile:
 
     def _dequantize(self, tensor: GgufTensor, rows: Span) -> np.ndarray:
         if len(tensor.shape) == 1:  # a vector is one row, and quantizers leave it alone
-            whole = self._rows(tensor, Span(0, 1))[0]
-            return whole[rows.start : rows.stop]
+            return self._rows(tensor, Span(0, 1)).reshape(-1)[rows.start : rows.stop]
         return self._rows(tensor, rows)
 
     def _rows(self, tensor: GgufTensor, rows: Span) -> np.ndarray:
@@ -84,7 +83,8 @@ class GgufFile:
             return raw.view(np.float32).copy()
         if tensor.quantization == GGMLQuantizationType.F16:
             return raw.view(np.float16).astype(np.float32)
-        return dequantize(raw, tensor.quantization)
+        values: np.ndarray = dequantize(raw, tensor.quantization)
+        return values
 
     def _read_spec(self) -> ArchSpec:
         family = self.metadata.get("general.architecture")

@@ -18,6 +18,7 @@ from mizzen.runtime.errors import NotAModelError, ShardTruncatedError
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
 
@@ -64,7 +65,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
                 header = _parse(data)
             except struct.error:
                 raise _truncated(path) from None
-            except (KeyError, ValueError) as error:
+            except (LookupError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
                 raise NotAModelError(f"{path.name} is no GGUF file we can read: {error}.") from None
             end = max((t.offset + t.byte_count for t in header.tensors.values()), default=0)
             if end > len(data):
@@ -86,18 +87,20 @@ def _parse(data: mmap.mmap) -> GgufHeader:
         raise ValueError(f"version {version} is not one of {_VERSIONS}")
     tensor_count, entry_count = cursor.scalar("Q"), cursor.scalar("Q")
     metadata = {cursor.string(): cursor.value(cursor.scalar("I")) for _ in range(entry_count)}
-    places = [
-        (
-            cursor.string(),
-            tuple(reversed([cursor.scalar("Q") for _ in range(cursor.scalar("I"))])),
-            GGMLQuantizationType(cursor.scalar("I")),
-            cursor.scalar("Q"),
-        )
-        for _ in range(tensor_count)
-    ]
+    places = [_place(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     start = -(-cursor.offset // alignment) * alignment
     return GgufHeader(metadata, {n: GgufTensor(s, q, start + offset) for n, s, q, offset in places})
+
+
+def _place(cursor: "_Cursor") -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+    """Read a tensor's name, shape, kind and offset from the start of the weights."""
+    name = cursor.string()
+    dimensions = cursor.scalar("I")
+    if not 1 <= dimensions <= _MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name} has {dimensions} dimensions")
+    shape = tuple(reversed([cursor.scalar("Q") for _ in range(dimensions)]))
+    return name, shape, GGMLQuantizationType(cursor.scalar("I")), cursor.scalar("Q")
 
 
 class _Cursor:

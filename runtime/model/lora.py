@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mizzen.runtime.errors import BadAdapterError, TensorParallelInvalidError
-from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.decoder import Block, Decoder
 from mizzen.runtime.model.safetensors_dir import check_whole
 from mizzen.runtime.parallel.shard import Span
 
@@ -220,7 +220,7 @@ class SiteShape:
 
 def site_shapes(decoder: Decoder) -> dict[str, SiteShape]:
     """Return each target's shape; all layers of a model are alike."""
-    spec, block = decoder.spec, decoder.blocks[0]
+    spec, block = decoder.spec, cast(Block, decoder.blocks[0])
     q, k, v = (part.span for part in block.attention.qkv.parts)
     wide, ff = spec.hidden_size, spec.intermediate_size
     q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim

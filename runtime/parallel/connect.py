@@ -8,12 +8,16 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.parallel.group import RankGroup
+
+# torch exports and types only its global group; the classes beneath are public all the same.
+dist: Any = torch.distributed
 
 LOOPBACK = "127.0.0.1"
 
@@ -46,18 +50,14 @@ def connect(rank: int, meeting: Meeting) -> RankGroup:
     return group
 
 
-def _gloo(
-    store: dist.Store, rank: int, size: int, timeout: timedelta
-) -> dist.distributed_c10d.ProcessGroup:
+def _gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     options = dist.ProcessGroupGloo._Options()
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
     options._timeout = timeout
     return dist.ProcessGroupGloo(store, rank, size, options)
 
 
-def _nccl(
-    store: dist.Store, rank: int, size: int, timeout: timedelta
-) -> dist.distributed_c10d.ProcessGroup:
+def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     torch.cuda.set_device(rank)
     options = dist.ProcessGroupNCCL.Options()

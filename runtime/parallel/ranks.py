@@ -153,10 +153,10 @@ class Ranks:
 
     def _watch(self) -> None:
         sentinels = {process.sentinel: process for process in self._processes}
-        ended = multiprocessing.connection.wait(list(sentinels))
+        ended: list[Any] = multiprocessing.connection.wait(list(sentinels))
         if self._is_stopping.is_set():
             return
-        process = sentinels[ended[0]]  # type: ignore[index] # sentinels are what we waited for
+        process = sentinels[ended[0]]
         process.join()
         self._lost = RankLostError(f"{process.name} ended with exit code {process.exitcode}.")
         log.error("%s The group goes down.", self._lost)

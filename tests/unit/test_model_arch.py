@@ -151,6 +151,11 @@ def test_a_missing_field_is_named() -> None:
         ArchSpec.from_config(config)
 
 
+def test_a_field_of_the_wrong_type_is_refused() -> None:
+    with pytest.raises(NotAModelError, match="wrong type"):
+        ArchSpec.from_config({**LLAMA, "hidden_size": "64"})
+
+
 def empty_gguf(*, version: int = 3) -> bytes:
     return b"GGUF" + struct.pack("<IQQ", version, 0, 0)
 

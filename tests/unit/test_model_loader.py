@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from mizzen.runtime.attention.causal import CausalAttention
 from mizzen.runtime.errors import (
@@ -17,6 +19,7 @@ from mizzen.runtime.errors import (
 )
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.gguf_file import GgufFile
+from mizzen.runtime.model.gguf_header import read_gguf_header
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.parallel.shard import Span
@@ -223,6 +226,26 @@ def test_a_gguf_file_cut_short_is_refused(tmp_path: Path, kept_ratio: float) -> 
     path.write_bytes(content[: max(5, int(len(content) * kept_ratio))])
     with pytest.raises(ShardTruncatedError, match="cut short"):
         load_decoder(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_damaged_gguf_header_never_gets_past_its_reader(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.gguf"
+    whole = path.with_name("whole.gguf")
+    if not whole.exists():
+        save_gguf(whole, make_model(LlamaConfig(**TINY)))
+    content = bytearray(whole.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, 3000))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        header = read_gguf_header(path)
+    except BadModelError:
+        return
+    assert all(0 <= t.offset + t.byte_count <= len(content) for t in header.tensors.values())
 
 
 def test_a_gguf_file_without_a_tensor_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """A group of ranks: sums, and what happens when one of them is gone."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -59,6 +62,25 @@ def test_a_silent_rank_is_a_lost_rank() -> None:
         pytest.raises(RankLostError, match="in a collective"),
     ):
         ranks.group.all_reduce(torch.ones(1))
+
+
+def test_ranks_end_when_rank_0_is_killed() -> None:
+    program = (
+        "from mizzen.runtime.parallel.ranks import Ranks\n"
+        "from tests.fixtures import rank_work\n"
+        "if __name__ == '__main__':\n"
+        "    ranks = Ranks(3, rank_work.echo_sum)\n"
+        "    print(*(process.pid for process in ranks._processes), flush=True)\n"
+        "    input()\n"
+    )
+    command = [sys.executable, "-c", program]
+    leader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert leader.stdout is not None
+    followers = [psutil.Process(int(pid)) for pid in leader.stdout.readline().split()]
+    assert len(followers) == 2
+    leader.kill()
+    leader.communicate()
+    assert not psutil.wait_procs(followers, timeout=60)[1]
 
 
 def test_a_rank_that_cannot_start_ends_the_start() -> None:
