@@ -45,7 +45,7 @@ class Load:
 
 
 async def settle(cluster: Cluster, replicas: int) -> None:
-    """Wait until the deployment has this many ready replicas of its newest revision, and no other."""
+    """Wait until exactly this many replicas exist, all ready and of the newest revision."""
     for _ in range(300):
         resource = await asyncio.to_thread(cluster.get, "llmd", *NAME)
         status, generation = resource["status"], resource["metadata"]["generation"]
