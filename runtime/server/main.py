@@ -28,6 +28,8 @@ from mizzen.runtime.server.service import Phase, Service
 
 log = logging.getLogger(__name__)
 
+_GRACE_S = 2  # after the drain only answers that a client does not read are left
+
 StartEngine = Callable[[ServeConfig, Metrics], Awaitable[EngineApi]]
 
 
@@ -72,9 +74,17 @@ async def _serve_until_stopped(config: ServeConfig) -> None:
 
 async def start_engine(config: ServeConfig, metrics: Metrics) -> EngineApi:
     """Load the model in a thread, so that the ports answer meanwhile."""
-    from mizzen.runtime.engine.engine import Engine  # noqa: PLC0415 - ports first, torch is slow
+    return await asyncio.to_thread(_load_engine, config, metrics)
 
-    engine = await asyncio.to_thread(Engine.start, config.engine_config(), metrics)
+
+def _load_engine(config: ServeConfig, metrics: Metrics) -> EngineApi:
+    # Imported here because torch takes seconds, in which the ports already answer.
+    from mizzen.runtime.engine.engine import Engine  # noqa: PLC0415
+    from mizzen.runtime.model.arch import ArchSpec  # noqa: PLC0415
+
+    # What is wrong with the model itself comes before what its tokenizer lacks.
+    ArchSpec.from_dir(config.model_path)
+    engine = Engine.start(config.engine_config(), metrics)
     return cast("EngineApi", engine)  # its attributes have narrower types than the protocol's
 
 
@@ -120,10 +130,11 @@ class Server:
             try:
                 await self._serve()
             finally:
-                await users.stop()
-                await grpc_server.stop(grace=1.0)
+                grace_s = 0 if self._hurry.is_set() else _GRACE_S
+                await users.stop(grace_s)
+                await grpc_server.stop(grace=grace_s)
                 await self._stop_engine()
-                await admin.stop()
+                await admin.stop(grace_s)
 
     async def _serve(self) -> None:
         loading = asyncio.create_task(self._load())
@@ -162,7 +173,9 @@ class Server:
 
     def _bind(self, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in self._config.host else socket.AF_INET
-        bound = socket.socket(family)
+        # With the protocol left at 0, event loops do not see TCP and leave Nagle's algorithm on:
+        # 40 ms more for every answer of two packets.
+        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             bound.bind((self._config.host, port))
@@ -221,13 +234,13 @@ class _HttpServer:
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=5,
             )
         )
         self._task = asyncio.create_task(self._server.serve([bound]))
 
-    async def stop(self) -> None:
-        """Close the port and the idle connections; answers under way get their time."""
+    async def stop(self, grace_s: int) -> None:
+        """Close the port and the idle connections; answers under way get `grace_s`."""
+        self._server.config.timeout_graceful_shutdown = grace_s
         self._server.should_exit = True
         await self._task
 
