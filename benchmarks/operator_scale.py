@@ -1,0 +1,419 @@
+"""How the operator bears a thousand deployments: the table of its published figures.
+
+    python -m benchmarks.operator_scale [--count 1000] [--nodes 2] [--rows pods,mizzen]
+
+Each row gets a control plane of its own: etcd, API server, controllers, scheduler and kwok with
+250 nodes of 8 nvidia.com/gpu, on this machine, beside what is measured. Writes are those that the
+API server counted (POST, PUT, PATCH, apply, DELETE that succeeded), without Events and Leases.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+from kubernetes.aio import config as kube_config
+from kubernetes.aio.client import ApiClient, Configuration
+
+from hack.cluster.api_only import ApiCluster, free_ports
+from mizzen.operator.kube.transport import MERGE, HttpTransport
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMESPACE = "bench"
+SYSTEM = "mizzen-system"
+GPU = "nvidia.com/gpu"
+NODES, GPUS_PER_NODE = 250, 8
+IN_FLIGHT = 20
+CHANGES = 100
+LIMIT_S = 600.0
+
+Json = dict[str, Any]
+_WRITE = re.compile(r"apiserver_request_total\{([^}]*)\} (\S+)")
+# Neither follows from what is measured: the fleet's heartbeats, and what people are told.
+_NOT_COUNTED = ("events", "leases", "nodes", "tokenreviews", "subjectaccessreviews")
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    name: str
+    created_s: float = 0.0
+    pods_ready_s: float = 0.0
+    ready_s: float | None = None
+    writes: float = 0.0
+    by_kind: Counter[str] = field(default_factory=Counter)
+    own_writes: float | None = None
+    idle_mib: float | None = None
+    memory_mib: float | None = None
+    change_ms: list[float] = field(default_factory=list)
+    restart_s: float | None = None
+    restart_writes: int | None = None
+
+
+class Api:
+    """The API server as this script uses it."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self.client = client
+        self.http = HttpTransport(client)
+
+    async def create(self, path: str, document: Json) -> Json:
+        return await self.http.request("POST", path, body=document)
+
+    async def writes(self) -> Counter[str]:
+        """Return how many writes the API server has counted so far, by verb and resource."""
+        answer = await self.client.rest_client.request(
+            "GET", f"{self.client.configuration.host}/metrics", headers={}
+        )
+        found: Counter[str] = Counter()
+        for labels, value in _WRITE.findall((await answer.read()).decode()):
+            seen = dict(_LABEL.findall(labels))
+            if (
+                seen["verb"] in ("POST", "PUT", "PATCH", "APPLY", "DELETE")
+                and seen["code"].startswith("2")
+                and seen["resource"] not in _NOT_COUNTED
+            ):
+                what = "/".join(filter(None, (seen["resource"], seen["subresource"])))
+                found[f"{seen['verb']} {what}"] += int(float(value))
+        return found
+
+    async def watch(self, path: str, seen: Callable[[str, Json], None]) -> None:
+        """Hand every event of a collection to `seen`, until cancelled."""
+        listing = await self.http.request("GET", path, query={"limit": "1"})
+        version = listing["metadata"]["resourceVersion"]
+        url = f"{self.client.configuration.host}{path}?watch=1&resourceVersion={version}"
+        session = self.client.rest_client.pool_manager
+        assert session is not None
+        async with session.get(url, timeout=aiohttp.ClientTimeout(total=None)) as stream:
+            async for line in stream.content:
+                event = json.loads(line)
+                seen(event["type"], event["object"])
+
+
+@asynccontextmanager
+async def control_plane() -> AsyncIterator[tuple[ApiCluster, Api]]:
+    """Yield a fresh cluster with its fleet of nodes and our CRDs."""
+    cluster = await asyncio.to_thread(ApiCluster().start)
+    try:
+        await asyncio.to_thread(cluster.add_nodes, NODES, gpus=GPUS_PER_NODE)
+        for namespace in (NAMESPACE, SYSTEM):
+            await asyncio.to_thread(cluster.create_namespace, namespace)
+        await asyncio.to_thread(cluster.kubectl, "apply", "--server-side", "-f", "manifests/crds")
+        configuration = Configuration()
+        await kube_config.load_kube_config(
+            config_file=str(cluster.kubeconfig), client_configuration=configuration
+        )
+        async with ApiClient(configuration) as client:
+            api = Api(client)
+            await api.create(
+                f"/api/v1/namespaces/{SYSTEM}/secrets",
+                {"metadata": {"name": "mizzen-admin"}, "stringData": {"token": "benchmark"}},
+            )
+            await settle(api)
+            yield cluster, api
+    finally:
+        await asyncio.to_thread(cluster.stop)
+
+
+async def settle(api: Api, *, quiet_s: float = 3.0) -> Counter[str]:
+    """Wait until nobody writes any more; return the counts of writes."""
+    before, since = await api.writes(), time.monotonic()
+    while time.monotonic() - since < quiet_s:
+        await asyncio.sleep(0.5)
+        if (now := await api.writes()) != before:
+            before, since = now, time.monotonic()
+    return before
+
+
+class Count:
+    """Names that reached a state, and when the last of them did."""
+
+    def __init__(self, wanted: int, has_reached: Callable[[Json], bool]) -> None:
+        self.wanted = wanted
+        self.has_reached = has_reached
+        self.names: set[str] = set()
+        self.complete = asyncio.Event()
+        self.at = 0.0
+
+    def see(self, kind: str, document: Json) -> None:
+        if kind != "DELETED" and self.has_reached(document):
+            self.names.add(document["metadata"]["name"])
+            if len(self.names) >= self.wanted and not self.complete.is_set():
+                self.at = time.monotonic()
+                self.complete.set()
+
+
+def is_ready(document: Json) -> bool:
+    conditions = (document.get("status") or {}).get("conditions") or []
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+
+
+def is_available(document: Json) -> bool:
+    wanted = document["spec"]["replicas"]
+    return bool((document.get("status") or {}).get("availableReplicas", 0) >= wanted)
+
+
+async def fill(
+    api: Api, row: Row, path: str, build: Callable[[str], Json], count: int, pods: int,
+    is_done: Callable[[Json], bool] | None,
+) -> None:  # fmt: skip
+    """Create `count` resources and note when they, and their pods, are ready."""
+    counts = [(f"/api/v1/namespaces/{NAMESPACE}/pods", Count(count * pods, is_ready))]
+    if is_done is not None:
+        counts.append((path, Count(count, is_done)))
+    watches = [asyncio.create_task(api.watch(where, what.see)) for where, what in counts]
+    await asyncio.sleep(0.5)
+    before, started = await api.writes(), time.monotonic()
+    slots = asyncio.Semaphore(IN_FLIGHT)
+
+    async def create(number: int) -> None:
+        async with slots:
+            await api.create(path, build(f"m{number:04}"))
+
+    await asyncio.gather(*(create(number) for number in range(count)))
+    row.created_s = time.monotonic() - started
+    for _, what in counts:
+        await asyncio.wait_for(what.complete.wait(), LIMIT_S)
+    row.pods_ready_s = counts[0][1].at - started
+    row.ready_s = counts[1][1].at - started if is_done is not None else None
+    row.by_kind = await settle(api) - before
+    row.writes = row.by_kind.total() / count
+    for watch in watches:
+        watch.cancel()
+
+
+def pod_spec() -> Json:
+    return {
+        "containers": [
+            {"name": "runtime", "image": "none", "resources": {"limits": {GPU: "1"}}},
+        ]
+    }
+
+
+async def measure_pods(count: int, nodes: int) -> Row:
+    row = Row("bare pods (the floor)")
+
+    def build(name: str) -> Json:
+        return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": pod_spec()}
+
+    async with control_plane() as (_, api):
+        path = f"/api/v1/namespaces/{NAMESPACE}/pods"
+        await fill(api, row, path, build, count * nodes, 1, None)
+    row.writes *= nodes
+    return row
+
+
+async def measure_deployments(count: int, nodes: int) -> Row:
+    row = Row("Deployments (built in)")
+
+    def build(name: str) -> Json:
+        labels = {"app": name}
+        return {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": name},
+            "spec": {
+                "replicas": nodes,
+                "selector": {"matchLabels": labels},
+                "template": {"metadata": {"labels": labels}, "spec": pod_spec()},
+            },
+        }
+
+    async with control_plane() as (_, api):
+        path = f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments"
+        await fill(api, row, path, build, count, nodes, is_available)
+    # Ours: creating the resource; the scheduler's and kwok's: one per pod each.
+    row.own_writes = row.writes - 1 - 2 * nodes
+    return row
+
+
+class Operator:
+    """The operator as a process of this machine."""
+
+    def __init__(self, cluster: ApiCluster, log: Path) -> None:
+        self.port = free_ports(1)[0]
+        self.log = log
+        self.environment = {
+            **os.environ,
+            "KUBECONFIG": str(cluster.kubeconfig),
+            "MIZZEN_NAMESPACE": SYSTEM,
+            "MIZZEN_HEALTH_HOST": "127.0.0.1",
+            "MIZZEN_HEALTH_PORT": str(self.port),
+        }
+        self.process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        with self.log.open("ab") as output:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "mizzen.cli", "operator",
+                cwd=ROOT, env=self.environment, stdout=output, stderr=output,
+            )  # fmt: skip
+
+    async def stop(self) -> None:
+        assert self.process is not None
+        if self.process.returncode is None:
+            self.process.terminate()
+        await self.process.wait()
+
+    def memory_mib(self) -> float:
+        assert self.process is not None
+        return float(psutil.Process(self.process.pid).memory_info().rss) / 2**20
+
+    async def metrics(self) -> dict[str, float]:
+        """Return its metrics, {} while it does not answer."""
+        url = f"http://127.0.0.1:{self.port}/metrics"
+        try:
+            async with aiohttp.ClientSession() as session, session.get(url) as answer:
+                lines = (await answer.text()).splitlines()
+        except aiohttp.ClientError:
+            return {}
+        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in pairs}
+
+    async def writes(self) -> float:
+        """Return the writes it made, as it counts them itself; Events are not among them."""
+        return sum(
+            value
+            for name, value in (await self.metrics()).items()
+            if name.startswith("mizzen_writes_total") and "skipped" not in name
+        )
+
+    async def wait_for(self, is_so: Callable[[dict[str, float]], bool]) -> None:
+        async with asyncio.timeout(LIMIT_S):
+            while not is_so(await self.metrics()):  # noqa: ASYNC110  # another process
+                await asyncio.sleep(0.05)
+
+
+def reconciles(metrics: dict[str, float]) -> float:
+    return sum(v for n, v in metrics.items() if n.startswith("controller_runtime_reconcile_total"))
+
+
+async def measure_mizzen(count: int, nodes: int, log: Path) -> Row:
+    row = Row("Mizzen" if nodes == 1 else f"Mizzen, groups of {nodes} pods")
+
+    def build(name: str) -> Json:
+        return {
+            "apiVersion": "mizzen.dev/v1alpha1",
+            "kind": "LLMDeployment",
+            "metadata": {"name": name},
+            "spec": {
+                "model": {"source": f"file:///models/{name}"},
+                "accelerator": {"resource": GPU, "count": 1},
+                "parallelism": {"tensor": nodes, "nodes": nodes},
+            },
+        }
+
+    async with control_plane() as (cluster, api):
+        operator = Operator(cluster, log)
+        await operator.start()
+        try:
+            await operator.wait_for(lambda m: m.get("leader_election_master_status") == 1)
+            await asyncio.sleep(5)
+            row.idle_mib = operator.memory_mib()
+            path = f"/apis/mizzen.dev/v1alpha1/namespaces/{NAMESPACE}/llmdeployments"
+            await fill(api, row, path, build, count, nodes, is_ready)
+            row.own_writes = await operator.writes() / count
+            row.memory_mib = operator.memory_mib()
+            row.change_ms = await measure_changes(api, path, min(CHANGES, count))
+            await settle(api)
+            row.memory_mib = max(row.memory_mib, operator.memory_mib())
+            await operator.stop()
+            before, started = await settle(api), time.monotonic()
+            await operator.start()
+            await operator.wait_for(lambda m: reconciles(m) >= count and m["workqueue_depth"] == 0)
+            row.restart_s = time.monotonic() - started
+            row.restart_writes = (await settle(api, quiet_s=15) - before).total()
+        finally:
+            await operator.stop()
+    return row
+
+
+async def measure_changes(api: Api, path: str, changes: int) -> list[float]:
+    """Return how many ms after a change of its spec each resource's next pod was made."""
+    made: dict[str, asyncio.Future[float]] = {}
+
+    def see(kind: str, pod: Json) -> None:
+        owner = pod["metadata"]["labels"].get("mizzen.dev/deployment")
+        if kind == "ADDED" and owner in made and not made[owner].done():
+            made[owner].set_result(time.monotonic())
+
+    watch = asyncio.create_task(api.watch(f"/api/v1/namespaces/{NAMESPACE}/pods", see))
+    await asyncio.sleep(1)
+    times = []
+    for number in range(changes):
+        name = f"m{number:04}"
+        made[name] = asyncio.get_running_loop().create_future()
+        await api.http.request(
+            "PATCH", f"{path}/{name}", body={"spec": {"replicas": 2}}, content_type=MERGE
+        )
+        changed = time.monotonic()
+        times.append(max(0.0, await asyncio.wait_for(made[name], 60) - changed) * 1000)
+        await asyncio.sleep(0.1)
+    watch.cancel()
+    return times
+
+
+def seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} s"
+
+
+def line(row: Row) -> str:
+    own = "-" if row.own_writes is None else f"{row.own_writes:.1f}"
+    memory = (
+        "-" if row.memory_mib is None else f"{row.memory_mib:.0f} ({row.idle_mib:.0f} idle) MiB"
+    )
+    change = "-"
+    if row.change_ms:
+        cuts = statistics.quantiles(row.change_ms, n=100, method="inclusive")
+        change = f"{cuts[49]:.0f} / {cuts[98]:.0f} ms"
+    restart = "-" if row.restart_s is None else f"{row.restart_s:.1f} s, {row.restart_writes:.0f}"
+    cells = (
+        row.name, seconds(row.created_s), seconds(row.pods_ready_s), seconds(row.ready_s),
+        f"{own} / {row.writes:.1f}", memory, change, restart,
+    )  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--nodes", type=int, default=1, help="pods per replica")
+    parser.add_argument("--rows", default="pods,deployments,mizzen")
+    parser.add_argument("--log", type=Path, default=Path("/tmp/operator-scale.log"))
+    options = parser.parse_args()
+    measures: dict[str, Callable[[], Awaitable[Row]]] = {
+        "pods": lambda: measure_pods(options.count, options.nodes),
+        "deployments": lambda: measure_deployments(options.count, options.nodes),
+        "mizzen": lambda: measure_mizzen(options.count, options.nodes, options.log),
+    }
+    print(f"{options.count} resources, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
+    print(
+        "| resources | all created | all pods Ready | all resources Ready | writes by the "
+        "operator / in all, per resource | memory | change to first write p50 / p99 | "
+        "restart: all reconciled, writes |\n|---|---|---|---|---|---|---|---|"
+    )
+    rows = []
+    for name in options.rows.split(","):
+        rows.append(await measures[name]())
+        print(line(rows[-1]), flush=True)
+    for row in rows:
+        kinds = (f"{what} {n / options.count:.2f}" for what, n in row.by_kind.most_common(14))
+        print(f"\n{row.name}, writes per resource: {', '.join(kinds)}")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
