@@ -1,5 +1,6 @@
 """Loading and unloading adapters: by repository calls, and from the mounted list at start."""
 
+import asyncio
 import logging
 import os
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from mizzen.runtime.engine.api import EngineDeadError
+from mizzen.runtime.engine.api import AdapterLoadError, EngineDeadError
 from mizzen.runtime.errors import MizzenError
 from mizzen.runtime.server.errors import ApiError, invalid, to_api_error
 from mizzen.runtime.server.service import Service
@@ -106,6 +107,8 @@ async def load_adapter(service: Service, name: str, source: AdapterSource) -> No
     path = checked_path(source.path, service.config.adapter_roots)
     async with service.adapter_lock:
         try:
+            if source.digest:
+                await asyncio.to_thread(_check_digest, path, source.digest)
             await engine.load_adapter(name, path, source.digest)
         except EngineDeadError as error:
             raise to_api_error(error) from error
@@ -114,7 +117,21 @@ async def load_adapter(service: Service, name: str, source: AdapterSource) -> No
             # Whatever else the engine calls it, the adapter is at fault.
             raise ApiError(400, str(error), code="adapter_load_failed") from error
         service.adapter_errors.pop(name, None)
+        # The engine keeps the digest of the first load of an equal content; asked is asked.
+        service.adapter_digests[name] = source.digest
     log.info("adapter loaded: %s from %s", name, path)
+
+
+def _check_digest(path: Path, wanted: str) -> None:
+    # The trainer's own definition, imported late: it brings torch, which the ports do not wait for.
+    from mizzen.runtime.train.publish import digest_of, hash_files  # noqa: PLC0415
+
+    found = f"sha256:{digest_of(hash_files(path))}"
+    if found != wanted:
+        raise AdapterLoadError(
+            f"The files in {path} have the digest {found} and not {wanted}. Publish the adapter "
+            "again, or ask for the digest it has."
+        )
 
 
 async def unload_adapter(service: Service, name: str) -> None:
@@ -127,6 +144,7 @@ async def unload_adapter(service: Service, name: str) -> None:
         raise invalid("name", "The base model stays loaded for the life of the server.")
     async with service.adapter_lock:
         service.adapter_errors.pop(name, None)
+        service.adapter_digests.pop(name, None)
         try:
             await service.engine.unload_adapter(name)
         except MizzenError as error:
@@ -167,7 +185,7 @@ def adapters_body(service: Service) -> dict[str, object]:
             {
                 "name": adapter.name,
                 "path": adapter.path,
-                "digest": adapter.digest,
+                "digest": service.adapter_digests.get(adapter.name) or adapter.digest,
                 "rank": adapter.rank,
             }
             for adapter in (engine.adapters() if engine else [])

@@ -61,6 +61,7 @@ class Service:
     started_at: int = field(default_factory=lambda: int(time.time()))
     adapter_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     adapter_errors: dict[str, str] = field(default_factory=dict)
+    adapter_digests: dict[str, str | None] = field(default_factory=dict)
     _engine: EngineApi | None = None
     _open: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)

@@ -27,7 +27,8 @@ from tests.fixtures.triton_tensors import tensors
 # One server for all tests here; each begins with the engine as new.
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("fake")]
 ENGINE = FakeEngine()
-DIGEST = "sha256:" + "ab" * 32
+# Of a folder that holds only an adapter_config.json of "{}".
+DIGEST = "sha256:5246455da71252273e68731cba012ede6bf219c7975cd3c5d04f9de2f3a882b3"
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +218,9 @@ async def test_a_bad_adapter_is_refused_and_listed_with_its_reason(
         ("is not a directory", f"{root}/missing"),
         ("holds no adapter_config", f"{root}/empty"),
     ]
+    other = {"path": f"{root}/support", "digest": "sha256:" + "ab" * 32}
+    with pytest.raises(InferenceServerException, match="have the digest"):
+        await client.load_model("broken", config=json.dumps({"parameters": other}))
     for message, path in cases:
         config = json.dumps({"parameters": {"path": path}})
         with pytest.raises(InferenceServerException, match=message):

@@ -81,7 +81,7 @@ async def test_listed_adapters_are_loaded_before_the_first_request(tmp_path: Pat
     for name in ("good", "bad"):
         (tmp_path / name).mkdir()
     (tmp_path / "good" / "adapter_config.json").write_text("{}")
-    digest = "sha256:" + "0" * 64
+    digest = "sha256:5246455da71252273e68731cba012ede6bf219c7975cd3c5d04f9de2f3a882b3"
     listed = tmp_path / "adapters.json"
     listed.write_text(
         json.dumps(
