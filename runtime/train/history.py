@@ -30,7 +30,7 @@ class LossHistory:
     def __init__(self, directory: Path, *, resumed_step: int) -> None:
         self.path = directory / "metrics.jsonl"
         directory.mkdir(parents=True, exist_ok=True)
-        self._truncate(resumed_step)
+        self.last = self._truncate(resumed_step)
 
     def append(self, record: StepRecord) -> None:
         """Add one step's line."""
@@ -42,12 +42,14 @@ class LossHistory:
         if self.path.exists():
             sync_path(self.path)
 
-    def _truncate(self, resumed_step: int) -> None:
+    def _truncate(self, resumed_step: int) -> StepRecord | None:
+        """Cut what will be repeated; return the last step that stays."""
         if not self.path.exists():
-            return
+            return None
         kept = [record for record in read_history(self.path) if record.step <= resumed_step]
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in kept)
         write_durably(self.path, lines.encode())
+        return kept[-1] if kept else None
 
 
 def read_history(path: Path) -> list[StepRecord]:

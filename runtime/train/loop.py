@@ -69,10 +69,10 @@ class Loop:
             max_steps=hyper.max_steps,
         )
         parts.board.plan(
-            step=counters.step,
+            counters=counters,
             total_steps=self.total_steps,
-            tokens=counters.tokens,
             epoch=self._epoch(),
+            last=parts.history.last,
         )
 
     def run(self) -> None:
@@ -118,7 +118,11 @@ class Loop:
             samples=done.samples + len(samples),
             tokens=done.tokens + sum(map(len, samples)),
         )
-        self._record(loss=loss, rate=rate, norm=norm)
+        record = StepRecord(
+            step=step, loss=loss, lr=rate, grad_norm=norm, tokens=self.counters.tokens
+        )
+        parts.history.append(record)
+        parts.board.advance(record, epoch=self._epoch())
 
     def _accumulate(self, samples: Sequence[Sample], step: int) -> float:
         """Add up the gradients of a step's micro-batches; return the mean loss of its tokens."""
@@ -141,21 +145,6 @@ class Loop:
         if group.all_reduce(flag).item() > 0:
             self._parts.trainable.drop_gradients()
             raise YieldRequested
-
-    def _record(self, *, loss: float, rate: float, norm: float) -> None:
-        counters = self.counters
-        self._parts.history.append(
-            StepRecord(
-                step=counters.step, loss=loss, lr=rate, grad_norm=norm, tokens=counters.tokens
-            )
-        )
-        self._parts.board.advance(
-            step=counters.step,
-            tokens=counters.tokens,
-            epoch=self._epoch(),
-            loss=loss,
-            learning_rate=rate,
-        )
 
     def _is_commit_due(self) -> bool:
         rules = self._checkpointing

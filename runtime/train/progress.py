@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from mizzen.runtime.train.checkpoint import Committed
+from mizzen.runtime.train.checkpoint import Committed, Counters
+from mizzen.runtime.train.history import StepRecord
 
 Phase = Literal["Preparing", "Running", "Evaluating", "Publishing", "Succeeded"]
 
@@ -89,29 +90,41 @@ class ProgressBoard:
                 "dropped": dropped,
             }
 
-    def plan(self, *, step: int, total_steps: int, tokens: int, epoch: float) -> None:
-        """Note where the job starts and where it ends."""
-        with self._lock:
-            self._steps.append((self._clock(), tokens))
-            self._document.update(step=step, totalSteps=total_steps, tokens=tokens, epoch=epoch)
-
-    def advance(
-        self, *, step: int, tokens: int, epoch: float, loss: float, learning_rate: float
+    def plan(
+        self,
+        *,
+        counters: Counters,
+        total_steps: int,
+        epoch: float,
+        last: StepRecord | None,
     ) -> None:
+        """Note where the job stands, what its last step measured, and where it ends."""
+        with self._lock:
+            self._steps.append((self._clock(), counters.tokens))
+            self._document.update(
+                step=counters.step,
+                totalSteps=total_steps,
+                tokens=counters.tokens,
+                epoch=round(epoch, 4),
+                loss=last.loss if last else None,
+                learningRate=last.lr if last else None,
+            )
+
+    def advance(self, record: StepRecord, *, epoch: float) -> None:
         """Note a finished step, and what the last steps say about the rest."""
         with self._lock:
-            self._steps.append((self._clock(), tokens))
+            self._steps.append((self._clock(), record.tokens))
             (began_at, tokens_before), (ended_at, _) = self._steps[0], self._steps[-1]
             elapsed_s = max(ended_at - began_at, 1e-9)
             step_s = elapsed_s / (len(self._steps) - 1)
-            steps_left = self._document["totalSteps"] - step
+            steps_left = self._document["totalSteps"] - record.step
             self._document.update(
-                step=step,
-                tokens=tokens,
+                step=record.step,
+                tokens=record.tokens,
                 epoch=round(epoch, 4),
-                loss=loss,
-                learningRate=learning_rate,
-                tokensPerSecond=round((tokens - tokens_before) / elapsed_s, 1),
+                loss=record.loss,
+                learningRate=record.lr,
+                tokensPerSecond=round((record.tokens - tokens_before) / elapsed_s, 1),
                 etaSeconds=round(steps_left * step_s),
             )
 

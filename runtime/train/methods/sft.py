@@ -28,7 +28,7 @@ def token_losses_sum(decoder: Decoder, batch: PackedBatch, lora: LoraDelta | Non
     hidden_TD = decoder(batch.token_ids_T, batch.positions_T, attend, lora)
     # Only scored positions need logits; prompts are often most of the tokens.
     hidden_ND = hidden_TD[batch.source_N]
-    moving = [weight for weight in decoder.head.parameters() if weight.requires_grad]
+    moving = [w for w in decoder.head.parameters() if w.requires_grad and torch.is_grad_enabled()]
     args = (decoder, batch.target_N, hidden_ND, *moving)
     loss: Tensor = _HeadLoss.apply(*args)  # type: ignore[no-untyped-call]
     return loss

@@ -1,0 +1,177 @@
+"""A checkpoint is whole or is not there, and a full disk takes none of the earlier ones."""
+
+import multiprocessing
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from mizzen.runtime.train import checkpoint
+from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
+from mizzen.runtime.train.errors import (
+    CheckpointMismatchError,
+    StorageFullError,
+    StorageNotWritableError,
+)
+from mizzen.runtime.train.history import LossHistory, StepRecord, read_history
+
+
+def store_in(directory: Path, *, fingerprint: str = "same", keep: int = 2) -> CheckpointStore:
+    return CheckpointStore(directory, fingerprint=fingerprint, generation=1, keep=keep)
+
+
+def state_at(step: int, *, size: int = 8) -> TrainState:
+    tensors = {"weights": {"w": torch.full((size,), float(step))}}
+    return TrainState(counters=Counters(step=step, samples=4 * step, tokens=9), tensors=tensors)
+
+
+def restored_step(store: CheckpointStore) -> int | None:
+    found = store.restore()
+    return found[0].step if found else None
+
+
+def test_what_was_committed_is_restored(tmp_path: Path) -> None:
+    committed = store_in(tmp_path).commit(state_at(3))
+    found, state = store_in(tmp_path).restore() or pytest.fail("nothing restored")
+    assert found == committed
+    assert state.counters == Counters(step=3, samples=12, tokens=9)
+    assert state.tensors["weights"]["w"].tolist() == [3.0] * 8
+
+
+def test_nothing_is_restored_before_the_first_commit(tmp_path: Path) -> None:
+    assert store_in(tmp_path / "not there yet").restore() is None
+
+
+def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
+    store = store_in(tmp_path, keep=2)
+    for step in (1, 2, 3, 10):
+        store.commit(state_at(step))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
+
+
+def test_committing_the_same_step_again_changes_nothing(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    first = store.commit(state_at(1))
+    assert store.commit(state_at(1)) == first
+
+
+def flip_a_bit(folder: Path) -> None:
+    file = folder / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def shorten(folder: Path) -> None:
+    file = folder / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def break_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"counters":')
+
+
+DAMAGES = {
+    "a flipped bit": flip_a_bit,
+    "a shortened file": shorten,
+    "a missing file": lambda folder: (folder / "weights.safetensors").unlink(),
+    "a missing manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "a broken manifest": break_manifest,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_its_step_committed_again(
+    tmp_path: Path, damage
+) -> None:
+    store = store_in(tmp_path)
+    store.commit(state_at(1))
+    damage(store.commit(state_at(2)).path)
+    assert restored_step(store_in(tmp_path)) == 1
+    store.commit(state_at(2))
+    assert restored_step(store_in(tmp_path)) == 2
+
+
+def test_a_half_written_checkpoint_is_never_chosen_and_is_removed(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    committed = store.commit(state_at(1)).path
+    # Complete in every byte, but not renamed: the process died just before.
+    (tmp_path / "step-00000001").rename(tmp_path / ".partial-step-00000002")
+    assert restored_step(store_in(tmp_path)) is None
+    assert list(tmp_path.iterdir()) == []
+    assert not committed.exists()
+
+
+def test_a_checkpoint_of_another_job_is_an_error_and_stays(tmp_path: Path) -> None:
+    path = store_in(tmp_path).commit(state_at(1)).path
+    with pytest.raises(CheckpointMismatchError, match="give the job a new name to start afresh"):
+        store_in(tmp_path, fingerprint="another").restore()
+    assert path.exists()
+
+
+def test_a_volume_without_room_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_in(tmp_path)
+    store.commit(state_at(1))
+    usage = checkpoint.shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(StorageFullError, match=r"the volume is full. It needs 2 MiB. Enlarge the"):
+        store.commit(state_at(2, size=2**19))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def commit_under_a_limit(directory: Path, limit_bytes: int) -> None:
+    """Exit with 0 if a commit that outgrows the limit fails with the right error."""
+    store = store_in(directory)
+    store.commit(state_at(1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+    with pytest.raises(StorageFullError, match="cannot be written to"):
+        store.commit(state_at(2, size=limit_bytes))
+
+
+def test_a_wall_met_while_writing_leaves_the_earlier_checkpoint_alone(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("forkserver").Process(
+        target=commit_under_a_limit, args=(tmp_path, 64 * 1024)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert restored_step(store_in(tmp_path)) == 1
+
+
+def test_a_folder_that_cannot_be_made_says_who_needs_access(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StorageNotWritableError, match="Give uid 65532 write access"):
+        store_in(tmp_path / "x").commit(state_at(1))
+
+
+def record(step: int) -> StepRecord:
+    return StepRecord(step=step, loss=1 / 3 / step, lr=0.1, grad_norm=1.0, tokens=7 * step)
+
+
+def test_the_curve_is_cut_where_a_resumed_job_goes_on(tmp_path: Path) -> None:
+    history = LossHistory(tmp_path, resumed_step=0)
+    for step in (1, 2, 3):
+        history.append(record(step))
+    whole = history.path.read_text()
+    resumed = LossHistory(tmp_path, resumed_step=2)
+    assert resumed.last == record(2)
+    resumed.append(record(3))
+    assert resumed.path.read_text() == whole
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
+    history = LossHistory(tmp_path, resumed_step=0)
+    history.append(record(1))
+    with history.path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert read_history(history.path) == [record(1)]
+    assert LossHistory(tmp_path, resumed_step=5).path.read_text().count("\n") == 1
