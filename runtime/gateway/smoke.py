@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientError, ClientSession, ClientTimeout
@@ -44,6 +45,7 @@ class SmokeConfig(BaseSettings):
     model_source: str = Field("", description="What to serve for the test.")
     served_model: str = Field("", description="Or: a model that is served already.")
     api_key: str = Field("", description="Key for the gateway.")
+    kubeconfig: Path | None = Field(None, description="Cluster access from outside a pod.")
     timeout_s: float = Field(300.0, gt=0, description="Time for all of it.")
 
 
@@ -90,7 +92,7 @@ async def served(config: SmokeConfig) -> AsyncIterator[str]:
     path = f"/apis/mizzen.dev/v1alpha1/namespaces/{config.namespace}/llmdeployments"
     one = f"{path}/{config.name}"
     try:
-        async with await connect(None) as kube:
+        async with await connect(config.kubeconfig) as kube:
             # What a test that was killed has left behind.
             await _delete(kube, one)
             await kube.call("POST", path, build_deployment(config))
