@@ -51,7 +51,10 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
     # Also after a failure: that one pod could not be made is no reason to keep another waiting.
     failure = await _open_gates(observed, plan, adapters, kube=kube, now=now) or failure
     # A failure is told too: status is where people look when nothing moves.
-    await report(key, observed, adapters, kube=kube, facts=facts, now=now, failure=failure)
+    try:
+        await report(key, observed, adapters, kube=kube, facts=facts, now=now, failure=failure)
+    except KubeError as error:
+        failure = failure or error
     if failure is not None:
         return Retryable(failure) if failure.retry else Requeue(_REFUSED_S)
     return _next_look(plan, adapters)

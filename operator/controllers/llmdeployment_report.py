@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from datetime import datetime
 
 from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen
@@ -158,4 +159,5 @@ async def _write(resource: Json, status: Document, kube: Kube, now: datetime) ->
             is_warning=flip.is_warning,
             at=rfc3339(now),
         )
-        await kube.create_event(event)
+        with contextlib.suppress(KubeError):  # the status has it; an Event only points there
+            await kube.create_event(event)
