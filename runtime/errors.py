@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import ClassVar
 
 EXIT_BAD_CONFIGURATION = 42
-_TERMINATION_LOG_BYTES = 4096  # kubelet keeps no more than this
+# kubelet keeps 4096 bytes, and a character may need four.
+_TERMINATION_LOG_CHARACTERS = 1000
 
 
 class MizzenError(Exception):
@@ -96,8 +97,8 @@ def report_fatal(error: MizzenError) -> int:
     """
     message = str(error)
     print(message, file=sys.stderr)  # noqa: T201 - the process ends here, logging may be gone
-    room = _TERMINATION_LOG_BYTES // 2  # JSON may need two bytes where the message has one
-    document = json.dumps({"reason": error.reason, "message": message[:room]})
+    cut = message[:_TERMINATION_LOG_CHARACTERS]
+    document = json.dumps({"reason": error.reason, "message": cut}, ensure_ascii=False)
     log = Path(os.environ.get("MIZZEN_TERMINATION_LOG", "/dev/termination-log"))
     with contextlib.suppress(OSError):  # outside a pod there is no such file
         log.write_text(document)

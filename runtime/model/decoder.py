@@ -202,7 +202,3 @@ class Decoder(nn.Module):
             if isinstance(module, Linear) and (module is not self.embedding or self.spec.tied):
                 module.pack(keep_weight=module is self.embedding)
         return True
-
-    def weight_bytes(self) -> int:
-        """Return the size of this rank's weights as stored, without prepacked copies."""
-        return sum(p.numel() * p.element_size() for p in self.parameters())

@@ -58,7 +58,7 @@ def test_a_dead_rank_breaks_the_collective_and_takes_the_group_down() -> None:
 
 def test_a_silent_rank_is_a_lost_rank() -> None:
     with (
-        started(2, rank_work.fall_silent, timeout_s=3.0) as ranks,
+        started(2, rank_work.fall_silent, timeout_s=6.0) as ranks,
         pytest.raises(RankLostError, match="in a collective"),
     ):
         ranks.group.all_reduce(torch.ones(1))

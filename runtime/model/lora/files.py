@@ -29,6 +29,13 @@ _UNSUPPORTED = (
     "trainable_token_indices",
     "fan_in_fan_out",
     "lora_bias",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
 )
 
 
