@@ -155,6 +155,8 @@ class Server:
         engine = await self._start_engine(self._config, self.service.metrics)
         self.service.metrics.on_loaded(engine.model_len)
         self.service.attach(engine)
+        if self.service.is_draining:
+            await engine.drain(0)
         self._enter(Phase.LOADING_ADAPTERS)
         await load_listed(self.service, self._config.adapters_file)
         self._enter(Phase.SERVING)
@@ -234,6 +236,11 @@ class _HttpServer:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                # Longer than any client keeps an idle connection: were we the first to close,
+                # a request could be on its way, and lost.
+                timeout_keep_alive=75,
+                # A client could otherwise claim any address, loopback included.
+                proxy_headers=False,
             )
         )
         self._task = asyncio.create_task(self._server.serve([bound]))

@@ -38,11 +38,23 @@ class GuardedRoute(Route):
         refusal = gate.check(
             self.access,
             authorization=request.headers.get("authorization", ""),
-            peer=request.client.host if request.client else "",
+            peer=_peer(request),
         )
         if refusal:
             raise ApiError(refusal.status, refusal.message, code="invalid_credentials")
         await super().handle(scope, receive, send)
+
+
+# Sent by browsers and proxies: whoever speaks through one is not this machine's own user, even
+# where the connection itself comes from loopback.
+_FROM_ELSEWHERE = ("origin", "sec-fetch-site", "forwarded", "x-forwarded-for", "via")
+
+
+def _peer(request: Request) -> str:
+    """Return the caller's address, "" where it only seems to be known."""
+    if request.client is None or any(name in request.headers for name in _FROM_ELSEWHERE):
+        return ""
+    return request.client.host
 
 
 def build_http_app(
@@ -124,6 +136,17 @@ async def read_body(request: Request, *, limit: int) -> bytes:
     said = request.headers.get("content-length", "")
     if said.isdigit() and int(said) > limit:
         raise too_large(limit)
+    try:
+        async with asyncio.timeout(_BODY_LIMIT_S):
+            return await _read_up_to(request, limit)
+    except TimeoutError as error:
+        raise ApiError(408, "The body did not arrive in time.", code="body_timeout") from error
+
+
+_BODY_LIMIT_S = 60.0  # a request is counted, and a stop waits for it, while its body trickles in
+
+
+async def _read_up_to(request: Request, limit: int) -> bytes:
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)

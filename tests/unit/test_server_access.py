@@ -204,6 +204,16 @@ def test_without_a_token_file_only_loopback_may_administer() -> None:
     assert "--admin-token-file" in refusal.message
 
 
+async def test_a_page_in_a_browser_or_a_proxy_is_not_a_local_user() -> None:
+    async with running_server(FakeEngine()) as running:
+        assert (await running.admin.get("/drain")).status_code == 200
+        for header in ("Origin", "Sec-Fetch-Site", "X-Forwarded-For", "Forwarded", "Via"):
+            for client, path in ((running.admin, "/drain"), (running.http, LOAD)):
+                answer = await client.post(path, headers={header: "127.0.0.1"})
+                assert answer.status_code == 403
+        assert not running.service.is_draining
+
+
 def test_loopback_is_told_from_all_else() -> None:
     for peer in ("127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"):
         assert is_loopback(peer)

@@ -190,6 +190,12 @@ async def test_the_openai_package_raises_its_own_errors(running: Running) -> Non
         assert "512" in str(caught.value)
 
 
+async def test_more_tokens_than_the_context_holds_end_with_length(running: Running) -> None:
+    answer = (await running.http.post(CHAT, json=LONG | {"max_tokens": 5000})).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["total_tokens"] == 512
+
+
 async def test_metrics_follow_the_requests(running: Running) -> None:
     names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
     histograms = (
