@@ -10,6 +10,8 @@ from hack.cluster.api_only import ApiCluster
 from hack.cluster.errors import ClusterError
 from hack.cluster.local_cluster import SERVERS, LocalCluster
 from hack.cluster.progress import say, step
+from hack.images import base as base_image
+from hack.images import build as build_images
 
 
 def build(_: argparse.Namespace) -> None:
@@ -45,6 +47,25 @@ def status(_: argparse.Namespace) -> None:
     missing = cluster.missing_servers()
     if missing:
         raise ClusterError("The cluster is not complete: start it with `up`.")
+
+
+def base(_: argparse.Namespace) -> None:
+    """Make the images' base from Debian packages (cached)"""
+    LocalCluster().prepare_tools()
+    print(base_image.build())
+
+
+def images(arguments: argparse.Namespace) -> None:
+    """Build the images of the present sources and push them to the local registry"""
+    slim_torch = not arguments.gpu
+    if arguments.tags:
+        tags = build_images.tags(slim_torch=slim_torch)
+    else:
+        LocalCluster().start_registry()
+        # Not computed again at the end: sources that changed meanwhile are not in these images.
+        tags = build_images.build_and_push(slim_torch=slim_torch)
+    for target, tag in tags.items():
+        print(f"{target}={tag}")
 
 
 def env(_: argparse.Namespace) -> None:
@@ -85,6 +106,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "up": up,
     "down": down,
     "status": status,
+    "base": base,
+    "images": images,
     "env": env,
     "fake-gpus": fake_gpus,
     "fake-nodes": fake_nodes,
@@ -103,6 +126,10 @@ def parser() -> argparse.ArgumentParser:
     }
     purge = "delete the cluster's state too, images included"
     commands["down"].add_argument("--purge", action="store_true", help=purge)
+    tags = "only print the tags for the present sources"
+    commands["images"].add_argument("--tags", action="store_true", help=tags)
+    gpu = "with what PyTorch needs on a GPU; without, it is left out to save time and disk"
+    commands["images"].add_argument("--gpu", action="store_true", help=gpu)
     commands["fake-gpus"].add_argument("count", type=int, metavar="COUNT")
     commands["fake-nodes"].add_argument("count", type=int, metavar="COUNT")
     commands["fake-nodes"].add_argument("--gpus", type=int, default=8, help="GPUs of each node")

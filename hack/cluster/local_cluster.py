@@ -65,10 +65,20 @@ class LocalCluster:
         if problems:
             raise ClusterError("\n       ".join(problems))
 
-    def up(self) -> None:
-        """Bring the cluster to running, from whatever state it was left in."""
+    def prepare_tools(self) -> None:
+        """Check the machine and install what is missing."""
         self.check()
         packages.install(self.pins.debian_packages)
+
+    def start_registry(self) -> None:
+        """Start the registry alone: images can be built before the cluster is up."""
+        self.prepare_tools()
+        self.layout.create()
+        registry.start(self.layout, self.processes)
+
+    def up(self) -> None:
+        """Bring the cluster to running, from whatever state it was left in."""
+        self.prepare_tools()
         binaries = gobuild.build()
         self.layout.create()
         plane = self._plane(binaries)

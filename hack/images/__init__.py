@@ -1,0 +1,1 @@
+"""Building the project's images from its Dockerfile, without a Docker daemon."""
