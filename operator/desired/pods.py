@@ -10,6 +10,7 @@ from mizzen.operator.crds.common import Json, PodTemplatePatch
 from mizzen.operator.desired.labels import ADMIN_SECRET, ADMIN_TOKEN_FOLDER
 
 _USER_ID = 65532  # "nonroot" in the images we build
+_SHARED_MEMORY = "2Gi"  # what ranks exchange at once, with room; never weights
 
 
 def pod_security() -> Json:
@@ -38,7 +39,7 @@ def scratch_volumes() -> list[Json]:
     """Return the only writable places: /tmp, and the shared memory that ranks talk through."""
     return [
         {"name": "tmp", "emptyDir": {}},
-        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": _SHARED_MEMORY}},
     ]
 
 
@@ -99,10 +100,8 @@ def _by_name(ours: list[Json], theirs: list[Json], key: str) -> list[Json]:
 
 def _merge_resources(ours: Json, theirs: Json) -> Json:
     """Return requests and limits with the user's amounts, but our count of devices."""
-    merged: Json = {}
-    for kind in ("requests", "limits"):
-        devices = {name: amount for name, amount in ours.get(kind, {}).items() if "/" in name}
-        amounts = {**ours.get(kind, {}), **theirs.get(kind, {}), **devices}
-        if amounts:
-            merged[kind] = amounts
-    return merged
+    limits = {**theirs.get("limits", {}), **ours.get("limits", {})}
+    # Where only a limit is given it is the request too; a default of ours could be above it.
+    defaults = {k: v for k, v in ours.get("requests", {}).items() if k not in limits}
+    requests = {**defaults, **theirs.get("requests", {})}
+    return {kind: v for kind, v in (("requests", requests), ("limits", limits)) if v}

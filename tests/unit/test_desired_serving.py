@@ -1,0 +1,203 @@
+"""What the operator makes of a deployment: manifests, hardening, and when a revision changes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mizzen.operator.controllers.llmdeployment_plan import build_children
+from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
+from mizzen.operator.desired.adapters import PromotedArtifact, WantedAdapter, wanted_adapters
+from mizzen.operator.desired.network import build_admin_secret, build_network_policy
+from mizzen.operator.desired.serving import PodPlace, Serving, build_pod, revision_of
+from mizzen.operator.desired.sources import Source, claim_volume, locate
+
+GOLDEN = Path(__file__).parent / "golden" / "serving"
+CASES = sorted(path.name.removesuffix(".in.yaml") for path in GOLDEN.glob("*.in.yaml"))
+Json = dict[str, Any]
+
+
+def serving(**spec: Any) -> Serving:
+    parsed = LLMDeploymentSpec.parse({"model": {"source": "pvc://models/smollm2"}} | spec)
+    return Serving(
+        name="smollm2",
+        namespace="team",
+        uid="8c1b2c1e-0000",
+        spec=parsed,
+        image="registry.example/runtime:1",
+        adapters=wanted_adapters(parsed.adapters, []),
+    )
+
+
+def pod(**spec: Any) -> Json:
+    return build_pod(serving(**spec), PodPlace(revision="r1", slot=0, rank=0))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_manifests_are_as_reviewed(case: str) -> None:
+    wanted = serving(**yaml.safe_load((GOLDEN / f"{case}.in.yaml").read_text()))
+    revision = revision_of(wanted)
+    documents = [
+        *build_children(wanted),
+        *(
+            build_pod(wanted, PodPlace(revision=revision, slot=0, rank=rank))
+            for rank in range(wanted.spec.parallelism.nodes)
+        ),
+    ]
+    text = yaml.safe_dump_all(documents, sort_keys=False)
+    reviewed = GOLDEN / f"{case}.out.yaml"
+    if os.environ.get("MIZZEN_REWRITE_GOLDEN"):
+        reviewed.write_text(text)
+    assert text == reviewed.read_text()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_pod_passes_the_restricted_level_with_a_read_only_root(case: str) -> None:
+    made = pod(**yaml.safe_load((GOLDEN / f"{case}.in.yaml").read_text()))["spec"]
+    assert made["automountServiceAccountToken"] is False
+    assert made["securityContext"]["runAsNonRoot"] is True
+    assert made["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    (container,) = made["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    kinds = {key for volume in made["volumes"] for key in volume} - {"name"}
+    assert kinds <= {"emptyDir", "configMap", "secret", "persistentVolumeClaim"}
+
+
+SAME = {
+    "another number of replicas": {"replicas": 5},
+    "bounds instead": {"scaling": {"min": 1, "max": 3}},
+    "an adapter on the model's own claim": {
+        "adapters": [{"name": "a", "source": "pvc://models/adapters/a"}]
+    },
+    "another pace": {"rollout": {"maxSurge": 3}},
+    "a default written out": {"drain": {"maxSeconds": 120}, "accelerator": {"resource": "none"}},
+}
+DIFFERENT = {
+    "another model": {"model": {"source": "pvc://models/other"}},
+    "another name for clients": {"model": {"source": "pvc://models/smollm2", "servedName": "x"}},
+    "an engine setting": {"engine": {"maxNumSeqs": 7}},
+    "another image": {"engine": {"image": "other"}},
+    "another number of ranks": {"parallelism": {"tensor": 2}},
+    "GPUs": {"accelerator": {"resource": "nvidia.com/gpu"}},
+    "another time to drain": {"drain": {"maxSeconds": 7}},
+    "a patch": {"podTemplatePatch": {"nodeSelector": {"disk": "fast"}}},
+    "an adapter on a claim that is not mounted yet": {
+        "adapters": [{"name": "a", "source": "pvc://elsewhere/a"}]
+    },
+}
+
+
+@pytest.mark.parametrize("change", SAME.values(), ids=SAME)
+def test_the_revision_stays_with(change: Json) -> None:
+    assert revision_of(serving(**change)) == revision_of(serving())
+
+
+@pytest.mark.parametrize("change", DIFFERENT.values(), ids=DIFFERENT)
+def test_the_revision_changes_with(change: Json) -> None:
+    assert revision_of(serving(**change)) != revision_of(serving())
+
+
+def test_the_revision_of_a_spec_stays_the_same_from_version_to_version() -> None:
+    """An upgrade of the operator that changed this would restart every model in the cluster."""
+    assert revision_of(serving()) == "858acb29"
+
+
+def test_a_replica_asks_for_one_device_per_rank_and_cannot_be_patched_to_fewer() -> None:
+    patch = {"resources": {"limits": {"nvidia.com/gpu": 1, "memory": "1Gi"}}}
+    made = pod(
+        accelerator={"resource": "nvidia.com/gpu"},
+        parallelism={"tensor": 4},
+        podTemplatePatch=patch,
+    )
+    limits = made["spec"]["containers"][0]["resources"]["limits"]
+    assert limits == {"nvidia.com/gpu": "4", "memory": "1Gi"}
+
+
+def test_a_limit_below_our_default_request_replaces_it() -> None:
+    made = pod(podTemplatePatch={"resources": {"limits": {"memory": "128Mi"}}})
+    resources = made["spec"]["containers"][0]["resources"]
+    assert resources == {"requests": {"cpu": "100m"}, "limits": {"memory": "128Mi"}}
+
+
+def test_a_replica_on_the_cpu_asks_for_no_device() -> None:
+    assert "limits" not in pod(parallelism={"tensor": 2})["spec"]["containers"][0]["resources"]
+
+
+def test_a_pod_may_drain_before_it_is_killed() -> None:
+    assert pod(drain={"maxSeconds": 300})["spec"]["terminationGracePeriodSeconds"] == 330
+
+
+def test_only_the_leader_of_a_group_has_the_gate() -> None:
+    group = serving(parallelism={"tensor": 2, "nodes": 2})
+    pods = [build_pod(group, PodPlace(revision="r1", slot=0, rank=rank)) for rank in range(2)]
+    assert ["readinessGates" in made["spec"] for made in pods] == [True, False]
+    assert [made["spec"]["restartPolicy"] for made in pods] == ["Never", "Never"]
+
+
+def test_a_budget_exists_only_for_more_than_one_replica() -> None:
+    def kinds(replicas: int) -> set[str]:
+        return {child["kind"] for child in build_children(serving(replicas=replicas))}
+
+    assert kinds(1) == {"Service"}
+    assert kinds(2) == {"Service", "PodDisruptionBudget"}
+
+
+def test_users_reach_the_serving_ports_and_only_we_reach_the_others() -> None:
+    rules = build_network_policy("team", operator_namespace="mizzen-system")["spec"]["ingress"]
+    open_to_all = [rule for rule in rules if "from" not in rule]
+    assert [[port["port"] for port in rule["ports"]] for rule in open_to_all] == [[8000, 8001]]
+    (ours,) = [rule for rule in rules if "from" in rule]
+    assert "ports" not in ours
+    namespaces = [peer.get("namespaceSelector") for peer in ours["from"]]
+    assert namespaces == [{"matchLabels": {"kubernetes.io/metadata.name": "mizzen-system"}}, None]
+
+
+def test_the_token_is_copied_as_it_is() -> None:
+    assert build_admin_secret("team", token="abc")["data"] == {"token": "YWJj"}
+
+
+def test_an_adapter_of_the_spec_wins_over_a_promoted_one_of_the_same_name() -> None:
+    parsed = serving(adapters=[{"name": "a", "source": "pvc://models/mine"}]).spec
+    promoted = [
+        PromotedArtifact("a", "pvc://models/theirs", "sha256:1"),
+        PromotedArtifact("b", "pvc://models/b", "sha256:2"),
+    ]
+    assert wanted_adapters(parsed.adapters, promoted) == (
+        WantedAdapter("a", Source("/mnt/pvc/models/mine", "models")),
+        WantedAdapter("b", Source("/mnt/pvc/models/b", "models"), "sha256:2", "b"),
+    )
+
+
+ADDRESSES = {
+    "pvc://models/smollm2": Source("/mnt/pvc/models/smollm2", "models"),
+    "pvc://models": Source("/mnt/pvc/models", "models"),
+    "pvc://models/a/b.gguf": Source("/mnt/pvc/models/a/b.gguf", "models"),
+    "file:///models/x": Source("/models/x"),
+}
+
+
+@pytest.mark.parametrize(("address", "source"), ADDRESSES.items())
+def test_an_address_becomes_a_path_in_the_pod(address: str, source: Source) -> None:
+    assert locate(address) == source
+
+
+def test_an_address_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="must look like pvc://CLAIM/PATH or file:///PATH"):
+        locate("hf://org/model")
+
+
+@given(st.text("a0-.", min_size=1, max_size=253).map(lambda text: f"x{text}x"))
+def test_any_claim_gets_a_volume_name_that_is_a_dns_label(claim: str) -> None:
+    name = claim_volume(claim)["name"]
+    assert len(name) <= 63
+    assert name.replace("-", "").isalnum() and not name.endswith("-")
