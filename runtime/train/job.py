@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
+from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.adaptation import Adapted, adapt
 from mizzen.runtime.train.admin import AdminServer
 from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
-from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
+from mizzen.runtime.train.config import Processing, TrainConfig, TrainerEnvironment
 from mizzen.runtime.train.data import Prepared, prepare
 from mizzen.runtime.train.device import choose_device, choose_dtype, use_own_cpus
 from mizzen.runtime.train.errors import JobConfigError
@@ -87,11 +88,12 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
 def _prepare(
     config: TrainConfig, environment: TrainerEnvironment, board: ProgressBoard, stop: StopFlag
 ) -> Stage:
-    tokenizer = Tokenizer.load(config.base_model)
+    checkpoint = find_checkpoint(config.base_model)
+    tokenizer = Tokenizer.load(checkpoint)
     sources = [
         load_source(dataset, default_format=config.processing.format) for dataset in config.datasets
     ]
-    data = prepare(sources, tokenizer, config.processing)
+    data = prepare(sources, tokenizer, _within_context(config, ArchSpec.from_dir(checkpoint)))
     board.prepared(
         samples=data.samples,
         holdout=len(data.holdout),
@@ -204,6 +206,12 @@ def fingerprint(config: TrainConfig, data: Prepared) -> str:
     document["weights"] = data.weights
     document["data"] = data.digest
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _within_context(config: TrainConfig, spec: ArchSpec) -> Processing:
+    """Return the rules for data, with no sample longer than the model can read."""
+    rules = config.processing
+    return rules.model_copy(update={"max_seq_len": min(rules.max_seq_len, spec.max_len)})
 
 
 def _load_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

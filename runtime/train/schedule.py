@@ -19,7 +19,7 @@ def learning_rate(
     The last step still moves the weights a little: a schedule that ends at exactly zero would
     waste it.
     """
-    warmup = math.ceil(total * warmup_ratio)
+    warmup = max(1, math.ceil(total * warmup_ratio))  # without a rise, the first step is the top
     if step <= warmup:
         return peak * step / warmup
     if shape == "constant":
