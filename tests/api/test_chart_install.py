@@ -125,6 +125,7 @@ OPERATOR_MAY = [
     ("patch", "finetunejobs --subresource=status"),
     ("get", "persistentvolumeclaims"),
     ("get", "secrets/mizzen-admin"),
+    ("list", "nodes"),
 ]
 OPERATOR_MAY_NOT = [
     ("list", "secrets"),
@@ -135,7 +136,7 @@ OPERATOR_MAY_NOT = [
     ("create", "pods --subresource=exec"),
     ("create", "deployments"),
     ("create", "rolebindings"),
-    ("list", "nodes"),
+    ("get", "nodes"),
     ("delete", "persistentvolumeclaims"),
 ]
 
