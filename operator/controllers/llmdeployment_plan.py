@@ -10,12 +10,7 @@ from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen
 from mizzen.operator.controllers.llmdeployment_observe import Observed
 from mizzen.operator.controllers.llmdeployment_replicas import Group, failure_note
 from mizzen.operator.crds.common import Json
-from mizzen.operator.desired.adapters import build_adapters
-from mizzen.operator.desired.services import (
-    build_disruption_budget,
-    build_ranks_service,
-    build_service,
-)
+from mizzen.operator.desired.children import build_children
 from mizzen.operator.desired.serving import PodPlace, Serving, build_pod
 from mizzen.operator.planning.drain import Drain, is_drained
 from mizzen.operator.planning.rollout import Budget, Replica, Standing, Step, next_step
@@ -66,28 +61,6 @@ def plan_deployment(observed: Observed, *, now: datetime) -> Plan:
             step.look_again_after_s, _POLL_DRAIN_S if draining or step.drain else None
         ),
     )
-
-
-def build_children(serving: Serving) -> tuple[Json, ...]:
-    """Return every child but the pods."""
-    spec, name = serving.spec, serving.name
-    namespace, owner = serving.namespace, serving.owner
-    nodes, replicas = spec.parallelism.nodes, spec.desired_replicas
-    children = [build_service(name, namespace=namespace, owner=owner)]
-    if nodes > 1:
-        children.append(build_ranks_service(name, namespace=namespace, owner=owner))
-    if serving.adapters:
-        children.append(
-            build_adapters(name, namespace=namespace, owner=owner, adapters=serving.adapters)
-        )
-    if replicas > 1:
-        # A budget for a single replica would block every node drain for ever.
-        children.append(
-            build_disruption_budget(
-                name, namespace=namespace, owner=owner, replicas=replicas, nodes=nodes
-            )
-        )
-    return tuple(children)
 
 
 def gates_to_open(observed: Observed, plan: Plan, adapters: AdaptersSeen) -> list[Group]:

@@ -11,9 +11,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mizzen.operator.controllers.llmdeployment_plan import build_children
 from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
 from mizzen.operator.desired.adapters import PromotedArtifact, WantedAdapter, wanted_adapters
+from mizzen.operator.desired.children import build_children
 from mizzen.operator.desired.network import build_admin_secret, build_network_policy
 from mizzen.operator.desired.serving import PodPlace, Serving, build_pod, revision_of
 from mizzen.operator.desired.sources import Source, claim_volume, locate

@@ -1,0 +1,34 @@
+"""Every child of a deployment but its pods, which come and go one by one."""
+
+from __future__ import annotations
+
+from mizzen.operator.crds.common import Json
+from mizzen.operator.desired.adapters import build_adapters
+from mizzen.operator.desired.services import (
+    build_disruption_budget,
+    build_ranks_service,
+    build_service,
+)
+from mizzen.operator.desired.serving import Serving
+
+
+def build_children(serving: Serving) -> tuple[Json, ...]:
+    """Return the manifests in the order in which they are written."""
+    spec, name = serving.spec, serving.name
+    namespace, owner = serving.namespace, serving.owner
+    nodes, replicas = spec.parallelism.nodes, spec.desired_replicas
+    children = [build_service(name, namespace=namespace, owner=owner)]
+    if nodes > 1:
+        children.append(build_ranks_service(name, namespace=namespace, owner=owner))
+    if serving.adapters:
+        children.append(
+            build_adapters(name, namespace=namespace, owner=owner, adapters=serving.adapters)
+        )
+    if replicas > 1:
+        # A budget for a single replica would block every node drain for ever.
+        children.append(
+            build_disruption_budget(
+                name, namespace=namespace, owner=owner, replicas=replicas, nodes=nodes
+            )
+        )
+    return tuple(children)
