@@ -253,7 +253,10 @@ class Operator:
             "MIZZEN_NAMESPACE": SYSTEM,
             "MIZZEN_HEALTH_HOST": "127.0.0.1",
             "MIZZEN_HEALTH_PORT": str(self.port),
+            # As in an image, where everything is compiled beforehand.
+            "PYTHONPYCACHEPREFIX": str(cluster.directory / "pycache"),
         }
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:

@@ -1,11 +1,8 @@
-"""The operator's settings, from MIZZEN_* variables, and what we ask of Kopf."""
+"""The operator's settings, from MIZZEN_* variables."""
 
-import random
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
-import kopf
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -51,34 +48,3 @@ class OperatorConfig(BaseSettings):
 
     log_format: str = Field("json", pattern="^(json|plain)$")
     log_level: str = "INFO"
-
-
-class Backoffs:
-    """Pauses between Kopf's tries of one request: iterable again and again, with jitter."""
-
-    def __iter__(self) -> Iterator[float]:
-        for step in range(8):
-            yield min(20.0, 0.25 * 2**step) * random.uniform(0.8, 1.2)
-
-
-def configure_kopf(settings: kopf.OperatorSettings) -> None:
-    """Make Kopf an informer: no peering, no Events, no scanning, our own prefix everywhere."""
-    settings.peering.standalone = True
-    settings.posting.enabled = False
-    settings.scanning.disabled = True
-    settings.watching.chunk_size = 500
-    settings.watching.server_timeout = 290
-    settings.watching.client_timeout = 310
-    settings.watching.connect_timeout = 10
-    settings.networking.request_timeout = 30
-    settings.networking.connect_timeout = 5
-    settings.networking.error_backoffs = Backoffs()
-    settings.execution.max_workers = 4
-    settings.persistence.finalizer = "mizzen.dev/operator"
-    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(
-        prefix="mizzen.dev", v1=False
-    )
-    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(
-        prefix="mizzen.dev", v1=False
-    )
-    settings.process.ultimate_exiting_timeout = 25

@@ -8,10 +8,10 @@ from typing import Any, Self
 
 import kopf
 
-from mizzen.operator.config import configure_kopf
 from mizzen.operator.crds import finetunejob, llmdeployment
 from mizzen.operator.crds.common import API_VERSION
 from mizzen.operator.engine.workqueue import WorkQueue
+from mizzen.operator.informer import configure_kopf
 from mizzen.operator.kube.connect import load_credentials
 from mizzen.operator.kube.documents import Json, plural
 from mizzen.operator.kube.relist import Followed

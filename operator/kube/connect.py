@@ -23,6 +23,8 @@ async def load_configuration() -> Configuration:
         )
     # Every worker may have a request under way, and a few list calls beside them.
     configuration.connection_pool_maxsize = 64
+    # Otherwise every request looks for a .netrc file, in a thread of its own.
+    configuration.client_session_kwargs = {"trust_env": False}
     return configuration
 
 
