@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from aiohttp import ClientError, ClientSession, ClientTimeout
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from mizzen.runtime.gateway.keys import KEY_LABEL, hash_key, make_key
 from mizzen.runtime.gateway.kube import (
     KubeClient,
     KubeError,
@@ -40,11 +41,13 @@ class SmokeConfig(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="MIZZEN_SMOKE_", protected_namespaces=())
 
     gateway_url: str = Field(description="Address of the gateway.")
-    namespace: str = Field("default", description="Where the test's LLMDeployment goes.")
-    name: str = Field("mizzen-test", description="Name of the test's LLMDeployment.")
+    namespace: str = Field("default", description="Where the test's objects go.")
+    name: str = Field("mizzen-test", description="Name of the test's objects.")
     model_source: str = Field("", description="What to serve for the test.")
     served_model: str = Field("", description="Or: a model that is served already.")
-    api_key: str = Field("", description="Key for the gateway.")
+    makes_key: bool = Field(False, description="Make an API key for the test.")
+    pod_name: str = Field("", description="The test's pod, which takes its objects with it.")
+    pod_uid: str = Field("", description="Uid of that pod.")
     kubeconfig: Path | None = Field(None, description="Cluster access from outside a pod.")
     timeout_s: float = Field(300.0, gt=0, description="Time for all of it.")
 
@@ -54,16 +57,23 @@ def build_deployment(config: SmokeConfig) -> KubeObject:
     return {
         "apiVersion": "mizzen.dev/v1alpha1",
         "kind": "LLMDeployment",
-        "metadata": {
-            "name": config.name,
-            "namespace": config.namespace,
-            "labels": {"app.kubernetes.io/part-of": "mizzen"},
-        },
+        "metadata": _metadata(config),
         "spec": {
             "model": {"source": config.model_source, "maxModelLen": 512},
             "replicas": 1,
             "accelerator": {"resource": "none"},
         },
+    }
+
+
+def build_key_secret(config: SmokeConfig, key: str) -> KubeObject:
+    """Return the Secret that lets the test's key in."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": _metadata(config, {KEY_LABEL: "true"}),
+        "type": "Opaque",
+        "stringData": {config.name: hash_key(key)},
     }
 
 
@@ -75,34 +85,50 @@ async def run(config: SmokeConfig) -> str:
     """
     started_at = time.monotonic()
     try:
-        async with asyncio.timeout(config.timeout_s):
-            if config.served_model:
-                answer = await ask_until_ready(config, config.served_model)
-            else:
-                async with served(config) as model:
-                    answer = await ask_until_ready(config, model)
+        async with asyncio.timeout(config.timeout_s), AsyncExitStack() as stack:
+            key, model = "", config.served_model
+            if config.makes_key or not model:
+                kube = await stack.enter_async_context(await connect(config.kubeconfig))
+                if config.makes_key:
+                    key = await stack.enter_async_context(_let_in(kube, config))
+                if not model:
+                    model = await stack.enter_async_context(_served(kube, config))
+            answer = await ask_until_ready(config.gateway_url, model, key)
     except TimeoutError:
         raise SmokeError(f"No answer within {config.timeout_s:g} seconds.") from None
+    except (KubeError, NoClusterError) as error:
+        raise SmokeError(f"The API server refused: {error}") from error
     return f"{answer!r} after {time.monotonic() - started_at:.1f} s"
 
 
 @asynccontextmanager
-async def served(config: SmokeConfig) -> AsyncIterator[str]:
+async def _let_in(kube: KubeClient, config: SmokeConfig) -> AsyncIterator[str]:
+    """Have an API key while the block runs."""
+    key = make_key()
+    path = f"/api/v1/namespaces/{config.namespace}/secrets"
+    async with _present(kube, path, build_key_secret(config, key)):
+        yield key
+
+
+@asynccontextmanager
+async def _served(kube: KubeClient, config: SmokeConfig) -> AsyncIterator[str]:
     """Serve the model while the block runs; the value is the name to ask for."""
     path = f"/apis/mizzen.dev/v1alpha1/namespaces/{config.namespace}/llmdeployments"
-    one = f"{path}/{config.name}"
+    async with _present(kube, path, build_deployment(config)):
+        await _wait_until_ready(kube, f"{path}/{config.name}")
+        yield f"{config.namespace}/{config.name}"
+
+
+@asynccontextmanager
+async def _present(kube: KubeClient, path: str, document: KubeObject) -> AsyncIterator[None]:
+    one = f"{path}/{document['metadata']['name']}"
+    # What a test that was killed has left behind.
+    await _delete(kube, one)
+    await kube.call("POST", path, document)
     try:
-        async with await connect(config.kubeconfig) as kube:
-            # What a test that was killed has left behind.
-            await _delete(kube, one)
-            await kube.call("POST", path, build_deployment(config))
-            try:
-                await _wait_until_ready(kube, one)
-                yield f"{config.namespace}/{config.name}"
-            finally:
-                await _delete(kube, one)
-    except (KubeError, NoClusterError) as error:
-        raise SmokeError(f"The API server refused: {error}") from error
+        yield
+    finally:
+        await _delete(kube, one)
 
 
 async def _wait_until_ready(kube: KubeClient, path: str) -> None:
@@ -118,15 +144,15 @@ async def _wait_until_ready(kube: KubeClient, path: str) -> None:
         await asyncio.sleep(_PAUSE_S)
 
 
-async def ask_until_ready(config: SmokeConfig, model: str) -> str:
+async def ask_until_ready(gateway_url: str, model: str, key: str) -> str:
     """Ask for a completion until the model answers; the gateway may know it a moment later than we.
 
     Raises:
         SmokeError: the gateway refuses for a reason that waiting does not mend.
     """
-    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     async with ClientSession(
-        base_url=config.gateway_url, headers=headers, timeout=ClientTimeout(total=None)
+        base_url=gateway_url, headers=headers, timeout=ClientTimeout(total=None)
     ) as session:
         while True:
             status, document = await _ask(session, model)
@@ -167,6 +193,18 @@ async def _delete(kube: KubeClient, path: str) -> None:
     except KubeError as error:
         if error.status != 404:
             raise
+
+
+def _metadata(config: SmokeConfig, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "name": config.name,
+        "namespace": config.namespace,
+        "labels": {"app.kubernetes.io/part-of": "mizzen", **(labels or {})},
+    }
+    if config.pod_uid:
+        owner = {"apiVersion": "v1", "kind": "Pod", "name": config.pod_name, "uid": config.pod_uid}
+        metadata["ownerReferences"] = [owner]
+    return metadata
 
 
 def _condition(resource: Mapping[str, Any], kind: str) -> Mapping[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ from hack.cluster import gobuild
 from hack.cluster.api_only import ApiCluster
 from hack.cluster.errors import ClusterError
 from mizzen.runtime.gateway import smoke
+from mizzen.runtime.gateway.keys import verify_key
 from mizzen.runtime.gateway.smoke import SmokeConfig, SmokeError
 
 READY = {
@@ -51,6 +53,12 @@ def _account_of_the_test(cluster: ApiCluster, home: str, folder: Path) -> Path:
     return path
 
 
+def _stored_hash(cluster: ApiCluster, namespace: str, name: str) -> str:
+    secret = json.loads(cluster.kubectl("get", "secret", name, "-n", namespace, "-o", "json"))
+    assert secret["metadata"]["labels"]["mizzen.dev/api-keys"] == "true"
+    return base64.b64decode(secret["data"][name]).decode()
+
+
 async def test_it_serves_a_model_for_the_test_and_takes_it_away(
     cluster: ApiCluster, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +68,10 @@ async def test_it_serves_a_model_for_the_test_and_takes_it_away(
 
     async def gateway(request: web.BaseRequest) -> web.Response:
         asked: dict[str, Any] = await request.json()
-        assert asked["model"] == f"{namespace}/{name}"
+        key = request.headers["Authorization"].removeprefix("Bearer ")
+        hashed = await asyncio.to_thread(_stored_hash, cluster, namespace, name)
+        if asked["model"] != f"{namespace}/{name}" or not verify_key(key, hashed):
+            return web.json_response({"error": "not the test's model and key"}, status=400)
         choice = {"message": {"role": "assistant", "content": "Hi"}}
         return web.json_response({"choices": [choice], "usage": {"completion_tokens": 1}})
 
@@ -73,6 +84,7 @@ async def test_it_serves_a_model_for_the_test_and_takes_it_away(
         namespace=namespace,
         name=name,
         model_source="pvc://models/tiny",
+        makes_key=True,
         timeout_s=60,
     )
     running = asyncio.create_task(smoke.run(config))
@@ -86,8 +98,9 @@ async def test_it_serves_a_model_for_the_test_and_takes_it_away(
         *("--type=merge", "-p", json.dumps({"status": {"conditions": [READY]}})),
     )
     assert "'Hi' after" in await running
-    with pytest.raises(ClusterError, match="NotFound"):
-        cluster.kubectl("get", "llmdeployment", name, "-n", namespace)
+    for kind in ("llmdeployment", "secret"):
+        with pytest.raises(ClusterError, match="NotFound"):
+            cluster.kubectl("get", kind, name, "-n", namespace)
     await runner.cleanup()
 
 

@@ -19,6 +19,7 @@ from hack.chart.documents import leaf_paths, schema_json, values_yaml
 from hack.chart.install import find_helm, install_yaml
 
 HELM = find_helm()
+NAME = "mizzen-test"
 needs_helm = pytest.mark.skipif(HELM is None, reason="no helm here; `make bin` builds one")
 EVERYTHING = {
     "watchNamespaces": ["team-a", "team-b"],
@@ -252,16 +253,29 @@ def test_images_follow_their_values() -> None:
 
 
 @needs_helm
-def test_the_helm_tests_key_opens_the_gateway() -> None:
-    from mizzen.runtime.gateway.keys import verify_key  # noqa: PLC0415  only this test needs it
+def test_only_the_pod_is_a_hook_of_the_test() -> None:
+    # Helm takes every hook of a test for a pod and fails to find its logs.
+    for values in ({}, {"test": {"servedModel": "a/b"}}, {"test": {"model": "pvc://m/x"}}):
+        hooks = {
+            document["kind"]
+            for document in render(values)
+            if "helm.sh/hook" in document["metadata"].get("annotations", {})
+        }
+        assert hooks == {"Pod"}
 
-    secrets = {
-        s["metadata"]["name"]: s["stringData"]
-        for s in of_kind(render({"test": {"servedModel": "a/b"}}), "Secret")
-        if "stringData" in s
-    }
-    key = secrets["mizzen-test-key"]["key"]
-    assert verify_key(key, secrets["mizzen-test-key-hash"]["helm-test"])
+
+@needs_helm
+def test_the_test_gets_no_more_rights_than_it_needs() -> None:
+    def rights(values: Document) -> set[str]:
+        roles = [r for r in of_kind(render(values), "Role") if r["metadata"]["name"] == NAME]
+        return {what for role in roles for rule in role["rules"] for what in rule["resources"]}
+
+    no_auth = {"gateway": {"auth": {"enabled": False}}}
+    served = {"test": {"servedModel": "a/b"}}
+    assert rights({}) == set()
+    assert rights(served) == {"secrets"}
+    assert rights(served | no_auth) == set()
+    assert rights({"test": {"model": "pvc://m/x"}}) == {"secrets", "llmdeployments"}
 
 
 @needs_helm
