@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,8 +56,10 @@ def serve(config: ServeConfig) -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve_until_stopped(config))
-    except (RankLostError, EngineDeadError):
-        raise  # a crash, not a mistake in the configuration: starting again may help
+    except (RankLostError, EngineDeadError) as error:
+        # A crash, not a mistake in the configuration: starting again may help.
+        log.critical("ending: %s", error)
+        return 1
     except MizzenError as error:
         return report_fatal(error)
     return 0
@@ -91,9 +94,12 @@ def _load_engine(config: ServeConfig, metrics: Metrics) -> EngineApi:
 class Server:
     """The three ports of a runtime and the order in which they open and close."""
 
-    def __init__(self, config: ServeConfig, start_engine: StartEngine) -> None:
+    def __init__(
+        self, config: ServeConfig, start_engine: StartEngine, *, dead_for_s: float = 5.0
+    ) -> None:
         self._config = config
         self._start_engine = start_engine
+        self._dead_for_s = dead_for_s
         metrics = Metrics(config.served_name)
         self.service = Service(config, metrics)
         metrics.observe(self.service)
@@ -114,7 +120,7 @@ class Server:
         """Serve until asked to stop.
 
         Raises:
-            MizzenError: the model cannot be served, or a port is taken.
+            MizzenError: the model cannot be served, a port is taken, or the engine died.
         """
         gate = _build_gate(self._config)
         # Admin first: probes and metrics have to tell the truth while the model loads.
@@ -142,7 +148,11 @@ class Server:
             await _first_of(loading, self._stop_asked.wait())
             if loading.done():
                 loading.result()
-            await self._stop_asked.wait()
+            died = asyncio.create_task(self._wait_until_dead())
+            await _first_of(self._stop_asked.wait(), died)
+            if died.done():
+                raise EngineDeadError("The engine is dead, and only a new process helps.")
+            died.cancel()
             # A stop during loading has nobody to be polite to.
             if self.service.engine_or_none:
                 self.drain.begin(self._config.drain_seconds)
@@ -162,6 +172,14 @@ class Server:
         self._enter(Phase.SERVING)
         log.info("serving %s on %s", self._config.served_name, self.ports)
         self.started.set()
+
+    async def _wait_until_dead(self) -> None:
+        # A liveness probe would end the process too, a minute later or, outside a cluster, never.
+        seen_alive_at = time.monotonic()
+        while time.monotonic() - seen_alive_at < self._dead_for_s:
+            await asyncio.sleep(self._dead_for_s / 10)
+            if self.service.is_alive():
+                seen_alive_at = time.monotonic()
 
     def _enter(self, phase: Phase) -> None:
         # A drain may have begun meanwhile, and nothing goes back from there.

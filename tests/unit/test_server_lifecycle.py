@@ -72,6 +72,22 @@ async def test_an_engine_that_stalls_is_not_alive_although_its_ports_answer() ->
         assert (await running.http.get("/health")).status_code == 503
 
 
+async def test_a_dead_engine_ends_the_process_where_nobody_probes() -> None:
+    engine = FakeEngine()
+
+    async def start(*_: Any) -> FakeEngine:
+        return engine
+
+    config = ServeConfig(model="/m", host="127.0.0.1", port=0, grpc_port=0, admin_port=0)
+    server = Server(config, start, dead_for_s=0.2)
+    task = asyncio.create_task(server.run())
+    await server.started.wait()
+    engine.alive = False
+    with pytest.raises(EngineDeadError, match="only a new process helps"):
+        await task
+    assert engine.stopped
+
+
 async def test_a_cold_engine_is_alive_and_not_ready() -> None:
     async with running_server(FakeEngine(warm=False)) as running:
         assert await health(running) == {"healthz": 200, "readyz": 503, "phase": "serving"}
