@@ -1,0 +1,138 @@
+"""From pods to replicas: where each one stands, read from the API server's documents alone."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mizzen.operator.controllers.llmdeployment_replicas import read_groups
+from mizzen.operator.planning.rollout import Standing as S
+
+NOW = datetime(2026, 9, 1, 13, 0, 0, tzinfo=UTC)
+Json = dict[str, Any]
+
+
+def pod(
+    rank: int = 0,
+    *,
+    nodes: int = 1,
+    owner: str = "uid-1",
+    leaving: bool = False,
+    phase: str = "Running",
+    gate: bool | None = None,
+    ready: bool = False,
+    notes: dict[str, str] | None = None,
+    containers: list[Json] | None = None,
+    **labels: str,
+) -> Json:
+    conditions = [{"type": "Ready", "status": str(ready)}]
+    if gate is not None:
+        since = "2026-09-01T12:00:00Z"
+        conditions.append(
+            {"type": "mizzen.dev/in-service", "status": str(gate), "lastTransitionTime": since}
+        )
+    metadata: Json = {
+        "name": f"x-r1-0-{rank}",
+        "creationTimestamp": "2026-09-01T11:00:00Z",
+        "labels": {
+            "mizzen.dev/revision": "r1", "mizzen.dev/slot": "0", "mizzen.dev/rank": str(rank),
+        } | {f"mizzen.dev/{key}": value for key, value in labels.items()},
+        "annotations": {"mizzen.dev/group-size": str(nodes)} | (notes or {}),
+        "ownerReferences": [{"uid": owner, "controller": True}],
+    }  # fmt: skip
+    if leaving:
+        metadata["deletionTimestamp"] = "2026-09-01T12:59:00Z"
+    status = {"phase": phase, "conditions": conditions, "containerStatuses": containers or []}
+    return {"metadata": metadata, "status": status}
+
+
+DRAINING = {"mizzen.dev/draining-since": "2026-09-01T12:59:00Z"}
+CASES: dict[str, tuple[list[Json], S]] = {
+    "a new pod is starting": ([pod(phase="Pending")], S.STARTING),
+    "a running pod whose gate was never open is starting": ([pod()], S.STARTING),
+    "an open gate and a ready pod serve": ([pod(gate=True, ready=True)], S.IN_SERVICE),
+    "an open gate alone does not serve yet": ([pod(gate=True)], S.UNREADY),
+    "a closed gate without a note may have requests": ([pod(gate=False)], S.UNREADY),
+    "a noted drain drains": ([pod(gate=False, notes=DRAINING)], S.DRAINING),
+    "a noted drain drains though the gate is still open": (
+        [pod(gate=True, ready=True, notes=DRAINING)], S.DRAINING,
+    ),
+    "a deleted pod is leaving, drained or not": ([pod(leaving=True, notes=DRAINING)], S.LEAVING),
+    "an ended pod has failed": ([pod(phase="Failed")], S.FAILED),
+    "a pod that ended well has failed too: it should serve": ([pod(phase="Succeeded")], S.FAILED),
+    "a group that is being made is starting": ([pod(0, nodes=2)], S.STARTING),
+    "a group that lost a rank after it had served is lost": (
+        [pod(0, nodes=2, gate=True, ready=True)], S.LOST,
+    ),
+    "a group without its leader is lost": ([pod(1, nodes=2)], S.LOST),
+    "a group half of which is deleted is lost": (
+        [pod(0, nodes=2, leaving=True), pod(1, nodes=2)], S.LOST,
+    ),
+    "a group that is wholly deleted is leaving": (
+        [pod(0, nodes=2, leaving=True), pod(1, nodes=2, leaving=True)], S.LEAVING,
+    ),
+    "one ended rank fails its group": (
+        [pod(0, nodes=2, gate=True, ready=True), pod(1, nodes=2, phase="Failed")], S.FAILED,
+    ),
+    "a group serves when its leader says so": (
+        [pod(0, nodes=2, gate=True, ready=True), pod(1, nodes=2)], S.IN_SERVICE,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("pods", "standing"), CASES.values(), ids=CASES)
+def test_where_a_replica_stands(pods: list[Json], standing: S) -> None:
+    (group,) = read_groups(pods, owner_uid="uid-1", now=NOW)
+    assert group.standing is standing
+
+
+@pytest.mark.parametrize(
+    "stranger",
+    [pod(owner="uid-2"), pod(slot="x"), pod(revision=""), {**pod(), "metadata": {"name": "y"}}],
+    ids=["another owner's", "with a strange slot", "without a revision", "without labels"],
+)
+def test_a_pod_that_is_not_ours_is_not_looked_at(stranger: Json) -> None:
+    assert read_groups([stranger], owner_uid="uid-1", now=NOW) == []
+
+
+@given(st.permutations([pod(0, nodes=2), pod(1, nodes=2), pod(0, slot="1"), pod(revision="r0")]))
+def test_the_order_of_pods_does_not_matter(pods: list[Json]) -> None:
+    groups = read_groups(pods, owner_uid="uid-1", now=NOW)
+    places = [(group.replica.revision, group.replica.slot, len(group.pods)) for group in groups]
+    assert places == [("r0", 0, 1), ("r1", 0, 2), ("r1", 1, 1)]
+
+
+def test_the_missing_ranks_of_a_group_are_named() -> None:
+    (group,) = read_groups([pod(0, nodes=4), pod(2, nodes=4)], owner_uid="uid-1", now=NOW)
+    assert group.missing_ranks == (1, 3)
+
+
+def ended(at: str) -> list[Json]:
+    return [{"name": "runtime", "state": {"terminated": {"exitCode": 1, "finishedAt": at}}}]
+
+
+def test_failures_in_a_row_are_counted_on_the_pod_and_forgiven_after_ten_good_minutes() -> None:
+    notes = {"mizzen.dev/restarts": "3"}
+    early = pod(phase="Failed", gate=True, notes=notes, containers=ended("2026-09-01T12:09:59Z"))
+    late = pod(phase="Failed", gate=True, notes=notes, containers=ended("2026-09-01T12:10:00Z"))
+    never = pod(phase="Failed", notes=notes, containers=ended("2026-09-01T12:59:00Z"))
+    counted = [
+        read_groups([p], owner_uid="uid-1", now=NOW)[0].replica for p in (early, late, never)
+    ]
+    assert [replica.restarts for replica in counted] == [3, 0, 3]
+    assert str(counted[0].failed_at) == "2026-09-01 12:09:59+00:00"
+
+
+def test_a_successor_tells_its_predecessors_failure_until_it_serves_or_fails_itself() -> None:
+    note = json.dumps({"reason": "RankLost", "message": "Rank 1 stayed silent."})
+    notes = {"mizzen.dev/last-failure": note}
+    (starting,) = read_groups([pod(notes=notes)], owner_uid="uid-1", now=NOW)
+    assert starting.cause is not None
+    assert (starting.cause.reason.value, starting.cause.needs_change) == ("RankLost", False)
+    (serving,) = read_groups([pod(notes=notes, gate=True, ready=True)], owner_uid="uid-1", now=NOW)
+    assert serving.cause is None
