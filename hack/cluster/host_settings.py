@@ -58,6 +58,11 @@ def prepare(layout: Layout, network: Network) -> None:
     run("ip", "address", "replace", f"{network.node_address}/32", "dev", "lo")
 
 
+def was_prepared(layout: Layout) -> bool:
+    """Say whether a cluster was started and not yet stopped here."""
+    return _record(layout).exists()
+
+
 def restore(layout: Layout, network: Network) -> None:
     """Put the host's network back to what it was."""
     before = _before(layout)

@@ -146,6 +146,8 @@ class LocalCluster:
 
     def _clean_after_crash(self) -> None:
         """Make a start after a crash the same as a start after a reboot."""
+        if not host_settings.was_prepared(self.layout):
+            return  # never started here, so whatever is there is somebody else's
         # Who talks to a containerd that is gone is started again after the clean-up, too.
         if self.processes.running("kubelet") is not None:
             self.processes.stop("kubelet")

@@ -61,8 +61,9 @@ def mounts_below(folder: Path) -> list[str]:
 def control_groups() -> list[Path]:
     """Return the control groups of pods, the deepest first."""
     tops = [CGROUP_ROOT / PODS, *CGROUP_ROOT.glob(f"*/{PODS}")]
-    # On version 1, `cpu` and `cpuacct` may be links to one folder.
-    found = {path.resolve() for top in tops if top.is_dir() for path in [top, *top.rglob("*/")]}
+    # os.walk does not mind a group that goes while it looks. On version 1, `cpu` and `cpuacct` may
+    # be links to one folder.
+    found = {Path(folder).resolve() for top in tops for folder, _, _ in os.walk(top)}
     return sorted(found, key=lambda path: len(path.parts), reverse=True)
 
 
@@ -136,5 +137,5 @@ def _remove_links(layout: Layout) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
+    if folder.is_dir() and not any(folder.iterdir()) and not folder.is_mount():
         folder.rmdir()
