@@ -4,16 +4,13 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import uvicorn
 import uvloop
-from starlette.types import ASGIApp
 
 from mizzen.runtime.config import ServeConfig
 from mizzen.runtime.engine.api import EngineApi, EngineDeadError
@@ -24,6 +21,7 @@ from mizzen.runtime.server.admin import build_admin_app
 from mizzen.runtime.server.app import build_user_app
 from mizzen.runtime.server.drain import Drain
 from mizzen.runtime.server.grpc_server import build_grpc_server
+from mizzen.runtime.server.listen import HttpServer, bind_port, port_taken
 from mizzen.runtime.server.metrics import Metrics
 from mizzen.runtime.server.service import Phase, Service
 
@@ -32,12 +30,6 @@ log = logging.getLogger(__name__)
 _GRACE_S = 2  # after the drain only answers that a client does not read are left
 
 StartEngine = Callable[[ServeConfig, Metrics], Awaitable[EngineApi]]
-
-
-class PortTakenError(MizzenError):
-    """A port the server needs is in use."""
-
-    reason = "PortTaken"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +116,12 @@ class Server:
         """
         gate = _build_gate(self._config)
         # Admin first: probes and metrics have to tell the truth while the model loads.
-        admin_socket = self._bind(self._config.admin_port)
-        http_socket = self._bind(self._config.port)
+        admin_socket = bind_port(self._config.host, self._config.admin_port)
+        http_socket = bind_port(self._config.host, self._config.port)
         grpc_server, grpc_port = self._bind_grpc(gate)
-        self.ports = Ports(_port(http_socket), grpc_port, _port(admin_socket))
-        admin = _HttpServer(build_admin_app(self.service, gate, self.drain), admin_socket)
-        users = _HttpServer(build_user_app(self.service, gate), http_socket)
+        self.ports = Ports(http_socket.getsockname()[1], grpc_port, admin_socket.getsockname()[1])
+        admin = HttpServer(build_admin_app(self.service, gate, self.drain), admin_socket)
+        users = HttpServer(build_user_app(self.service, gate), http_socket)
         await grpc_server.start()
         self.bound.set()
         with _signals(self.ask_to_stop):
@@ -191,26 +183,12 @@ class Server:
         if engine := self.service.engine_or_none:
             await engine.stop()
 
-    def _bind(self, port: int) -> socket.socket:
-        family = socket.AF_INET6 if ":" in self._config.host else socket.AF_INET
-        # With the protocol left at 0, event loops do not see TCP and leave Nagle's algorithm on:
-        # 40 ms more for every answer of two packets.
-        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            bound.bind((self._config.host, port))
-        except OSError as error:
-            bound.close()
-            raise _port_taken(self._config.host, port, error) from error
-        bound.setblocking(False)
-        return bound
-
     def _bind_grpc(self, gate: Gate) -> tuple[Any, int]:
         host, port = self._config.host, self._config.grpc_port
         try:
             return build_grpc_server(self.service, gate, host=host, port=port)
         except RuntimeError as error:
-            raise _port_taken(host, port, error) from error
+            raise port_taken(host, port, error) from error
 
 
 async def _first_of(*waits: Awaitable[object]) -> None:
@@ -229,54 +207,6 @@ def _build_gate(config: ServeConfig) -> Gate:
         admin_token=SecretFile(config.admin_token_file) if config.admin_token_file else None,
         api_keys=SecretFile(config.api_key_file) if config.api_key_file else None,
     )
-
-
-def _port(bound: socket.socket) -> int:
-    return int(bound.getsockname()[1])
-
-
-def _port_taken(host: str, port: int, error: Exception) -> PortTakenError:
-    return PortTakenError(
-        f"Cannot listen on {host}:{port} ({error}). Stop what uses it or choose another port with "
-        "--port, --grpc-port or --admin-port."
-    )
-
-
-class _HttpServer:
-    """A uvicorn server without signal handlers of its own, running as a task."""
-
-    def __init__(self, app: ASGIApp, bound: socket.socket) -> None:
-        self._server = _QuietServer(
-            uvicorn.Config(
-                app,
-                http="httptools",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                # Longer than any client keeps an idle connection: were we the first to close,
-                # a request could be on its way, and lost.
-                timeout_keep_alive=75,
-                # A client could otherwise claim any address, loopback included.
-                proxy_headers=False,
-            )
-        )
-        self._task = asyncio.create_task(self._server.serve([bound]))
-
-    async def stop(self, grace_s: int) -> None:
-        """Close the port and the idle connections; answers under way get `grace_s`."""
-        self._server.config.timeout_graceful_shutdown = grace_s
-        self._server.should_exit = True
-        await self._task
-
-
-class _QuietServer(uvicorn.Server):
-    """Leaves the process's signals alone: they belong to the polite stop."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
-        yield
 
 
 @contextmanager

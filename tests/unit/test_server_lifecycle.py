@@ -12,7 +12,8 @@ import pytest
 
 from mizzen.runtime.config import ServeConfig
 from mizzen.runtime.engine.api import EngineDeadError
-from mizzen.runtime.server.main import PortTakenError, Server, serve
+from mizzen.runtime.server.listen import PortTakenError, bind_port
+from mizzen.runtime.server.main import Server, serve
 from mizzen.runtime.server.service import Phase
 from tests.fixtures.fake_engine import FakeEngine
 from tests.fixtures.runtime_server import Running, eventually, running_server
@@ -232,8 +233,7 @@ async def test_a_taken_port_is_told_with_the_flag_to_change() -> None:
 
 
 def test_answers_are_not_held_back_by_nagle() -> None:
-    config = ServeConfig(model="/models/tiny", host="127.0.0.1")
-    with Server(config, SlowStart())._bind(0) as bound:
+    with bind_port("127.0.0.1", 0) as bound:
         # Event loops set TCP_NODELAY only where the socket says that it is TCP.
         assert bound.proto == socket.IPPROTO_TCP
 
