@@ -27,6 +27,7 @@ from mizzen.operator.planning.generations import (
     Finish,
     Generation,
     GiveUp,
+    Outcome,
     Rest,
     Start,
     Step,
@@ -306,7 +307,8 @@ def _pod_problem(step: Step | None, observed: Observed) -> Problem | None:
     if isinstance(step, GiveUp):
         last = terminated_cause(termination_of(pod), instance=observed.resource["metadata"]["name"])
         return Problem(last.reason, last.message, is_final=True)
-    if isinstance(step, Watch) and (cause := pod_cause(pod)):
+    has_begun = observed.newest is not None and observed.newest.outcome is not Outcome.PENDING
+    if isinstance(step, Watch) and not has_begun and (cause := pod_cause(pod)):
         return Problem(cause.reason, cause.message)
     return None
 

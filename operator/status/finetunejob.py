@@ -86,7 +86,7 @@ def next_status(
     previous: Mapping[str, object], facts: JobFacts, *, generation: int, now: datetime
 ) -> Document:
     """Return the whole status document to write; `generation` is the resource's own counter."""
-    phase = next_phase(facts)
+    phase = next_phase(facts, str(previous.get("phase")))
     status: Document = {"observedGeneration": generation, "phase": phase}
     if isinstance(facts.step, Start):
         status["generation"] = facts.step.number
@@ -112,8 +112,11 @@ def next_status(
     return status
 
 
-def next_phase(facts: JobFacts) -> str:
-    """Return the one word for people; programs read the conditions."""
+def next_phase(facts: JobFacts, previous: str) -> str:
+    """Return the one word for people; programs read the conditions.
+
+    `previous` is the phase before: a trainer that is silent for a moment is still at it.
+    """
     if facts.problem is not None and facts.problem.is_final:
         return "Failed"
     match facts.step:
@@ -128,17 +131,19 @@ def next_phase(facts: JobFacts) -> str:
         case Start() | WaitUntil():
             return "Pending"
         case Watch():
-            return _running_phase(facts)
+            return _running_phase(facts, previous)
         case Finish():
             return _finished_phase(facts)
 
 
-def _running_phase(facts: JobFacts) -> str:
+def _running_phase(facts: JobFacts, previous: str) -> str:
     if facts.progress is not None and facts.progress.phase != "Succeeded":
         return facts.progress.phase
     if facts.problem is not None:
         return "Pending"
-    return "Preparing" if facts.progress is None else "Publishing"
+    if facts.progress is not None or previous in _AT_WORK:
+        return previous if previous in _AT_WORK else "Publishing"
+    return "Preparing"
 
 
 def _finished_phase(facts: JobFacts) -> str:

@@ -151,6 +151,12 @@ def test_a_document_without_a_phase_is_no_progress() -> None:
         parse_progress({"step": 3})
 
 
+def test_a_trainer_that_is_silent_for_a_moment_is_still_at_it() -> None:
+    evaluating = parse_progress({"phase": "Evaluating", "step": 40})
+    before = next_status({}, replace(BASE, progress=evaluating), generation=1, now=NOW)
+    assert next_status(before, BASE, generation=1, now=NOW)["phase"] == "Evaluating"
+
+
 def test_unknown_numbers_are_absent_not_zero() -> None:
     assert parse_progress({"phase": "Running", "loss": None}) == Progress(phase="Running")
 
