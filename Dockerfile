@@ -44,15 +44,19 @@ ENTRYPOINT ["mizzen"]
 COPY hack/images/install.sh requirements/uv.lock /opt/mizzen/build/
 
 
-FROM common AS control
+# Both images but for the project, so that these layers can be made before it is ready.
+FROM common AS control-packages
 COPY requirements/control.lock /opt/mizzen/build/
 RUN sh /opt/mizzen/build/install.sh control.lock
+
+
+FROM control-packages AS control
 COPY --from=project /opt/mizzen /opt/mizzen
 USER 65532:65532
 
 
 # The largest layer first: it changes with its pin only, and stays on nodes that have it.
-FROM common AS runtime
+FROM common AS runtime-packages
 ARG SLIM_TORCH=0
 # Triton compiles a small launcher for each kernel, on the machine with the GPU.
 RUN if [ "$SLIM_TORCH" != 1 ]; then \
@@ -65,5 +69,8 @@ COPY requirements/torch.lock /opt/mizzen/build/
 RUN TORCH_INDEX="$TORCH_INDEX" SLIM_TORCH="$SLIM_TORCH" sh /opt/mizzen/build/install.sh torch.lock
 COPY requirements/runtime.lock /opt/mizzen/build/
 RUN sh /opt/mizzen/build/install.sh runtime.lock
+
+
+FROM runtime-packages AS runtime
 COPY --from=project /opt/mizzen /opt/mizzen
 USER 65532:65532

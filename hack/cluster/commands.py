@@ -10,7 +10,6 @@ from hack.cluster.api_only import ApiCluster
 from hack.cluster.errors import ClusterError
 from hack.cluster.local_cluster import SERVERS, LocalCluster
 from hack.cluster.progress import say, step
-from hack.images import base as base_image
 from hack.images import build as build_images
 
 
@@ -49,10 +48,10 @@ def status(_: argparse.Namespace) -> None:
         raise ClusterError("The cluster is not complete: start it with `up`.")
 
 
-def base(_: argparse.Namespace) -> None:
-    """Make the images' base from Debian packages (cached)"""
-    LocalCluster().prepare_tools()
-    print(base_image.build())
+def base(arguments: argparse.Namespace) -> None:
+    """Build the images' layers below the project: Debian and Python packages (cached)"""
+    LocalCluster().start_registry()
+    build_images.build_packages(slim_torch=not arguments.gpu)
 
 
 def images(arguments: argparse.Namespace) -> None:
@@ -129,7 +128,8 @@ def parser() -> argparse.ArgumentParser:
     tags = "only print the tags for the present sources"
     commands["images"].add_argument("--tags", action="store_true", help=tags)
     gpu = "with what PyTorch needs on a GPU; without, it is left out to save time and disk"
-    commands["images"].add_argument("--gpu", action="store_true", help=gpu)
+    for name in ("base", "images"):
+        commands[name].add_argument("--gpu", action="store_true", help=gpu)
     commands["fake-gpus"].add_argument("count", type=int, metavar="COUNT")
     commands["fake-nodes"].add_argument("count", type=int, metavar="COUNT")
     commands["fake-nodes"].add_argument("--gpus", type=int, default=8, help="GPUs of each node")

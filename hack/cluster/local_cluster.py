@@ -102,6 +102,8 @@ class LocalCluster:
                 node.proxy,
             ):
                 self.processes.start(server(plane))
+            if self._kwok_kubeconfig.exists():
+                self.processes.start(control_plane.kwok(plane))
             self._start_kubelet(plane)
             self.processes.wait_for(
                 "kube-controller-manager", self._has_service_account, timeout_s=TIMEOUT_S
@@ -132,11 +134,17 @@ class LocalCluster:
         self._require_running()
         binaries = gobuild.build()
         plane = self._plane(binaries)
-        path = self.layout.etc / "kwok.kubeconfig"
-        write_kubeconfig(path, server=plane.url, pki=self.layout.pki, identity="admin")
+        write_kubeconfig(
+            self._kwok_kubeconfig, server=plane.url, pki=self.layout.pki, identity="admin"
+        )
         self.processes.start(control_plane.kwok(plane))
         names = [f"fake-{number}" for number in range(count)]
         fake_nodes.add_nodes(self.kube, names, gpus=gpus, cpus=64, memory_gib=512, tainted=True)
+
+    @property
+    def _kwok_kubeconfig(self) -> Path:
+        # Its presence says that the cluster has fake nodes, which need kwok after a restart, too.
+        return self.layout.etc / "kwok.kubeconfig"
 
     def _require_running(self) -> None:
         if self.missing_servers():

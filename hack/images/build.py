@@ -27,6 +27,19 @@ def tags(*, slim_torch: bool) -> dict[str, str]:
     return {one: content.tag(one, base=made_from, slim_torch=slim_torch) for one in TARGETS}
 
 
+def build_packages(*, slim_torch: bool) -> None:
+    """Build and push the layers below the project, which change with their pins only.
+
+    Beside the build of the cluster's servers this costs little; after it, minutes.
+    """
+    made_from = base.build()
+    for target in TARGETS:
+        stage = f"{target}-packages"
+        local = f"localhost/mizzen/{stage}:latest"
+        _build(stage, local, made_from=made_from, slim_torch=slim_torch)
+        _push(target, local, f"{registry.address()}/mizzen/{stage}:latest")
+
+
 def build_and_push(*, slim_torch: bool) -> dict[str, str]:
     """Build and push what the registry does not have; return the images' tags."""
     made_from = base.build()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from hack.cluster.api_only import ApiCluster
 from hack.cluster.errors import ClusterError
 
