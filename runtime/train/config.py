@@ -70,8 +70,8 @@ class Hyperparameters(_Part):
     warmup_ratio: Ratio = 0.03
     weight_decay: float = Field(default=0.0, ge=0)
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    grad_clip: float = Field(default=1.0, gt=0)
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    grad_clip: float = Field(default=1.0, ge=0)  # 0: gradients stay as they are
+    seed: int = Field(default=0, ge=0, lt=2**32)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
@@ -92,11 +92,14 @@ class Output(_Part):
 
 
 class Suite(_Part):
-    """One question the gate asks; a candidate may be worse than its base by this ratio."""
+    """One question the gate asks; a candidate may be worse than its base by this ratio.
+
+    A negative ratio demands that it is better.
+    """
 
     name: str = Field(min_length=1)
     type: Literal["perplexity"] = "perplexity"
-    max_regression_ratio: float = Field(default=0.0, ge=0.0)
+    max_regression_ratio: float = Field(default=0.0, gt=-1.0)
 
 
 class Evaluation(_Part):

@@ -157,8 +157,8 @@ class Loop:
 
 
 def _clip(parameters: Sequence[torch.nn.Parameter], limit: float) -> float:
-    """Scale the gradients to at most `limit`; return their norm before."""
-    return torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+    """Scale the gradients to at most `limit`, if there is one; return their norm before."""
+    return torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
 
 
 def _random_seed(seed: int, step: int, micro: int) -> int:

@@ -18,6 +18,7 @@ from mizzen.runtime.train.config import Suite
 from mizzen.runtime.train.data import Sample
 from mizzen.runtime.train.device import read_cpu_quota
 from mizzen.runtime.train.evaluate import Tally, decide_verdict
+from mizzen.runtime.train.loop import _clip
 from mizzen.runtime.train.methods import sft
 from mizzen.runtime.train.methods.sft import token_losses_sum
 from mizzen.runtime.train.schedule import learning_rate
@@ -262,6 +263,7 @@ VERDICTS = {
     "equal passes without any allowance": (2.0, 2.0, 0.0, True),
     "worse within the allowance passes": (2.0, 2.015, 0.02, True),
     "worse than the allowance fails": (2.0, 2.05, 0.02, False),
+    "better than the base, but less than demanded, fails": (2.0, 1.99, -0.02, False),
     "a candidate that is no number any more fails": (2.0, float("inf"), 0.02, False),
 }
 
@@ -277,6 +279,14 @@ def test_verdict(base: float, candidate: float, allowed: float, passed: bool) ->
     )
     assert verdict.passed is passed
     assert verdict.regression_ratio == verdict.candidate / verdict.base - 1
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1.0, 1.0), (0.0, 5.0), (9.0, 5.0)])
+def test_gradients_are_cut_to_the_limit_where_there_is_one(limit: float, expected: float) -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert _clip([parameter], limit) == 5.0
+    assert parameter.grad.norm().item() == pytest.approx(expected, rel=1e-5)
 
 
 QUOTAS = {"max 100000": None, "150000 100000": 1.5, "nonsense": None}
