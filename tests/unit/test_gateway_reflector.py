@@ -53,13 +53,16 @@ class ApiServer:
     later: list[dict[str, Any]] | None = None
     asked: list[dict[str, str]] = field(default_factory=list)
     url: str = ""
+    port: int = 0
     _runner: web.ServerRunner | None = None
 
     async def start(self) -> None:
-        self._runner = web.ServerRunner(web.Server(self._answer, handler_cancellation=True))
+        server = web.Server(self._answer, handler_cancellation=True)
+        self._runner = web.ServerRunner(server, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        self.port = self._runner.addresses[0][1]
+        self.url = f"http://127.0.0.1:{self.port}"
 
     async def stop(self) -> None:
         assert self._runner is not None
@@ -229,6 +232,20 @@ async def test_what_is_known_stays_while_the_server_is_away(mirror: Callable[...
     assert one.reflector.is_synced
     await until(lambda: one.reflector.last_error is None)
     assert not one.task.done()
+
+
+async def test_a_server_that_is_gone_and_comes_back_is_followed_again(
+    mirror: Callable[..., Any],
+) -> None:
+    one = await mirror(things=[thing("a", 1)])
+    await until(lambda: one.server.watched_from)
+    await one.server.stop()
+    await until(lambda: one.reflector.last_error)
+    assert one.sink.names == {"a"}
+    one.server.watches = [[event("ADDED", thing("b", 11)), "hang"]]
+    await one.server.start()
+    await until(lambda: one.sink.names == {"a", "b"})
+    assert len(one.server.lists) == 1
 
 
 async def test_not_synced_before_the_first_list_and_the_reason_is_known(
