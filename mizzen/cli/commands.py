@@ -7,9 +7,14 @@ settings model, so `mizzen serve --help` and the environment variables cannot dr
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+
+if TYPE_CHECKING:
+    from pydantic_settings import BaseSettings
+
+Settings = TypeVar("Settings", bound="BaseSettings")
 
 app = typer.Typer(
     name="mizzen",
@@ -25,26 +30,38 @@ app.add_typer(keys, name="keys")
 _OWN_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
+def _settings(model: type[Settings], arguments: list[str]) -> Settings:
+    """Read a part's settings from its flags and the environment; a bad one is named, not dumped."""
+    from pydantic import ValidationError
+    from pydantic_settings import CliApp
+
+    try:
+        return CliApp.run(model, cli_args=arguments)
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "-".join(str(part) for part in problem["loc"]).replace("_", "-") or "settings"
+            typer.echo(f"{name}: {problem['msg']} (got {problem.get('input')!r})", err=True)
+        raise typer.Exit(2) from error
+
+
 @app.command(context_settings=_OWN_FLAGS)
 def serve(context: typer.Context) -> None:
     """Serve one model: OpenAI and Open Inference Protocol on 8000 and 8001, admin on 8002."""
-    from pydantic_settings import CliApp
-
     from mizzen.runtime.config import ServeConfig
+
+    config = _settings(ServeConfig, context.args)
     from mizzen.runtime.server.main import serve as run
 
-    raise typer.Exit(run(CliApp.run(ServeConfig, cli_args=context.args)))
+    raise typer.Exit(run(config))
 
 
 @app.command(context_settings=_OWN_FLAGS)
 def gateway(context: typer.Context) -> None:
     """Run the front door: one OpenAI-compatible address for every served model."""
-    from pydantic_settings import CliApp
-
     from mizzen.runtime.gateway.config import GatewayConfig
     from mizzen.runtime.gateway.main import run
 
-    raise typer.Exit(run(CliApp.run(GatewayConfig, cli_args=context.args)))
+    raise typer.Exit(run(_settings(GatewayConfig, context.args)))
 
 
 @app.command()
@@ -74,7 +91,11 @@ def create_key(
     """Print a new API key and, on standard output, the Secret that lets it in."""
     from mizzen.runtime.gateway.keys import print_key_secret
 
-    print_key_secret(name)
+    try:
+        print_key_secret(name)
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
 
 
 def main() -> None:
