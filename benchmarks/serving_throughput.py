@@ -4,7 +4,8 @@
 
 MODEL_DIR is in Hugging Face layout (`python -m hack.models to-safetensors` makes one). Prompts are
 random tokens, answers never end early. Both sides get the same prompts, the same number format and
-the same threads, in turns; the ratio of the medians is what counts, a busy machine slows both.
+the same threads, in turns. A busy machine slows both, so only ratios count: `ratio` of tokens per
+second, and `cpu_ratio` of processor time per token, which other processes disturb less.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import random
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,25 @@ from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.engine import Engine
 
 Prompts = list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a batch of prompts took."""
+
+    wall_s: float
+    cpu_s: float
+
+    @classmethod
+    def since(cls, start: "Cost") -> "Cost":
+        """Return what was spent since `start`."""
+        now = cls.now()
+        return cls(now.wall_s - start.wall_s, now.cpu_s - start.cpu_s)
+
+    @classmethod
+    def now(cls) -> "Cost":
+        """Read both clocks; the processor's counts all threads of this process."""
+        return cls(time.perf_counter(), time.process_time())
 
 
 def random_prompts(
@@ -36,8 +57,8 @@ def random_prompts(
     ]
 
 
-async def engine_seconds(engine: Engine, prompts: Prompts, output_tokens: int) -> float:
-    """Return how long the engine takes for all prompts at once."""
+async def engine_cost(engine: Engine, prompts: Prompts, output_tokens: int) -> Cost:
+    """Return what the engine takes for all prompts at once."""
     sampling = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True)
 
     async def one(index: int, prompt: list[int]) -> int:
@@ -46,19 +67,19 @@ async def engine_seconds(engine: Engine, prompts: Prompts, output_tokens: int) -
         )
         return sum([len(output.token_ids) async for output in engine.generate(request)])
 
-    began_at = time.perf_counter()
+    start = Cost.now()
     counts = await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts)))
-    took_s = time.perf_counter() - began_at
+    cost = Cost.since(start)
     assert counts == [output_tokens] * len(prompts)
-    return took_s
+    return cost
 
 
-def peer_seconds(model: Any, prompts: Prompts, output_tokens: int) -> float:
-    """Return how long transformers takes for all prompts as one padded batch."""
+def peer_cost(model: Any, prompts: Prompts, output_tokens: int) -> Cost:
+    """Return what transformers takes for all prompts as one padded batch."""
     longest = max(len(prompt) for prompt in prompts)
     padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    began_at = time.perf_counter()
+    start = Cost.now()
     with torch.inference_mode():
         out = model.generate(
             padded,
@@ -68,9 +89,9 @@ def peer_seconds(model: Any, prompts: Prompts, output_tokens: int) -> float:
             do_sample=False,
             pad_token_id=0,
         )
-    took_s = time.perf_counter() - began_at
+    cost = Cost.since(start)
     assert out.shape[1] == longest + output_tokens
-    return took_s
+    return cost
 
 
 def compare(engine: Engine, model: Any, arguments: argparse.Namespace, count: int) -> dict:
@@ -84,15 +105,24 @@ def compare(engine: Engine, model: Any, arguments: argparse.Namespace, count: in
             vocab_size=engine.arch.vocab_size,
             seed=1000 * count + round_,  # new prompts each time: nothing comes from the cache
         )
-        tokens = count * arguments.output_tokens
-        ours.append(tokens / asyncio.run(engine_seconds(engine, prompts, arguments.output_tokens)))
+        ours.append(asyncio.run(engine_cost(engine, prompts, arguments.output_tokens)))
         if model is not None:
-            theirs.append(tokens / peer_seconds(model, prompts, arguments.output_tokens))
-    row = {"concurrency": count, "mizzen_tok_s": round(statistics.median(ours), 1)}
+            theirs.append(peer_cost(model, prompts, arguments.output_tokens))
+    row: dict[str, float] = {"concurrency": count}
+    for name, costs in (("mizzen", ours), ("transformers", theirs)):
+        if costs:
+            tokens = count * arguments.output_tokens
+            row[f"{name}_tok_s"] = round(tokens / _median(costs).wall_s, 1)
+            row[f"{name}_cpu_ms"] = round(1000 * _median(costs).cpu_s / tokens, 2)
     if theirs:
-        row["transformers_tok_s"] = round(statistics.median(theirs), 1)
-        row["ratio"] = round(row["mizzen_tok_s"] / row["transformers_tok_s"], 2)
+        row["ratio"] = round(_median(theirs).wall_s / _median(ours).wall_s, 2)
+        row["cpu_ratio"] = round(_median(theirs).cpu_s / _median(ours).cpu_s, 2)
     return row
+
+
+def _median(costs: list[Cost]) -> Cost:
+    wall_s = statistics.median(cost.wall_s for cost in costs)
+    return Cost(wall_s, statistics.median(cost.cpu_s for cost in costs))
 
 
 def main() -> None:
