@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from aiohttp import ClientSession, web
@@ -38,10 +39,11 @@ _EVENT_STREAM = "text/event-stream"
 class Search:
     """What one request has tried so far."""
 
-    give_up_at: float
     tried: set[str] = field(default_factory=set)
     resends: int = 0
     last: AttemptError | None = None
+    # From the first failure on: a request may have waited long before its replica was lost.
+    give_up_at: float = 0.0
 
 
 class Proxy:
@@ -75,7 +77,7 @@ class Proxy:
         """
         started_at = self._clock()
         outgoing = self._outgoing(request, body, request_id)
-        search = Search(give_up_at=started_at + self._config.retry_window_s)
+        search = Search()
         while True:
             endpoint = await self._next_endpoint(route, search)
             if endpoint is None:
@@ -123,6 +125,8 @@ class Proxy:
     def _note(
         self, route: Route, endpoint: Endpoint, search: Search, failure: AttemptError
     ) -> None:
+        if search.last is None:
+            search.give_up_at = self._clock() + self._config.retry_window_s
         search.tried.add(endpoint.url)
         search.last = failure
         if failure.kind is FailureKind.LOST:
@@ -206,8 +210,9 @@ class Proxy:
         if answer.headers.get("Content-Type", "").startswith(_EVENT_STREAM):
             message = "The replica was lost in the middle of this answer; send the request again."
             event = json.dumps(error_body(message, "server_error", code="replica_lost"))
-            await answer.write(f"\n\ndata: {event}\n\n".encode())
-            await answer.write_eof()
+            with suppress(ConnectionError):
+                await answer.write(f"\n\ndata: {event}\n\n".encode())
+                await answer.write_eof()
         elif request.transport is not None:
             # No end of the body was sent: the client's HTTP library reports it as incomplete.
             request.transport.close()

@@ -83,6 +83,10 @@ class Replica:
         request.transport.abort()
         return web.Response()
 
+    async def _linger_and_die(self, request: web.BaseRequest) -> web.StreamResponse:
+        await self.may_continue.wait()
+        return await self._die_silent(request)
+
     async def _die_after_headers(self, request: web.BaseRequest) -> web.StreamResponse:
         answer = await self._begin(request)
         assert request.transport is not None
@@ -295,6 +299,17 @@ async def test_a_request_waits_for_the_replica_that_replaces_a_draining_one(
     await until(lambda: house.replicas[0].seen)
     house.serve(house.replicas[1])
     assert (await asking)[1] == {"from": "1"}
+
+
+async def test_a_request_may_have_waited_long_before_its_replica_is_lost(
+    make_house: MakeHouse,
+) -> None:
+    house = await make_house(["linger_and_die"], retry_window_s=0.3)
+    asking = asyncio.create_task(house.ask())
+    await until(lambda: house.replicas[0].seen)
+    await asyncio.sleep(0.5)
+    house.replicas[0].may_continue.set()
+    assert (await asking)[1] == {"from": "0"}
 
 
 async def test_a_request_that_kills_replicas_is_not_handed_round_all_of_them(
