@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hack.cluster import registry
 from hack.cluster.errors import ClusterError
-from hack.cluster.host import run
+from hack.cluster.host import attempt, run
 from hack.cluster.places import REPOSITORY
 from hack.cluster.progress import elapsed, say, step
 from hack.images import base, content
@@ -51,6 +51,7 @@ def build_and_push(*, slim_torch: bool) -> dict[str, str]:
             local = f"localhost/{repository}:{tag}"
             _build(target, local, made_from=made_from, slim_torch=slim_torch)
             _push(target, local, name)
+            _forget_older(repository, keep=local)
         say(f"{name} ({(compressed_bytes(repository, tag) or 0) / MB:.0f} MB compressed)")
     return wanted
 
@@ -109,6 +110,15 @@ def _build(target: str, image: str, *, made_from: str, slim_torch: bool) -> None
         words = "\n".join(lines[-15:])
         raise ClusterError(f"Building the image {target} failed:\n{words}")
     say(f"Built the image {target} ({elapsed(time.monotonic() - started)})")
+
+
+def _forget_older(repository: str, *, keep: str) -> None:
+    """Remove earlier builds of an image here; the layers that the latest one shares stay."""
+    listing = run("buildah", "images", "--format", "{{.Name}}:{{.Tag}}")
+    for image in listing.split():
+        if image.startswith(f"localhost/{repository}:") and image != keep:
+            # Best effort: an image that a build beside us still uses goes the next time.
+            attempt(["buildah", "rmi", image])
 
 
 def _push(target: str, image: str, name: str) -> None:
