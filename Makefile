@@ -52,7 +52,8 @@ lint: venv  ## Style, types, import contracts, generated files, links
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports --no-cache
 	@$(VENV)/bin/codespell README.md CONTRIBUTING.md docs operator runtime mizzen/cli hack manifests --skip '*.lock,*.sum,*.json'
-	@$(PY) -m hack.generate --check
+	@$(PY) -m hack.generate all --check
+	@$(PY) -m hack.chart --check
 	@$(PY) -m hack.links
 
 .PHONY: format
