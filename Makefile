@@ -51,7 +51,7 @@ lint: venv  ## Style, types, import contracts, generated files, links
 	@$(VENV)/bin/ruff format --check $(SOURCES)
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports --no-cache
-	@$(VENV)/bin/codespell README.md CONTRIBUTING.md docs operator runtime mizzen/cli hack manifests --skip '*.lock,*.sum,*.json'
+	@$(VENV)/bin/codespell README.md CONTRIBUTING.md docs operator runtime mizzen/cli hack manifests --skip '*.lock,*.sum,*.json' --ignore-words-list notin
 	@$(PY) -m hack.generate all --check
 	@$(PY) -m hack.chart --check
 	@$(PY) -m hack.links

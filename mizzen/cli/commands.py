@@ -6,7 +6,6 @@ settings model, so `mizzen serve --help` and the environment variables cannot dr
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -101,7 +100,3 @@ def create_key(
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="mizzen")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -87,7 +87,8 @@ Step = Start | Watch | AskToYield | WaitUntil | Rest | Finish | GiveUp
 
 def backoff_s(crashes: int) -> int:
     """Return how long to wait after the given number of crashes: 10 s doubled up to 5 minutes."""
-    return min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** max(0, min(crashes, 16) - 1))
+    doublings = max(0, min(crashes, 16) - 1)
+    return min(_LONGEST_WAIT_S, _FIRST_WAIT_S << doublings)
 
 
 def decide_generation(
@@ -115,9 +116,7 @@ def decide_generation(
             return Start(number=newest.number + 1, crashes=newest.crashes)
 
 
-def _after_crash(
-    newest: Generation, is_suspended: bool, backoff_limit: int, now: datetime
-) -> Step:
+def _after_crash(newest: Generation, is_suspended: bool, backoff_limit: int, now: datetime) -> Step:
     crashes = newest.crashes + 1
     if crashes > backoff_limit:
         return GiveUp(crashes=crashes)

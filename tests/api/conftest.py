@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import count
 
 import pytest
+
 from hack.cluster.api_only import ApiCluster
 
 CRDS = "manifests/crds"
@@ -16,9 +17,7 @@ def cluster() -> Iterator[ApiCluster]:
     with ApiCluster() as running:
         running.add_nodes(4, gpus=8)
         running.kubectl("apply", "--server-side", "-f", CRDS)
-        running.kubectl(
-            "wait", "--for=condition=Established", "crd", "--all", "--timeout=30s"
-        )
+        running.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
         yield running
 
 
