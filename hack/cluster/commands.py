@@ -146,4 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ClusterError as error:
         say(f"error: {error}")
         return 1
+    except KeyboardInterrupt:
+        say("Interrupted: the same command goes on from here.")
+        return 130
     return 0

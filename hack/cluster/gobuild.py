@@ -121,6 +121,7 @@ def _build_into(target: Path) -> None:
 def _compile(folder: Path) -> None:
     started = time.monotonic()
     flags = ["-trimpath", "-buildvcs=false"]
+    say("Fetching the Go modules; the first time they are 0.8 GB.")
     total = len(_go("list", *flags, "-deps", *PACKAGES).split())
     say(
         f"Building Kubernetes, etcd, Helm and kwok: {total} packages, the first time takes minutes."
