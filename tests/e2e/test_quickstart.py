@@ -1,6 +1,7 @@
 """The quickstart page, run as written, does what it says."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 
 def answers(printed: str) -> list[dict[str, Any]]:
     """The chat completions that the page's curl commands printed."""
-    lines = (line.strip() for line in printed.splitlines())
-    return [json.loads(line[line.index("{") :]) for line in lines if '"chat.completion"' in line]
+    decoder = json.JSONDecoder()
+    starts = (found.start() for found in re.finditer(r'\{"id": ?"chatcmpl-', printed))
+    return [decoder.raw_decode(printed, start)[0] for start in starts]
 
 
 def test_the_model_answers_and_so_does_its_adapter(quickstart: Cluster) -> None:
