@@ -45,9 +45,10 @@ def install_chart(kubectl: Kubectl, images: Images) -> str:
     kubectl.helm(
         "upgrade", "--install", "mizzen", str(ROOT / "charts" / "mizzen"),
         "--namespace", SYSTEM, "--create-namespace", "--wait", "--timeout", "5m",
+        "--set", f"test.servedModel={NAMESPACE}/{MODEL}",
         *images.values(),
     )  # fmt: skip
-    return f"`helm list -n {SYSTEM}` shows it"
+    return f"`helm test mizzen -n {SYSTEM} --logs` asks the model once it is served"
 
 
 def provide_model(console: Console, kubectl: Kubectl, images: Images, *, is_local: bool) -> str:
