@@ -45,6 +45,7 @@ class Observed:
     groups: tuple[Group, ...] = ()
     children: tuple[Json, ...] = ()  # of PRUNED_KINDS
     in_flight: Mapping[str, int | None] = field(default_factory=dict)  # by address, of draining
+    has_service: bool = False
     too_large: Cause | None = None  # no node could ever take one of its pods
 
     @property
@@ -131,6 +132,7 @@ async def observe(
             if _is_owned(child, serving.uid)
         ),
         in_flight=await _in_flight(groups, facts),
+        has_service=facts.store.get(("v1", "Service", key.namespace, key.name)) is not None,
         too_large=await _too_large(serving, groups, kube, facts, now),
     )
 

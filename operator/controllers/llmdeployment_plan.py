@@ -49,7 +49,8 @@ def plan_deployment(observed: Observed, *, now: datetime) -> Plan:
     groups = {group.replica: group for group in observed.groups}
     draining = [g for g in observed.groups if g.standing is Standing.DRAINING]
     drained = [g for g in draining if _is_drained(g, observed, now)]
-    children = build_children(observed.serving)
+    has_loaded = observed.has_service or any(group.has_loaded for group in observed.groups)
+    children = build_children(observed.serving, has_loaded=has_loaded)
     return Plan(
         children=children,
         create=(*_incomplete(observed), *_new_groups(step, observed, groups)),

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from mizzen.operator.crds.common import Json
 from mizzen.operator.desired.adapters import build_adapters
-from mizzen.operator.desired.services import (
-    build_disruption_budget,
-    build_ranks_service,
-    build_service,
-)
+from mizzen.operator.desired.services import build_disruption_budget, build_service
 from mizzen.operator.desired.serving import Serving
 
 
-def build_children(serving: Serving) -> tuple[Json, ...]:
-    """Return the manifests in the order in which they are written."""
+def build_children(serving: Serving, *, has_loaded: bool) -> tuple[Json, ...]:
+    """Return the manifests in the order in which they are written.
+
+    The Service waits until a replica has loaded: made earlier, it would have its endpoints
+    written twice more, by controllers that tell everybody of replicas that cannot serve yet.
+    """
     spec, name = serving.spec, serving.name
     namespace, owner = serving.namespace, serving.owner
     nodes, replicas = spec.parallelism.nodes, spec.desired_replicas
-    children = [build_service(name, namespace=namespace, owner=owner)]
-    if nodes > 1:
-        children.append(build_ranks_service(name, namespace=namespace, owner=owner))
+    children: list[Json] = []
+    if has_loaded:
+        children.append(build_service(name, namespace=namespace, owner=owner))
     if serving.adapters:
         children.append(
             build_adapters(name, namespace=namespace, owner=owner, adapters=serving.adapters)

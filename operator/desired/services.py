@@ -6,11 +6,6 @@ from mizzen.operator.crds.common import Json
 from mizzen.operator.desired import labels
 
 
-def ranks_service_name(deployment: str) -> str:
-    """Return the name under which the pods of a group find each other."""
-    return f"{deployment}-ranks"
-
-
 def build_service(deployment: str, *, namespace: str, owner: Json) -> Json:
     """Return the Service of the replicas' leaders.
 
@@ -26,26 +21,6 @@ def build_service(deployment: str, *, namespace: str, owner: Json) -> Json:
                 {"name": "http", "port": labels.HTTP_PORT, "targetPort": "http"},
                 {"name": "grpc", "port": labels.GRPC_PORT, "targetPort": "grpc"},
             ],
-        },
-    }
-
-
-def build_ranks_service(deployment: str, *, namespace: str, owner: Json) -> Json:
-    """Return the headless Service that gives the pods of a group their names.
-
-    It lacks the label `mizzen.dev/deployment`: the gateway would take each rank for a replica.
-    """
-    name = ranks_service_name(deployment)
-    metadata = _metadata(name, deployment, namespace=namespace, owner=owner)
-    del metadata["labels"][labels.DEPLOYMENT]
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": metadata,
-        "spec": {
-            "clusterIP": "None",
-            "publishNotReadyAddresses": True,  # ranks meet before any of them is ready
-            "selector": {labels.DEPLOYMENT: deployment},
         },
     }
 

@@ -20,7 +20,6 @@ from mizzen.operator.desired.adapters import (
     WantedAdapter,
     adapters_name,
 )
-from mizzen.operator.desired.services import ranks_service_name
 from mizzen.operator.desired.sources import Source, claim_mount, claim_volume, claims_of, locate
 
 CONTAINER = "runtime"
@@ -113,7 +112,7 @@ def build_pod(serving: Serving, place: PodPlace) -> Json:
             "annotations": _annotations(serving, place),
             "ownerReferences": [serving.owner],
         },
-        "spec": _pod_spec(serving, name, place),
+        "spec": _pod_spec(serving, place),
     }
     return pods.with_patch(pod, serving.spec.pod_template_patch)
 
@@ -137,7 +136,7 @@ def _annotations(serving: Serving, place: PodPlace) -> dict[str, str]:
     return annotations
 
 
-def _pod_spec(serving: Serving, name: str, place: PodPlace) -> Json:
+def _pod_spec(serving: Serving, place: PodPlace) -> Json:
     spec = serving.spec
     is_group = spec.parallelism.nodes > 1
     pod_spec: Json = {
@@ -157,7 +156,7 @@ def _pod_spec(serving: Serving, name: str, place: PodPlace) -> Json:
             }
             for trouble in ("not-ready", "unreachable")
         ],
-        "containers": [_container(serving, place)],
+        "containers": [_container(serving)],
         "volumes": [
             *pods.scratch_volumes(),
             pods.admin_token_volume(),
@@ -172,13 +171,10 @@ def _pod_spec(serving: Serving, name: str, place: PodPlace) -> Json:
         pod_spec["imagePullSecrets"] = [{"name": name} for name in serving.pull_secrets]
     if place.rank == 0:
         pod_spec["readinessGates"] = [{"conditionType": labels.IN_SERVICE_GATE}]
-    if is_group:
-        # Gives each rank a name in DNS, known before the pod has an address.
-        pod_spec |= {"hostname": name, "subdomain": ranks_service_name(serving.name)}
     return pod_spec
 
 
-def _container(serving: Serving, place: PodPlace) -> Json:
+def _container(serving: Serving) -> Json:
     spec = serving.spec
     return {
         "name": CONTAINER,
@@ -186,7 +182,7 @@ def _container(serving: Serving, place: PodPlace) -> Json:
         "imagePullPolicy": serving.pull_policy,
         "command": ["mizzen"],
         "args": ["serve", serving.model.path, *_flags(serving)],
-        "env": [{"name": "HOME", "value": "/tmp"}, *_group_env(serving, place)],
+        "env": [{"name": "HOME", "value": "/tmp"}],
         "ports": [
             {"name": "http", "containerPort": labels.HTTP_PORT},
             {"name": "grpc", "containerPort": labels.GRPC_PORT},
@@ -222,20 +218,6 @@ def _flags(serving: Serving) -> list[str]:
     given = [(flag, str(value)) for flag, value in flags.items() if value is not None]
     given += [("--adapter-root", folder) for folder in serving.adapter_folders]
     return [word for pair in given for word in pair]
-
-
-def _group_env(serving: Serving, place: PodPlace) -> list[Json]:
-    """Return how the pods of a group find each other; a lone pod needs none of it."""
-    nodes = serving.spec.parallelism.nodes
-    if nodes == 1:
-        return []
-    leader_pod = pod_name(serving.name, place.revision, slot=place.slot, rank=0)
-    leader = f"{leader_pod}.{ranks_service_name(serving.name)}.{serving.namespace}.svc"
-    return [
-        {"name": "MIZZEN_GROUP_SIZE", "value": str(nodes)},
-        {"name": "MIZZEN_GROUP_RANK", "value": str(place.rank)},
-        {"name": "MIZZEN_GROUP_LEADER", "value": leader},
-    ]
 
 
 def _resources(spec: LLMDeploymentSpec) -> Json:

@@ -45,9 +45,9 @@ async def test_one_replica_takes_five_writes_of_its_own_to_ready() -> None:
     events = world.api.writes_of("events")
     own = [write for write in world.api.writes if write not in shared + events]
     assert [(method, path.rsplit("/", 2)[-2:]) for method, path in own] == [
-        ("PATCH", ["services", "smollm2"]),
         ("POST", ["team", "pods"]),
         ("PATCH", ["smollm2", "status"]),
+        ("PATCH", ["services", "smollm2"]),
         ("PATCH", [names(world)[0], "status"]),
         ("PATCH", ["smollm2", "status"]),
     ]
