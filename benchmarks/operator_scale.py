@@ -346,15 +346,17 @@ async def measure_mizzen(count: int, nodes: int, log: Path) -> Row:
 
 
 async def measure_changes(api: Api, path: str, changes: int) -> list[float]:
-    """Return how many ms after a change of its spec each resource's next pod was made."""
+    """Return how many ms after a change of its spec each resource's first child was made."""
     made: dict[str, asyncio.Future[float]] = {}
 
-    def see(kind: str, pod: Json) -> None:
-        owner = pod["metadata"]["labels"].get("mizzen.dev/deployment")
+    def see(kind: str, child: Json) -> None:
+        owner = (child["metadata"].get("labels") or {}).get("mizzen.dev/deployment")
         if kind == "ADDED" and owner in made and not made[owner].done():
             made[owner].set_result(time.monotonic())
 
-    watch = asyncio.create_task(api.watch(f"/api/v1/namespaces/{NAMESPACE}/pods", see))
+    # A second replica brings a disruption budget, then a pod.
+    kinds = ("/api/v1/namespaces/{}/pods", "/apis/policy/v1/namespaces/{}/poddisruptionbudgets")
+    watches = [asyncio.create_task(api.watch(kind.format(NAMESPACE), see)) for kind in kinds]
     await asyncio.sleep(1)
     times = []
     for number in range(changes):
@@ -365,8 +367,9 @@ async def measure_changes(api: Api, path: str, changes: int) -> list[float]:
         )
         changed = time.monotonic()
         times.append(max(0.0, await asyncio.wait_for(made[name], 60) - changed) * 1000)
-        await asyncio.sleep(0.1)
-    watch.cancel()
+        await asyncio.sleep(0.2)
+    for watch in watches:
+        watch.cancel()
     return times
 
 
