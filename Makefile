@@ -24,8 +24,12 @@ demo:  ## From a fresh machine to a chat answer through a real cluster, and on t
 
 .PHONY: test
 test: venv  ## Everything that must pass before a change lands
-	@$(MAKE) --no-print-directory lint unit
-	@$(MAKE) --no-print-directory api e2e
+	@$(PY) -m hack.models fetch
+	@$(MAKE) --no-print-directory bin
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory api
+	@$(MAKE) --no-print-directory e2e
 
 # --- development -----------------------------------------------------------------------------
 
