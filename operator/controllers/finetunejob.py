@@ -274,7 +274,7 @@ async def _progress(step: Step | None, observed: Observed, facts: Facts) -> Prog
     pod = observed.pod
     if pod is None:
         return None
-    if isinstance(step, Finish):
+    if isinstance(step, Finish | Rest):
         return last_progress(pod)
     address = pod.get("status", {}).get("podIP")
     if isinstance(step, Watch | AskToYield) and address:

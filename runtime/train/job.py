@@ -73,6 +73,7 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
     try:
         verdicts, step = _train_and_evaluate(stage)
     except YieldRequested:
+        _report(environment.termination_log, board)
         return EXIT_YIELDED
     if all(verdict.passed for verdict in verdicts):
         board.enter("Publishing")
@@ -224,7 +225,7 @@ def _load_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 def _report(termination_log: Path, board: ProgressBoard) -> None:
     """Leave the last word where the operator finds it after the process is gone."""
     text = fit_termination_log(board.document())
-    log.info("Done: %s", text)
+    log.info("Last words: %s", text)
     try:
         termination_log.write_text(text)
     except OSError:

@@ -218,8 +218,11 @@ async def test_suspending_yields_and_resuming_goes_on(scene: Scene) -> None:
     scene.apply(job(suspend=True))
     assert (await scene.look())["phase"] == "Yielding"
     assert scene.trainers.asked_to_yield
-    scene.play("support-g1-0", "Failed", exitCode=75)
-    assert (await scene.look())["phase"] == "Suspended"
+    last_words = {"phase": "Running", "checkpoint": {"step": 7, "committedAt": "now"}}
+    scene.play("support-g1-0", "Failed", exitCode=75, message=json.dumps(last_words))
+    status = await scene.look()
+    assert status["phase"] == "Suspended"
+    assert status["checkpoint"]["step"] == 7
     scene.apply(job(suspend=False))
     await scene.look()
     assert scene.pods() == ["support-g1-0", "support-g2-0"]

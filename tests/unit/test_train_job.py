@@ -211,7 +211,9 @@ def test_a_yield_asked_for_over_http_commits_the_last_whole_step(
     process.join()
     assert process.exitcode == 75
     (committed,) = job.checkpoints.glob("step-*")
-    assert int(committed.name.removeprefix("step-")) == len(job.curve.splitlines()) >= seen["step"]
+    step = int(committed.name.removeprefix("step-"))
+    assert step == len(job.curve.splitlines()) >= seen["step"]
+    assert job.last_word["checkpoint"]["step"] == job.last_word["step"] == step
 
 
 def test_a_job_without_a_checkpoint_yields_at_once_while_it_prepares(
