@@ -5,7 +5,8 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,28 @@ class Cluster:
     env: dict[str, str]
     printed: str
 
-    def kubectl(self, *arguments: str) -> str:
+    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         done = subprocess.run(
-            ["kubectl", *arguments], env=self.env, capture_output=True, text=True, check=False
-        )
+            ["kubectl", *arguments],
+            env=self.env, input=stdin, capture_output=True, text=True, check=False,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def get(self, *arguments: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.kubectl("get", *arguments, "-o", "json"))
+        return found
+
+    def apply(self, *documents: dict[str, Any]) -> None:
+        listed = {"apiVersion": "v1", "kind": "List", "items": documents}
+        self.kubectl("apply", "-f", "-", stdin=json.dumps(listed))
+
+    def wait_for(self, *arguments: str, until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Return the resource as soon as it is as wanted."""
+        deadline = time.monotonic() + 240
+        while not until(found := self.get(*arguments)):
+            assert time.monotonic() < deadline, json.dumps(found.get("status"), indent=1)
+            time.sleep(0.5)
         return found
 
     @property
