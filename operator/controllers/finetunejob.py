@@ -168,6 +168,10 @@ async def _yield(observed: Observed, kube: Kube, facts: Facts) -> None:
     address = pod.get("status", {}).get("podIP")
     if address and await facts.trainers.ask_to_yield(address, deadline_s=_YIELD_DEADLINE_S):
         return
+    if observed.status.get("phase") == "Yielding":
+        # It heard and is on its way out, its last words to be read from its pod; were it stuck,
+        # its liveness probe would end it.
+        return
     # Not running yet, or deaf: SIGTERM means the same to a trainer.
     live = await kube.get(Ref.of(pod))
     if live is not None and uid_of(live) == uid_of(pod):

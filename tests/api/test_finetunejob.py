@@ -45,13 +45,14 @@ class SilentTrainers:
     def __init__(self, progress: Progress | None = None) -> None:
         self.asked_to_yield: list[str] = []
         self.reported = progress
+        self.hear = True
 
     async def progress(self, pod_ip: str) -> Progress | None:
         return self.reported
 
     async def ask_to_yield(self, pod_ip: str, *, deadline_s: int) -> bool:
         self.asked_to_yield.append(pod_ip)
-        return True
+        return self.hear
 
 
 class Scene:
@@ -218,6 +219,9 @@ async def test_suspending_yields_and_resuming_goes_on(scene: Scene) -> None:
     scene.apply(job(suspend=True))
     assert (await scene.look())["phase"] == "Yielding"
     assert scene.trainers.asked_to_yield
+    scene.trainers.hear = False
+    await scene.look()
+    assert scene.pods() == ["support-g1-0"], "it heard, and is about to leave its last words"
     last_words = {"phase": "Running", "checkpoint": {"step": 7, "committedAt": "now"}}
     scene.play("support-g1-0", "Failed", exitCode=75, message=json.dumps(last_words))
     status = await scene.look()
