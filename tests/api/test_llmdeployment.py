@@ -255,7 +255,9 @@ def test_a_group_of_two_pods_is_one_replica_with_one_gate(
     team.apply("first")
     team.wait_ready("first")
     before = settled_writes(operator, team)
-    team.apply(parallelism={"tensor": 2, "nodes": 2}, accelerator=GPU)
+    team.apply(
+        parallelism={"tensor": 2, "nodes": 2}, accelerator=GPU, engine={"image": "example/r:1"}
+    )
     team.wait_ready()
     made = settled_writes(operator, team)[len(before) :]
     assert len(made) <= 8, made
