@@ -8,8 +8,29 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-_NAME = "mizzen-dev-source"
+POLICY = "mizzen-dev-source"
+VOLUME = "mizzen-source"
 _MOUNT = "/opt/mizzen-source"
+_LABELS = {"app.kubernetes.io/part-of": "mizzen"}
+
+# Shows, without being made, whether the policy is in force.
+PROBE = json.dumps(
+    {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": POLICY, "labels": _LABELS},
+        "spec": {
+            "securityContext": {
+                "runAsNonRoot": True, "runAsUser": 65532,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [
+                {"name": "none", "image": "none", "securityContext": {
+                    "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}}
+            ],
+        },
+    }
+)  # fmt: skip
 
 
 def build_policy(source: Path) -> str:
@@ -19,21 +40,21 @@ def build_policy(source: Path) -> str:
     our part-of label; lists with map keys are merged, so nothing else of the pod changes.
     """
     expression = f"""Object{{spec: Object.spec{{
-      volumes: [Object.spec.volumes{{name: "mizzen-source",
+      volumes: [Object.spec.volumes{{name: "{VOLUME}",
         hostPath: Object.spec.volumes.hostPath{{
           path: {json.dumps(str(source))}, type: "Directory"}}}}],
       containers: object.spec.containers.map(c, Object.spec.containers{{name: c.name,
         env: [Object.spec.containers.env{{name: "PYTHONPATH", value: "{_MOUNT}"}}],
         volumeMounts: [Object.spec.containers.volumeMounts{{
-          name: "mizzen-source", mountPath: "{_MOUNT}", readOnly: true}}]}})
+          name: "{VOLUME}", mountPath: "{_MOUNT}", readOnly: true}}]}})
     }}}}"""
     policy = {
         "apiVersion": "admissionregistration.k8s.io/v1",
         "kind": "MutatingAdmissionPolicy",
-        "metadata": {"name": _NAME},
+        "metadata": {"name": POLICY},
         "spec": {
             "matchConstraints": {
-                "objectSelector": {"matchLabels": {"app.kubernetes.io/part-of": "mizzen"}},
+                "objectSelector": {"matchLabels": _LABELS},
                 "resourceRules": [
                     {
                         "apiGroups": [""],
@@ -56,7 +77,7 @@ def build_policy(source: Path) -> str:
     binding = {
         "apiVersion": "admissionregistration.k8s.io/v1",
         "kind": "MutatingAdmissionPolicyBinding",
-        "metadata": {"name": _NAME},
-        "spec": {"policyName": _NAME},
+        "metadata": {"name": POLICY},
+        "spec": {"policyName": POLICY},
     }
     return json.dumps({"apiVersion": "v1", "kind": "List", "items": [policy, binding]})
