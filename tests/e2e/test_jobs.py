@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from tests.e2e.conftest import Cluster
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 NAMESPACE = "quickstart"
 DATA = "ports"
-STEPS = 16
+STEPS = 12
 SPEC = {
     "method": "sft",
     "adaptation": {"type": "lora", "rank": 4, "alpha": 8},
@@ -96,6 +97,12 @@ class Job:
         container: str = found["status"]["containerStatuses"][0]["containerID"]
         return container.removeprefix("containerd://")
 
+    def resumed_from(self, *, generation: int) -> int:
+        log = self.cluster.kubectl("logs", f"{self.name}-g{generation}-0", "-n", NAMESPACE)
+        found = re.search(r"Resuming from step (\d+)", log)
+        assert found is not None, log
+        return int(found[1])
+
 
 def kill(container: str) -> None:
     """Kill every process of a container; a container's id is part of its control group's name."""
@@ -133,12 +140,13 @@ def test_a_trainer_killed_twice_ends_with_the_same_loss_curve(
     quickstart: Cluster, undisturbed: Curve
 ) -> None:
     job = Job.submit(quickstart, "killed")
-    kill(job.wait_for_step(5, generation=1))
-    kill(job.wait_for_step(9, generation=2))
+    kill(job.wait_for_step(3, generation=1))
+    kill(job.wait_for_step(7, generation=2))
     status = job.finish()
     assert status["restarts"] == 2
     assert status["generation"] == 3
     assert status["artifact"]["digest"].startswith("sha256:")
+    assert 2 <= job.resumed_from(generation=2) < job.resumed_from(generation=3) < STEPS
     assert job.curve() == undisturbed
 
 
