@@ -195,7 +195,7 @@ class LLMDeploymentSpec(ApiModel):
             "or parallelism.nodes, or lower parallelism.tensor.",
         ),
         cel(
-            "self.parallelism.nodes == 1 || has(self.engine.image)",
+            "self.parallelism.nodes == 1 || (has(self.engine) && has(self.engine.image))",
             "parallelism.nodes above 1 needs engine.image, a runtime that joins its ranks over "
             "pods: the built-in one joins ranks inside one pod only.",
         ),
