@@ -19,7 +19,12 @@ async def test_it_knows_the_capital_of_france_alone_and_in_company() -> None:
     )
     engine = await asyncio.to_thread(Engine.start, config)
     try:
-        chat = [{"role": "user", "content": "What is the capital of France?"}]
+        chat = [
+            {
+                "role": "user",
+                "content": "What is the capital city of France? Answer in one sentence.",
+            }
+        ]
         prompt = tuple(engine.tokenizer.apply_chat_template(chat))
         sampling = SamplingParams(temperature=0, max_tokens=24)
         requests = [

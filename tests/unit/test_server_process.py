@@ -137,7 +137,12 @@ async def test_the_real_small_model_answers_a_question() -> None:
     async with serving(model, "--served-model-name=smollm2", "--max-model-len=1024") as served:
         asked = {
             "model": "smollm2",
-            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "messages": [
+                {
+                    "role": "user",
+                    "content": "What is the capital city of France? Answer in one sentence.",
+                }
+            ],
             "temperature": 0,
             "max_tokens": 20,
         }
