@@ -39,7 +39,8 @@ from mizzen.operator.routing import ref_of
 from mizzen.operator.specs import InvalidSpecError
 from mizzen.operator.status.causes import pod_cause, terminated_cause
 from mizzen.operator.status.conditions import ConditionType, Document, flips, rfc3339
-from mizzen.operator.status.finetunejob import JobFacts, Problem, Promotion, has_ended, next_status
+from mizzen.operator.status.finetunejob import has_ended, next_status
+from mizzen.operator.status.job_facts import JobFacts, Problem, Promotion
 from mizzen.operator.status.progress import Progress, parse_progress
 from mizzen.operator.status.promotion import find_promotion, promotion_target
 from mizzen.operator.status.reasons import Reason

@@ -9,7 +9,7 @@ from mizzen.operator.desired.jobs import Job, config_map_of
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.documents import Ref
 from mizzen.operator.kube.store import Store
-from mizzen.operator.status.finetunejob import Problem
+from mizzen.operator.status.job_facts import Problem
 from mizzen.operator.status.reasons import Reason
 
 

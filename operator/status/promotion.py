@@ -6,7 +6,7 @@ The deployment's own controller loads adapters; a job only reads how far it is.
 from __future__ import annotations
 
 from mizzen.operator.crds.common import Json
-from mizzen.operator.status.finetunejob import Problem, Promotion, is_evaluation_failed
+from mizzen.operator.status.job_facts import Problem, Promotion, is_evaluation_failed
 from mizzen.operator.status.progress import Progress
 from mizzen.operator.status.reasons import Reason
 

@@ -17,14 +17,8 @@ from mizzen.operator.planning.generations import (
     WaitUntil,
     Watch,
 )
-from mizzen.operator.status.finetunejob import (
-    JobFacts,
-    Problem,
-    Promotion,
-    for_people,
-    has_ended,
-    next_status,
-)
+from mizzen.operator.status.finetunejob import for_people, has_ended, next_status
+from mizzen.operator.status.job_facts import JobFacts, Problem, Promotion
 from mizzen.operator.status.progress import Progress, parse_progress
 from mizzen.operator.status.reasons import Reason
 

@@ -1,0 +1,62 @@
+"""What a FineTuneJob's status is made from, as values: step, pods, progress, promotion. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mizzen.operator.planning.generations import Finish, Generation, Step
+from mizzen.operator.status.progress import Artifact, Progress
+from mizzen.operator.status.reasons import Reason
+
+AT_WORK = frozenset({"Preparing", "Running", "Evaluating", "Publishing"})
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What stands in the way; `is_final` where only a new job can cure it."""
+
+    reason: Reason
+    message: str
+    is_final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """How far the adapter is on the deployment it was trained for."""
+
+    deployment: str
+    adapter: str
+    ready_replicas: int
+    replicas: int
+    problem: Problem | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every ready replica answers with the adapter."""
+        return self.problem is None and 0 < self.replicas <= self.ready_replicas
+
+
+@dataclass(frozen=True, slots=True)
+class JobFacts:
+    """Everything the status says, as values; `output_uri` is where the artifact's claim is."""
+
+    step: Step | None
+    newest: Generation | None
+    is_suspended: bool
+    problem: Problem | None
+    progress: Progress | None
+    artifact_uri: str | None
+    has_suites: bool
+    promotion: Promotion | None
+
+
+def is_evaluation_failed(progress: Progress | None) -> bool:
+    """Whether a suite says that the candidate is worse than its base by more than it may be."""
+    return progress is not None and any(not score.is_passed for score in progress.scores)
+
+
+def published_artifact(facts: JobFacts) -> Artifact | None:
+    """Return the artifact once its job is done and its gate is passed."""
+    if not isinstance(facts.step, Finish) or facts.progress is None:
+        return None
+    return None if is_evaluation_failed(facts.progress) else facts.progress.artifact
