@@ -2,8 +2,9 @@
 
 Gathering pages anew in every layer of every step costs a CPU more than the attention itself. Here
 a sequence's pages are gathered once, when it begins to decode; each step then adds one token and
-attends by two plain matrix products. The pages stay the truth: they are written too, and a
-sequence whose copy is missing or behind is gathered again.
+attends by two plain matrix products. The pages stay the truth: when a step ends its new tokens are
+copied there, for all layers at once, and a sequence whose copy is missing or behind is gathered
+again.
 """
 
 # Shapes: S decoding sequences (first in the packed batch), R rows of the window, C tokens of
@@ -33,7 +34,7 @@ class DecodeWindow:
         self._max_bytes = max_bytes
         _, self._layers, _, _, self._kv_heads, self._head_dim = cache.shape
         self._capacity = 0
-        self._sides: list[list[Tensor]] = []  # [layer][key or value], each R K C d
+        self._data = cache.new_empty(0)  # [key or value, layer, R, K, C, d]
         self._row_of: dict[int, int] = {}
         self._len_of: dict[int, int] = {}
 
@@ -54,7 +55,7 @@ class DecodeWindow:
                 self._fill(sequence_id, length - 1, batch.block_tables_SB[index])
             self._len_of[sequence_id] = length
         rows = [self._row_of[sequence_id] for sequence_id in ids]
-        return WindowAttend(self._cache, self._sides, batch, rows)
+        return WindowAttend(self._cache, self._data, batch, rows)
 
     def _is_worthwhile(self, lens: Sequence[int]) -> bool:
         capacity = -(-max(lens) // CAPACITY_STEP) * CAPACITY_STEP
@@ -79,9 +80,7 @@ class DecodeWindow:
         gaps = [row for row in free if row < count]
         beyond = [(key, row) for key, row in self._row_of.items() if row >= count]
         for (key, row), gap in zip(beyond, gaps, strict=True):
-            for sides in self._sides:
-                for side_RKCd in sides:
-                    side_RKCd[gap] = side_RKCd[row]
+            self._data[:, :, gap] = self._data[:, :, row]
             self._row_of[key] = gap
 
     def _fit(self, length: int) -> None:
@@ -89,68 +88,69 @@ class DecodeWindow:
         capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
         if capacity <= self._capacity <= 2 * capacity:
             return
-        old, used = self._sides, len(self._row_of)
-        kept = min(capacity, self._capacity)
-        self._sides = []
-        for layer in range(self._layers):
-            # Zeros, because what is masked out is still multiplied, and NaN would survive that.
-            shape = (self._max_rows, self._kv_heads, capacity, self._head_dim)
-            sides = [zeros_when_touched(shape, self._cache.dtype) for _ in range(2)]
-            for side, old_side in zip(sides, old[layer] if old else (), strict=False):
-                side[:used, :, :kept] = old_side[:used, :, :kept]
-            self._sides.append(sides)
+        old, used = self._data, len(self._row_of)
+        # Zeros, because what is masked out is still multiplied, and NaN would survive that.
+        shape = (2, self._layers, self._max_rows, self._kv_heads, capacity, self._head_dim)
+        self._data = zeros_when_touched(shape, self._cache.dtype)
+        if used:
+            kept = min(capacity, self._capacity)
+            self._data[:, :, :used, :, :kept] = old[:, :, :used, :, :kept]
         self._capacity = capacity
 
     def _fill(self, sequence_id: int, length: int, blocks_B: Tensor) -> None:
         row = self._row_of.setdefault(sequence_id, len(self._row_of))
         block_tokens = self._cache.shape[3]
         blocks_B = blocks_B[: -(-length // block_tokens)]
-        for layer, sides in enumerate(self._sides):
-            for which, side_RKCd in enumerate(sides):
+        for which in range(2):
+            for layer in range(self._layers):
                 pages = self._cache[which, layer].index_select(0, blocks_B).flatten(0, 1)
-                side_RKCd[row, :, :length] = pages[:length].transpose(0, 1)
+                self._data[which, layer, row, :, :length] = pages[:length].transpose(0, 1)
 
 
 class WindowAttend:
     """An `Attend` for one step: decodes over the window, prompts over pages."""
 
-    def __init__(
-        self, cache: Tensor, sides: list[list[Tensor]], batch: PagedBatch, rows: list[int]
-    ) -> None:
+    def __init__(self, cache: Tensor, data: Tensor, batch: PagedBatch, rows: list[int]) -> None:
         self._cache = cache
-        self._sides = sides
-        self._count = len(rows)
-        self._slots_S = batch.slots_T[: self._count]
-        lens_S = torch.tensor(batch.context_lens[: self._count])
-        rows_S = torch.tensor(rows)
-        self._in_order = rows == list(range(len(rows)))
-        self._rows_S = rows_S
-        self._order_R = rows_S.argsort()
-        kv_heads, self._capacity = sides[0][0].shape[1:3]
-        heads_K = torch.arange(kv_heads)
-        self._at = ((rows_S[:, None] * kv_heads + heads_K) * self._capacity).add_(
-            lens_S[:, None] - 1
-        ).flatten()  # fmt: skip
-        self._length = int(lens_S[0]) if self._count == 1 else 0
+        self._count = count = len(rows)
+        _, self._layers, max_rows, kv_heads, self._capacity, self._head_dim = data.shape
+        self._data = data
+        self._flat = data.view(2, self._layers, max_rows * kv_heads * self._capacity, -1)
+        self._slots_S = batch.slots_T[:count]
+        rows_S, lens_S = torch.tensor(rows), torch.tensor(batch.context_lens[:count])
+        self._in_order = rows == list(range(count))
+        self._rows_S, self._order_R = rows_S, rows_S.argsort()
+        first_SK = (rows_S[:, None] * kv_heads + torch.arange(kv_heads)) * self._capacity
+        self._at = (first_SK + lens_S[:, None] - 1).flatten()
+        self._length = batch.context_lens[0]
         self._bias = self._mask(lens_S[self._order_R], kv_heads)
-        self._prompts = _prompts(cache, batch, self._count)
+        self._prompts = _prompts(cache, batch, count)
 
     def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
         """Return each query's mixture over its sequence's context, itself included."""
-        count, head_dim = self._count, q_THd.shape[-1]
+        count = self._count
         for which, new_TKd in enumerate((k_TKd, v_TKd)):
-            new_SKd = new_TKd[:count]
-            self._cache[which, layer].flatten(0, 1).index_copy_(0, self._slots_S, new_SKd)
-            side_RKCd = self._sides[layer][which]
-            side_RKCd.view(-1, head_dim).index_copy_(0, self._at, new_SKd.reshape(-1, head_dim))
+            new = new_TKd[:count].reshape(-1, self._head_dim)
+            self._flat[which, layer].index_copy_(0, self._at, new)
         if self._prompts is None:
             return self._decode(layer, q_THd)
         rest = [x[count:] for x in (q_THd, k_TKd, v_TKd)]
         return torch.cat((self._decode(layer, q_THd[:count]), self._prompts(layer, *rest)))
 
+    def finish(self) -> None:
+        """Copy the step's new keys and values to the pages, for all layers in one go.
+
+        A copy in each layer would be the same bytes in many small operations, and a small step's
+        time is mostly the number of its operations.
+        """
+        sides, kv_heads = 2 * self._layers, self._data.shape[3]
+        new = self._flat.flatten(0, 1).index_select(1, self._at)
+        pages = self._cache.view(sides, -1, kv_heads, self._head_dim)
+        pages.index_copy_(1, self._slots_S, new.view(sides, self._count, kv_heads, -1))
+
     def _decode(self, layer: int, q_SHd: Tensor) -> Tensor:
         count, heads, head_dim = q_SHd.shape
-        keys, values = (side[:count] for side in self._sides[layer])
+        keys, values = self._data[0, layer, :count], self._data[1, layer, :count]
         kv_heads = keys.shape[1]
         if count == 1:
             keys, values = keys[:, :, : self._length], values[:, :, : self._length]
@@ -159,8 +159,9 @@ class WindowAttend:
         if not self._in_order:
             q_SHd = q_SHd.index_select(0, self._order_R)
         # A KV group's query heads stand side by side: each key is read once for all of them.
-        q = (q_SHd * head_dim**-0.5).reshape(count * kv_heads, heads // kv_heads, head_dim)
-        scores = torch.bmm(q, keys.flatten(0, 1).transpose(1, 2)).add_(self._bias)
+        q = q_SHd.reshape(count * kv_heads, heads // kv_heads, head_dim)
+        keys_T = keys.flatten(0, 1).transpose(1, 2)
+        scores = torch.baddbmm(self._bias, q, keys_T, alpha=head_dim**-0.5)
         out = torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(count, heads, head_dim)
         return out if self._in_order else out.index_select(0, self._rows_S)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from mizzen.runtime.attention.base import KvShape, PagedBatch
 from mizzen.runtime.attention.sdpa import PagedSdpa
 from mizzen.runtime.engine.batch import StepInput
-from mizzen.runtime.engine.decode_window import DecodeWindow
+from mizzen.runtime.engine.decode_window import DecodeWindow, WindowAttend
 from mizzen.runtime.engine.memory import zeros_when_touched
 from mizzen.runtime.model.decoder import Attend, Decoder
 from mizzen.runtime.model.lora import Adapter, LoraSlots
@@ -42,12 +42,15 @@ class Runner:
             block_tables_SB=self._to_device(step.block_tables_SB),
             slots_T=self._to_device(step.slots_T),
         )
+        attend = self._attend(batch, step.sequence_ids_S)
         hidden_TD = self._decoder(
             self._to_device(step.token_ids_T),
             self._to_device(step.positions_T),
-            self._attend(batch, step.sequence_ids_S),
+            attend,
             self._lora.batch(step.lora_slots_S, step.query_lens),
         )
+        if isinstance(attend, WindowAttend):
+            attend.finish()
         if not len(step.sample_at_N):
             return None
         if len(step.sample_at_N) < hidden_TD.shape[0]:

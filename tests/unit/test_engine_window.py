@@ -48,6 +48,8 @@ class Model:
                 for heads in (HEADS, KV_HEADS, KV_HEADS)
             )
             torch.testing.assert_close(attend(layer, q, k, v), plain(layer, q, k, v))
+        if isinstance(attend, WindowAttend):
+            attend.finish()
         assert torch.equal(self.plain, self.windowed)
         return attend
 
