@@ -10,13 +10,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mizzen.runtime.engine.adapters import AdapterTable, SlotUse
 from mizzen.runtime.engine.api import EngineDeadError, FinishReason, Recorder, TokenOutput
 from mizzen.runtime.engine.batch import BatchBuilder
 from mizzen.runtime.engine.live import Live
-from mizzen.runtime.engine.ranks import Ranks
+from mizzen.runtime.engine.ranks import ModelRanks
 from mizzen.runtime.engine.sampler import Sampler
 from mizzen.runtime.engine.scheduler import Chunk, Scheduler
 from mizzen.runtime.engine.streams import Outbox
@@ -36,7 +36,7 @@ class Loop:
         *,
         scheduler: Scheduler,
         builder: BatchBuilder,
-        ranks: Ranks,
+        ranks: ModelRanks,
         sampler: Sampler,
         adapters: AdapterTable,
         eos_ids: frozenset[int],
@@ -58,7 +58,7 @@ class Loop:
         self._recorder = recorder
         self._outbox = Outbox()
         self._work = threading.Condition(self.lock)
-        self._calls: deque[tuple[Callable[[], object], Future]] = deque()
+        self._calls: deque[tuple[Callable[[], object], Future[Any]]] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mizzen-engine", daemon=True)
 

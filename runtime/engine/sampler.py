@@ -86,7 +86,8 @@ def uniform_numbers(seeds_N: np.ndarray, positions_N: np.ndarray) -> np.ndarray:
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
         z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    numbers: np.ndarray = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
 
 
 def _make_plan(rows: list[Sequence], device: torch.device) -> _Plan:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from mizzen.runtime.engine.api import TokenOutput
 
@@ -30,7 +31,7 @@ class Outbox:
     def flush(self) -> None:
         """Hand everything over."""
         for loop, items in self._items.items():
-            _call_soon(loop, lambda items=items: _deliver(items))
+            _call_soon(loop, partial(_deliver, items))
         self._items = {}
 
 

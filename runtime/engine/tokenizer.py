@@ -183,13 +183,14 @@ def _from_gguf(path: Path) -> Tokenizer:
 
     metadata = read_gguf_header(path).metadata
     tokens = metadata["tokenizer.ggml.tokens"]
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")}
+    keys = {name: f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot")}
+    ids: dict[str, int] = {name: metadata[key] for name, key in keys.items() if key in metadata}
     return Tokenizer(
         build_tokenizer(metadata),
-        eos_token_ids=[ids[name] for name in ("eos", "eot") if ids[name] is not None],
+        eos_token_ids=[ids[name] for name in ("eos", "eot") if name in ids],
         chat_template=metadata.get("tokenizer.chat_template"),
         special_tokens={
-            f"{name}_token": tokens[ids[name]] for name in ("bos", "eos") if ids[name] is not None
+            f"{name}_token": tokens[ids[name]] for name in ("bos", "eos") if name in ids
         },
     )
 
