@@ -84,3 +84,12 @@ async def serve_health(health: Health) -> web.AppRunner:
     await runner.setup()
     await web.TCPSite(runner, health.config.health_host, health.config.health_port).start()
     return runner
+
+
+async def watch_loop_lag(telemetry: Telemetry, *, every_s: float = 1.0) -> None:
+    """Measure how late the event loop is: a blocking call shows here first."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + every_s
+        await asyncio.sleep(every_s)
+        telemetry.loop_lag.set(max(0.0, loop.time() - due))

@@ -26,7 +26,7 @@ from mizzen.operator.engine.resync import repeat
 from mizzen.operator.engine.workers import Reconcile, run_workers
 from mizzen.operator.engine.workqueue import WorkQueue
 from mizzen.operator.facts import Facts
-from mizzen.operator.health import Health, serve_health
+from mizzen.operator.health import Health, serve_health, watch_loop_lag
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.connect import open_client
 from mizzen.operator.kube.documents import Json
@@ -227,12 +227,14 @@ async def run(config: OperatorConfig) -> None:
     async with await open_client() as client:
         parts = assemble(config, HttpTransport(client))
         runner = await serve_health(parts.health)
+        lag = asyncio.create_task(watch_loop_lag(parts.telemetry))
         try:
             if await first_of(wait_for_crds(parts), stop) and await first_of(
                 parts.lease.acquire(), stop
             ):
                 await lead(parts, stop)
         finally:
+            lag.cancel()
             await parts.lease.release()
             await parts.facts.runtimes.close()
             await parts.facts.trainers.close()
