@@ -23,21 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import psutil
 from kubernetes.aio import config as kube_config
 from kubernetes.aio.client import ApiClient, Configuration
 
-from hack.cluster.api_only import ApiCluster, free_ports
+from benchmarks.operator_process import LIMIT_S, SYSTEM, Operator
+from hack.cluster.api_only import ApiCluster
 from mizzen.operator.kube.transport import MERGE, HttpTransport
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "bench"
-SYSTEM = "mizzen-system"
+
 GPU = "nvidia.com/gpu"
 NODES, GPUS_PER_NODE = 250, 8
 IN_FLIGHT = 20
 CHANGES = 100
-LIMIT_S = 600.0
+
 
 Json = dict[str, Any]
 _WRITE = re.compile(r"apiserver_request_total\{([^}]*)\} (\S+)")
@@ -247,66 +246,6 @@ async def measure_deployments(count: int, nodes: int) -> Row:
     # Ours: creating the resource; the scheduler's and kwok's: one per pod each.
     row.own_writes = row.writes - 1 - 2 * nodes
     return row
-
-
-class Operator:
-    """The operator as a process of this machine."""
-
-    def __init__(self, cluster: ApiCluster, log: Path) -> None:
-        self.port = free_ports(1)[0]
-        self.log = log
-        self.environment = {
-            **os.environ,
-            "KUBECONFIG": str(cluster.kubeconfig),
-            "MIZZEN_NAMESPACE": SYSTEM,
-            "MIZZEN_HEALTH_HOST": "127.0.0.1",
-            "MIZZEN_HEALTH_PORT": str(self.port),
-            # As in an image, where everything is compiled beforehand.
-            "PYTHONPYCACHEPREFIX": str(cluster.directory / "pycache"),
-        }
-        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        self.process: asyncio.subprocess.Process | None = None
-
-    async def start(self) -> None:
-        with self.log.open("ab") as output:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "mizzen.cli", "operator",
-                cwd=ROOT, env=self.environment, stdout=output, stderr=output,
-            )  # fmt: skip
-
-    async def stop(self) -> None:
-        assert self.process is not None
-        if self.process.returncode is None:
-            self.process.terminate()
-        await self.process.wait()
-
-    def memory_mib(self) -> float:
-        assert self.process is not None
-        return float(psutil.Process(self.process.pid).memory_info().rss) / 2**20
-
-    async def metrics(self) -> dict[str, float]:
-        """Return its metrics, {} while it does not answer."""
-        url = f"http://127.0.0.1:{self.port}/metrics"
-        try:
-            async with aiohttp.ClientSession() as session, session.get(url) as answer:
-                lines = (await answer.text()).splitlines()
-        except aiohttp.ClientError:
-            return {}
-        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
-        return {name: float(value) for name, _, value in pairs}
-
-    async def writes(self) -> float:
-        """Return the writes it made, as it counts them itself; Events are not among them."""
-        return sum(
-            value
-            for name, value in (await self.metrics()).items()
-            if name.startswith("mizzen_writes_total") and "skipped" not in name
-        )
-
-    async def wait_for(self, is_so: Callable[[dict[str, float]], bool]) -> None:
-        async with asyncio.timeout(LIMIT_S):
-            while not is_so(await self.metrics()):  # noqa: ASYNC110  # another process
-                await asyncio.sleep(0.05)
 
 
 def reconciles(metrics: dict[str, float]) -> float:

@@ -8,13 +8,13 @@ from mizzen.operator.crds.common import (
     NO_PARENT_RULE,
     Accelerator,
     ApiModel,
-    Conditions,
     DnsLabel,
     ModelSource,
     PodTemplatePatch,
     cel,
     rules,
 )
+from mizzen.operator.crds.finetunejob_status import FineTuneJobStatus
 
 KIND = "FineTuneJob"
 PLURAL = "finetunejobs"
@@ -287,21 +287,9 @@ class FineTuneJobSpec(ApiModel):
     """What should be trained, on what, and where the result goes."""
 
     rules = (
-        *_unchanged(
-            "method",
-            "adaptation",
-            "baseModel",
-            "dataset",
-            "processing",
-            "hyperparameters",
-            "checkpoint",
-            "resources",
-            "failure",
-            "evaluation",
-            "output",
-            "promotion",
-            "podTemplatePatch",
-        ),
+        *_unchanged("method", "adaptation", "baseModel", "dataset", "processing"),
+        *_unchanged("hyperparameters", "checkpoint", "resources", "failure", "evaluation"),
+        *_unchanged("output", "promotion", "podTemplatePatch"),
         cel(
             "!has(self.promotion) || self.promotion.strategy != 'HotLoadAdapter' || "
             "self.adaptation.type == 'lora'",
@@ -378,135 +366,6 @@ class FineTuneJobSpec(ApiModel):
     ] = False
     pod_template_patch: Annotated[
         PodTemplatePatch | None, Field(description="Additions to the trainer pod.")
-    ] = None
-
-
-class Progress(ApiModel):
-    """How far the training is."""
-
-    step: Annotated[int, Field(description="Optimiser steps done.")] = 0
-    total_steps: Annotated[int | None, Field(description="Steps there will be.")] = None
-    steps: Annotated[
-        str | None, Field(max_length=64, description="Both in one, such as 12/40.")
-    ] = None
-    percent: Annotated[int | None, Field(description="Share of the steps done.")] = None
-    epoch: Annotated[float | None, Field(description="Passes over the data so far.")] = None
-    tokens: Annotated[int | None, Field(description="Tokens trained on.")] = None
-    tokens_per_second: Annotated[float | None, Field(description="Current speed.")] = None
-    eta_seconds: Annotated[int | None, Field(description="Seconds left at this speed.")] = None
-    eta: Annotated[
-        str | None, Field(max_length=32, description="The same for people, such as 4m10s.")
-    ] = None
-
-
-class Metrics(ApiModel):
-    """The latest measurements."""
-
-    loss: Annotated[float | None, Field(description="Training loss.")] = None
-    eval_loss: Annotated[float | None, Field(description="Loss on the held-out data.")] = None
-    learning_rate: Annotated[float | None, Field(description="Current learning rate.")] = None
-
-
-class CheckpointStatus(ApiModel):
-    """The last saved state."""
-
-    step: Annotated[int, Field(description="Step it was taken at.")]
-    committed_at: Annotated[
-        str | None, Field(max_length=64, description="When it was committed.")
-    ] = None
-
-
-class Artifact(ApiModel):
-    """The published result."""
-
-    uri: Annotated[str, Field(max_length=1024, description="Where it is.")]
-    digest: Annotated[str, Field(max_length=128, description="Digest of its files.")]
-    bytes: Annotated[int | None, Field(description="Its size.")] = None
-    kind: Annotated[Literal["adapter", "model"], Field(description="What it is.")]
-
-
-class SuiteResult(ApiModel):
-    """The outcome of one evaluation suite."""
-
-    suite: Annotated[str, Field(max_length=63, description="Name of the suite.")]
-    base: Annotated[float | None, Field(description="Value of the base model.")] = None
-    candidate: Annotated[float | None, Field(description="Value of the result.")] = None
-    regression_ratio: Annotated[
-        float | None, Field(description="How much worse the result is; negative is better.")
-    ] = None
-    passed: Annotated[bool, Field(description="Whether the result may be promoted.")]
-
-
-class PromotionStatus(ApiModel):
-    """How far the promotion is."""
-
-    adapter: Annotated[
-        str | None, Field(max_length=63, description="Name of the adapter on the deployment.")
-    ] = None
-    ready_replicas: Annotated[int | None, Field(description="Replicas that serve it.")] = None
-    replicas: Annotated[int | None, Field(description="Replicas that should.")] = None
-
-
-Phase = Literal[
-    "Pending",
-    "Admitted",
-    "Preparing",
-    "Running",
-    "Yielding",
-    "Parked",
-    "Evaluating",
-    "Publishing",
-    "Promoting",
-    "Succeeded",
-    "Failed",
-    "Suspended",
-]
-
-
-class FineTuneJobStatus(ApiModel):
-    """What the operator observed."""
-
-    observed_generation: Annotated[
-        int | None, Field(description="The metadata.generation this status belongs to.")
-    ] = None
-    phase: Annotated[
-        Phase | None, Field(description="One word for people; programs read the conditions.")
-    ] = None
-    base_model: Annotated[
-        str | None, Field(max_length=512, description="The model path that is trained from.")
-    ] = None
-    generation: Annotated[
-        int | None, Field(description="Number of the current run of the trainer pods.")
-    ] = None
-    restarts: Annotated[
-        int | None, Field(description="Runs that ended in a crash and were started again.")
-    ] = None
-    progress: Annotated[Progress | None, Field(description="How far the training is.")] = None
-    metrics: Annotated[Metrics | None, Field(description="The latest measurements.")] = None
-    checkpoint: Annotated[CheckpointStatus | None, Field(description="The last saved state.")] = (
-        None
-    )
-    artifact: Annotated[Artifact | None, Field(description="The published result.")] = None
-    evaluation: Annotated[
-        list[SuiteResult] | None,
-        Field(
-            max_length=16,
-            description="Outcome of each evaluation suite.",
-            json_schema_extra={
-                "x-kubernetes-list-type": "map",
-                "x-kubernetes-list-map-keys": ["suite"],
-            },
-        ),
-    ] = None
-    promotion: Annotated[PromotionStatus | None, Field(description="How far the promotion is.")] = (
-        None
-    )
-    conditions: Annotated[
-        Conditions | None,
-        Field(
-            description="Ready, Accepted, Admitted, Running, Suspended, EvaluationPassed, "
-            "Published, Promoted, Succeeded and Failed."
-        ),
     ] = None
 
 
