@@ -58,6 +58,9 @@ def to_safetensors(output: Path) -> Path:
     if (target / "model.safetensors").exists():
         return target
     loaded = LlamaForCausalLM.from_pretrained(output, gguf_file=gguf.name, dtype=torch.float32)
+    # Read from GGUF, the configuration says "quantized"; the weights written here are not.
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
     # transformers refuses to save what it read from GGUF, so a fresh model takes the weights.
     model = LlamaForCausalLM(loaded.config).bfloat16()
     model.load_state_dict(loaded.state_dict())
