@@ -1,10 +1,8 @@
 """What a reconcile may use besides the API server: settings, what is known, other parts."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from mizzen.operator.config import OperatorConfig
-from mizzen.operator.engine.key import Key
 from mizzen.operator.kube.store import Store
 from mizzen.operator.namespaces import Namespaces
 from mizzen.operator.nodes import NodeSizes
@@ -24,5 +22,3 @@ class Facts:
     nodes: NodeSizes
     runtimes: Runtimes
     trainers: TrainerClient
-    # Makes another resource look again, e.g. the deployment when its job was published.
-    enqueue: Callable[[Key, float], None]

@@ -88,7 +88,6 @@ def assemble(config: OperatorConfig, transport: Transport) -> Parts:
         trainers=TrainerClient(config.admin_token_file),
         namespaces=Namespaces(config),
         nodes=NodeSizes(),
-        enqueue=queue.add,
     )
     times = LeaseTimes(
         duration_s=config.lease_duration_s,

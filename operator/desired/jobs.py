@@ -35,7 +35,6 @@ JOB_FILE_FOLDER = "/etc/mizzen/job"
 _CONFIG_MAP_ROOT = "/mnt/configmap"
 # Longer than any commit of a checkpoint: a kubelet's kill before it would lose the newest steps.
 _GRACE_S = 120
-_DEFAULT_REQUESTS = {"cpu": "100m", "memory": "256Mi"}
 _TARGETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "mlp": ["gate_proj", "up_proj", "down_proj"],
@@ -224,7 +223,7 @@ def build_trainer_pod(
 
 def _container(job: Job, image: str, pull_policy: str) -> Json:
     accelerator = job.spec.resources.accelerator
-    resources: Json = {"requests": _DEFAULT_REQUESTS}
+    resources: Json = {"requests": dict(pods.DEFAULT_REQUESTS)}
     if accelerator.is_gpu:
         resources["limits"] = {accelerator.resource: str(accelerator.count or 1)}
     return {

@@ -9,6 +9,8 @@ from __future__ import annotations
 from mizzen.operator.crds.common import Json, PodTemplatePatch
 from mizzen.operator.desired.labels import ADMIN_SECRET, ADMIN_TOKEN_FOLDER
 
+# Enough to be scheduled fairly; what a model really needs only its owner knows.
+DEFAULT_REQUESTS = {"cpu": "100m", "memory": "256Mi"}
 _USER_ID = 65532  # "nonroot" in the images we build
 _SHARED_MEMORY = "2Gi"  # what ranks exchange at once, with room; never weights
 

@@ -28,8 +28,6 @@ _LONGEST_START_S = 3600
 _PROBE_PERIOD_S = 2
 # Lost nodes: 300 s, the cluster's default, is a long time to be one replica short.
 _TOLERATE_LOST_NODE_S = 30
-# Enough to be scheduled fairly; what a model really needs only its owner knows.
-_DEFAULT_REQUESTS = {"cpu": "100m", "memory": "256Mi"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +219,7 @@ def _flags(serving: Serving) -> list[str]:
 
 
 def _resources(spec: LLMDeploymentSpec) -> Json:
-    resources: Json = {"requests": dict(_DEFAULT_REQUESTS)}
+    resources: Json = {"requests": dict(pods.DEFAULT_REQUESTS)}
     if spec.devices_per_pod:
         # Extended resources cannot be overcommitted: a limit is the request too.
         resources["limits"] = {spec.accelerator.resource: str(spec.devices_per_pod)}

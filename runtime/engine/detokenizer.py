@@ -1,6 +1,7 @@
 """Turns a stream of tokens into a stream of text: no half characters, no part of a stop string."""
 
 import codecs
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -52,16 +53,16 @@ class Detokenizer:
         return Delta(text[: len(text) - keep])
 
 
-class TokenDecoder:
+class TokenDecoder(ABC):
     """Decodes tokens to text, holding back bytes that are not a whole character yet."""
 
+    @abstractmethod
     def push(self, token_id: int) -> str:
         """Return the text that is whole now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self) -> str:
         """Return what is left, broken or not."""
-        raise NotImplementedError
 
 
 class ByteDecoder(TokenDecoder):
