@@ -182,12 +182,12 @@ def first_size(held: float, history: History, rules: ScaleRules, sizing: Sizing)
     drain_s = rules.tuning.drain_s
     if sizing.capacity is not None:
         seconds = held / sizing.capacity.requests_per_s
-        count = max(1, math.ceil(seconds / drain_s))
+        count = max(1, math.ceil(_rounded(seconds / drain_s)))
         formula = (
             f"first size {count} = ceil({_n(seconds)} s of held work / {_n(drain_s)} s to drain)"
         )
     else:
-        count = max(1, math.ceil(held / sizing.concurrency))
+        count = max(1, math.ceil(_rounded(held / sizing.concurrency)))
         formula = f"first size {count} = ceil({_n(held)} held / {_n(sizing.concurrency)} each)"
     return Candidate(replicas=count, formula=formula)
 

@@ -98,7 +98,7 @@ def _blind(history: History, now: Situation) -> Answer:
 def _step_down(history: History, now: Situation, wanted: int) -> Answer:
     tuning = now.rules.tuning
     window = down_window_s(history, start_s=now.sizing.start_s, tuning=tuning, now_s=now.now_s)
-    known_s = now.now_s - (history.known_since_s or now.now_s)
+    known_s = 0.0 if history.known_since_s is None else now.now_s - history.known_since_s
     peak = now.bounded(_peak(history, now.now_s - window))
     if known_s < window or peak >= now.current or _moved_down_lately(history, now):
         formula = (
