@@ -328,6 +328,17 @@ def test_a_wake_is_answered_once() -> None:
     assert (first.replicas, again.replicas) == (1, 0)
 
 
+def test_a_wake_is_not_undone_because_zero_was_enough_for_long() -> None:
+    found = fleet(**ZERO)
+    found.run(200, per_s=1.0)
+    found.run(1200, per_s=0.0)
+    assert found.decisions[-1].replicas == 0
+    found.wake = Wake(token="2026-09-01T13:00:00Z;held=30", held=30)
+    first = found.tick(0.0).replicas
+    assert first > 1
+    assert set(found.run(170, per_s=0.5)) == {first}
+
+
 def test_one_replica_runs_again_when_zero_is_allowed_no_more() -> None:
     rules = ScaleRules(min_replicas=1, max_replicas=8)
     decision = decide(at_zero(), look(), rules)
