@@ -9,6 +9,7 @@ API server counted (POST, PUT, PATCH, apply, DELETE that succeeded), without Eve
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 from kubernetes.aio import config as kube_config
 from kubernetes.aio.client import ApiClient, Configuration
 
@@ -55,6 +57,7 @@ class Row:
     ready_s: float | None = None
     writes: float = 0.0
     by_kind: Counter[str] = field(default_factory=Counter)
+    cpu_s: Counter[str] = field(default_factory=Counter)
     own_writes: float | None = None
     idle_mib: float | None = None
     memory_mib: float | None = None
@@ -146,6 +149,19 @@ async def settle(api: Api, *, quiet_s: float = 3.0) -> Counter[str]:
     return before
 
 
+def cpu_seconds() -> Counter[str]:
+    """Return the processor time that every process of this run has used so far, by name."""
+    used: Counter[str] = Counter()
+    this = psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            words = process.cmdline()
+            name = "operator" if words[-1:] == ["operator"] else Path(words[0]).name
+            times = process.cpu_times()
+            used["this script" if process == this else name] += times.user + times.system
+    return used
+
+
 class Count:
     """Names that reached a state, and when the last of them did."""
 
@@ -184,7 +200,7 @@ async def fill(
         counts.append((path, Count(count, is_done)))
     watches = [asyncio.create_task(api.watch(where, what.see)) for where, what in counts]
     await asyncio.sleep(0.5)
-    before, started = await api.writes(), time.monotonic()
+    before, cpu, started = await api.writes(), cpu_seconds(), time.monotonic()
     slots = asyncio.Semaphore(IN_FLIGHT)
 
     async def create(number: int) -> None:
@@ -197,6 +213,7 @@ async def fill(
         await asyncio.wait_for(what.complete.wait(), LIMIT_S)
     row.pods_ready_s = counts[0][1].at - started
     row.ready_s = counts[1][1].at - started if is_done is not None else None
+    row.cpu_s = cpu_seconds() - cpu
     row.by_kind = await settle(api) - before
     row.writes = row.by_kind.total() / count
     for watch in watches:
@@ -368,6 +385,8 @@ async def main() -> None:
     for row in rows:
         kinds = (f"{what} {n / options.count:.2f}" for what, n in row.by_kind.most_common(14))
         print(f"\n{row.name}, writes per resource: {', '.join(kinds)}")
+        used = (f"{name} {s * 1000 / options.count:.0f}" for name, s in row.cpu_s.most_common())
+        print(f"{row.name}, ms of processor time per resource until Ready: {', '.join(used)}")
 
 
 if __name__ == "__main__":
