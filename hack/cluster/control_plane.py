@@ -25,6 +25,8 @@ class ControlPlane:
     bind_address: str
     # The endpoint of the Service `kubernetes`, None where no pod could use one.
     advertise_address: str | None
+    # How long a simulated pod takes to run once it has a node.
+    fake_pod_start_ms: int = 0
 
     @property
     def url(self) -> str:
@@ -131,7 +133,9 @@ def scheduler(plane: ControlPlane) -> Server:
 
 def kwok(plane: ControlPlane) -> Server:
     """Return kwok, which plays nodes labelled type=kwok and leaves real ones alone."""
-    stages = (POD_STAGES, plane.binaries / "node-stages.yaml")
+    pod_stages = plane.layout.etc / "pod-stages.yaml"
+    write_if_changed(pod_stages, POD_STAGES.read_text() % {"start_ms": plane.fake_pod_start_ms})
+    stages = (pod_stages, plane.binaries / "node-stages.yaml")
     flags = {
         "kubeconfig": plane.layout.etc / "kwok.kubeconfig",
         "config": ",".join(map(str, stages)),
