@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from mizzen.cli.simulate import simulate
+
 if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
 
@@ -24,6 +26,7 @@ app = typer.Typer(
 )
 keys = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+app.command()(simulate)
 
 # The settings model of the part parses these commands' own flags, `--help` included.
 _OWN_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

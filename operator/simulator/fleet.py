@@ -1,0 +1,177 @@
+"""Replicas coming and going on a pool of GPUs, and what that costs; computes no tokens.
+
+A replica holds its GPUs from the moment they are granted until its last request has ended, so
+loading and draining are paid for. What nobody holds for a while is lent to fine-tune jobs, which
+give it back within a stated time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from mizzen.operator.simulator.profile import Profile
+from mizzen.operator.simulator.replica import Replica
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lending:
+    """How idle GPUs are lent to fine-tune jobs."""
+
+    settle_s: float = 60.0  # a block is lent when nobody took it for so long
+    give_back_s: float = 15.0  # from asking until its memory is free
+    restart_s: float = 60.0  # of a lease, lost to loading and catching up
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """A replica and its way through the fleet."""
+
+    replica: Replica
+    granted_at: float  # holds its GPUs from here on
+    due_at: float  # serves from here on; infinite for one that never will
+    ready_at: float | None = None
+    draining_at: float | None = None
+    gone_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hours:
+    """Replica-hours, by what they were spent on; lent ones are not part of the total."""
+
+    total: float
+    loading: float
+    draining: float
+    lent: float
+    lent_useful: float
+
+
+@dataclass(slots=True)
+class Fleet:
+    """All replicas of one deployment on a pool that holds `blocks` of them."""
+
+    profile: Profile
+    blocks: int
+    seed: int = 0
+    lending: Lending | None = None
+    unstartable: frozenset[int] = frozenset()  # numbers of replicas that never become ready
+    itl_tokens: Counter[int] = field(default_factory=Counter)
+    members: list[Member] = field(default_factory=list)  # ever
+    ready: list[Member] = field(default_factory=list)
+    starting: list[Member] = field(default_factory=list)
+    draining: list[Member] = field(default_factory=list)
+    wanted: int = 0
+    leases: int = 0
+    _free_since: list[float] = field(default_factory=list)
+    _lent_s: float = 0.0
+    _lent_useful_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._free_since = [0.0] * self.blocks
+
+    def begin(self, replicas: int) -> None:
+        """Start the simulation with so many replicas in service."""
+        self.wanted = replicas
+        for _ in range(min(replicas, self.blocks)):
+            self._free_since.pop()
+            member = self._new_member(granted_at=0.0, due_at=0.0)
+            member.ready_at = 0.0
+            self.ready.append(member)
+
+    def scale_to(self, wanted: int, now: float) -> list[Member]:
+        """Start or drain replicas towards the wanted number; return those that begin to start."""
+        self.wanted = wanted
+        excess = len(self.ready) + len(self.starting) - wanted
+        for _ in range(excess):
+            self._remove_one(now)
+        return [self._grant(now) for _ in range(min(-excess, len(self._free_since)))]
+
+    def set_ready(self, member: Member, now: float) -> None:
+        """A replica has loaded its weights."""
+        self.starting.remove(member)
+        member.ready_at = now
+        self.ready.append(member)
+
+    def set_gone(self, member: Member, now: float) -> None:
+        """A replica's processes have ended and its GPUs are free."""
+        for group in (self.draining, self.starting, self.ready):
+            if member in group:
+                group.remove(member)
+        member.gone_at = now
+        self._free_since.append(now)
+
+    def route(self) -> Member | None:
+        """Return the least loaded ready replica, as our gateway chooses; None without one."""
+        best: Member | None = None
+        least = 1 << 60
+        for member in self.ready:
+            load = member.replica.in_flight
+            if load < least:
+                best, least = member, load
+        return best
+
+    def close(self, now: float) -> Hours:
+        """Return what was spent until now."""
+        for since in self._free_since:
+            self._end_lease(since, now)
+        spent = [self._spent(member, now) for member in self.members]
+        return Hours(
+            total=sum(total for total, _, _ in spent) / 3600,
+            loading=sum(loading for _, loading, _ in spent) / 3600,
+            draining=sum(draining for _, _, draining in spent) / 3600,
+            lent=self._lent_s / 3600,
+            lent_useful=self._lent_useful_s / 3600,
+        )
+
+    def _remove_one(self, now: float) -> None:
+        """Drop the replica whose end is felt least: one that never served, else the idlest."""
+        if self.starting:
+            self.set_gone(self.starting[-1], now)
+            return
+        member = min(self.ready, key=lambda m: (m.replica.in_flight, -m.replica.number))
+        if not member.replica.in_flight:
+            self.set_gone(member, now)
+            return
+        self.ready.remove(member)
+        member.draining_at = now
+        self.draining.append(member)
+
+    def _grant(self, now: float) -> Member:
+        # A block freed a moment ago is not lent yet; of the lent ones the youngest lease loses
+        # least. Both are the one that became free last.
+        self._free_since.sort()
+        give_back_s = self._end_lease(self._free_since.pop(), now)
+        number = len(self.members)
+        start_s = self.profile.start_up.draw_s(seed=self.seed, replica=number)
+        if number in self.unstartable:
+            start_s = float("inf")
+        granted_at = now + give_back_s
+        member = self._new_member(granted_at=granted_at, due_at=granted_at + start_s)
+        self.starting.append(member)
+        return member
+
+    def _new_member(self, *, granted_at: float, due_at: float) -> Member:
+        replica = Replica(len(self.members), self.profile, self.itl_tokens)
+        member = Member(replica, granted_at=granted_at, due_at=due_at)
+        self.members.append(member)
+        return member
+
+    def _end_lease(self, free_since: float, now: float) -> float:
+        """Count a block's lease, if it had one, and return how long its return takes."""
+        if self.lending is None or now - free_since <= self.lending.settle_s:
+            return 0.0
+        leased_s = now - free_since - self.lending.settle_s
+        self.leases += 1
+        self._lent_s += leased_s
+        self._lent_useful_s += max(0.0, leased_s - self.lending.restart_s)
+        return self.lending.give_back_s
+
+    @staticmethod
+    def _spent(member: Member, now: float) -> tuple[float, float, float]:
+        """Return the seconds (held, of these loading, of these draining)."""
+        end = now if member.gone_at is None else member.gone_at
+        if end <= member.granted_at:  # removed while its GPUs were still being given back
+            return 0.0, 0.0, 0.0
+        loaded = end if member.ready_at is None else member.ready_at
+        drained_s = 0.0 if member.draining_at is None else end - member.draining_at
+        return end - member.granted_at, loaded - member.granted_at, drained_s
