@@ -1,0 +1,191 @@
+"""How the wanted number follows the need: up at once, down late and in small steps. Pure.
+
+The rules against flapping: one window of at least two start-ups must have shown less need, a step
+takes at most a quarter away, the step time predicted for what is left must keep the limit, and
+many changes of direction within an hour double the window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+from mizzen.operator.planning import demand
+from mizzen.operator.planning.scale_history import History, Move
+from mizzen.operator.planning.scale_rules import Tuning
+from mizzen.operator.planning.scale_situation import Answer, Situation, Why
+from mizzen.operator.planning.throughput import step_s
+
+_HOUR_S = 3600.0
+_KEPT_MOVES = 32
+_STEERED = (Why.LOAD_ROSE, Why.LOAD_FELL)
+# Attainment this much above the promise counts as met with room to spare.
+_SPARE_RATIO = 0.5
+
+
+def remember(history: History, now: Situation) -> History:
+    """Return the history with this look's work and need; a gap in the signals restarts windows."""
+    tuning, need = now.rules.tuning, now.need
+    work = history.work
+    if need.work is not None:
+        work = demand.record(
+            work, need.work, now_s=now.now_s, start_s=now.sizing.start_s, tuning=tuning
+        )
+    if not need.is_complete:
+        since = now.now_s if history.unknown_since_s is None else history.unknown_since_s
+        return replace(history, work=work, needs=(), known_since_s=None, unknown_since_s=since)
+    since = now.now_s if history.known_since_s is None else history.known_since_s
+    needs = _with_need(history, now)
+    grown = replace(history, work=work, needs=needs, known_since_s=since, unknown_since_s=None)
+    return _trimmed(_with_flap_guard(grown, now), now)
+
+
+def steer(history: History, now: Situation) -> Answer:
+    """Return the number to want, from what is wanted so far and what is needed."""
+    if now.current > now.ceiling:
+        return Answer(now.ceiling, Why.BOUNDS, f"at most {now.ceiling} replicas")
+    wanted = now.bounded(now.need.replicas)
+    if wanted > now.current and now.need.candidates:
+        return Answer(wanted, Why.LOAD_ROSE, _explain(now, wanted))
+    if now.current < now.floor:
+        return Answer(now.floor, Why.BOUNDS, f"at least {now.floor} replicas")
+    if not now.need.is_complete:
+        return _blind(history, now)
+    if wanted < now.current:
+        return _step_down(history, now, wanted)
+    return Answer(now.current, Why.STEADY, _explain(now, wanted))
+
+
+def noted(history: History, answer: Answer, now_s: float) -> History:
+    """Return the history with the answer in it."""
+    moves = history.moves
+    before = history.desired
+    if before is not None and before != answer.replicas:
+        move = Move(
+            at_s=now_s,
+            before=before,
+            after=answer.replicas,
+            is_steered=answer.reason in _STEERED,
+        )
+        moves = (*moves, move)[-_KEPT_MOVES:]
+    return replace(history, desired=answer.replicas, moves=moves)
+
+
+def reversals(moves: tuple[Move, ...], *, since_s: float) -> int:
+    """Return how often load turned the direction since then."""
+    rises = [m.after > m.before for m in moves if m.is_steered and m.at_s >= since_s]
+    return sum(a != b for a, b in pairwise(rises))
+
+
+def down_window_s(history: History, *, start_s: float, tuning: Tuning, now_s: float) -> float:
+    """Return how long less must have been needed before anything is taken away."""
+    window = max(tuning.down_window_s, 2 * start_s)
+    is_flapping = history.flapping_until_s is not None and now_s < history.flapping_until_s
+    return 2 * window if is_flapping else window
+
+
+def _blind(history: History, now: Situation) -> Answer:
+    """Hold what there is; after a while run at least the fallback."""
+    fallback = now.rules.fallback
+    since = history.unknown_since_s if history.unknown_since_s is not None else now.now_s
+    if fallback is not None and now.now_s - since >= fallback.after_s:
+        count = min(max(now.current, fallback.replicas), now.ceiling)
+        formula = f"max({now.current} so far, fallback {fallback.replicas})"
+        return Answer(count, Why.FALLBACK, formula)
+    formula = f"{now.current} so far: unknown signals take nothing away"
+    return Answer(now.current, Why.SIGNALS_UNKNOWN, formula)
+
+
+def _step_down(history: History, now: Situation, wanted: int) -> Answer:
+    tuning = now.rules.tuning
+    window = down_window_s(history, start_s=now.sizing.start_s, tuning=tuning, now_s=now.now_s)
+    known_s = now.now_s - (history.known_since_s or now.now_s)
+    peak = now.bounded(_peak(history, now.now_s - window))
+    if known_s < window or peak >= now.current or _moved_down_lately(history, now):
+        formula = (
+            f"{_explain(now, wanted)}; the most within {window:.0f} s was {peak}, so "
+            f"{now.current} stay"
+        )
+        return Answer(now.current, Why.HOLDING_WINDOW, formula)
+    step = max(1, int(now.current * tuning.down_step_ratio))
+    count = max(peak, now.current - step)
+    kept = _fewest_in_time(now, count)
+    if kept >= now.current:
+        formula = f"{_explain(now, wanted)}; {count} could not keep the ITL limit"
+        return Answer(now.current, Why.STEP_DOWN_TOO_SLOW, formula)
+    formula = f"{_explain(now, wanted)}; the most within {window:.0f} s was {peak}"
+    return Answer(kept, Why.LOAD_FELL, formula)
+
+
+def _fewest_in_time(now: Situation, count: int) -> int:
+    """Return the fewest replicas from `count` up whose step time keeps well within the limit."""
+    costs, shape = now.sizing.costs, now.sizing.shape
+    arrivals = now.readings.arrivals_per_s
+    if costs is None or shape is None or arrivals is None:
+        return count
+    limit = now.rules.tuning.down_itl_ratio * now.sizing.itl_s
+    while count < now.current and step_s(costs, shape, requests_per_s=arrivals / count) > limit:
+        count += 1
+    return count
+
+
+def _with_need(history: History, now: Situation) -> tuple[tuple[float, int], ...]:
+    """Return the needs that may still be the largest of some window: times rise, needs fall."""
+    oldest = now.now_s - 2 * max(now.rules.tuning.down_window_s, 2 * now.sizing.start_s)
+    need = now.need.replicas
+    kept = [(at, count) for at, count in history.needs if count > need and at >= oldest]
+    return (*kept, (now.now_s, need))
+
+
+def _peak(history: History, since_s: float) -> int:
+    return max((count for at, count in history.needs if at >= since_s), default=0)
+
+
+def _moved_down_lately(history: History, now: Situation) -> bool:
+    since = now.now_s - now.rules.tuning.down_pause_s
+    return any(move.after < move.before and move.at_s > since for move in history.moves)
+
+
+def _with_flap_guard(history: History, now: Situation) -> History:
+    turns = reversals(history.moves, since_s=now.now_s - _HOUR_S)
+    if turns <= now.rules.tuning.reversals_per_hour:
+        return history
+    return replace(history, flapping_until_s=now.now_s + _HOUR_S)
+
+
+def _trimmed(history: History, now: Situation) -> History:
+    """Return the history with the load ratio moved a little toward the promised attainment."""
+    tuning, slo = now.rules.tuning, now.rules.slo
+    stale = tuning.stale_after_s
+    known = [
+        ratio
+        for ratio in (
+            now.seen.traffic.ttft_ok_ratio.fresh(stale),
+            now.seen.traffic.itl_ok_ratio.fresh(stale),
+        )
+        if ratio is not None
+    ]
+    at = history.trimmed_at_s
+    if at is None:
+        return replace(history, trimmed_at_s=now.now_s)
+    if not known or not slo.is_set or now.now_s - at < tuning.trim_every_s:
+        return history
+    ratio = history.load_ratio or tuning.load_ratio
+    attained = min(known)
+    spare = slo.attainment_ratio + _SPARE_RATIO * (1 - slo.attainment_ratio)
+    if attained < slo.attainment_ratio:
+        ratio -= tuning.trim_step
+    elif attained > spare:
+        ratio += tuning.trim_step
+    ratio = min(tuning.load_ratio_high, max(tuning.load_ratio_low, ratio))
+    return replace(history, load_ratio=ratio, trimmed_at_s=now.now_s)
+
+
+def _explain(now: Situation, wanted: int) -> str:
+    """Return the winning rule's formula, and what the bounds and stuck replicas made of it."""
+    text = now.need.formula
+    if now.extra:
+        text += f", and {now.extra} for a stuck replica"
+    if wanted != now.need.replicas + now.extra:
+        text += f", within {now.floor}..{now.ceiling}: {wanted}"
+    return text
