@@ -29,10 +29,16 @@ class Member:
 
     replica: Replica
     granted_at: float  # holds its GPUs from here on
-    due_at: float  # serves from here on; infinite for one that never will
+    start_s: float  # from asking for it until it serves; infinite for one that never will
     ready_at: float | None = None
     draining_at: float | None = None
     gone_at: float | None = None
+
+    def age_s(self, now: float) -> float:
+        """Return how long ago it was asked for."""
+        if self.ready_at is not None:
+            return now - self.ready_at + self.start_s
+        return max(0.0, now - self.granted_at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +80,10 @@ class Fleet:
         self.wanted = replicas
         for _ in range(min(replicas, self.blocks)):
             self._free_since.pop()
-            member = self._new_member(granted_at=0.0, due_at=0.0)
+            number = len(self.members)
+            # It was started before the simulation began, at no cost to it.
+            start_s = self.profile.start_up.draw_s(seed=self.seed, replica=number)
+            member = self._new_member(granted_at=0.0, start_s=start_s)
             member.ready_at = 0.0
             self.ready.append(member)
 
@@ -145,14 +154,13 @@ class Fleet:
         start_s = self.profile.start_up.draw_s(seed=self.seed, replica=number)
         if number in self.unstartable:
             start_s = float("inf")
-        granted_at = now + give_back_s
-        member = self._new_member(granted_at=granted_at, due_at=granted_at + start_s)
+        member = self._new_member(granted_at=now + give_back_s, start_s=give_back_s + start_s)
         self.starting.append(member)
         return member
 
-    def _new_member(self, *, granted_at: float, due_at: float) -> Member:
+    def _new_member(self, *, granted_at: float, start_s: float) -> Member:
         replica = Replica(len(self.members), self.profile, self.itl_tokens)
-        member = Member(replica, granted_at=granted_at, due_at=due_at)
+        member = Member(replica, granted_at=granted_at, start_s=start_s)
         self.members.append(member)
         return member
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mizzen.operator.planning.signals import ReplicaState
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSample:
@@ -61,7 +63,7 @@ class View:
     draining: int
     min_replicas: int
     max_replicas: int
-    grantable: int  # replicas that could be started now, lent capacity included
+    replicas: tuple[ReplicaState, ...]  # those that are ready or starting
 
     @property
     def current(self) -> int:

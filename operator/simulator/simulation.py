@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from heapq import heappop, heappush
 from itertools import count
+from math import inf
 from typing import Protocol
 
+from mizzen.operator.planning.signals import ReplicaState
 from mizzen.operator.simulator.fleet import Fleet, Hours, Lending, Member
 from mizzen.operator.simulator.profile import Profile
 from mizzen.operator.simulator.replica import Flight
@@ -270,8 +272,8 @@ class _Simulation:
     def _scale(self, wanted: int) -> None:
         draining = set(self.fleet.draining)
         for member in self.fleet.scale_to(wanted, self.now):
-            if member.due_at != float("inf"):
-                self._push(member.due_at, _Kind.READY, member)
+            if member.start_s != inf:
+                self._push(self.now + member.start_s, _Kind.READY, member)
         for member in self.fleet.draining:
             if member not in draining:
                 self._push(self.now + self.setting.drain_s, _Kind.DRAIN_ENDS, member)
@@ -327,6 +329,15 @@ class _Simulation:
             step_s_total=replica.step_seconds_by(self.now),
         )
 
+    def _state(self, member: Member) -> ReplicaState:
+        is_ready = member.ready_at is not None
+        return ReplicaState(
+            name=str(member.replica.number),
+            age_s=member.age_s(self.now),
+            is_ready=is_ready,
+            start_s=member.start_s if is_ready else None,
+        )
+
     def _decide(self) -> None:
         readable_until = self.now - self.setting.scrape_lag_s
         while self.unseen and self.unseen[0].at <= readable_until:
@@ -340,10 +351,7 @@ class _Simulation:
             draining=len(fleet.draining),
             min_replicas=setting.min_replicas,
             max_replicas=setting.max_replicas,
-            grantable=setting.max_replicas
-            - len(fleet.ready)
-            - len(fleet.starting)
-            - len(fleet.draining),
+            replicas=tuple(self._state(member) for member in (*fleet.ready, *fleet.starting)),
         )
         wanted = self.policy.wanted(view)
         wanted = min(setting.max_replicas, max(setting.min_replicas, wanted))

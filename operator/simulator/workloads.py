@@ -37,22 +37,25 @@ def ramp(
     """
     total = int((low_per_s + high_per_s) / 2 * duration_s)
     lap_s = requests[-1].arrival_s * len(requests) / max(1, len(requests) - 1)
-    stretch = total / len(requests)
-    warped = []
-    for index in range(total):
-        lap, position = divmod(index, len(requests))
-        request = requests[position]
-        # How much of the whole work has come by now, had the rate been constant.
-        share = (lap * lap_s + request.arrival_s) / (lap_s * stretch)
-        arrival_s = _time_of(share, low=low_per_s, high=high_per_s) * duration_s
-        warped.append(replace(request, arrival_s=arrival_s))
-    return warped
+    laps = (divmod(index, len(requests)) for index in range(total))
+    recorded = [
+        (lap * lap_s + requests[position].arrival_s, requests[position]) for lap, position in laps
+    ]
+    end_s = recorded[-1][0] or 1.0
+    # How much of the whole work had come by then, had the rate been constant, is what is kept.
+    return [
+        replace(
+            request,
+            arrival_s=duration_s * _time_of(at / end_s, low=low_per_s, high=high_per_s),
+        )
+        for at, request in recorded
+    ]
 
 
 def _time_of(share: float, *, low: float, high: float) -> float:
     """Return when (0 to 1) this share of a triangle's area has passed."""
     if share > 0.5:
-        return 1 - _time_of(1 - min(share, 1.0), low=low, high=high)
+        return 1 - _time_of(1 - share, low=low, high=high)
     mean = (low + high) / 2
     # Area until t, t < 1/2: low*t + (high-low)*t^2, which is to be share*mean.
     slope = high - low

@@ -10,6 +10,7 @@ from mizzen.operator.simulator.policies.hpa import on_kv, on_queue
 from mizzen.operator.simulator.policies.keda import KedaConcurrency
 from mizzen.operator.simulator.policies.knative import KnativeKpa
 from mizzen.operator.simulator.policies.kubeai import KubeAi
+from mizzen.operator.simulator.policies.mizzen import Mizzen, rules_of
 from mizzen.operator.simulator.policies.wva import Wva
 from mizzen.operator.simulator.simulation import Policy, Setting
 
@@ -30,6 +31,7 @@ _TUNABLE: dict[str, tuple[float, Callable[[float], Policy]]] = {
 }
 # What follows from the setting and has no number of its own to tune.
 _SELF_TUNED: dict[str, Callable[[Setting], Policy]] = {
+    "mizzen": lambda setting: Mizzen(rules_of(setting)),
     "wva": lambda setting: Wva(),
     "dynamo-load": lambda setting: DynamoLoad(
         Sla(ttft_s=setting.objective.ttft_s, itl_s=setting.objective.itl_s),
