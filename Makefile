@@ -67,7 +67,7 @@ format: venv  ## Format the code
 
 .PHONY: unit
 unit: venv  ## Tests that need neither a cluster nor the network
-	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -q
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit tests/sim -q
 
 .PHONY: api
 api: venv bin  ## The operator and the gateway against a real API server with simulated nodes

@@ -71,6 +71,9 @@ def simulate(
     from mizzen.operator.simulator.traces import load_trace, parse_format
     from mizzen.operator.simulator.workloads import multiply
 
+    if min > max:
+        typer.echo(f"--min {min} is above --max {max}.", err=True)
+        raise typer.Exit(2)
     try:
         setting = Setting(
             profile=Profile(
