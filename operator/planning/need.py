@@ -165,7 +165,9 @@ def compute_need(readings: Readings, history: History, rules: ScaleRules, sizing
     if rules.slo.is_set or not rules.targets.is_set:
         work = offered_work(readings, sizing)
         is_complete = work is not None and readings.waiting is not None
-        if work is not None:
+        if work is not None and sizing.capacity is None:
+            candidates.append(_unsized(work, readings, rules))
+        elif work is not None:
             tuning = rules.tuning
             seen = forecast(history.work, work, start_s=sizing.start_s, tuning=tuning)
             candidates += _from_work(work, seen, readings, history, rules, sizing)
@@ -192,6 +194,21 @@ def first_size(held: float, history: History, rules: ScaleRules, sizing: Sizing)
     return Candidate(replicas=count, formula=formula)
 
 
+def _unsized(work: float, readings: Readings, rules: ScaleRules) -> Candidate:
+    """Without a known capacity nothing is foretold, and at most twice what serves is asked for.
+
+    Too few replicas make requests pile up on them, which reads as yet more work: without a bound
+    the first minute of a deployment would end at the maximum.
+    """
+    most = 2 * max(1, readings.ready)
+    plan = min(most, math.ceil(_rounded(work / rules.tuning.load_ratio)))
+    return Candidate(
+        replicas=plan,
+        formula=f"guess {plan} = ceil({_n(work)} replicas of work, from requests in flight / "
+        f"{_n(rules.tuning.load_ratio)} load ratio), at most {most} until capacity is known",
+    )
+
+
 def _from_work(
     work: float,
     seen: Forecast,
@@ -202,10 +219,19 @@ def _from_work(
 ) -> Iterator[Candidate]:
     tuning = rules.tuning
     ratio = history.load_ratio or tuning.load_ratio
-    plan = math.ceil(_rounded(seen.peak / ratio))
+    steady = max(seen.now, seen.mean)
+    plan = math.ceil(_rounded(steady / ratio))
     yield Candidate(
         replicas=plan,
-        formula=f"plan {plan} = ceil({_n(seen.peak)} replicas of work / {_n(ratio)} load ratio)",
+        formula=f"plan {plan} = ceil({_n(steady)} replicas of work / {_n(ratio)} load ratio)",
+    )
+    ahead = max(seen.trend, seen.reserve)
+    fullest = tuning.peak_ratio * ratio / tuning.load_ratio
+    reserve = math.ceil(_rounded(ahead / fullest))
+    yield Candidate(
+        replicas=reserve,
+        formula=f"reserve {reserve} = ceil({_n(ahead)} replicas of work by the time a new "
+        f"replica serves / {_n(fullest)})",
     )
     if sizing.costs and history.shape and readings.waiting:
         backlog = readings.waiting + (readings.held or 0.0)
@@ -218,7 +244,7 @@ def _from_work(
             f"queued prompts / {_n(tuning.drain_s)} s)",
         )
     if history.work.is_bursty:
-        burst = math.ceil(_rounded(history.work.burst_floor))
+        burst = math.ceil(_rounded(history.work.burst_floor / fullest))
         yield Candidate(
             replicas=burst,
             formula=f"burst {burst} = ceil({_n(history.work.burst_floor)} replicas of work, "

@@ -65,6 +65,7 @@ class Tuning:
     stale_after_s: float = 15.0  # three scrapes
     bucket_s: float = 10.0
     load_ratio: float = 0.8  # how full replicas are planned to be
+    peak_ratio: float = 1.0  # how full they may be when work is as high as it may become
     load_ratio_low: float = 0.65
     load_ratio_high: float = 0.9
     trim_step: float = 0.02

@@ -27,7 +27,8 @@ def remember(history: History, now: Situation) -> History:
     """Return the history with this look's work and need; a gap in the signals restarts windows."""
     tuning, need = now.rules.tuning, now.need
     work = history.work
-    if need.work is not None:
+    # Work guessed from concurrency is no measure that later work could be compared with.
+    if need.work is not None and now.sizing.capacity is not None:
         work = demand.record(
             work, need.work, now_s=now.now_s, start_s=now.sizing.start_s, tuning=tuning
         )
