@@ -34,6 +34,15 @@ class OperatorConfig(BaseSettings):
 
     workers: int = Field(16, ge=1, description="Reconciles at the same time.")
     resync_s: float = Field(300.0, gt=0, description="Between two full relists.")
+    autoscale_s: float = Field(5.0, gt=0, description="Between two looks of the autoscaler.")
+    prometheus_url: str = Field(
+        "",
+        description="Prometheus to read the load from, such as http://prometheus:9090; empty: "
+        "the operator scrapes gateways and runtimes itself.",
+    )
+    metrics_interval_s: float = Field(
+        5.0, gt=0, description="Between two scrapes of a target; three missed ones are unknown."
+    )
     health_host: str = "0.0.0.0"
     health_port: int = Field(8002, ge=0, description="/healthz, /readyz and /metrics.")
     stuck_after_s: float = Field(

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ import kopf
 from mizzen.operator import handlers
 from mizzen.operator.config import OperatorConfig
 from mizzen.operator.controllers import finetunejob, llmdeployment
+from mizzen.operator.controllers.autoscaler import Autoscaler
 from mizzen.operator.engine.key import Key
 from mizzen.operator.engine.lease import Lease, LeaseTimes
 from mizzen.operator.engine.results import Result
@@ -35,6 +37,10 @@ from mizzen.operator.kube.leases import LeaseObject
 from mizzen.operator.kube.relist import relist
 from mizzen.operator.kube.store import Store
 from mizzen.operator.kube.transport import HttpTransport, Transport
+from mizzen.operator.metrics.gateways import Gateways
+from mizzen.operator.metrics.prometheus import PrometheusSource
+from mizzen.operator.metrics.scrape import ScrapeSource
+from mizzen.operator.metrics.source import MetricsSource
 from mizzen.operator.namespaces import Namespaces
 from mizzen.operator.nodes import NodeSizes
 from mizzen.operator.routing import DEPLOYMENT, INDEXES, JOB, neighbours, route
@@ -59,6 +65,8 @@ class Parts:
     store: Store
     kube: Kube
     facts: Facts
+    autoscaler: Autoscaler
+    metrics: MetricsSource
     lease: Lease
     health: Health
 
@@ -89,6 +97,8 @@ def assemble(config: OperatorConfig, transport: Transport) -> Parts:
         namespaces=Namespaces(config),
         nodes=NodeSizes(),
     )
+    metrics = metrics_source(config, kube)
+    autoscaler = Autoscaler(kube=kube, facts=facts, source=metrics, on_change=queue.add)
     times = LeaseTimes(
         duration_s=config.lease_duration_s,
         renew_s=config.lease_renew_s,
@@ -104,9 +114,18 @@ def assemble(config: OperatorConfig, transport: Transport) -> Parts:
         store=store,
         kube=kube,
         facts=facts,
+        autoscaler=autoscaler,
+        metrics=metrics,
         lease=lease,
         health=health,
     )
+
+
+def metrics_source(config: OperatorConfig, kube: Kube) -> MetricsSource:
+    """Return where the load is read: Prometheus where one is named, else the processes."""
+    if config.prometheus_url:
+        return PrometheusSource(config.prometheus_url, scrape_s=config.metrics_interval_s)
+    return ScrapeSource(Gateways(kube, config.namespace, time.monotonic))
 
 
 def reconcilers(parts: Parts) -> dict[str, Reconcile]:
@@ -118,7 +137,11 @@ def reconcilers(parts: Parts) -> dict[str, Reconcile]:
 
         return call
 
-    return {DEPLOYMENT: bind(llmdeployment.reconcile), JOB: bind(finetunejob.reconcile)}
+    async def reconcile_deployment(key: Key) -> Result:
+        parts.autoscaler.notice(key)  # a wake should not wait for the next round
+        return await bind(llmdeployment.reconcile)(key)
+
+    return {DEPLOYMENT: reconcile_deployment, JOB: bind(finetunejob.reconcile)}
 
 
 async def lead(parts: Parts, stop: asyncio.Event) -> None:
@@ -137,13 +160,18 @@ async def lead(parts: Parts, stop: asyncio.Event) -> None:
         )
     )
     watching = asyncio.create_task(watch(parts, stop_watching))
+    scaling = asyncio.create_task(
+        parts.autoscaler.run(every_s=parts.config.autoscale_s, clock=partial(datetime.now, UTC))
+    )
     others = [
+        scaling,
         asyncio.create_task(parts.lease.keep()),
         asyncio.create_task(keep_in_step(parts)),
         asyncio.create_task(stop.wait()),
     ]
     ended, _ = await asyncio.wait([workers, watching, *others], return_when=asyncio.FIRST_COMPLETED)
     stop_watching.set()
+    scaling.cancel()  # it writes too, and the Lease may be gone
     await finish(parts, workers)
     for task in others:
         task.cancel()
@@ -237,6 +265,7 @@ async def run(config: OperatorConfig) -> None:
             await parts.lease.release()
             await parts.facts.runtimes.close()
             await parts.facts.trainers.close()
+            await parts.metrics.close()
             await runner.cleanup()
 
 

@@ -54,6 +54,16 @@ class Observed:
         return self.serving.spec
 
     @property
+    def desired(self) -> int:
+        """How many replicas should run: a fixed number, or what the autoscaler wants."""
+        return self.spec.wanted_replicas((self.status.get("scaling") or {}).get("desired"))
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether requests are held back, because the deployment is about to rest."""
+        return bool((self.status.get("scaling") or {}).get("holding"))
+
+    @property
     def status(self) -> Json:
         """The status as it was last written."""
         return self.resource.get("status") or {}

@@ -25,7 +25,7 @@ class Plan:
     children: tuple[Json, ...]
     create: tuple[tuple[Json, ...], ...]  # groups of pods
     drain: tuple[Group, ...]
-    close: tuple[Group, ...]  # draining, but the gate still says in service
+    close: tuple[Group, ...]  # draining or held back, but the gate still says in service
     remove: tuple[Group, ...]  # serve nobody, or have drained
     prune: tuple[Json, ...]
     look_again_after_s: float | None
@@ -42,7 +42,7 @@ def plan_deployment(observed: Observed, *, now: datetime) -> Plan:
     step = next_step(
         [group.replica for group in observed.groups],
         revision=observed.revision,
-        desired=spec.desired_replicas,
+        desired=observed.desired,
         budget=Budget(surge=spec.rollout.max_surge, unavailable=spec.rollout.max_unavailable),
         now=now,
     )
@@ -50,12 +50,12 @@ def plan_deployment(observed: Observed, *, now: datetime) -> Plan:
     draining = [g for g in observed.groups if g.standing is Standing.DRAINING]
     drained = [g for g in draining if _is_drained(g, observed, now)]
     has_loaded = observed.has_service or any(group.has_loaded for group in observed.groups)
-    children = build_children(observed.serving, has_loaded=has_loaded)
+    children = build_children(observed.serving, has_loaded=has_loaded, replicas=observed.desired)
     return Plan(
         children=children,
         create=(*_incomplete(observed), *_new_groups(step, observed, groups)),
         drain=tuple(groups[replica] for replica in step.drain),
-        close=tuple(g for g in draining if g.is_gate_open and g not in drained),
+        close=(*(g for g in draining if g.is_gate_open and g not in drained), *_held(observed)),
         remove=(*(groups[replica] for replica in step.remove), *drained),
         prune=_prune(observed.children, children),
         look_again_after_s=_soonest(
@@ -71,6 +71,8 @@ def gates_to_open(observed: Observed, plan: Plan, adapters: AdaptersSeen) -> lis
     adapter that could still be loaded holds the gate.
     """
     leaving = {group.replica for group in (*plan.drain, *plan.remove)}
+    if observed.is_holding:
+        return []
     return [
         group
         for group in observed.groups
@@ -81,6 +83,13 @@ def gates_to_open(observed: Observed, plan: Plan, adapters: AdaptersSeen) -> lis
         and not group.is_gate_open
         and group.address not in adapters.incomplete
     ]
+
+
+def _held(observed: Observed) -> list[Group]:
+    """Return the replicas to take out of service while it is checked whether anybody asks."""
+    if not observed.is_holding:
+        return []
+    return [g for g in observed.groups if g.standing is Standing.IN_SERVICE and g.is_gate_open]
 
 
 def _is_drained(group: Group, observed: Observed, now: datetime) -> bool:

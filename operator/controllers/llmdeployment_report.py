@@ -40,6 +40,7 @@ from mizzen.operator.status.llmdeployment import (
     next_status,
 )
 from mizzen.operator.status.reasons import Reason
+from mizzen.operator.status.scaling import SCALING, scaling_seen
 
 _FAILURES: tuple[tuple[type[KubeError], Reason], ...] = (
     (AdminTokenMissingError, Reason.ADMIN_TOKEN_MISSING),
@@ -72,7 +73,7 @@ async def report(
 
 async def report_refusal(resource: Json, why: str, kube: Kube, *, now: datetime) -> None:
     """Say that the spec cannot be followed; whatever runs is left as it is."""
-    previous = resource.get("status") or {}
+    previous = {k: v for k, v in (resource.get("status") or {}).items() if k != SCALING}
     generation = int(resource["metadata"]["generation"])
     conditions = [
         Condition(type_, status, Reason.INVALID_SPEC, why)
@@ -105,9 +106,9 @@ def what_is_seen(
     return Seen(
         generation=observed.generation,
         revision=observed.revision,
-        desired=spec.desired_replicas,
+        desired=observed.desired,
         max_unavailable=spec.rollout.max_unavailable,
-        is_scaled=spec.scaling is not None,
+        scaling=scaling_seen(observed.status) if spec.scaling else None,
         url=f"http://{serving.name}.{serving.namespace}.svc.{domain}:{labels.HTTP_PORT}/v1",
         selector=f"{labels.DEPLOYMENT}={serving.name},{labels.RANK}=0",
         devices_per_pod=spec.devices_per_pod,
@@ -147,10 +148,10 @@ def _failure(error: KubeError | None) -> Cause | None:
 
 
 async def _write(resource: Json, status: Document, kube: Kube, now: datetime) -> None:
-    previous = resource.get("status") or {}
+    previous = {k: v for k, v in (resource.get("status") or {}).items() if k != SCALING}
     if previous == status:
         return
-    await kube.apply_status(resource, status)
+    await kube.apply_status(resource, status, apart=SCALING)
     for flip in news(previous, status):
         event = Event(
             about=resource,

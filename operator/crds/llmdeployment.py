@@ -13,6 +13,7 @@ from mizzen.operator.crds.common import (
     PodTemplatePatch,
     cel,
 )
+from mizzen.operator.crds.scaling import Scaling, ScalingStatus
 
 KIND = "LLMDeployment"
 PLURAL = "llmdeployments"
@@ -51,22 +52,6 @@ class Model(ApiModel):
         Literal["auto", "float32", "bfloat16"],
         Field(description="Number format of the weights in memory; auto follows the device."),
     ] = "auto"
-
-
-class Scaling(ApiModel):
-    """Bounds for a deployment whose size is not fixed."""
-
-    rules = (cel("self.min <= self.max", "scaling.min must not be larger than scaling.max."),)
-
-    min: Annotated[
-        int,
-        Field(
-            ge=0,
-            le=1000,
-            description="Fewest replicas. One replica always stays in service.",
-        ),
-    ] = 1
-    max: Annotated[int, Field(ge=1, le=1000, description="Most replicas.")]
 
 
 class Parallelism(ApiModel):
@@ -181,8 +166,21 @@ class LLMDeploymentSpec(ApiModel):
 
     rules = (
         cel(
-            "!(has(self.replicas) && has(self.scaling))",
-            "Set replicas for a fixed size or scaling for bounds, not both.",
+            "!(has(self.replicas) && has(self.scaling)) || self.scaling.dryRun",
+            "Set replicas for a fixed size or scaling for bounds, not both; scaling.dryRun true "
+            "beside replicas only reports.",
+        ),
+        cel(
+            "!has(self.scaling) || !has(self.scaling.budget) || "
+            "self.accelerator.resource != 'none'",
+            "scaling.budget.gpus needs accelerator.resource, such as nvidia.com/gpu.",
+        ),
+        cel(
+            "!has(self.scaling) || !has(self.scaling.budget) || self.scaling.budget.gpus >= "
+            "(self.scaling.min > 1 ? self.scaling.min : 1) * (has(self.accelerator.count) ? "
+            "self.accelerator.count * self.parallelism.nodes : self.parallelism.tensor)",
+            "scaling.budget.gpus is less than what scaling.min replicas (at least one) hold: "
+            "raise it, or lower scaling.min or the devices of a replica.",
         ),
         cel(
             "!has(self.accelerator.count) || self.accelerator.resource != 'none'",
@@ -212,7 +210,8 @@ class LLMDeploymentSpec(ApiModel):
         ),
     ] = None
     scaling: Annotated[
-        Scaling | None, Field(description="Bounds instead of a fixed number of replicas.")
+        Scaling | None,
+        Field(description="Bounds and goals instead of a fixed number of replicas."),
     ] = None
     accelerator: Annotated[Accelerator, Field(description="The devices each pod asks for.")] = (
         Accelerator()
@@ -244,10 +243,21 @@ class LLMDeploymentSpec(ApiModel):
 
     @property
     def desired_replicas(self) -> int:
-        """How many replicas should run."""
+        """How many replicas should run, before the autoscaler said anything."""
         if self.replicas is not None:
             return self.replicas
         return max(1, self.scaling.min) if self.scaling else 1
+
+    def wanted_replicas(self, scaled: int | None) -> int:
+        """Return how many replicas should run; `scaled` is what the autoscaler wants, if it did."""
+        if self.replicas is not None or self.scaling is None or scaled is None:
+            return self.desired_replicas
+        return scaled
+
+    @property
+    def devices_per_replica(self) -> int:
+        """Devices one replica requests; 0 on the CPU."""
+        return self.devices_per_pod * self.parallelism.nodes
 
     @property
     def devices_per_pod(self) -> int:
@@ -342,11 +352,15 @@ class LLMDeploymentStatus(ApiModel):
             },
         ),
     ] = None
+    scaling: Annotated[
+        ScalingStatus | None,
+        Field(description="The autoscaler's answer, and what it was made of."),
+    ] = None
     conditions: Annotated[
         Conditions | None,
         Field(
-            description="Ready, Accepted, Available, Progressing, AdaptersReady and Degraded, "
-            "and Reconciling or Stalled while they are true."
+            description="Ready, Accepted, Available, Progressing, ScalingActive, AdaptersReady "
+            "and Degraded, and Reconciling or Stalled while they are true."
         ),
     ] = None
 

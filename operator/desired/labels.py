@@ -25,6 +25,8 @@ GROUP_SIZE = "mizzen.dev/group-size"  # pods that make up the replica
 RESTARTS = "mizzen.dev/restarts"  # failures in a row before this replica was made
 LAST_FAILURE = "mizzen.dev/last-failure"  # JSON: reason and message of the latest of them
 
+WAKE = "mizzen.dev/wake"  # on the LLMDeployment, by the gateways: TIME;held=N
+
 IN_SERVICE_GATE = "mizzen.dev/in-service"
 
 ROLE_RUNTIME = "runtime"

@@ -140,24 +140,42 @@ class Kube:
                 raise
             return live
 
-    async def apply_status(self, resource: Json, status: Json) -> Json:
+    async def apply_status(self, resource: Json, status: Json, *, apart: str = "") -> Json:
         """Write the resource's status unless it says so already; return the resource.
+
+        `apart` names a field of the status that `apply_status_field` writes: it stays as it is.
 
         Raises:
             Conflict: the resource was deleted and made anew meanwhile.
         """
         ref = Ref.of(resource)
         live = self.store.get(ref) or resource
-        if live.get("status") == status and uid_of(live) == uid_of(resource):
+        known = {k: v for k, v in (live.get("status") or {}).items() if k != apart}
+        if known == status and uid_of(live) == uid_of(resource):
             self.observer.wrote(ref.kind, "skipped")
             return live
+        return await self._apply_status(resource, status, manager=STATUS)
+
+    async def apply_status_field(self, resource: Json, field: str, value: Json | None) -> Json:
+        """Write one field of the status under a manager of its own; None takes it away.
+
+        So two parts of the operator write one status, and neither undoes what the other says.
+
+        Raises:
+            Conflict: the resource was deleted and made anew meanwhile.
+        """
+        status = {} if value is None else {field: value}
+        return await self._apply_status(resource, status, manager=f"mizzen-{field}")
+
+    async def _apply_status(self, resource: Json, status: Json, *, manager: str) -> Json:
+        ref = Ref.of(resource)
         body = {
             "apiVersion": ref.api_version,
             "kind": ref.kind,
             "metadata": {"name": ref.name, "namespace": ref.namespace, "uid": uid_of(resource)},
             "status": status,
         }
-        query = {"fieldManager": STATUS, "force": "true"}
+        query = {"fieldManager": manager, "force": "true"}
         path = object_path(ref, "status")
         written = await self._write("PATCH", path, ref, body, APPLY, query)
         self.on_status(written)

@@ -34,6 +34,7 @@ _REPLACED_WHEN_STUCK = 1
 class Decision:
     """The answer, and all that explains it."""
 
+    at_s: float
     replicas: int
     reason: Why
     formula: str  # with its numbers
@@ -61,6 +62,7 @@ def decide(history: History, observation: Observation, config: ScaleRules) -> De
     answer, history = _answer(history, now)
     history = replace(history, wake_token=observation.wake.token)
     return Decision(
+        at_s=now.now_s,
         replicas=answer.replicas,
         reason=answer.reason,
         formula=answer.formula,

@@ -27,6 +27,10 @@ class Why(StrEnum):
     IDLE = "Idle"
 
 
+# Moves for other reasons are no sign that the load makes the number flap.
+LOAD_REASONS = (Why.LOAD_ROSE, Why.LOAD_FELL)
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A number with its reason, and the formula with its numbers."""

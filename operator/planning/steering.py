@@ -13,12 +13,11 @@ from itertools import pairwise
 from mizzen.operator.planning import demand
 from mizzen.operator.planning.scale_history import History, Move
 from mizzen.operator.planning.scale_rules import Tuning
-from mizzen.operator.planning.scale_situation import Answer, Situation, Why
+from mizzen.operator.planning.scale_situation import LOAD_REASONS, Answer, Situation, Why
 from mizzen.operator.planning.throughput import step_s
 
 _HOUR_S = 3600.0
 _KEPT_MOVES = 32
-_STEERED = (Why.LOAD_ROSE, Why.LOAD_FELL)
 # Attainment this much above the promise counts as met with room to spare.
 _SPARE_RATIO = 0.5
 
@@ -66,7 +65,7 @@ def noted(history: History, answer: Answer, now_s: float) -> History:
             at_s=now_s,
             before=before,
             after=answer.replicas,
-            is_steered=answer.reason in _STEERED,
+            is_steered=answer.reason in LOAD_REASONS,
         )
         moves = (*moves, move)[-_KEPT_MOVES:]
     return replace(history, desired=answer.replicas, moves=moves)

@@ -22,6 +22,7 @@ from mizzen.operator.status.conditions import (
     next_conditions,
 )
 from mizzen.operator.status.reasons import Reason
+from mizzen.operator.status.scaling import ScalingSeen
 
 _THERE = (Standing.FAILED, Standing.STARTING, Standing.UNREADY, Standing.IN_SERVICE)
 _STATES = {
@@ -36,6 +37,7 @@ _STATES = {
 _EVENT_CONDITIONS = (
     ConditionType.ACCEPTED,
     ConditionType.READY,
+    ConditionType.SCALING_ACTIVE,
     ConditionType.ADAPTERS_READY,
     ConditionType.DEGRADED,
 )
@@ -88,7 +90,7 @@ class Seen:
     revision: str
     desired: int
     max_unavailable: int
-    is_scaled: bool  # by bounds instead of a fixed number
+    scaling: ScalingSeen | None  # None: the number of replicas is fixed
     url: str
     selector: str
     devices_per_pod: int
@@ -293,11 +295,10 @@ def _progressing(seen: Seen, progress: tuple[Reason, str], *, is_stalled: bool) 
 
 def _scaling_active(seen: Seen) -> Condition:
     type_ = ConditionType.SCALING_ACTIVE
-    if seen.is_scaled:
-        message = "The deployment is kept at spec.scaling.min replicas, at least one."
-        return Condition(type_, True, Reason.SCALING_MINIMUM, message)
-    message = "The number of replicas is fixed by spec.replicas."
-    return Condition(type_, False, Reason.SCALING_DISABLED, message)
+    if seen.scaling is None:
+        message = "The number of replicas is fixed by spec.replicas."
+        return Condition(type_, False, Reason.SCALING_DISABLED, message)
+    return Condition(type_, seen.scaling.is_active, seen.scaling.reason, seen.scaling.message)
 
 
 def _adapters_ready(seen: Seen) -> Condition:

@@ -18,7 +18,10 @@ class Reason(StrEnum):
     SETTLED = "Settled"
     SCALED_TO_ZERO = "ScaledToZero"
     SCALING_DISABLED = "ScalingDisabled"
-    SCALING_MINIMUM = "KeepsMinimum"
+    SCALING_ON_LOAD = "FollowsLoad"
+    SCALING_NOT_YET = "NotYetDecided"
+    SCALING_DRY_RUN = "DryRun"
+    CAPACITY_UNKNOWN = "CapacityUnknown"
     ADAPTERS_LOADED = "AdaptersLoaded"
     NO_ADAPTERS = "NoAdapters"
 
@@ -27,6 +30,14 @@ class Reason(StrEnum):
     ROLLING_OUT = "RollingOut"
     DRAINING = "Draining"
     LOADING_ADAPTERS = "LoadingAdapters"
+
+    # The autoscaler cannot do what it was asked for.
+    SIGNALS_UNKNOWN = "SignalsUnknown"
+    OTHER_AUTOSCALER = "OtherAutoscaler"
+    TIME_ZONE_UNKNOWN = "TimeZoneUnknown"
+    SCALING_LIMITED = "ScalingLimited"
+    SLO_UNREACHABLE = "SloUnreachable"
+    REPLICAS_STUCK = "ReplicasStuck"
 
     # The spec or the cluster must change.
     INVALID_SPEC = "InvalidSpec"

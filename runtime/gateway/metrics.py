@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from mizzen.runtime.gateway.directory import Directory, ServedModel
@@ -39,6 +39,7 @@ class GatewayMetrics:
             buckets=_TTFB_BUCKETS_S,
             registry=self.registry,
         )
+        self._arrivals: dict[tuple[str, str], int] = {}
         self._retries = Counter(
             "mizzen_gateway_retries",
             "Requests sent on to another replica before the first byte, by reason.",
@@ -59,9 +60,11 @@ class GatewayMetrics:
         )
         self._picked: dict[str, set[tuple[str, str]]] = {}
         self.registry.register(_ReadyEndpoints(directory))
+        self.registry.register(_Arrivals(directory, self._arrivals))
 
     def on_start(self, model: ServedModel) -> None:
         """A request for a known model begins."""
+        self._arrivals[_labels(model)] = self._arrivals.get(_labels(model), 0) + 1
         self._in_flight.labels(*_labels(model)).inc()
 
     def on_end(self, model: ServedModel) -> None:
@@ -108,6 +111,22 @@ class _ReadyEndpoints(Collector):
         )
         for _, model in self._directory.models():
             family.add_metric(_labels(model), self._directory.ready_count(model.key))
+        yield family
+
+
+class _Arrivals(Collector):
+    """Counts requests as they come; autoscalers need the series before the first one."""
+
+    def __init__(self, directory: Directory, counts: dict[tuple[str, str], int]) -> None:
+        self._directory = directory
+        self._counts = counts
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(
+            "mizzen_gateway_arrivals", "Requests that arrived.", labels=_MODEL_LABELS
+        )
+        for _, model in self._directory.models():
+            family.add_metric(_labels(model), self._counts.get(_labels(model), 0))
         yield family
 
 

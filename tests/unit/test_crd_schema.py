@@ -106,19 +106,23 @@ def test_the_check_fails_on_drift(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert generate.main(["crds", "--check"]) == 0
 
 
-REPLICAS: dict[str, tuple[dict[str, Any], int]] = {
-    "one when nothing is said": ({}, 1),
-    "the fixed number": ({"replicas": 3}, 3),
-    "none when asked for none": ({"replicas": 0}, 0),
-    "the lower bound": ({"scaling": {"min": 2, "max": 4}}, 2),
-    "at least one between bounds": ({"scaling": {"min": 0, "max": 4}}, 1),
+REPLICAS: dict[str, tuple[dict[str, Any], int | None, int]] = {
+    "one when nothing is said": ({}, None, 1),
+    "the fixed number": ({"replicas": 3}, None, 3),
+    "the fixed number, whatever a former answer said": ({"replicas": 3}, 5, 3),
+    "none when asked for none": ({"replicas": 0}, None, 0),
+    "the lower bound before the first answer": ({"scaling": {"min": 2, "max": 4}}, None, 2),
+    "at least one before the first answer": ({"scaling": {"min": 0, "max": 4}}, None, 1),
+    "the autoscaler's answer": ({"scaling": {"min": 0, "max": 4}}, 3, 3),
+    "the autoscaler's zero": ({"scaling": {"min": 0, "max": 4}}, 0, 0),
+    "one after scaling was removed": ({}, 4, 1),
 }
 
 
-@pytest.mark.parametrize(("extra", "expected"), REPLICAS.values(), ids=REPLICAS)
-def test_desired_replicas(extra: dict[str, Any], expected: int) -> None:
+@pytest.mark.parametrize(("extra", "scaled", "expected"), REPLICAS.values(), ids=REPLICAS)
+def test_wanted_replicas(extra: dict[str, Any], scaled: int | None, expected: int) -> None:
     spec = LLMDeploymentSpec.parse({"model": {"source": "pvc://models/m"}, **extra})
-    assert spec.desired_replicas == expected
+    assert spec.wanted_replicas(scaled) == expected
 
 
 DEVICES: dict[str, tuple[dict[str, Any], int]] = {

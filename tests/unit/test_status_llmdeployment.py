@@ -21,6 +21,7 @@ from mizzen.operator.status.llmdeployment import (
     next_status,
 )
 from mizzen.operator.status.reasons import Reason
+from mizzen.operator.status.scaling import scaling_seen
 
 NOW = datetime(2026, 9, 1, 12, 0, 0, tzinfo=UTC)
 BAD = Cause(Reason.NOT_A_MODEL, "No config.json.")
@@ -35,7 +36,7 @@ def replica(standing: S, revision: str = "new", slot: int = 0, **more: Any) -> R
 def seen(*replicas: ReplicaSeen, desired: int = 1, **more: Any) -> Seen:
     facts: dict[str, Any] = {
         "generation": 3, "revision": "new", "desired": desired, "max_unavailable": 0,
-        "is_scaled": False, "url": "http://x.team.svc:8000/v1", "selector": "a=b",
+        "scaling": None, "url": "http://x.team.svc:8000/v1", "selector": "a=b",
         "devices_per_pod": 2, "replicas": replicas,
     }  # fmt: skip
     return Seen(**(facts | more))
@@ -102,9 +103,17 @@ CASES: dict[str, tuple[Seen, str, dict[str, tuple[str, str]]]] = {
         seen(desired=0), "Stopped",
         {"Ready": ("True", "ScaledToZero"), "Available": ("False", "ScaledToZero")},
     ),
-    "kept within bounds": (
-        seen(replica(S.IN_SERVICE), is_scaled=True), "Ready",
-        {"ScalingActive": ("True", "KeepsMinimum")},
+    "not looked at by the autoscaler yet": (
+        seen(replica(S.IN_SERVICE), scaling=scaling_seen({})), "Ready",
+        {"ScalingActive": ("Unknown", "NotYetDecided"), "Ready": ("True", "InService")},
+    ),
+    "load that is not known": (
+        seen(
+            replica(S.IN_SERVICE),
+            scaling=scaling_seen({"scaling": {"state": "SignalsUnknown", "message": "No data."}}),
+        ),
+        "Ready",
+        {"ScalingActive": ("False", "SignalsUnknown"), "Ready": ("True", "InService")},
     ),
     "a spec that cannot be followed": (
         seen(refusal=Cause(Reason.INVALID_SPEC, "spec.replicas: not a number")), "Failed",
