@@ -57,6 +57,9 @@ def simulate(
         int, typer.Option(help="Engine: most tokens computed in one step.")
     ] = 2048,
     gpus: Annotated[int, typer.Option(help="GPUs of one replica.")] = 4,
+    warm_up_seconds: Annotated[
+        float, typer.Option(help="Simulate this long before anything counts.")
+    ] = 0,
     lend: Annotated[bool, typer.Option(help="Lend idle GPUs to fine-tune jobs.")] = False,
     seed: Annotated[int, typer.Option(help="Of the start-up times.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -95,6 +98,7 @@ def simulate(
             initial_replicas=initial if initial is not None else min or 1,
             drain_s=drain_seconds,
             lending=Lending() if lend else None,
+            warm_up_s=warm_up_seconds,
             seed=seed,
         )
         if plot is not None:

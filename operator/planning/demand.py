@@ -14,7 +14,7 @@ from mizzen.operator.planning.scale_history import WorkLog
 from mizzen.operator.planning.scale_rules import Tuning
 
 _MEAN_S = 120.0
-_FEWEST_FOR_BURSTS = 30  # buckets
+_FEWEST_FOR_BURSTS = 12  # buckets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,11 +76,12 @@ class Tuning:
     burst_enter: float = 0.6
     burst_leave: float = 0.4
     burst_window_s: float = 1800.0
+    burst_factor: float = 3.0  # times the quantile: a burst within ten seconds is higher yet
     memory_s: float = 3600.0
     drain_s: float = 10.0  # a backlog is to be gone in this time
     cold_concurrency: float = 8.0  # per replica, while its capacity is unknown
     default_itl_s: float = 0.1
-    down_window_s: float = 180.0
+    down_window_s: float = 300.0
     down_step_ratio: float = 0.25
     down_pause_s: float = 60.0
     down_itl_ratio: float = 0.85  # predicted step time after a step down, of the ITL limit

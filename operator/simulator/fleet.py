@@ -119,11 +119,11 @@ class Fleet:
                 best, least = member, load
         return best
 
-    def close(self, now: float) -> Hours:
-        """Return what was spent until now."""
-        for since in self._free_since:
-            self._end_lease(since, now)
-        spent = [self._spent(member, now) for member in self.members]
+    def close(self, now: float, *, since: float = 0.0) -> Hours:
+        """Return what was spent from `since` until now; lent hours are counted from the start."""
+        for free_since in self._free_since:
+            self._end_lease(free_since, now)
+        spent = [_spent(member, since, now) for member in self.members]
         return Hours(
             total=sum(total for total, _, _ in spent) / 3600,
             loading=sum(loading for _, loading, _ in spent) / 3600,
@@ -174,12 +174,17 @@ class Fleet:
         self._lent_useful_s += max(0.0, leased_s - self.lending.restart_s)
         return self.lending.give_back_s
 
-    @staticmethod
-    def _spent(member: Member, now: float) -> tuple[float, float, float]:
-        """Return the seconds (held, of these loading, of these draining)."""
-        end = now if member.gone_at is None else member.gone_at
-        if end <= member.granted_at:  # removed while its GPUs were still being given back
-            return 0.0, 0.0, 0.0
-        loaded = end if member.ready_at is None else member.ready_at
-        drained_s = 0.0 if member.draining_at is None else end - member.draining_at
-        return end - member.granted_at, loaded - member.granted_at, drained_s
+
+def _spent(member: Member, since: float, until: float) -> tuple[float, float, float]:
+    """Return the seconds (held, of these loading, of these draining) within a period."""
+
+    def within(start: float | None, end: float | None) -> float:
+        if start is None:
+            return 0.0
+        return max(0.0, min(until if end is None else end, until) - max(start, since))
+
+    return (
+        within(member.granted_at, member.gone_at),
+        within(member.granted_at, member.gone_at if member.ready_at is None else member.ready_at),
+        within(member.draining_at, member.gone_at),
+    )

@@ -77,11 +77,11 @@ def build_report(outcome: Outcome, *, policy: str, objective: Objective, gpus: i
         leases=outcome.leases,
         scale_events=len(outcome.events),
         reversals=turns,
-        reversals_per_hour=turns / max(outcome.ended_at, 1.0) * 3600,
+        reversals_per_hour=turns / max(outcome.counted_s, 1.0) * 3600,
         worst_five_minutes=worst_window(flights, objective),
         unfinished=sum(flight.finished_at is None for flight in flights),
         cut_streams=outcome.cut,
-        duration_s=outcome.ended_at,
+        duration_s=outcome.counted_s,
     )
 
 

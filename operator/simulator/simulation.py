@@ -56,6 +56,7 @@ class Setting:
     lending: Lending | None = None
     gaps: tuple[tuple[float, float], ...] = ()  # no metrics from second to second
     unstartable: frozenset[int] = frozenset()
+    warm_up_s: float = 0.0  # simulated, but part of no figure
     seed: int = 0
 
 
@@ -90,8 +91,7 @@ class Outcome:
     hours: Hours
     leases: int
     cut: int  # streams that a drain did not wait for
-    ended_at: float
-
+    counted_s: float  # without the warm-up
 
 class RequestTooLargeError(ValueError):
     """A request fits no replica, however empty."""
@@ -112,7 +112,13 @@ def simulate(requests: Sequence[Request], policy: Policy, setting: Setting) -> O
 
     Raises:
         RequestTooLargeError: a request needs more KV cache than a replica has.
+        ValueError: the trace is over before the warm-up is.
     """
+    if requests[-1].arrival_s < setting.warm_up_s:
+        raise ValueError(
+            f"The trace ends after {requests[-1].arrival_s:.0f} s, within the warm-up of "
+            f"{setting.warm_up_s:.0f} s."
+        )
     largest = max(request.prompt_tokens + request.output_tokens for request in requests)
     if largest > setting.profile.kv_tokens:
         raise RequestTooLargeError(
@@ -169,15 +175,16 @@ class _Simulation:
                 break
             self.now, kind, _, member = heappop(self._queue)
             self._happen(_Kind(kind), member)
+        since = self.setting.warm_up_s
         return Outcome(
-            flights=self.flights,
-            events=self.events,
+            flights=[f for f in self.flights if f.request.arrival_s >= since],
+            events=[event for event in self.events if event.at >= since],
             moments=self.moments,
             itl_tokens=self.fleet.itl_tokens,
-            hours=self.fleet.close(self.now),
+            hours=self.fleet.close(self.now, since=since),
             leases=self.fleet.leases,
             cut=self.cut,
-            ended_at=self.now,
+            counted_s=self.now - since,
         )
 
     def _push(self, at: float, kind: _Kind, member: Member | None = None) -> None:

@@ -64,7 +64,7 @@ def test_every_request_is_answered_and_loading_and_draining_are_paid_for() -> No
     assert all(flight.finished_at is not None for flight in outcome.flights)
     assert outcome.hours.loading == pytest.approx(2 * 50 / 3600)
     assert outcome.hours.draining > 0
-    assert outcome.hours.total > outcome.ended_at / 3600 + 2 * 140 / 3600
+    assert outcome.hours.total > outcome.counted_s / 3600 + 2 * 140 / 3600
     assert [(e.at, e.before, e.after) for e in outcome.events] == [(60, 1, 3), (200, 3, 1)]
     by_time = {now: (ready, starting) for now, ready, starting, _, _ in script.views}
     assert by_time[105] == (1, 2)
@@ -165,6 +165,17 @@ def test_demand_is_measured_in_replicas() -> None:
     work = demand(requests, PROFILE, Objective(itl_s=0.1), bin_s=30)
     # 10/s * (50 * 0.5 ms + 200 * 0.1 ms) / (1 - 20/100)
     assert work == [(0, pytest.approx(0.5625)), (30, pytest.approx(0.5625))]
+
+
+def test_a_warm_up_is_simulated_and_not_counted() -> None:
+    whole, _ = run({0: 1, 60: 3, 200: 1})
+    late, _ = run({0: 1, 60: 3, 200: 1}, replace(SETTING, warm_up_s=100))
+    assert len(late.flights) == len(whole.flights) - 400
+    assert [event.at for event in late.events] == [200]
+    assert late.hours.loading == pytest.approx(2 * 10 / 3600)
+    assert late.hours.total == pytest.approx(whole.hours.total - (100 + 2 * 40) / 3600)
+    with pytest.raises(ValueError, match="within the warm-up of 900 s"):
+        run({0: 1}, replace(SETTING, warm_up_s=900))
 
 
 def test_the_best_fixed_size_is_the_smallest_that_keeps_the_promise() -> None:
