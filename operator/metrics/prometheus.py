@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import aiohttp
@@ -110,7 +111,7 @@ class PrometheusSource:
                 f"{self._url}/api/v1/query", data={"query": question}
             ) as response:
                 document = await response.json()
-            rows = [
+            found = [
                 (dict(row["metric"]), float(row["value"][1])) for row in document["data"]["result"]
             ]
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
@@ -119,7 +120,8 @@ class PrometheusSource:
             self._is_failing = True
             return []
         self._is_failing = False
-        return rows
+        # A division of nothing by nothing is no figure.
+        return [(labels, value) for labels, value in found if math.isfinite(value)]
 
 
 def _name(origin: Origin, labels: Mapping[str, str]) -> Name:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 from mizzen.operator.planning.scale_history import WorkLog
 from mizzen.operator.planning.scale_rules import Tuning
 
 _MEAN_S = 120.0
-_FEWEST_FOR_BURSTS = 12  # buckets
+_FEWEST_FOR_BURSTS = 30  # buckets: five minutes
+_STRETCHES = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +50,7 @@ def forecast(log: WorkLog, work: float, *, start_s: float, tuning: Tuning) -> Fo
     """Return what to expect, from the log and the work of this moment."""
     recent = (*log.buckets[-int(_MEAN_S / tuning.bucket_s) :], work)
     mean = sum(recent) / len(recent)
-    ahead = work + _slope(recent) / tuning.bucket_s * start_s
+    ahead = work + _lasting_slope(recent) / tuning.bucket_s * start_s
     return Forecast(
         now=work,
         mean=mean,
@@ -70,38 +72,61 @@ def _with_summaries(log: WorkLog, *, start_s: float, tuning: Tuning) -> WorkLog:
     is_bursty = len(recent) >= _FEWEST_FOR_BURSTS and _roughness(recent, tuning) > limit
     return replace(
         log,
-        rise=_usual_rise(log.buckets, steps=math.ceil(start_s / tuning.bucket_s), tuning=tuning),
+        rise=_usual_rise(
+            log.buckets, steps=max(1, math.ceil(start_s / tuning.bucket_s)), tuning=tuning
+        ),
         is_bursty=is_bursty,
         burst_floor=quantile(recent, tuning.rise_quantile) if is_bursty else 0.0,
     )
 
 
 def _usual_rise(buckets: Sequence[float], *, steps: int, tuning: Tuning) -> float:
-    """Return the quantile of how far the work rose within `steps` buckets of any moment."""
-    rises = [
-        max(0.0, max(buckets[i + 1 : i + 1 + steps]) - buckets[i]) for i in range(len(buckets) - 1)
-    ]
-    return quantile(rises, tuning.rise_quantile) if rises else 0.0
+    """Return how far the work often rises within `steps` buckets.
+
+    The quantile is taken over the whole memory, with nothing risen where it is not filled yet:
+    one jump in an hour is no habit, and would else be kept in reserve for an hour.
+    """
+    rises = sorted(
+        (max(buckets[i + 1 : i + 1 + steps]) - buckets[i] for i in range(len(buckets) - 1)),
+        reverse=True,
+    )
+    rare = int((1 - tuning.rise_quantile) * tuning.memory_s / tuning.bucket_s)
+    return max(0.0, rises[rare]) if len(rises) > rare else 0.0
 
 
 def _roughness(buckets: Sequence[float], tuning: Tuning) -> float:
-    """Return the coefficient of variation around the moving mean of two minutes."""
+    """Return the coefficient of variation around the moving mean of two minutes.
+
+    It is taken of six stretches, and the median stretch counts: a single step of the load is
+    rough at one place, bursts are rough all over.
+    """
     width = int(_MEAN_S / tuning.bucket_s)
     mean = sum(buckets) / len(buckets)
     if mean <= 0:
         return 0.0
-    squares = 0.0
+    squares = []
     for index, value in enumerate(buckets):
         around = buckets[max(0, index - width // 2) : index + width // 2 + 1]
-        squares += (value - sum(around) / len(around)) ** 2
-    return math.sqrt(squares / len(buckets)) / mean
+        squares.append((value - sum(around) / len(around)) ** 2)
+    size = math.ceil(len(squares) / _STRETCHES)
+    stretches = [squares[start : start + size] for start in range(0, len(squares), size)]
+    return median(math.sqrt(sum(stretch) / len(stretch)) for stretch in stretches) / mean
+
+
+def _lasting_slope(values: Sequence[float]) -> float:
+    """Return the slope per bucket that all of the values and their last half agree on.
+
+    A jump is over when it is seen; one line through it would carry it on as a ramp.
+    """
+    return min(_slope(values), _slope(values[len(values) // 2 :]))
 
 
 def _slope(values: Sequence[float]) -> float:
-    """Return the least-squares slope per bucket; zero for fewer than three values."""
-    count = len(values)
-    if count < 3:
+    """Return the median slope (Theil and Sen); zero for fewer than three values."""
+    if len(values) < 3:
         return 0.0
-    middle = (count - 1) / 2
-    spread = sum((i - middle) ** 2 for i in range(count))
-    return sum((i - middle) * value for i, value in enumerate(values)) / spread
+    return median(
+        (values[j] - values[i]) / (j - i)
+        for i in range(len(values))
+        for j in range(i + 1, len(values))
+    )

@@ -33,10 +33,9 @@ def toward_zero(history: History, now: Situation) -> tuple[Answer, History] | No
     after_s, since = now.rules.to_zero_after_s, history.idle_since_s
     if after_s is None or since is None or now.now_s - since < after_s:
         return None
-    if history.holding_since_s is None:
-        history = replace(history, holding_since_s=now.now_s)
-    held_s = now.now_s - (history.holding_since_s or now.now_s)
-    if held_s < now.rules.tuning.recheck_s:
+    holding_since = now.now_s if history.holding_since_s is None else history.holding_since_s
+    history = replace(history, holding_since_s=holding_since)
+    if now.now_s - holding_since < now.rules.tuning.recheck_s:
         formula = f"no request for {after_s:.0f} s; new ones are held while this is checked again"
         return Answer(now.current, Why.RECHECKING_IDLE, formula, is_holding=True), history
     formula = f"no request for {after_s:.0f} s, nor since new ones are held"

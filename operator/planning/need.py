@@ -188,14 +188,16 @@ def _served_work(readings: Readings, sizing: Sizing) -> float | None:
 def _guessed_work(readings: Readings, sizing: Sizing) -> float | None:
     """Return the work as long as no capacity is known.
 
-    While nothing waits, steps that take as long as the ITL limit allows mean full replicas. That
-    needs no notion of how many requests a replica should hold, which differs between mixes.
+    While nothing waits, replicas whose steps are shorter than the ITL limit have room, however
+    many requests they hold: how many they can hold differs several-fold between mixes. Long steps
+    alone are no proof of load: an empty replica may be as slow.
     """
     if readings.concurrency is None:
         return None
-    if readings.step_s is not None and not readings.waiting:
-        return readings.ready * readings.step_s / sizing.itl_s
-    return readings.concurrency / sizing.concurrency
+    by_count = readings.concurrency / sizing.concurrency
+    if readings.step_s is None or readings.waiting:
+        return by_count
+    return min(by_count, readings.ready * readings.step_s / sizing.itl_s)
 
 
 def compute_need(readings: Readings, history: History, rules: ScaleRules, sizing: Sizing) -> Need:
@@ -225,12 +227,12 @@ def first_size(held: float, history: History, rules: ScaleRules, sizing: Sizing)
     drain_s = rules.tuning.drain_s
     if sizing.capacity is not None:
         seconds = held / sizing.capacity.requests_per_s
-        count = max(1, math.ceil(seconds / drain_s))
+        count = max(1, math.ceil(_rounded(seconds / drain_s)))
         formula = (
             f"first size {count} = ceil({_n(seconds)} s of held work / {_n(drain_s)} s to drain)"
         )
     else:
-        count = max(1, math.ceil(held / sizing.concurrency))
+        count = max(1, math.ceil(_rounded(held / sizing.concurrency)))
         formula = f"first size {count} = ceil({_n(held)} held / {_n(sizing.concurrency)} each)"
     return Candidate(replicas=count, formula=formula)
 

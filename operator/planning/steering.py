@@ -106,9 +106,10 @@ def _blind(history: History, now: Situation) -> Answer:
 def _step_down(history: History, now: Situation, wanted: int) -> Answer:
     tuning = now.rules.tuning
     window = down_window_s(history, start_s=now.sizing.start_s, tuning=tuning, now_s=now.now_s)
-    known_s = now.now_s - (history.known_since_s or now.now_s)
+    known_s = 0.0 if history.known_since_s is None else now.now_s - history.known_since_s
     peak = now.bounded(_peak(history, now.now_s - window))
-    if known_s < window or peak >= now.current or _moved_down_lately(history, now):
+    has_rested = known_s >= window and not _has_moved(history, now, window_s=window)
+    if not has_rested or peak >= now.current:
         formula = (
             f"{_explain(now, wanted)}; the most within {window:.0f} s was {peak}, so "
             f"{now.current} stay"
@@ -148,9 +149,13 @@ def _peak(history: History, since_s: float) -> int:
     return max((count for at, count in history.needs if at >= since_s), default=0)
 
 
-def _moved_down_lately(history: History, now: Situation) -> bool:
-    since = now.now_s - now.rules.tuning.down_pause_s
-    return any(move.after < move.before and move.at_s > since for move in history.moves)
+def _has_moved(history: History, now: Situation, *, window_s: float) -> bool:
+    """Whether the number rose within the window, for whatever reason, or fell a moment ago."""
+    pause_s = now.rules.tuning.down_pause_s
+    return any(
+        now.now_s - move.at_s < (window_s if move.after > move.before else pause_s)
+        for move in history.moves
+    )
 
 
 def _with_flap_guard(history: History, now: Situation) -> History:

@@ -93,6 +93,7 @@ class Outcome:
     cut: int  # streams that a drain did not wait for
     counted_s: float  # without the warm-up
 
+
 class RequestTooLargeError(ValueError):
     """A request fits no replica, however empty."""
 

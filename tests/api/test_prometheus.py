@@ -1,0 +1,185 @@
+"""Every PromQL against a real Prometheus that holds what the real exporters said."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+import yaml
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from hack.prometheus import NoPrometheusError, prometheus_binary
+from mizzen.operator.metrics.figures import UNKNOWN
+from mizzen.operator.metrics.prometheus import PrometheusSource
+from mizzen.operator.planning.scale import History, decide
+from mizzen.operator.planning.scale_rules import ScaleRules, Targets
+from mizzen.operator.planning.signals import Observation, ReplicaState
+from tests.fixtures.metrics_story import LENGTH_S, NAME, OTHER, QUIET, STEP_S, TARGET, Story, check
+
+_AHEAD_S = 120  # so much of the story lies after the server's start
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(\{.*\})? (\S+)")
+
+
+def with_labels(line: str, labels: dict[str, str], at: int) -> str | None:
+    """Return a sample as a scrape stores it: with the target's labels and a time."""
+    match = _SAMPLE.match(line)
+    if match is None:
+        return None
+    name, own, value = match.groups()
+    inside = [own[1:-1].rstrip(",")] if own and own != "{}" else []
+    inside += [f'{key}="{text}"' for key, text in labels.items()]
+    return f"{name}{{{','.join(inside)}}} {value} {at}"
+
+
+def recorded(until: int) -> str:
+    """Return the story as OpenMetrics text with times, ending some time after `until`."""
+    story, lines = Story(), []
+    begin = until - LENGTH_S
+    for index, at in enumerate(range(begin, until + _AHEAD_S, STEP_S)):
+        story.go_on(restart=index == 36)
+        for name, text in ((name, story.text(name)) for name in story.names):
+            labels = {"pod": name}
+            if name != "gateway":
+                labels |= {"namespace": NAME[0], "mizzen_dev_deployment": NAME[1]}
+            found = (with_labels(line, labels, at) for line in text.splitlines())
+            lines += [line for line in found if line]
+    return "\n".join([*lines, "# EOF", ""])
+
+
+@pytest.fixture(scope="module")
+def binary() -> Path:
+    try:
+        return prometheus_binary()
+    except NoPrometheusError as error:
+        pytest.skip(f"no Prometheus to ask: {error}")
+
+
+@pytest.fixture(scope="module")
+def server(binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("prometheus")
+    (folder / "story.txt").write_text(recorded(int(time.time())))
+    subprocess.run(
+        [
+            *(str(binary.parent / "promtool"), "tsdb", "create-blocks-from", "openmetrics"),
+            *(str(folder / "story.txt"), str(folder / "data")),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    with running(binary, folder, {"global": {}}) as url:
+        yield url
+
+
+class running:
+    """A Prometheus server over a folder's data, ready inside."""
+
+    def __init__(self, binary: Path, folder: Path, config: dict[str, object]) -> None:
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._address = f"127.0.0.1:{free.getsockname()[1]}"
+        self._command = [
+            str(binary),
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address={self._address}",
+        ]
+
+    def __enter__(self) -> str:
+        self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
+        url = f"http://{self._address}"
+        asyncio.run(_wait_ready(url))
+        return url
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=30)
+
+
+async def _wait_ready(url: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        for _ in range(300):
+            try:
+                async with session.get(f"{url}/-/ready") as answer:
+                    if answer.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.1)
+    raise AssertionError("Prometheus did not start")
+
+
+async def test_every_figure_is_the_same_as_by_direct_scrape(server: str) -> None:
+    source = PrometheusSource(server, scrape_s=STEP_S)
+    found = await source.collect([TARGET, QUIET])
+    await source.close()
+    check(found[NAME], pytest.approx)  # the same figures as tests/unit/test_metrics_scrape.py
+    assert found[NAME].engines.running.age_s <= 15
+    assert found[OTHER].traffic.arrivals_per_s.value == 0.0
+    assert found[OTHER].engines.running == UNKNOWN
+
+
+async def test_a_replica_missing_among_the_series_makes_the_sums_unknown(server: str) -> None:
+    source = PrometheusSource(server, scrape_s=STEP_S)
+    three = type(TARGET)(name=NAME, settled=3)
+    found = (await source.collect([three]))[NAME]
+    await source.close()
+    assert found.engines.running == UNKNOWN
+    assert found.traffic.arrivals_per_s.value is not None
+
+
+async def test_a_deployment_no_gateway_knows_is_unknown(server: str) -> None:
+    source = PrometheusSource(server, scrape_s=STEP_S)
+    stranger = type(TARGET)(name=("team", "stranger"), settled=0)
+    found = (await source.collect([stranger]))["team", "stranger"]
+    await source.close()
+    assert found.traffic.arrivals_per_s == UNKNOWN
+
+
+async def test_a_server_that_is_down_makes_everything_unknown_and_nothing_smaller() -> None:
+    source = PrometheusSource("http://127.0.0.1:9", scrape_s=STEP_S)
+    found = (await source.collect([TARGET]))[NAME]
+    await source.close()
+    seen = Observation(
+        now_s=1000.0,
+        replicas=(ReplicaState(name="r", age_s=500, is_ready=True),),
+        traffic=found.traffic,
+        engines=found.engines,
+    )
+    rules = ScaleRules(min_replicas=1, max_replicas=9, targets=Targets(concurrency=4))
+    decision = decide(History(desired=5), seen, rules)
+    assert (decision.replicas, decision.is_blind) == (5, True)
+
+
+ANSWERS = {
+    "no number": '{"data": {"result": [{"metric": {"namespace": "team", "model": "smollm2", '
+    '"mizzen_dev_deployment": "smollm2"}, "value": [1, "NaN"]}]}}',
+    "an error": '{"status": "error", "errorType": "execution", "error": "too many samples"}',
+    "no JSON": "<html>bad gateway</html>",
+    "no rows": '{"data": {"result": []}}',
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+async def test_answers_that_are_no_figures_are_unknown(answer: str) -> None:
+    async def query(_: web.Request) -> web.Response:
+        return web.Response(text=answer, content_type="application/json")
+
+    app = web.Application()
+    app.router.add_post("/api/v1/query", query)
+    fake = TestServer(app)
+    await fake.start_server()
+    source = PrometheusSource(str(fake.make_url("")), scrape_s=STEP_S)
+    found = (await source.collect([TARGET]))[NAME]
+    await source.close()
+    await fake.close()
+    assert found.engines.running.fresh(15) is None
+    assert found.traffic.arrivals_per_s.fresh(15) is None

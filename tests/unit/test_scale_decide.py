@@ -1,0 +1,392 @@
+"""The autoscaler's decision, walked through with a modelled fleet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import pairwise
+
+import pytest
+
+from mizzen.operator.planning.scale import Decision, History, Why, decide
+from mizzen.operator.planning.scale_rules import Fallback, ScaleRules, Schedule, Slo, Targets
+from mizzen.operator.planning.schedule import UnknownTimeZoneError, bounds_now
+from mizzen.operator.planning.signals import (
+    Engines,
+    Observation,
+    ReplicaState,
+    Signal,
+    Traffic,
+    Wake,
+)
+from mizzen.operator.planning.throughput import CostFit, Shape, StepCosts
+from tests.fixtures.scaled_fleet import PROMPT_TOKEN_S, SEQUENCE_S, STEP_S, Fleet
+
+ITL = Slo(itl_s=0.12)
+
+
+def fleet(**fields: object) -> Fleet:
+    return Fleet(ScaleRules(**({"min_replicas": 1, "max_replicas": 10, "slo": ITL} | fields)))  # type: ignore[arg-type]
+
+
+def warm(**fields: object) -> Fleet:
+    """Return a fleet that has learned its costs under a load that moved, at 3 replicas."""
+    found = fleet(**fields)
+    found.run(300, per_s=2.0)
+    found.run(600, per_s=6.0)
+    return found
+
+
+def signals(
+    *, ready: int, waiting: float = 0, running: float = 0, kv: float = 0, age_s: float = 0
+) -> Observation:
+    """Return a look without a gateway's arrivals: what plain targets need."""
+    return Observation(
+        now_s=1000.0,
+        replicas=tuple(ReplicaState(name=f"r{n}", age_s=500, is_ready=True) for n in range(ready)),
+        traffic=Traffic(arrivals_per_s=Signal(1.0), in_flight=Signal(1.0), held=Signal(0.0)),
+        engines=Engines(
+            running=Signal(running, age_s),
+            waiting=Signal(waiting, age_s),
+            kv_used_ratio=Signal(kv, age_s),
+        ),
+    )
+
+
+TARGETS: dict[str, tuple[Targets, Observation, int]] = {
+    "concurrency shares all requests out": (
+        Targets(concurrency=4), signals(ready=2, running=9, waiting=2), 3,
+    ),
+    "exactly the target is enough": (
+        Targets(concurrency=4), signals(ready=2, running=8), 2,
+    ),
+    "a queue above the target asks for more": (
+        Targets(queue=2), signals(ready=2, running=8, waiting=9), 5,
+    ),
+    "a queue within the target asks for no more": (
+        Targets(queue=8), signals(ready=2, running=8, waiting=9), 2,
+    ),
+    "KV use is the mean over replicas": (
+        Targets(kv_used_ratio=0.5), signals(ready=2, running=1, kv=0.9), 4,
+    ),
+    "of several targets the largest answer wins": (
+        Targets(concurrency=100, kv_used_ratio=0.5), signals(ready=2, running=9, kv=0.9), 4,
+    ),
+    "never above the maximum": (
+        Targets(concurrency=1), signals(ready=2, running=90), 10,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("targets", "seen", "expected"), TARGETS.values(), ids=TARGETS)
+def test_plain_targets(targets: Targets, seen: Observation, expected: int) -> None:
+    rules = ScaleRules(min_replicas=1, max_replicas=10, targets=targets)
+    assert decide(History(desired=2), seen, rules).replicas == expected
+
+
+def test_costs_are_learned_from_rates_and_give_the_capacity() -> None:
+    found = warm()
+    costs = found.history.fit.costs
+    assert costs is not None
+    assert costs.per_step_s == pytest.approx(STEP_S, rel=0.02)
+    # Prompts and answers grow in step here, so only what a whole request costs can be known.
+    per_request = costs.per_sequence_s * 200 + costs.per_prompt_token_s * 500
+    assert per_request == pytest.approx(SEQUENCE_S * 200 + PROMPT_TOKEN_S * 500, rel=0.02)
+    # (1 - 30/120) / 0.15 s: the rate at which steps take 120 ms.
+    assert found.decisions[-1].inputs["capacityPerSecond"] == pytest.approx(5.0, rel=0.03)
+    assert not found.decisions[-1].is_capacity_unknown
+
+
+def test_load_that_rises_is_followed_in_one_step() -> None:
+    found = warm()
+    before = found.decisions[-1].replicas
+    rise = found.tick(25.0)
+    assert rise.replicas >= 7 > before
+    assert rise.reason is Why.LOAD_ROSE
+    assert "ceil(" in rise.formula
+
+
+def test_replicas_on_their_way_are_not_asked_for_again() -> None:
+    found = warm()
+    wanted = found.run(55, per_s=20.0)  # none of the new ones serves yet
+    assert wanted[0] >= 5
+    assert max(wanted[1:]) - wanted[0] <= 1  # the mean of two minutes catches up, no more
+
+
+def test_less_load_takes_replicas_away_late_and_by_a_quarter() -> None:
+    found = warm()
+    found.run(600, per_s=24.0)
+    top = found.decisions[-1].replicas
+    assert top >= 6
+    wanted = [top, *found.run(1800, per_s=1.0)]
+    falls = [(a, b) for a, b in pairwise(wanted) if b < a]
+    assert wanted[180 // 5 - 1] == top  # a whole window first
+    assert all(a - b <= max(1, a // 4) for a, b in falls)
+    assert found.decisions[-1].replicas < top
+
+
+def test_a_step_down_that_would_break_the_limit_is_not_made() -> None:
+    """From two replicas to one, each carries twice as much (ai-dynamo/dynamo#9294)."""
+    costs, shape = StepCosts(0.03, 0.0005, 0.0001), Shape(500, 500, 200)
+    history = History(
+        desired=2, fit=CostFit(costs=costs), shape=shape, known_since_s=0.0, load_ratio=0.9
+    )
+    # Half of the limit is an empty step: at nine tenths of the capacity steps take 0.91 of it.
+    seen = Observation(
+        now_s=1000.0,
+        replicas=tuple(ReplicaState(name=n, age_s=900, is_ready=True) for n in "ab"),
+        traffic=Traffic(arrivals_per_s=Signal(2.99), in_flight=Signal(40), held=Signal(0)),
+        engines=Engines(running=Signal(40), waiting=Signal(0)),
+    )
+    rules = ScaleRules(min_replicas=1, max_replicas=4, slo=Slo(itl_s=0.06))
+    decision = decide(history, seen, rules)
+    assert (decision.replicas, decision.reason) == (2, Why.STEP_DOWN_TOO_SLOW)
+    calm = replace(seen, traffic=replace(seen.traffic, arrivals_per_s=Signal(2.0)))
+    assert decide(history, calm, rules).replicas == 1
+
+
+def test_unknown_signals_hold_and_then_fall_back() -> None:
+    found = warm(fallback=Fallback(replicas=5, after_s=300))
+    found.is_gateway_known = found.are_engines_known = False
+    held = found.run(295, per_s=0.0)
+    assert set(held) == {found.decisions[len(found.decisions) - len(held) - 1].replicas}
+    assert found.decisions[-1].reason is Why.SIGNALS_UNKNOWN
+    assert found.decisions[-1].is_blind
+    found.run(20, per_s=0.0)
+    assert found.decisions[-1].reason is Why.FALLBACK
+    assert found.decisions[-1].replicas == 5
+
+
+def test_a_gap_in_the_signals_restarts_the_window() -> None:
+    found = warm()
+    found.run(300, per_s=24.0)
+    top = found.decisions[-1].replicas
+    found.run(150, per_s=1.0)
+    found.are_engines_known = False
+    found.run(20, per_s=1.0)
+    found.are_engines_known = True
+    assert set(found.run(175, per_s=1.0)) == {top}
+
+
+def test_old_signals_are_unknown() -> None:
+    rules = ScaleRules(min_replicas=1, max_replicas=10, targets=Targets(concurrency=4))
+    decision = decide(History(desired=3), signals(ready=3, age_s=16), rules)
+    assert (decision.replicas, decision.is_blind) == (3, True)
+    assert decision.inputs["running"] is None
+
+
+def test_live_arrivals_may_raise_while_engines_are_silent() -> None:
+    found = warm()
+    found.are_engines_known = False
+    decision = found.tick(20.0)
+    assert (decision.reason, decision.is_blind) == (Why.LOAD_ROSE, True)
+
+
+def test_a_queue_of_prompts_is_worked_off() -> None:
+    found = warm()
+    seen = found.observe(6.0)
+    queued = replace(seen, engines=replace(seen.engines, waiting=Signal(1000.0)))
+    decision = decide(found.history, queued, found.rules)
+    # 1,000 prompts of 500 tokens at 0.1 ms are 50 s of work, to be gone in 10 s.
+    assert decision.replicas >= 6
+    assert decision.formula.startswith("drain")
+
+
+def test_bursts_make_the_number_a_floor() -> None:
+    found = fleet()
+    found.run(300, per_s=2.0)
+    found.run(300, per_s=6.0)
+    for _ in range(60):  # ten seconds of every thirty
+        found.run(10, per_s=30.0)
+        found.run(20, per_s=0.5)
+    assert found.history.work.is_bursty
+    assert set(found.run(60, per_s=0.5)) == {found.decisions[-1].replicas}
+    assert found.decisions[-1].replicas >= 6
+
+
+def test_a_replica_that_never_starts_is_named_and_made_up_for_once() -> None:
+    found = warm()
+    at, serving = found.now_s, found.ready
+    found.tick(20.0)
+    asked = found.decisions[-1].replicas
+    found.never_start = {at}
+    found.run(130, per_s=20.0)
+    decision = found.decisions[-1]
+    assert len(decision.stuck) == asked - serving > 1
+    # However many are stuck, one more is asked for: else a broken image would fill the cluster.
+    assert decision.replicas <= asked + 2
+    assert "for a stuck replica" in decision.formula
+
+
+def test_an_slo_that_no_number_can_keep_is_told_with_its_numbers() -> None:
+    found = warm(slo=Slo(itl_s=0.02))
+    problem = found.decisions[-1].slo_problem
+    assert problem is not None
+    assert "slo.itlMs is 20 and a step of an empty replica takes 30 ms" in problem
+    late = warm(slo=Slo(ttft_s=0.05)).decisions[-1].slo_problem
+    assert late is not None
+    assert "slo.ttftMs is 50" in late
+
+
+def test_the_need_above_the_maximum_is_told() -> None:
+    found = warm(max_replicas=3)
+    found.run(60, per_s=40.0)
+    decision = found.decisions[-1]
+    assert decision.replicas == 3
+    assert decision.limited == "The load needs more than the 3 replicas that scaling.max allows."
+
+
+def test_a_budget_caps_the_number() -> None:
+    found = warm(budget_replicas=2)
+    decision = found.tick(40.0)
+    assert decision.replicas == 2
+    assert decision.limited is not None
+    assert "scaling.budget" in decision.limited
+
+
+def test_a_missed_promise_lowers_the_load_ratio_and_a_kept_one_raises_it() -> None:
+    def trimmed(ok: float) -> float | None:
+        found = warm()
+        for _ in range(100):
+            seen = found.observe(6.0)
+            seen = replace(seen, traffic=replace(seen.traffic, itl_ok_ratio=Signal(ok)))
+            found.history = decide(found.history, seen, found.rules).state
+            found.now_s += 5
+        return found.history.load_ratio
+
+    assert trimmed(0.80) == pytest.approx(0.78)
+    assert trimmed(0.96) == pytest.approx(0.80)
+    assert trimmed(1.00) == pytest.approx(0.82)
+
+
+# To zero and back.
+
+ZERO = {"min_replicas": 0, "to_zero_after_s": 600.0}
+
+
+def test_an_idle_deployment_holds_then_checks_again_then_goes_to_zero() -> None:
+    found = fleet(**ZERO)
+    found.run(200, per_s=1.0)
+    decisions = [found.tick(0.0) for _ in range(130)]
+    reasons = [decision.reason for decision in decisions]
+    first = reasons.index(Why.RECHECKING_IDLE)
+    assert first == 600 // 5
+    assert decisions[first].is_holding
+    assert decisions[first].replicas >= 1
+    assert (decisions[first + 1].replicas, decisions[first + 1].reason) == (0, Why.IDLE)
+
+
+def test_a_wake_during_the_check_keeps_the_replica() -> None:
+    found = fleet(**ZERO)
+    found.run(200, per_s=1.0)
+    while not found.tick(0.0).is_holding:
+        pass
+    found.wake = Wake(token="2026-09-01T12:00:00Z;held=1", held=1)
+    decision = found.tick(0.0)
+    assert (decision.replicas, decision.is_holding) == (1, False)
+
+
+def test_unknown_signals_never_lead_to_zero() -> None:
+    found = fleet(**ZERO)
+    found.run(200, per_s=1.0)
+    found.is_gateway_known = False
+    assert 0 not in found.run(3600, per_s=0.0)
+
+
+def at_zero(**fields: object) -> History:
+    return replace(History(desired=0, wake_token="old"), **fields)  # type: ignore[arg-type]
+
+
+def look(*, held: int = 0, token: str = "old", traffic: Traffic | None = None) -> Observation:
+    quiet = Traffic(arrivals_per_s=Signal(0.0), in_flight=Signal(0.0), held=Signal(0.0))
+    wake = Wake(token=token, held=held)
+    return Observation(now_s=5000.0, traffic=quiet if traffic is None else traffic, wake=wake)
+
+
+def test_zero_stays_zero_until_somebody_asks() -> None:
+    rules = ScaleRules(min_replicas=0, max_replicas=8, to_zero_after_s=600)
+    assert decide(at_zero(), look(), rules).replicas == 0
+    assert decide(at_zero(), look(traffic=Traffic()), rules).replicas == 0
+    asked = Traffic(arrivals_per_s=Signal(0.0), in_flight=Signal(1.0), held=Signal(1.0))
+    assert decide(at_zero(), look(traffic=asked), rules).replicas == 1
+
+
+def test_the_first_size_follows_from_the_held_work() -> None:
+    rules = ScaleRules(min_replicas=0, max_replicas=8, to_zero_after_s=600, slo=ITL)
+    decision = decide(at_zero(), look(held=3, token="new"), rules)
+    assert (decision.replicas, decision.reason) == (1, Why.WOKEN)
+    assert decide(at_zero(), look(held=20, token="new"), rules).replicas == 3  # 8 requests each
+    known = at_zero(fit=CostFit(costs=StepCosts(0.03, 0.0005, 0.0001)), shape=Shape(500, 500, 200))
+    # A replica serves 5 requests per second, so 150 held ones are 30 s of work: 10 s each.
+    assert decide(known, look(held=150, token="new"), rules).replicas == 3
+
+
+def test_a_wake_is_answered_once() -> None:
+    rules = ScaleRules(min_replicas=0, max_replicas=8, to_zero_after_s=600)
+    first = decide(at_zero(), look(held=1, token="new"), rules)
+    again = decide(replace(first.state, desired=0), look(held=1, token="new"), rules)
+    assert (first.replicas, again.replicas) == (1, 0)
+
+
+def test_a_wake_is_not_undone_because_zero_was_enough_for_long() -> None:
+    found = fleet(**ZERO)
+    found.run(200, per_s=1.0)
+    found.run(1200, per_s=0.0)
+    assert found.decisions[-1].replicas == 0
+    found.wake = Wake(token="2026-09-01T13:00:00Z;held=30", held=30)
+    first = found.tick(0.0).replicas
+    assert first > 1
+    assert set(found.run(170, per_s=0.5)) == {first}
+
+
+def test_one_replica_runs_again_when_zero_is_allowed_no_more() -> None:
+    rules = ScaleRules(min_replicas=1, max_replicas=8)
+    decision = decide(at_zero(), look(), rules)
+    assert (decision.replicas, decision.reason) == (1, Why.BOUNDS)
+
+
+# Schedules.
+
+
+def schedule(**fields: object) -> Schedule:
+    base = {
+        "name": "office", "days": frozenset(range(5)), "start_minute": 8 * 60,
+        "end_minute": 18 * 60, "min_replicas": 4, "max_replicas": 9, "timezone": "Europe/Berlin",
+    }  # fmt: skip
+    return Schedule(**(base | fields))  # type: ignore[arg-type]
+
+
+MOMENTS = {
+    "a summer morning, an hour after eight in Berlin": ("2026-07-01T07:00:00", 4),
+    "a minute before eight": ("2026-07-01T05:59:00", 1),
+    "eight sharp": ("2026-07-01T06:00:00", 4),
+    "six sharp is over": ("2026-07-01T16:00:00", 1),
+    "in winter the zone is an hour off": ("2026-01-07T06:30:00", 1),
+    "a Sunday": ("2026-07-05T09:00:00", 1),
+}
+
+
+@pytest.mark.parametrize(("moment", "low"), MOMENTS.values(), ids=MOMENTS)
+def test_a_schedule_holds_by_its_own_wall_clock(moment: str, low: int) -> None:
+    rules = ScaleRules(min_replicas=1, max_replicas=5, schedules=(schedule(),))
+    at = datetime.fromisoformat(moment).replace(tzinfo=UTC).timestamp()
+    assert bounds_now(rules, at).low == low
+
+
+def test_a_time_zone_that_does_not_exist_is_named() -> None:
+    rules = ScaleRules(
+        min_replicas=1, max_replicas=5, schedules=(schedule(timezone="Europe/Atlantis"),)
+    )
+    with pytest.raises(UnknownTimeZoneError, match="'Europe/Atlantis', which does not exist"):
+        bounds_now(rules, 0.0)
+
+
+def explained(decision: Decision) -> bool:
+    return bool(decision.formula and decision.inputs and decision.reason)
+
+
+def test_every_decision_explains_itself() -> None:
+    found = warm(**ZERO)
+    found.run(1800, per_s=0.0)
+    assert all(map(explained, found.decisions))
+    assert len({decision.reason for decision in found.decisions}) >= 5
