@@ -1,7 +1,7 @@
 """How the wanted number follows the need: up at once, down late and in small steps. Pure.
 
 The rules against flapping: one window of at least two start-ups must have shown less need, a step
-takes at most a quarter away, the step time predicted for what is left must keep the limit, and
+takes at most half away, the step time predicted for what is left must keep the limit, and
 many changes of direction within an hour double the window.
 """
 
