@@ -106,7 +106,21 @@ class Operator(Pods):
     log_format: Literal["json", "plain"] = Field(
         "json", alias="logFormat", description="Form of the log lines."
     )
-    workers: int = Field(16, ge=1, le=256, description="Resources reconciled at the same time.")
+    workers: int = Field(32, ge=1, le=256, description="Resources reconciled at the same time.")
+    prometheus_url: str = Field(
+        "",
+        pattern=r"^(https?://.+)?$",
+        alias="prometheusUrl",
+        description="Prometheus that autoscaling reads the load from, such as "
+        "http://prometheus.monitoring:9090; empty: the operator scrapes gateways and runtimes.",
+    )
+    metrics_interval_seconds: int = Field(
+        5,
+        ge=1,
+        le=60,
+        alias="metricsIntervalSeconds",
+        description="Between two scrapes of the load; with prometheusUrl, your scrape interval.",
+    )
     resources: Resources = Field(
         default_factory=lambda: _resources(cpu="100m", memory="128Mi", memory_limit="1Gi"),
         description="Requests and limits of the container.",

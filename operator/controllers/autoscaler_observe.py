@@ -64,18 +64,18 @@ def observation_of(
 def _replica(group: Group, now: datetime) -> ReplicaState:
     leader = group.pods[0]
     created = _created(leader)
-    opened = _gate_since(group)
+    loaded = _loaded_at(leader)
     return ReplicaState(
         name=leader["metadata"]["name"],
         age_s=(now - created).total_seconds() if created else 0.0,
         is_ready=group.standing is Standing.IN_SERVICE,
-        start_s=(opened - created).total_seconds() if created and opened else None,
+        start_s=max(0.0, (loaded - created).total_seconds()) if created and loaded else None,
     )
 
 
 def _served_s(group: Group, now: datetime) -> float:
-    opened = _gate_since(group)
-    return (now - opened).total_seconds() if opened else 0.0
+    loaded = _loaded_at(group.pods[0])
+    return (now - loaded).total_seconds() if loaded else 0.0
 
 
 def _created(pod: Json) -> datetime | None:
@@ -83,9 +83,12 @@ def _created(pod: Json) -> datetime | None:
     return parse_rfc3339(text) if text else None
 
 
-def _gate_since(group: Group) -> datetime | None:
-    """Return when the gate last changed, None for a replica that never served."""
-    for condition in group.pods[0]["status"].get("conditions") or []:
-        if condition.get("type") == labels.IN_SERVICE_GATE and condition.get("lastTransitionTime"):
+def _loaded_at(pod: Json) -> datetime | None:
+    """Return when the runtime became ready, None while it is not.
+
+    The pod's own Ready would not do: it falls and rises with the gate.
+    """
+    for condition in pod["status"].get("conditions") or []:
+        if condition.get("type") == "ContainersReady" and condition.get("status") == "True":
             return parse_rfc3339(condition["lastTransitionTime"])
     return None

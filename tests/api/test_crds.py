@@ -45,10 +45,62 @@ def apply(cluster: ApiCluster, namespace: str, document: Document, *flags: str) 
 
 
 GPU = {"resource": "nvidia.com/gpu"}
-REFUSED = {
+OFFICE = {
+    "name": "office", "days": ["Mon", "Tue"], "start": "08:00", "end": "18:00",
+    "min": 1, "max": 2,
+}  # fmt: skip
+REFUSED: dict[str, tuple[Document, str]] = {
     "replicas together with scaling": (
         deployment(replicas=2, scaling={"min": 1, "max": 2}),
-        "Set replicas for a fixed size or scaling for bounds, not both.",
+        "Set replicas for a fixed size or scaling for bounds, not both; scaling.dryRun true",
+    ),
+    "none allowed without saying when": (
+        deployment(scaling={"min": 0, "max": 2}),
+        "scaling.min 0 needs scaling.idle.toZeroAfterSeconds",
+    ),
+    "a time to zero where one always runs": (
+        deployment(scaling={"min": 1, "max": 2, "idle": {"toZeroAfterSeconds": 60}}),
+        "scaling.idle needs scaling.min 0",
+    ),
+    "a fallback above the maximum": (
+        deployment(scaling={"max": 2, "fallback": {"replicas": 3}}),
+        "scaling.fallback.replicas must not be larger than scaling.max.",
+    ),
+    "targets without a target": (
+        deployment(scaling={"max": 2, "targets": {}}),
+        "Set at least one of targets.concurrency, targets.queue and targets.kvUsedRatio.",
+    ),
+    "schedules that overlap": (
+        deployment(scaling={"max": 2, "schedules": [
+            OFFICE, {**OFFICE, "name": "late", "days": ["Tue"], "start": "17:59", "end": "24:00"},
+        ]}),
+        "Two scaling.schedules overlap",
+    ),
+    "schedules in two time zones": (
+        deployment(scaling={"max": 2, "schedules": [
+            OFFICE, {**OFFICE, "name": "late", "start": "18:00", "end": "24:00",
+                     "timezone": "Europe/Berlin"},
+        ]}),
+        "All scaling.schedules must have the same timezone",
+    ),
+    "a schedule that ends before it starts": (
+        deployment(scaling={"max": 2, "schedules": [{**OFFICE, "start": "22:00", "end": "06:00"}]}),
+        "A schedule's end must be after its start on the same day",
+    ),
+    "a schedule whose bounds cross": (
+        deployment(scaling={"max": 9, "schedules": [{**OFFICE, "min": 3}]}),
+        "A schedule's min must not be larger than its max.",
+    ),
+    "a budget without devices": (
+        deployment(scaling={"max": 2, "budget": {"gpus": 4}}),
+        "scaling.budget.gpus needs accelerator.resource",
+    ),
+    "a budget below the minimum": (
+        deployment(
+            scaling={"min": 3, "max": 4, "budget": {"gpus": 5}},
+            accelerator=GPU, parallelism={"tensor": 2},
+        ),
+        "scaling.budget.gpus is less than what scaling.min replicas (at least one) hold",
     ),
     "a lower bound above the upper one": (
         deployment(scaling={"min": 3, "max": 2}),

@@ -122,6 +122,13 @@ topologySpreadConstraints:
 - apiGroups: [""]
   resources: [events]
   verbs: [get, create, patch]
+# Whether another autoscaler drives a deployment that scales by itself.
+- apiGroups: [autoscaling]
+  resources: [horizontalpodautoscalers]
+  verbs: [list]
+- apiGroups: [keda.sh]
+  resources: [scaledobjects]
+  verbs: [list]
 # Its own token, copied to where the pods are. No other Secret can be read.
 - apiGroups: [""]
   resources: [secrets]
