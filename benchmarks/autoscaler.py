@@ -47,6 +47,7 @@ SWEEPS: dict[str, tuple[float | None, ...]] = {
     "dynamo-load": (None,),
 }
 GAP_S = (1500.0, 1800.0)
+UNKNOWN_AFTER_S = 15.0  # a metric older than three scrapes is unknown: 3.4 of the same page
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +75,11 @@ def requests_of(trace: str) -> Sequence[Request]:
 
 
 def score(run: Run) -> tuple[Run, Report, int]:
-    """Return the run's figures and how often it went down while there were no metrics."""
+    """Return the run's figures and how often it went down while the metrics were unknown."""
     setting = replace(SETTING, gaps=(GAP_S,)) if run.has_gap else SETTING
     outcome, report = run_policy(run.policy, requests_of(run.trace), setting, target=run.target)
     downs = sum(
-        event.after < event.before and GAP_S[0] + setting.scrape_lag_s < event.at < GAP_S[1]
+        event.after < event.before and GAP_S[0] + UNKNOWN_AFTER_S <= event.at < GAP_S[1]
         for event in outcome.events
     )
     return run, report, downs

@@ -48,13 +48,6 @@ def plot(outcome: Outcome, setting: Setting, path: Path, *, title: str) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     requests = [flight.request for flight in outcome.flights]
     work = demand(requests, setting.profile, setting.objective, bin_s=_DEMAND_BIN_S)
-    upper.fill_between(
-        [at / 60 for at, _ in work],
-        [load for _, load in work],
-        step="post",
-        color="0.85",
-        label="demand (replicas' worth of work)",
-    )
     upper.stackplot(
         minutes,
         [moment.ready for moment in outcome.moments],
@@ -64,8 +57,17 @@ def plot(outcome: Outcome, setting: Setting, path: Path, *, title: str) -> None:
         colors=["#2a7f62", "#e0a030", "#a05080"],
         alpha=0.55,
     )
+    upper.step(
+        [at / 60 for at, _ in work],
+        [load for _, load in work],
+        where="post",
+        color="black",
+        lw=0.8,
+        label="demand (replicas' worth of work)",
+    )
     upper.step(minutes, [m.wanted for m in outcome.moments], where="post", lw=1, label="wanted")
     upper.set(ylabel="replicas", title=title)
+    upper.margins(y=0.25)  # room for the legend
     upper.legend(loc="upper left", ncols=3, fontsize="small")
     shares = attainment_over_time(outcome.flights, setting.objective)
     lower.step([at / 60 for at, _ in shares], [share for _, share in shares], where="post")
