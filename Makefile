@@ -66,7 +66,7 @@ format: venv  ## Format the code
 
 .PHONY: unit
 unit: venv  ## Tests that need neither a cluster nor the network
-	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit -q -n 3 --dist loadfile
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/unit tests/sim -q -n 3 --dist loadfile
 
 .PHONY: api
 api: venv bin  ## The operator and the gateway against a real API server with simulated nodes
@@ -95,6 +95,10 @@ chart: venv bin  ## Generate and lint the Helm chart
 .PHONY: scale
 scale: venv bin  ## 1,000 LLMDeployments on simulated nodes, beside their peers
 	@$(PY) -m benchmarks.operator_scale
+
+.PHONY: autoscaling
+autoscaling: venv  ## Our autoscaler beside seven others on recorded traffic ($$MIZZEN_TRACES)
+	@$(PY) -m benchmarks.autoscaler
 
 .PHONY: bench
 bench: venv  ## Serving throughput beside its peer

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from mizzen.cli.plan import plan
+from mizzen.cli.simulate import simulate
+
 if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
 
@@ -24,6 +27,8 @@ app = typer.Typer(
 )
 keys = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+app.command()(plan)
+app.command()(simulate)
 
 # The settings model of the part parses these commands' own flags, `--help` included.
 _OWN_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

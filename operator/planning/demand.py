@@ -15,7 +15,7 @@ from mizzen.operator.planning.scale_history import WorkLog
 from mizzen.operator.planning.scale_rules import Tuning
 
 _MEAN_S = 120.0
-_FEWEST_FOR_BURSTS = 60  # buckets: ten minutes
+_FEWEST_FOR_BURSTS = 30  # buckets: five minutes
 _STRETCHES = 6
 
 
@@ -72,7 +72,9 @@ def _with_summaries(log: WorkLog, *, start_s: float, tuning: Tuning) -> WorkLog:
     is_bursty = len(recent) >= _FEWEST_FOR_BURSTS and _roughness(recent, tuning) > limit
     return replace(
         log,
-        rise=_usual_rise(log.buckets, steps=math.ceil(start_s / tuning.bucket_s), tuning=tuning),
+        rise=_usual_rise(
+            log.buckets, steps=max(1, math.ceil(start_s / tuning.bucket_s)), tuning=tuning
+        ),
         is_bursty=is_bursty,
         burst_floor=quantile(recent, tuning.rise_quantile) if is_bursty else 0.0,
     )

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from mizzen.operator.planning.demand import Forecast, forecast
 from mizzen.operator.planning.scale_history import History
-from mizzen.operator.planning.scale_rules import ScaleRules
-from mizzen.operator.planning.signals import Observation
+from mizzen.operator.planning.scale_rules import ScaleRules, Tuning
+from mizzen.operator.planning.signals import Engines, Observation
 from mizzen.operator.planning.throughput import Capacity, Shape, StepCosts, capacity
 
 
@@ -28,6 +28,10 @@ class Readings:
     running: float | None
     waiting: float | None
     kv_used_ratio: float | None
+    # What the engines did lately: the mean time of a step, and tokens per second.
+    step_s: float | None = None
+    decoded_per_s: float | None = None
+    prefilled_per_s: float | None = None
 
     @property
     def concurrency(self) -> float | None:
@@ -110,7 +114,15 @@ def read_signals(seen: Observation, rules: ScaleRules) -> Readings:
         running=engines.running.fresh(stale),
         waiting=engines.waiting.fresh(stale),
         kv_used_ratio=engines.kv_used_ratio.fresh(stale),
+        step_s=_step_s(engines, stale),
+        decoded_per_s=engines.decoded_per_s.fresh(stale),
+        prefilled_per_s=engines.prefilled_per_s.fresh(stale),
     )
+
+
+def _step_s(engines: Engines, stale_s: float) -> float | None:
+    steps, seconds = engines.steps_per_s.fresh(stale_s), engines.step_seconds_per_s.fresh(stale_s)
+    return seconds / steps if steps and seconds is not None else None
 
 
 def size_replica(history: History, rules: ScaleRules, *, start_s: float) -> Sizing:
@@ -151,10 +163,41 @@ def offered_work(readings: Readings, sizing: Sizing) -> float | None:
     if sizing.capacity is not None:
         if readings.arrivals_per_s is None:
             return None
-        return readings.arrivals_per_s / sizing.capacity.requests_per_s
+        arriving = readings.arrivals_per_s / sizing.capacity.requests_per_s
+        served = _served_work(readings, sizing)
+        is_keeping_up = not readings.waiting and (readings.step_s or 0.0) <= sizing.itl_s
+        if served is None:
+            return arriving
+        return served if is_keeping_up else max(served, arriving)
+    return _guessed_work(readings, sizing)
+
+
+def _served_work(readings: Readings, sizing: Sizing) -> float | None:
+    """Return the work that the engines do, in replicas whose steps take the ITL limit.
+
+    It needs no lengths of requests: those known are of requests that have finished, and the mix
+    may have changed since.
+    """
+    costs, decoded, prefilled = sizing.costs, readings.decoded_per_s, readings.prefilled_per_s
+    if costs is None or decoded is None or prefilled is None:
+        return None
+    seconds = costs.per_sequence_s * decoded + costs.per_prompt_token_s * prefilled
+    return seconds / (1 - costs.per_step_s / sizing.itl_s)
+
+
+def _guessed_work(readings: Readings, sizing: Sizing) -> float | None:
+    """Return the work as long as no capacity is known.
+
+    While nothing waits, replicas whose steps are shorter than the ITL limit have room, however
+    many requests they hold: how many they can hold differs several-fold between mixes. Long steps
+    alone are no proof of load: an empty replica may be as slow.
+    """
     if readings.concurrency is None:
         return None
-    return readings.concurrency / sizing.concurrency
+    by_count = readings.concurrency / sizing.concurrency
+    if readings.step_s is None or readings.waiting:
+        return by_count
+    return min(by_count, readings.ready * readings.step_s / sizing.itl_s)
 
 
 def compute_need(readings: Readings, history: History, rules: ScaleRules, sizing: Sizing) -> Need:
@@ -225,8 +268,13 @@ def _from_work(
         replicas=plan,
         formula=f"plan {plan} = ceil({_n(steady)} replicas of work / {_n(ratio)} load ratio)",
     )
-    ahead = max(seen.trend, seen.reserve)
     fullest = tuning.peak_ratio * ratio / tuning.load_ratio
+    if history.work.is_bursty:
+        # Bursts are over before a replica that is started for them serves: so a floor is kept,
+        # and nothing chases them.
+        yield _burst_floor(history.work.burst_floor, fullest, tuning)
+        return
+    ahead = max(seen.trend, seen.reserve)
     reserve = math.ceil(_rounded(ahead / fullest))
     yield Candidate(
         replicas=reserve,
@@ -243,13 +291,16 @@ def _from_work(
             formula=f"drain {drain} = ceil({_n(work)} replicas of work + {_n(queued_s)} s of "
             f"queued prompts / {_n(tuning.drain_s)} s)",
         )
-    if history.work.is_bursty:
-        burst = math.ceil(_rounded(history.work.burst_floor / fullest))
-        yield Candidate(
-            replicas=burst,
-            formula=f"burst {burst} = ceil({_n(history.work.burst_floor)} replicas of work, "
-            f"exceeded {_n(100 * (1 - tuning.rise_quantile))} % of the last half hour)",
-        )
+
+
+def _burst_floor(usual_burst: float, fullest: float, tuning: Tuning) -> Candidate:
+    burst = math.ceil(_rounded(tuning.burst_factor * usual_burst / fullest))
+    return Candidate(
+        replicas=burst,
+        formula=f"burst {burst} = ceil({_n(tuning.burst_factor)} x {_n(usual_burst)} replicas of "
+        f"work, exceeded {_n(100 * (1 - tuning.rise_quantile))} % of the last half hour / "
+        f"{_n(fullest)})",
+    )
 
 
 def _from_targets(readings: Readings, rules: ScaleRules) -> Iterator[Candidate | None]:

@@ -64,7 +64,7 @@ class Tuning:
 
     stale_after_s: float = 15.0  # three scrapes
     bucket_s: float = 10.0
-    load_ratio: float = 0.8  # how full replicas are planned to be
+    load_ratio: float = 0.7  # how full replicas are planned to be
     peak_ratio: float = 1.0  # how full they may be when work is as high as it may become
     load_ratio_low: float = 0.65
     load_ratio_high: float = 0.9
@@ -76,12 +76,13 @@ class Tuning:
     burst_enter: float = 0.6
     burst_leave: float = 0.4
     burst_window_s: float = 1800.0
+    burst_factor: float = 3.0  # times the quantile: a burst within ten seconds is higher yet
     memory_s: float = 3600.0
     drain_s: float = 10.0  # a backlog is to be gone in this time
     cold_concurrency: float = 8.0  # per replica, while its capacity is unknown
     default_itl_s: float = 0.1
-    down_window_s: float = 180.0
-    down_step_ratio: float = 0.25
+    down_window_s: float = 300.0
+    down_step_ratio: float = 0.5
     down_pause_s: float = 60.0
     down_itl_ratio: float = 0.85  # predicted step time after a step down, of the ITL limit
     reversals_per_hour: int = 4

@@ -1,7 +1,7 @@
 """How the wanted number follows the need: up at once, down late and in small steps. Pure.
 
 The rules against flapping: one window of at least two start-ups must have shown less need, a step
-takes at most a quarter away, the step time predicted for what is left must keep the limit, and
+takes at most half away, the step time predicted for what is left must keep the limit, and
 many changes of direction within an hour double the window.
 """
 
@@ -17,6 +17,7 @@ from mizzen.operator.planning.scale_situation import LOAD_REASONS, Answer, Situa
 from mizzen.operator.planning.throughput import step_s
 
 _HOUR_S = 3600.0
+_TURN_S = 600.0
 _KEPT_MOVES = 32
 # Attainment this much above the promise counts as met with room to spare.
 _SPARE_RATIO = 0.5
@@ -72,9 +73,15 @@ def noted(history: History, answer: Answer, now_s: float) -> History:
 
 
 def reversals(moves: tuple[Move, ...], *, since_s: float) -> int:
-    """Return how often load turned the direction since then."""
-    rises = [m.after > m.before for m in moves if m.is_steered and m.at_s >= since_s]
-    return sum(a != b for a, b in pairwise(rises))
+    """Return how often load turned the direction since then, within ten minutes each time.
+
+    Slower turns follow the load of the day and are no flapping.
+    """
+    steered = [move for move in moves if move.is_steered and move.at_s >= since_s]
+    return sum(
+        (a.after > a.before) != (b.after > b.before) and b.at_s - a.at_s < _TURN_S
+        for a, b in pairwise(steered)
+    )
 
 
 def down_window_s(history: History, *, start_s: float, tuning: Tuning, now_s: float) -> float:

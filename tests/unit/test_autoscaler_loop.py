@@ -137,11 +137,11 @@ async def test_a_restarted_operator_keeps_number_history_and_window() -> None:
     await scaled.run(150)
     scaled.world.restart_operator()
     scaled.start()
-    await scaled.run(170)
+    await scaled.run(290)
     assert scaled.scaling["desired"] == 5
     assert scaled.scaling["history"] == known["history"]
     await scaled.run(60)
-    assert scaled.scaling["desired"] == 4
+    assert scaled.scaling["desired"] == 3
 
 
 async def test_unknown_load_takes_nothing_away_and_is_told_within_a_minute() -> None:

@@ -1,0 +1,161 @@
+"""`mizzen plan`: whether a model fits an accelerator, before anything is deployed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mizzen.operator.planning.fit import Fit
+
+
+class ModelFileError(ValueError):
+    """What was named is no model; the text says what is expected."""
+
+
+def plan(
+    model: Annotated[
+        Path, typer.Argument(help="A model's directory, its config.json, or a .gguf file.")
+    ],
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help="Accelerator: t4, l4, a10g, rtx4090, l40s, a100-40gb, a100, h100, h200, b200, "
+            "mi300x."
+        ),
+    ] = "h100",
+    gpu_memory_gib: Annotated[
+        float | None, typer.Option(help="Memory of a device, for one that is not in the list.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float16, float32, or auto: bfloat16.")
+    ] = "auto",
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Longest prompt plus answer; the model's own when left out.")
+    ] = None,
+    request_tokens: Annotated[
+        int, typer.Option(help="Prompt plus answer of a usual request.")
+    ] = 2048,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="Devices for one replica; the fewest when left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Print the memory a model takes, the devices it needs and how many requests then fit."""
+    from mizzen.operator.planning.fit import ACCELERATORS, GIB, Wish, plan_fit
+    from mizzen.operator.planning.model_shape import DTYPE_BYTES, read_model_shape
+
+    try:
+        shape = read_model_shape(_read_config(model))
+        gib = gpu_memory_gib if gpu_memory_gib is not None else ACCELERATORS.get(gpu.lower())
+        if gib is None or gib <= 0:
+            raise ModelFileError(
+                f"The memory of a {gpu} is not known. Name one of {', '.join(ACCELERATORS)}, or "
+                "add --gpu-memory-gib."
+            )
+        if dtype not in (*DTYPE_BYTES, "auto"):
+            raise ModelFileError(f"--dtype {dtype} is none of auto, {', '.join(DTYPE_BYTES)}.")
+        longest = max_model_len or shape.max_len
+        wish = Wish(
+            accelerator=gpu.lower(),
+            device_bytes=int(gib * GIB),
+            dtype="bfloat16" if dtype == "auto" else dtype,
+            max_len=longest,
+            request_tokens=max(1, min(request_tokens, longest)),
+            tensor=tensor_parallel_size,
+        )
+        fit = plan_fit(shape, wish)
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    typer.echo(json.dumps(asdict(fit), indent=2) if as_json else _as_text(fit, wish.request_tokens))
+
+
+def _read_config(path: Path) -> Mapping[str, object]:
+    if path.is_dir():
+        found = sorted(path.glob("*.gguf"))
+        has_config = (path / "config.json").is_file()
+        path = found[0] if len(found) == 1 and not has_config else path / "config.json"
+    if not path.is_file():
+        raise ModelFileError(
+            f"There is no file {path}. Name a directory with config.json, the file itself, or a "
+            ".gguf file."
+        )
+    if path.suffix == ".gguf":
+        return _gguf_config(path)
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelFileError(f"{path.name} is not valid JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise ModelFileError(f"{path.name} does not hold a JSON object.")
+    return config
+
+
+def _gguf_config(path: Path) -> Mapping[str, object]:
+    """Return a GGUF file's sizes by the names of a config.json. Its weights are not read."""
+    try:
+        from mizzen.runtime.model.gguf_header import read_gguf_header
+    except ImportError:
+        raise ModelFileError(
+            "Reading a .gguf file needs the package gguf: pip install 'mizzen[runtime]', or name "
+            "the model's config.json."
+        ) from None
+    from mizzen.runtime.errors import BadModelError
+
+    try:
+        header = read_gguf_header(path)
+    except BadModelError as error:
+        raise ModelFileError(str(error)) from None
+    kind = str(header.metadata.get("general.architecture"))
+
+    def field(name: str) -> object:
+        return header.metadata.get(f"{kind}.{name}")
+
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    return {
+        "architectures": [_GGUF_ARCHITECTURES.get(kind, kind)],
+        "num_hidden_layers": field("block_count"),
+        "hidden_size": field("embedding_length"),
+        "intermediate_size": field("feed_forward_length"),
+        "num_attention_heads": field("attention.head_count"),
+        "num_key_value_heads": field("attention.head_count_kv"),
+        "head_dim": field("attention.key_length"),
+        "max_position_embeddings": field("context_length"),
+        "vocab_size": len(tokens) if isinstance(tokens, list) else field("vocab_size"),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+    }
+
+
+_GGUF_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+def _as_text(fit: Fit, request_tokens: int) -> str:
+    gib = 1 << 30
+    rows = (
+        ("parameters", f"{fit.parameters:,}"),
+        ("weights", f"{fit.weight_bytes / gib:.2f} GiB as {fit.dtype}"),
+        ("KV cache", f"{fit.kv_bytes_per_token / 1024:.1f} KiB a token"),
+        ("devices per replica", f"{fit.tensor} x {fit.accelerator}"),
+        (
+            "memory of a device",
+            f"{fit.device_bytes / gib:.1f} GiB: {fit.weight_bytes_per_rank / gib:.2f} weights, "
+            f"{fit.kv_cache_bytes_per_rank / gib:.2f} KV cache, the rest for a step's activations",
+        ),
+        ("KV cache holds", f"{fit.kv_tokens:,} tokens"),
+        (
+            "requests at once",
+            f"{fit.max_concurrency} of {request_tokens} tokens, or "
+            f"{fit.max_concurrency_longest} of {fit.max_len}",
+        ),
+    )
+    return "\n".join(f"{name:<22}{value}" for name, value in rows)

@@ -1,0 +1,87 @@
+"""Replicas, demand and attainment over time as a picture; needs matplotlib (extra `simulator`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from mizzen.operator.simulator.replica import Flight
+from mizzen.operator.simulator.report import demand, is_met
+from mizzen.operator.simulator.simulation import Objective, Outcome, Setting
+
+_DEMAND_BIN_S = 30.0
+_ATTAINMENT_BIN_S = 60.0
+FORMATS = (".svg", ".png")
+
+
+class PlotError(Exception):
+    """No picture can be drawn; the text says what to change."""
+
+
+def check_plot(path: Path) -> None:
+    """Say before a long run whether its picture could be drawn.
+
+    Raises:
+        PlotError: matplotlib is missing, or the file's name has another ending.
+    """
+    if path.suffix not in FORMATS:
+        raise PlotError(f"{path.name} ends in neither {' nor '.join(FORMATS)}.")
+    if find_spec("matplotlib") is None:
+        raise PlotError(
+            "A plot needs matplotlib: pip install 'mizzen[simulator]', or leave --plot out."
+        )
+
+
+def plot(outcome: Outcome, setting: Setting, path: Path, *, title: str) -> None:
+    """Write a picture of an outcome to an .svg or .png file.
+
+    Raises:
+        PlotError: matplotlib is missing, or the file's name has another ending.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra that few need
+
+    minutes = [moment.at / 60 for moment in outcome.moments]
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    requests = [flight.request for flight in outcome.flights]
+    work = demand(requests, setting.profile, setting.objective, bin_s=_DEMAND_BIN_S)
+    upper.stackplot(
+        minutes,
+        [moment.ready for moment in outcome.moments],
+        [moment.starting for moment in outcome.moments],
+        [moment.draining for moment in outcome.moments],
+        labels=["ready", "starting", "draining"],
+        colors=["#2a7f62", "#e0a030", "#a05080"],
+        alpha=0.55,
+    )
+    upper.step(
+        [at / 60 for at, _ in work],
+        [load for _, load in work],
+        where="post",
+        color="black",
+        lw=0.8,
+        label="demand (replicas' worth of work)",
+    )
+    upper.step(minutes, [m.wanted for m in outcome.moments], where="post", lw=1, label="wanted")
+    upper.set(ylabel="replicas", title=title)
+    upper.margins(y=0.25)  # room for the legend
+    upper.legend(loc="upper left", ncols=3, fontsize="small")
+    shares = attainment_over_time(outcome.flights, setting.objective)
+    lower.step([at / 60 for at, _ in shares], [share for _, share in shares], where="post")
+    lower.set(ylabel="attainment", xlabel="minutes", ylim=(0, 1.05))
+    figure.savefig(path)
+
+
+def attainment_over_time(
+    flights: Sequence[Flight], objective: Objective
+) -> list[tuple[float, float]]:
+    """Return (time, share of well served requests that arrived then) by the minute."""
+    total, met = Counter[int](), Counter[int]()
+    for flight in flights:
+        minute = int(flight.request.arrival_s / _ATTAINMENT_BIN_S)
+        total[minute] += 1
+        met[minute] += is_met(flight, objective)
+    return [(minute * _ATTAINMENT_BIN_S, met[minute] / total[minute]) for minute in sorted(total)]
