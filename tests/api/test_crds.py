@@ -242,7 +242,26 @@ def test_the_example_of_every_field_is_accepted(cluster: ApiCluster, namespace: 
             "maxModelLen": 4096,
             "dtype": "bfloat16",
         },
-        scaling={"min": 1, "max": 4},
+        scaling={
+            "min": 0,
+            "max": 4,
+            "slo": {"ttftMs": 1000, "itlMs": 100, "attainment": 0.95},
+            "targets": {"concurrency": 16, "queue": 2, "kvUsedRatio": 0.8},
+            "idle": {"toZeroAfterSeconds": 600},
+            "schedules": [
+                {**OFFICE, "timezone": "Europe/Berlin"},
+                {
+                    **OFFICE,
+                    "name": "night",
+                    "start": "18:00",
+                    "end": "24:00",
+                    "timezone": "Europe/Berlin",
+                    "min": 0,
+                },
+            ],
+            "fallback": {"replicas": 2, "afterSeconds": 300},
+            "budget": {"gpus": 12},
+        },
         accelerator={**GPU, "count": 2},
         parallelism={"tensor": 4, "nodes": 2},
         adapters=[{"name": "support.v2", "source": "pvc://models/adapters/support"}],
@@ -255,6 +274,8 @@ def test_the_example_of_every_field_is_accepted(cluster: ApiCluster, namespace: 
         podTemplatePatch=patch,
     )
     assert apply(cluster, namespace, full)["spec"]["podTemplatePatch"] == patch
+    reports_only = deployment(replicas=2, scaling={"max": 4, "dryRun": True})
+    assert apply(cluster, namespace, reports_only)["spec"]["scaling"]["dryRun"] is True
 
 
 def test_a_job_cannot_change_but_for_suspend(cluster: ApiCluster, namespace: str) -> None:
