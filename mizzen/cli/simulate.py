@@ -69,7 +69,7 @@ def simulate(
     from mizzen.operator.simulator.fleet import Lending
     from mizzen.operator.simulator.plot import PlotError, check_plot
     from mizzen.operator.simulator.plot import plot as draw
-    from mizzen.operator.simulator.profile import Profile, StartUp
+    from mizzen.operator.simulator.replica_profile import Profile, StartUp
     from mizzen.operator.simulator.simulation import Objective, Setting
     from mizzen.operator.simulator.traces import load_trace, parse_format
     from mizzen.operator.simulator.workloads import multiply

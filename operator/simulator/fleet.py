@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from mizzen.operator.simulator.profile import Profile
 from mizzen.operator.simulator.replica import Replica
+from mizzen.operator.simulator.replica_profile import Profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import ceil, inf
 
-from mizzen.operator.simulator.profile import Profile
+from mizzen.operator.simulator.replica_profile import Profile
 from mizzen.operator.simulator.traces import PREFIX_BLOCK_TOKENS, Request
 
 ITL_RESOLUTION_S = 1e-4

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mizzen.operator.simulator.profile import Profile
 from mizzen.operator.simulator.replica import ITL_RESOLUTION_S, Flight
+from mizzen.operator.simulator.replica_profile import Profile
 from mizzen.operator.simulator.simulation import Objective, Outcome, ScaleEvent
 from mizzen.operator.simulator.traces import Request
 

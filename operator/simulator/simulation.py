@@ -13,8 +13,8 @@ from typing import Protocol
 
 from mizzen.operator.planning.signals import ReplicaState
 from mizzen.operator.simulator.fleet import Fleet, Hours, Lending, Member
-from mizzen.operator.simulator.profile import Profile
 from mizzen.operator.simulator.replica import Flight
+from mizzen.operator.simulator.replica_profile import Profile
 from mizzen.operator.simulator.signals import ReplicaSample, Sample, View
 from mizzen.operator.simulator.traces import Request
 

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from mizzen.operator.simulator.profile import Profile
 from mizzen.operator.simulator.replica import Flight, Replica
+from mizzen.operator.simulator.replica_profile import Profile
 from mizzen.operator.simulator.traces import Request
 
 PROFILE = Profile(

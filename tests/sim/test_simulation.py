@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from mizzen.cli.commands import app
 from mizzen.operator.simulator.experiment import best_static, run_policy
 from mizzen.operator.simulator.fleet import Lending
-from mizzen.operator.simulator.profile import Profile, StartUp
+from mizzen.operator.simulator.replica_profile import Profile, StartUp
 from mizzen.operator.simulator.report import ScaleEvent, build_report, count_reversals, demand
 from mizzen.operator.simulator.signals import View
 from mizzen.operator.simulator.simulation import (
