@@ -9,8 +9,10 @@ from mizzen.operator.crds.common import (
     AdapterName,
     ApiModel,
     Conditions,
+    LocalRef,
     ModelSource,
     PodTemplatePatch,
+    ServedSource,
     cel,
 )
 
@@ -18,17 +20,66 @@ KIND = "LLMDeployment"
 PLURAL = "llmdeployments"
 
 
+_IS_FETCHED = "self.source.startsWith('hf://') || self.source.startsWith('s3://')"
+
+
+class ModelCache(ApiModel):
+    """Where a fetched model is kept."""
+
+    claim: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            max_length=253,
+            pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
+            description="Claim of a volume that keeps models over restarts and shares them between "
+            "replicas; that of a local volume makes it a cache of its node. Without it every pod "
+            "has scratch space of its own.",
+        ),
+    ] = None
+    max_gib: Annotated[
+        float | None,
+        Field(
+            alias="maxGiB",
+            gt=0,
+            le=1048576,
+            description="Most it may hold, in GiB: models that no replica uses make room, those "
+            "unused for longest first. What the volume has when left out.",
+        ),
+    ] = None
+
+
 class Model(ApiModel):
     """The model to serve."""
 
+    rules = (
+        cel(
+            f"!has(self.credentials) || {_IS_FETCHED}",
+            "model.credentials is only for models that are fetched, from hf:// or s3://.",
+        ),
+        cel(
+            f"!has(self.cache) || {_IS_FETCHED}",
+            "model.cache is only for models that are fetched, from hf:// or s3://.",
+        ),
+    )
+
     source: Annotated[
-        ModelSource,
+        ServedSource,
         Field(
             description="Where the weights are: pvc://CLAIM/PATH on a volume claim of this "
-            "namespace, or file:///PATH inside the runtime image. A folder with config.json and "
-            "safetensors files, or one .gguf file."
+            "namespace, file:///PATH inside the runtime image, hf://ORG/NAME[@REVISION] on a hub "
+            "or s3://BUCKET/PREFIX. A folder with config.json and safetensors files, or one .gguf "
+            "file."
         ),
     ]
+    credentials: Annotated[
+        LocalRef | None,
+        Field(
+            description="Secret that opens the source: its key HF_TOKEN for hf://, "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN) for s3://."
+        ),
+    ] = None
+    cache: Annotated[ModelCache | None, Field(description="Where a fetched model is kept.")] = None
     served_name: Annotated[
         str | None,
         Field(
@@ -257,6 +308,22 @@ class LLMDeploymentSpec(ApiModel):
         return self.accelerator.count or self.parallelism.ranks_per_pod
 
 
+class LoadingStatus(ApiModel):
+    """How far a model's files have come."""
+
+    stage: Annotated[
+        str,
+        Field(max_length=64, description="Listing, Waiting, Downloading or Checking."),
+    ]
+    bytes: Annotated[int | None, Field(description="Bytes that are done.")] = None
+    total_bytes: Annotated[int | None, Field(description="Bytes in all.")] = None
+    bytes_per_second: Annotated[int | None, Field(description="Rate of the last while.")] = None
+    remaining_seconds: Annotated[int | None, Field(description="Time left at that rate.")] = None
+    observed_at: Annotated[
+        str, Field(description="When that was so.", json_schema_extra={"format": "date-time"})
+    ]
+
+
 class PodStatus(ApiModel):
     """One pod as the operator sees it."""
 
@@ -271,6 +338,10 @@ class PodStatus(ApiModel):
     node: Annotated[str | None, Field(max_length=253, description="Node it runs on.")] = None
     adapters: Annotated[
         list[str] | None, Field(max_length=128, description="Adapters it has loaded.")
+    ] = None
+    loading: Annotated[
+        LoadingStatus | None,
+        Field(description="While its model is fetched: how far that is, told every few seconds."),
     ] = None
 
 

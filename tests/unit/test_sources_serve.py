@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from hack.tiny_model import write_tiny_model
+from mizzen.operator.runtimes import HttpRuntimes
 from mizzen.runtime.config import ServeConfig
 from mizzen.runtime.server.main import serve
 from tests.fixtures.fake_engine import FakeEngine
@@ -48,11 +49,11 @@ async def test_the_admin_port_tells_how_far_the_files_have_come(
     token.write_text("secret")
     settings = {"model": "hf://org/tiny", "cache_dir": tmp_path / "cache"}
     async with running_server(start, wait=False, admin_token_file=token, **settings) as running:
-        authorized = {"Authorization": "Bearer secret"}
+        # Asked as the operator asks.
+        runtimes = HttpRuntimes(token, admin_port=running.server.ports.admin)
 
         async def loading() -> dict[str, Any]:
-            answer = await running.admin.get("/loading", headers=authorized)
-            return answer.json()["loading"] or {}
+            return await runtimes.loading("127.0.0.1") or {}
 
         while not (seen := await loading()).get("bytes", 0) > 0:  # noqa: ASYNC110 - as a poll does
             await asyncio.sleep(0.01)
@@ -64,6 +65,7 @@ async def test_the_admin_port_tells_how_far_the_files_have_come(
         await running.server.started.wait()
         assert await loading() == {}
         assert running.service.served_name == "tiny"
+        await runtimes.close()
     (config,) = given
     assert (config.model_path / "config.json").exists()
     assert config.model_path.is_relative_to(tmp_path / "cache")
