@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import ceil
 
 from mizzen.operator.crds.common import Json
-from mizzen.operator.crds.llmdeployment import Model, ModelCache
+from mizzen.operator.crds.served_model import Model, ModelCache
 from mizzen.operator.desired.sources import locate_model
 
 CACHE_FOLDER = "/var/cache/mizzen"

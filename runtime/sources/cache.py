@@ -20,6 +20,7 @@ from mizzen.runtime.sources.errors import (
     ChecksumMismatchError,
     SourceNotCachedError,
     StorageFullError,
+    StorageNotWritableError,
 )
 from mizzen.runtime.sources.integrity import (
     MANIFEST,
@@ -189,5 +190,10 @@ def _storage_error(error: OSError) -> Exception:
         return StorageFullError(
             "The volume of the model cache is full. Enlarge it or name another: --cache-dir, in a "
             "cluster spec.model.cache.claim."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StorageNotWritableError(
+            f"The model cache cannot be written to ({error.strerror}: {error.filename}). Give a "
+            "folder that can: --cache-dir, in a cluster spec.model.cache.claim."
         )
     return error

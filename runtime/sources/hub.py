@@ -116,6 +116,10 @@ class Hub:
                 http_get(url, stream, resume_size=stream.tell(), headers=build_hf_headers())
             except HTTPError as error:
                 raise self._explained(error) from error
+            except OSError as error:
+                if error.errno is not None:
+                    raise  # the disk's, not the hub's
+                raise self._explained(error) from error
 
     def _files(self, repository: _Repository) -> list[RemoteFile]:
         prefix = f"{self._folder}/" if self._folder else ""

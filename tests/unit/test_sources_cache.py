@@ -235,6 +235,13 @@ def test_a_volume_that_fills_up_meanwhile_is_told_as_such(root: Path) -> None:
         provide(root, shelf)
 
 
+def test_files_that_belong_to_somebody_else_are_told_as_such(root: Path) -> None:
+    shelf = Shelf()
+    shelf.fault = PermissionError(errno.EACCES, "Permission denied", "m.gguf.part")
+    with pytest.raises(StorageNotWritableError, match=r"m\.gguf\.part"):
+        provide(root, shelf)
+
+
 def test_a_folder_that_cannot_be_written_to_is_told_as_such(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageNotWritableError, match="--cache-dir"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -114,9 +116,30 @@ def test_the_cause_is_named_of(
     assert says in str(caught.value)
 
 
+class Refusing(BaseHTTPRequestHandler):
+    """A store that does not know our key; its answer is S3's own."""
+
+    def do_GET(self) -> None:
+        body = b"<Error><Code>InvalidAccessKeyId</Code><Message>No such key.</Message></Error>"
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 def test_keys_that_a_store_refuses_are_told_apart_from_a_store_that_is_away(
     fetch: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with HTTPServer(("127.0.0.1", 0), Refusing) as store:
+        threading.Thread(target=store.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{store.server_port}")
+        with pytest.raises(MizzenError, match="InvalidAccessKeyId") as refused:
+            fetch()
+        store.shutdown()
+    assert (refused.value.reason, refused.value.exit_code) == ("SourceForbidden", 42)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
     with pytest.raises(MizzenError, match="cannot be reached") as caught:
         fetch()
