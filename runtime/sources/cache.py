@@ -167,12 +167,11 @@ def _fetch_file(file: RemoteFile, listing: Listing, remote: Remote, partial: Pat
     whole, unfinished = partial / file.name, partial / f"{file.name}{_UNFINISHED}"
     if whole.exists() and matches(whole, file):
         return True
-    if unfinished.exists() and unfinished.stat().st_size >= file.size:
-        unfinished.unlink()  # not what is wanted: a rest of something else
-    if file.size:
+    unfinished.touch()
+    if unfinished.stat().st_size > file.size:
+        os.truncate(unfinished, 0)  # not what is wanted: a rest of something else
+    if unfinished.stat().st_size < file.size:
         remote.fetch(file, listing, unfinished)
-    else:
-        unfinished.touch()
     if not matches(unfinished, file):
         log.warning("%s of %s arrived with a wrong checksum", file.name, listing.address)
         unfinished.unlink()

@@ -165,6 +165,15 @@ def test_an_interrupted_fetch_leaves_no_model_but_its_bytes(root: Path) -> None:
     assert part.stat().st_size == len(shelf.content) // 2
 
 
+def test_a_file_that_was_whole_when_the_process_died_is_not_fetched_again(root: Path) -> None:
+    shelf = Shelf()
+    partial = root / "partial" / shelf.listing().entry
+    partial.mkdir(parents=True)
+    (partial / "m.gguf.part").write_bytes(shelf.content)
+    assert (provide(root, shelf) / "m.gguf").read_bytes() == shelf.content
+    assert shelf.fetched == []
+
+
 def ages(root: Path, *names: str) -> None:
     """Make the models' last uses lie apart, the first of `names` longest ago."""
     for age, name in enumerate(reversed(names)):
