@@ -40,6 +40,9 @@ class Runtimes(Protocol):
     async def adapters(self, pod_ip: str) -> tuple[LoadedAdapter, ...] | None:
         """Return the adapters it serves, None for no answer."""
 
+    async def loading(self, pod_ip: str) -> Mapping[str, object] | None:
+        """Return how far its model's files have come, None where none come or for no answer."""
+
     async def load_adapter(self, pod_ip: str, name: str, *, path: str, digest: str | None) -> bool:
         """Load an adapter, or its newer content; return whether it was done.
 
@@ -84,6 +87,11 @@ class HttpRuntimes:
         if not isinstance(entries, list):
             return None
         return tuple(LoadedAdapter(entry["name"], entry.get("digest")) for entry in entries)
+
+    async def loading(self, pod_ip: str) -> Mapping[str, object] | None:
+        """Return how far its model's files have come, None where none come or for no answer."""
+        document = ((await self._ask("GET", pod_ip, "/loading")) or {}).get("loading")
+        return document if isinstance(document, dict) else None
 
     async def load_adapter(self, pod_ip: str, name: str, *, path: str, digest: str | None) -> bool:
         """Load an adapter, or its newer content; return whether it was done.

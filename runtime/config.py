@@ -1,5 +1,6 @@
 """Settings of `mizzen serve`: every field is a flag and an environment variable."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote, urlsplit
@@ -8,6 +9,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 
 from mizzen.runtime.engine.config import Device, Dtype, EngineConfig
+from mizzen.runtime.sources.address import Address, parse_address
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -29,10 +31,20 @@ class ServeConfig(BaseSettings):
     )
 
     model: CliPositionalArg[str] = Field(
-        description="Directory in Hugging Face layout, a .gguf file, or a file:// address of one."
+        description="Directory in Hugging Face layout, a .gguf file, a file:// address of one, "
+        "hf://ORG/NAME[@REVISION] or s3://BUCKET/PREFIX."
     )
     served_model_name: str | None = Field(
         None, min_length=1, description="Name clients ask for; default: the path's last part."
+    )
+    cache_dir: Path = Field(
+        default_factory=lambda: _user_cache() / "mizzen",
+        description="Where models from hf:// and s3:// are kept; may be shared by processes.",
+    )
+    cache_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Most the cache may hold; unused models make room. Default: what the disk has.",
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks the model is split over.")
     dtype: Dtype = Field("auto", description="Number format of weights and activations.")
@@ -83,6 +95,11 @@ class ServeConfig(BaseSettings):
     max_body_mib: float = Field(8.0, gt=0, description="Largest request body; more gets 413.")
 
     @property
+    def remote(self) -> Address | None:
+        """Where the model is fetched from, None where it lies on this machine."""
+        return parse_address(self.model)
+
+    @property
     def model_path(self) -> Path:
         """Where the model lies, whether given as a path or as a file:// address."""
         if self.model.startswith("file://"):
@@ -94,6 +111,8 @@ class ServeConfig(BaseSettings):
         """What clients call the model."""
         if self.served_model_name:
             return self.served_model_name
+        if self.remote:
+            return self.remote.name
         path = self.model_path
         return path.stem if path.suffix == ".gguf" else path.resolve().name
 
@@ -123,3 +142,7 @@ class ServeConfig(BaseSettings):
             max_loras=self.max_loras,
             max_lora_rank=self.max_lora_rank,
         )
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

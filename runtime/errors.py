@@ -16,6 +16,7 @@ class MizzenError(Exception):
     """Base of our errors. `reason` becomes a condition's reason, so it never changes."""
 
     reason: ClassVar[str] = "InternalError"
+    exit_code: ClassVar[int] = EXIT_BAD_CONFIGURATION  # of a process that ends with it
 
 
 class BadModelError(MizzenError):
@@ -102,4 +103,4 @@ def report_fatal(error: MizzenError) -> int:
     log = Path(os.environ.get("MIZZEN_TERMINATION_LOG", "/dev/termination-log"))
     with contextlib.suppress(OSError):  # outside a pod there is no such file
         log.write_text(document)
-    return EXIT_BAD_CONFIGURATION
+    return error.exit_code

@@ -6,6 +6,7 @@ from mizzen.operator.crds.common import API_VERSION
 from mizzen.operator.crds.finetunejob import FineTuneJobSpec
 from mizzen.operator.crds.llmdeployment import KIND as DEPLOYMENT_KIND
 from mizzen.operator.desired.jobs import Job, config_map_of
+from mizzen.operator.desired.sources import locate_model
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.documents import Ref
 from mizzen.operator.kube.store import Store
@@ -25,7 +26,14 @@ def find_base_model(spec: FineTuneJobSpec, namespace: str, store: Store) -> str 
             f"spec.baseModel.deployment names {name}, but this namespace has no LLMDeployment of "
             "that name. Create it, or give spec.baseModel.source.",
         )
-    return str(deployment["spec"]["model"]["source"])
+    source = str(deployment["spec"]["model"]["source"])
+    if locate_model(source).is_remote:
+        return Problem(
+            Reason.BASE_MODEL_NOT_FOUND,
+            f"LLMDeployment {name} fetches its model from {source}, and a job trains only what "
+            "lies on a claim. Copy the model to one and give spec.baseModel.source.",
+        )
+    return source
 
 
 async def missing_input(job: Job, kube: Kube) -> Problem | None:

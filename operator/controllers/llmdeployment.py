@@ -7,6 +7,7 @@ from datetime import datetime
 
 from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen, bring_adapters
 from mizzen.operator.controllers.llmdeployment_apply import apply, set_gate
+from mizzen.operator.controllers.llmdeployment_loading import LoadingSeen, ask_loading
 from mizzen.operator.controllers.llmdeployment_observe import (
     Observed,
     SpecRefusedError,
@@ -16,7 +17,11 @@ from mizzen.operator.controllers.llmdeployment_observe import (
 )
 from mizzen.operator.controllers.llmdeployment_plan import Plan, gates_to_open, plan_deployment
 from mizzen.operator.controllers.llmdeployment_replicas import Group, read_groups
-from mizzen.operator.controllers.llmdeployment_report import report, report_refusal
+from mizzen.operator.controllers.llmdeployment_report import (
+    report,
+    report_refusal,
+    what_is_seen,
+)
 from mizzen.operator.engine.key import Key
 from mizzen.operator.engine.results import Done, Requeue, Result, Retryable, Terminal
 from mizzen.operator.facts import Facts
@@ -52,17 +57,19 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
     # As they stand after those writes, which the store has seen.
     groups = read_groups(facts.store.children(key, "Pod"), owner_uid=observed.serving.uid, now=now)
     adapters = await _bring_adapters(groups, observed, facts)
+    loading = await ask_loading(groups, observed, facts, now=now)
     # Also after a failure: that one pod could not be made is no reason to keep another waiting.
     gates = gates_to_open(groups, observed, plan, adapters)
     failure = await _open(gates, kube=kube, now=now) or failure
     # A failure is told too: status is where people look when nothing moves.
     try:
-        await report(observed, groups, adapters, kube=kube, facts=facts, now=now, failure=failure)
+        seen = what_is_seen(observed, groups, adapters, loading, facts=facts, failure=failure)
+        await report(observed, seen, kube=kube, now=now)
     except KubeError as error:
         failure = failure or error
     if failure is not None:
         return Retryable(failure) if failure.retry else Requeue(_REFUSED_S)
-    return _next_look(plan, adapters)
+    return _next_look(plan, adapters, loading)
 
 
 async def _apply(
@@ -96,9 +103,10 @@ async def _bring_adapters(
     return await bring_adapters(groups, observed.serving.adapters, facts.runtimes)
 
 
-def _next_look(plan: Plan, adapters: AdaptersSeen) -> Result:
+def _next_look(plan: Plan, adapters: AdaptersSeen, loading: LoadingSeen) -> Result:
     waits = [
         plan.look_again_after_s,
+        loading.look_again_after_s,
         _UNANSWERED_S if adapters.incomplete else None,
         _REFUSED_S if adapters.errors else None,
     ]

@@ -14,7 +14,7 @@ from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
 from mizzen.operator.desired import labels
 from mizzen.operator.desired.adapters import wanted_adapters
 from mizzen.operator.desired.serving import Serving, revision_of
-from mizzen.operator.desired.sources import locate
+from mizzen.operator.desired.sources import locate_model
 from mizzen.operator.engine.key import Key
 from mizzen.operator.facts import Facts
 from mizzen.operator.kube.client import Kube
@@ -91,7 +91,7 @@ def read_serving(resource: Json, facts: Facts) -> Serving:
     metadata, config = resource["metadata"], facts.config
     try:
         spec = facts.specs.deployment(resource)
-        locate(spec.model.source)
+        locate_model(spec.model.source)
     except (InvalidSpecError, ValueError) as error:
         raise SpecRefusedError(str(error)) from error
     jobs = facts.store.lookup(

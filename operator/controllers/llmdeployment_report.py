@@ -6,6 +6,7 @@ import contextlib
 from datetime import datetime
 
 from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen
+from mizzen.operator.controllers.llmdeployment_loading import LoadingSeen
 from mizzen.operator.controllers.llmdeployment_observe import Observed
 from mizzen.operator.controllers.llmdeployment_replicas import Group
 from mizzen.operator.crds.common import Json
@@ -52,18 +53,12 @@ _FAILURES: tuple[tuple[type[KubeError], Reason], ...] = (
 
 async def report(
     observed: Observed,
-    groups: list[Group],
-    adapters: AdaptersSeen,
+    seen: Seen,
     *,
     kube: Kube,
-    facts: Facts,
     now: datetime,
-    failure: KubeError | None = None,
 ) -> None:
-    """Write the status: the groups as they stand after this round's writes."""
-    seen = what_is_seen(
-        observed, groups, adapters, domain=facts.config.cluster_domain, failure=failure
-    )
+    """Write the status: things as they stand after this round's writes."""
     status = next_status(observed.status, seen, now=now)
     await _write(observed.resource, status, kube, now)
 
@@ -94,12 +89,13 @@ def what_is_seen(
     observed: Observed,
     groups: list[Group],
     adapters: AdaptersSeen,
+    loading: LoadingSeen,
     *,
-    domain: str,
+    facts: Facts,
     failure: KubeError | None = None,
 ) -> Seen:
     """Return what the status is made of."""
-    serving, spec = observed.serving, observed.spec
+    serving, spec, domain = observed.serving, observed.spec, facts.config.cluster_domain
     return Seen(
         generation=observed.generation,
         revision=observed.revision,
@@ -109,7 +105,7 @@ def what_is_seen(
         url=f"http://{serving.name}.{serving.namespace}.svc.{domain}:{labels.HTTP_PORT}/v1",
         selector=f"{labels.DEPLOYMENT}={serving.name},{labels.RANK}=0",
         devices_per_pod=spec.devices_per_pod,
-        replicas=tuple(_replica(group, observed, adapters) for group in groups),
+        replicas=tuple(_replica(group, observed, adapters, loading) for group in groups),
         adapters=tuple(
             AdapterSeen(
                 wanted.name, wanted.digest, wanted.job, adapters.errors.get(wanted.name, "")
@@ -120,16 +116,21 @@ def what_is_seen(
     )
 
 
-def _replica(group: Group, observed: Observed, adapters: AdaptersSeen) -> ReplicaSeen:
+def _replica(
+    group: Group, observed: Observed, adapters: AdaptersSeen, loading: LoadingSeen
+) -> ReplicaSeen:
     cause = group.cause
     if cause and cause.reason is Reason.UNSCHEDULABLE:
         cause = observed.too_large or cause
+    looks = [loading.by_pod.get(pod["metadata"]["name"]) for pod in group.pods]
+    if any(look and look.is_moving for look in looks):
+        cause = None  # of an earlier attempt, which this one has passed
     return ReplicaSeen(
         revision=group.replica.revision,
         standing=group.standing,
         pods=tuple(
-            PodSeen(pod["metadata"]["name"], str(pod.get("spec", {}).get("nodeName") or ""))
-            for pod in group.pods
+            PodSeen(pod["metadata"]["name"], str(pod.get("spec", {}).get("nodeName") or ""), look)
+            for pod, look in zip(group.pods, looks, strict=True)
         ),
         cause=cause,
         adapters=adapters.loaded.get(group.address, ()),

@@ -70,6 +70,19 @@ SOURCE_RULE = cel(
 NO_PARENT_RULE = cel(
     "!self.matches('(^|/)[.][.](/|$)')", "A path must not contain '..'; write the full path."
 )
+SERVED_SOURCE_RULE = cel(
+    r"self.matches('^(pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.+)?|file:///.+"
+    r"|hf://[A-Za-z0-9][-A-Za-z0-9._]*/[A-Za-z0-9][-A-Za-z0-9._]*(@[A-Za-z0-9][-A-Za-z0-9._%]*)?(/.+)?"
+    r"|s3://[a-z0-9][-a-z0-9.]*[a-z0-9]/.+)$')",
+    "A model's source must look like pvc://CLAIM/PATH, file:///PATH, hf://ORG/NAME[@REVISION] or "
+    "s3://BUCKET/PREFIX.",
+)
+ServedSource = Annotated[
+    str,
+    Field(
+        min_length=1, max_length=512, json_schema_extra=rules(SERVED_SOURCE_RULE, NO_PARENT_RULE)
+    ),
+]
 ModelSource = Annotated[
     str, Field(min_length=1, max_length=512, json_schema_extra=rules(SOURCE_RULE, NO_PARENT_RULE))
 ]

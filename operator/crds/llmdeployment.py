@@ -1,6 +1,6 @@
 """LLMDeployment: one served model, as its user writes and reads it."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -14,44 +14,10 @@ from mizzen.operator.crds.common import (
     cel,
 )
 from mizzen.operator.crds.scaling import Scaling, ScalingStatus
+from mizzen.operator.crds.served_model import Model
 
 KIND = "LLMDeployment"
 PLURAL = "llmdeployments"
-
-
-class Model(ApiModel):
-    """The model to serve."""
-
-    source: Annotated[
-        ModelSource,
-        Field(
-            description="Where the weights are: pvc://CLAIM/PATH on a volume claim of this "
-            "namespace, or file:///PATH inside the runtime image. A folder with config.json and "
-            "safetensors files, or one .gguf file."
-        ),
-    ]
-    served_name: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            max_length=128,
-            pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$",
-            description="Name that clients put into the `model` field of a request. The "
-            "resource's name when left out.",
-        ),
-    ] = None
-    max_model_len: Annotated[
-        int | None,
-        Field(
-            ge=16,
-            description="Longest prompt plus answer in tokens. The model's own limit when left "
-            "out; smaller leaves more room for parallel requests.",
-        ),
-    ] = None
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"],
-        Field(description="Number format of the weights in memory; auto follows the device."),
-    ] = "auto"
 
 
 class Parallelism(ApiModel):
@@ -267,6 +233,22 @@ class LLMDeploymentSpec(ApiModel):
         return self.accelerator.count or self.parallelism.ranks_per_pod
 
 
+class LoadingStatus(ApiModel):
+    """How far a model's files have come."""
+
+    stage: Annotated[
+        str,
+        Field(max_length=64, description="Listing, Waiting, Downloading or Checking."),
+    ]
+    bytes: Annotated[int | None, Field(description="Bytes that are done.")] = None
+    total_bytes: Annotated[int | None, Field(description="Bytes in all.")] = None
+    bytes_per_second: Annotated[int | None, Field(description="Rate of the last while.")] = None
+    remaining_seconds: Annotated[int | None, Field(description="Time left at that rate.")] = None
+    observed_at: Annotated[
+        str, Field(description="When that was so.", json_schema_extra={"format": "date-time"})
+    ]
+
+
 class PodStatus(ApiModel):
     """One pod as the operator sees it."""
 
@@ -281,6 +263,10 @@ class PodStatus(ApiModel):
     node: Annotated[str | None, Field(max_length=253, description="Node it runs on.")] = None
     adapters: Annotated[
         list[str] | None, Field(max_length=128, description="Adapters it has loaded.")
+    ] = None
+    loading: Annotated[
+        LoadingStatus | None,
+        Field(description="While its model is fetched: how far that is, told every few seconds."),
     ] = None
 
 

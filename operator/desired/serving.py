@@ -20,7 +20,19 @@ from mizzen.operator.desired.adapters import (
     WantedAdapter,
     adapters_name,
 )
-from mizzen.operator.desired.sources import Source, claim_mount, claim_volume, claims_of, locate
+from mizzen.operator.desired.model_cache import (
+    cache_flags,
+    cache_mounts,
+    cache_volumes,
+    credentials_env,
+)
+from mizzen.operator.desired.sources import (
+    Source,
+    claim_mount,
+    claim_volume,
+    claims_of,
+    locate_model,
+)
 
 CONTAINER = "runtime"
 _GRACE_BEYOND_DRAIN_S = 30
@@ -51,7 +63,7 @@ class Serving:
     @property
     def model(self) -> Source:
         """Where a pod finds the weights."""
-        return locate(self.spec.model.source)
+        return locate_model(self.spec.model.source)
 
     @property
     def claims(self) -> tuple[str, ...]:
@@ -163,6 +175,7 @@ def _pod_spec(serving: Serving, place: PodPlace) -> Json:
                 "configMap": {"name": adapters_name(serving.name), "optional": True},
             },
             *map(claim_volume, serving.claims),
+            *cache_volumes(spec.model),
         ],
     }
     if serving.pull_secrets:
@@ -180,7 +193,7 @@ def _container(serving: Serving) -> Json:
         "imagePullPolicy": serving.pull_policy,
         "command": ["mizzen"],
         "args": ["serve", serving.model.path, *_flags(serving)],
-        "env": [{"name": "HOME", "value": "/tmp"}],
+        "env": [{"name": "HOME", "value": "/tmp"}, *credentials_env(spec.model)],
         "ports": [
             {"name": "http", "containerPort": labels.HTTP_PORT},
             {"name": "grpc", "containerPort": labels.GRPC_PORT},
@@ -194,6 +207,7 @@ def _container(serving: Serving) -> Json:
             pods.admin_token_mount(),
             {"name": ADAPTERS_VOLUME, "mountPath": ADAPTERS_FOLDER, "readOnly": True},
             *(claim_mount(claim, read_only=True) for claim in serving.claims),
+            *cache_mounts(spec.model),
         ],
     }
 
@@ -212,6 +226,7 @@ def _flags(serving: Serving) -> list[str]:
         "--drain-seconds": spec.drain.max_seconds,
         "--admin-token-file": f"{labels.ADMIN_TOKEN_FOLDER}/{labels.ADMIN_TOKEN_KEY}",
         "--adapters-file": ADAPTERS_FILE,
+        **cache_flags(spec.model),
     }
     given = [(flag, str(value)) for flag, value in flags.items() if value is not None]
     given += [("--adapter-root", folder) for folder in serving.adapter_folders]

@@ -11,6 +11,7 @@ from mizzen.operator.crds.common import Json
 CLAIM_ROOT = "/mnt/pvc"
 _CLAIM_SCHEME = "pvc://"
 _FILE_SCHEME = "file://"
+_HUB_SCHEME, _BUCKET_SCHEME = "hf://", "s3://"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,16 @@ class Source:
 
     path: str
     claim: str | None = None  # None: it is part of the image
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the container has to fetch it; the path is then the address itself."""
+        return self.path.startswith((_HUB_SCHEME, _BUCKET_SCHEME))
+
+    @property
+    def is_in_hub(self) -> bool:
+        """Whether it comes from a hub, and not from a bucket."""
+        return self.path.startswith(_HUB_SCHEME)
 
     @property
     def folder(self) -> str:
@@ -38,6 +49,17 @@ def locate(address: str) -> Source:
     if address.startswith(_FILE_SCHEME):
         return Source(str(PurePosixPath(address.removeprefix(_FILE_SCHEME))))
     raise ValueError(f"{address} must look like pvc://CLAIM/PATH or file:///PATH.")
+
+
+def locate_model(address: str) -> Source:
+    """Return where a served model lies, which may also be a hub or a bucket.
+
+    Raises:
+        ValueError: the address has another scheme; the CRD refuses those.
+    """
+    if address.startswith((_HUB_SCHEME, _BUCKET_SCHEME)):
+        return Source(address)
+    return locate(address)
 
 
 def claims_of(sources: Iterable[Source]) -> tuple[str, ...]:

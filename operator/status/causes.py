@@ -28,6 +28,8 @@ _CONFIG_REASONS = {
 
 _CLAIM_MISSING = re.compile(r'persistentvolumeclaim "([^"]+)" (?:not found|is being deleted)')
 _CLAIM_UNBOUND = re.compile(r"unbound immediate PersistentVolumeClaims|didn't find available")
+_SECRET_MISSING = re.compile(r'secret "([^"]+)" not found')
+_KEY_MISSING = re.compile(r"couldn't find key (\S+) in Secret \S+/(\S+)")
 _COUNT = re.compile(r"^\d+ ")
 
 
@@ -122,13 +124,28 @@ def _container_cause(container: Json, pod: Json) -> Cause | None:
             "name the registry's credentials in spec.podTemplatePatch.imagePullSecrets.",
         )
     if waiting.get("reason") in _CONFIG_REASONS:
-        return Cause(Reason.CONTAINER_CONFIG, _shorten(str(waiting.get("message") or "")))
+        return _config_cause(str(waiting.get("message") or ""))
     # A container that is being started again still has the cause of the last end to tell.
     terminated = state.get("terminated") or container.get("lastState", {}).get("terminated")
     if terminated is None:
         return None
     labels = pod.get("metadata", {}).get("labels", {})
     return terminated_cause(terminated, instance=labels.get("app.kubernetes.io/instance", ""))
+
+
+def _config_cause(message: str) -> Cause:
+    if secret := _SECRET_MISSING.search(message):
+        return Cause(
+            Reason.SECRET_NOT_FOUND,
+            f"There is no Secret {secret[1]} in the deployment's namespace. Create it, or correct "
+            "its name in the spec (model.credentials or podTemplatePatch).",
+        )
+    if key := _KEY_MISSING.search(message):
+        return Cause(
+            Reason.SECRET_NOT_FOUND,
+            f"The Secret {key[2]} has no key {key[1]}. Add it to the Secret.",
+        )
+    return Cause(Reason.CONTAINER_CONFIG, _shorten(message))
 
 
 def _ended_cause(status: Json) -> Cause:

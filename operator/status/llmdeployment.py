@@ -21,6 +21,7 @@ from mizzen.operator.status.conditions import (
     flips,
     next_conditions,
 )
+from mizzen.operator.status.loading import Loading, slowest
 from mizzen.operator.status.reasons import Reason
 from mizzen.operator.status.scaling import ScalingSeen
 
@@ -49,6 +50,7 @@ class PodSeen:
 
     name: str
     node: str = ""
+    loading: Loading | None = None  # while its model is fetched
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,8 @@ def _pods(replica: ReplicaSeen) -> list[Document]:
             document["node"] = pod.node
         if replica.adapters:
             document["adapters"] = list(replica.adapters)
+        if pod.loading:
+            document["loading"] = pod.loading.to_api()
         documents.append(document)
     return documents
 
@@ -293,7 +297,10 @@ def _progressing(seen: Seen, progress: tuple[Reason, str], *, is_stalled: bool) 
     type_ = ConditionType.PROGRESSING
     if seen.cause and is_stalled:
         return Condition(type_, False, seen.cause.reason, "Nothing moves until this is mended.")
-    return Condition(type_, not seen.is_settled, *progress)
+    reason, message = progress
+    if loading := slowest(pod.loading for r in seen.current for pod in r.pods if pod.loading):
+        message = f"{message} {loading.sentence}"
+    return Condition(type_, not seen.is_settled, reason, message)
 
 
 def _scaling_active(seen: Seen) -> Condition:

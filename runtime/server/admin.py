@@ -32,6 +32,7 @@ def admin_routes(service: Service, drain: Drain) -> list[GuardedRoute]:
         GuardedRoute("GET", "/healthz", partial(_healthz, service), Access.OPEN),
         GuardedRoute("GET", "/readyz", partial(_readyz, service), Access.OPEN),
         GuardedRoute("GET", "/metrics", partial(_metrics, service), Access.OPEN),
+        GuardedRoute("GET", "/loading", partial(_loading, service), Access.ADMIN),
         GuardedRoute("GET", "/drain", partial(_drain_state, service), Access.ADMIN),
         GuardedRoute("POST", "/drain", partial(_begin_drain, service, drain), Access.ADMIN),
         GuardedRoute("GET", "/adapters", partial(_adapters, service), Access.ADMIN),
@@ -63,6 +64,11 @@ async def _readyz(service: Service, request: Request) -> ASGIApp:
 
 async def _metrics(service: Service, request: Request) -> ASGIApp:
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _loading(service: Service, request: Request) -> ASGIApp:
+    """Say how far the model's files have come; null while none are being brought here."""
+    return json_response({"phase": service.phase, "loading": service.files.progress.to_api()})
 
 
 async def _drain_state(service: Service, request: Request) -> ASGIApp:

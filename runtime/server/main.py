@@ -154,7 +154,8 @@ class Server:
 
     async def _load(self) -> None:
         self._enter(Phase.LOADING_MODEL)
-        engine = await self._start_engine(self._config, self.service.metrics)
+        config = await self.service.files.bring(self._config)
+        engine = await self._start_engine(config, self.service.metrics)
         self.service.metrics.on_loaded(engine.model_len)
         self.service.attach(engine)
         if self.service.is_draining:

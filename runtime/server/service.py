@@ -21,6 +21,7 @@ from mizzen.runtime.engine.api import (
     TokenOutput,
 )
 from mizzen.runtime.server.errors import ApiError, not_ready, to_api_error, unknown_model
+from mizzen.runtime.server.files import ModelFiles
 from mizzen.runtime.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Service:
     config: ServeConfig
     metrics: Metrics
     phase: Phase = Phase.STARTING
+    files: ModelFiles = field(default_factory=ModelFiles)
     uses: dict[str, ModelUse] = field(default_factory=dict)
     started_at: int = field(default_factory=lambda: int(time.time()))
     adapter_lock: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -110,6 +110,28 @@ REFUSED: dict[str, tuple[Document, str]] = {
     "no model": ({**deployment(), "spec": {}}, "spec.model: Required value"),
     "a model path of a kind we do not have": (
         deployment(model={"source": "http://example/model"}),
+        "must look like pvc://CLAIM/PATH, file:///PATH, hf://ORG/NAME[@REVISION] or s3://BUCKET/",
+    ),
+    "a repository without its owner": (
+        deployment(model={"source": "hf://gpt2"}), "hf://ORG/NAME[@REVISION]",
+    ),
+    "a bucket without a prefix": (
+        deployment(model={"source": "s3://models"}), "s3://BUCKET/PREFIX.",
+    ),
+    "credentials for a model on a claim": (
+        deployment(model={"source": "pvc://m/a", "credentials": {"name": "hub"}}),
+        "model.credentials is only for models that are fetched, from hf:// or s3://.",
+    ),
+    "a cache for a model on a claim": (
+        deployment(model={"source": "pvc://m/a", "cache": {"maxGiB": 5}}),
+        "model.cache is only for models that are fetched, from hf:// or s3://.",
+    ),
+    "a cache on the node's own path": (
+        deployment(model={"source": "hf://org/a", "cache": {"hostPath": "/models"}}),
+        'unknown field "spec.model.cache.hostPath"',
+    ),
+    "an adapter from a hub": (
+        deployment(adapters=[{"name": "a", "source": "hf://org/a"}]),
         "A model path must look like pvc://CLAIM/PATH or file:///PATH.",
     ),
     "a model path that climbs out of its volume": (
@@ -215,6 +237,28 @@ def test_the_shortest_deployment_gets_every_default(cluster: ApiCluster, namespa
         "drain": {"maxSeconds": 120},
         "rollout": {"maxSurge": 1, "maxUnavailable": 0},
     }
+
+
+FETCHED = [
+    "hf://org/Name-1.5_b",
+    "hf://org/name@v1.0",
+    "hf://org/name@refs%2Fpr%2F1/q4.gguf",
+    "s3://models.team-a/a/b/",
+    "s3://models/one.gguf",
+]
+
+
+@pytest.mark.parametrize("source", FETCHED)
+def test_a_model_that_is_fetched_is_accepted(
+    cluster: ApiCluster, namespace: str, source: str
+) -> None:
+    model = {
+        "source": source,
+        "credentials": {"name": "keys"},
+        "cache": {"claim": "node-models", "maxGiB": 0.5},
+    }
+    written = apply(cluster, namespace, deployment(model=model), "--dry-run=server")
+    assert written["spec"]["model"] == model | {"dtype": "auto"}
 
 
 def test_the_example_of_every_field_is_accepted(cluster: ApiCluster, namespace: str) -> None:

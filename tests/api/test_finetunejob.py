@@ -232,6 +232,12 @@ async def test_suspending_yields_and_resuming_goes_on(scene: Scene) -> None:
     assert scene.pods() == ["support-g1-0", "support-g2-0"]
 
 
+FETCHING: Document = {
+    "apiVersion": "mizzen.dev/v1alpha1",
+    "kind": "LLMDeployment",
+    "metadata": {"name": "fetching"},
+    "spec": {"model": {"source": "hf://org/base"}},
+}
 BAD_INPUT: dict[str, tuple[Callable[[Scene], None], Document, str, str]] = {
     "a dataset that is missing": (
         lambda scene: scene.kubectl("delete", "configmap", "tickets"),
@@ -244,6 +250,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Scene], None], Document, str, str]] = {
     ),
     "a claim that is missing": (
         lambda scene: None, {"output": {"uri": "pvc://nowhere/x"}}, "ClaimNotFound", "nowhere",
+    ),
+    "a base deployment whose model is fetched": (
+        lambda scene: scene.apply(FETCHING),
+        {"baseModel": {"deployment": "fetching"}}, "BaseModelNotFound", "Copy the model",
     ),
     "a base deployment that is missing": (
         lambda scene: None, {"baseModel": {"deployment": "ghost"}}, "BaseModelNotFound", "ghost",

@@ -53,8 +53,8 @@ CASES: dict[str, tuple[Json, Reason | None, str]] = {
     ),
     "a container that cannot be made": (
         pod(containerStatuses=[container(waiting={
-            "reason": "CreateContainerConfigError", "message": 'secret "x" not found'})]),
-        Reason.CONTAINER_CONFIG, 'secret "x" not found',
+            "reason": "CreateContainerConfigError", "message": 'configmap "x" not found'})]),
+        Reason.CONTAINER_CONFIG, 'configmap "x" not found',
     ),
     "a bad model, in the runtime's words": (
         pod(containerStatuses=[container(terminated={"exitCode": 42, "message": LAST_WORDS})]),
@@ -64,6 +64,24 @@ CASES: dict[str, tuple[Json, Reason | None, str]] = {
         pod(containerStatuses=[container(
             running={}, last={"exitCode": 42, "message": LAST_WORDS})]),
         Reason.NOT_A_MODEL, "No config.json in /mnt/pvc/models.",
+    ),
+    "a Secret that is missing": (
+        pod(containerStatuses=[container(waiting={
+            "reason": "CreateContainerConfigError", "message": 'secret "hub" not found'})]),
+        Reason.SECRET_NOT_FOUND, "There is no Secret hub in the deployment's namespace.",
+    ),
+    "a Secret without the key": (
+        pod(containerStatuses=[container(waiting={
+            "reason": "CreateContainerConfigError",
+            "message": "couldn't find key HF_TOKEN in Secret team/hub"})]),
+        Reason.SECRET_NOT_FOUND, "The Secret hub has no key HF_TOKEN.",
+    ),
+    "a model that cannot be fetched now, which may pass": (
+        pod(containerStatuses=[container(
+            waiting={"reason": "CrashLoopBackOff"},
+            last={"exitCode": 1, "message": json.dumps(
+                {"reason": "SourceUnreachable", "message": "The hub answers 503."})})]),
+        Reason.SOURCE_UNREACHABLE, "The hub answers 503.",
     ),
     "bad settings without last words": (
         pod(containerStatuses=[container(terminated={"exitCode": 42})]),

@@ -1,0 +1,1 @@
+"""Model files from elsewhere (a hub, a bucket) into a folder on this node. Imports no torch."""
