@@ -142,10 +142,9 @@ class Routes:
         wanted = request.match_info["model"]
         route = self._parts.directory.resolve(wanted)
         if route is not None:
-            model = route.model
-            adapter = route.upstream_name.removeprefix(model.name).removeprefix(":")
-            if not adapter or adapter in model.adapters:
-                base = wanted.removesuffix(f":{adapter}") if adapter else wanted
+            model, adapter = route.model, route.adapter
+            if adapter is None or adapter in model.adapters:
+                base = wanted if adapter is None else wanted.removesuffix(f":{adapter}")
                 entries = _model_entries(base, model)
                 return _json(200, next(e for e in entries if e["id"] == wanted))
         raise UnknownModelError(wanted, self._parts.directory.names())
@@ -161,9 +160,7 @@ class Routes:
         metrics = self._parts.metrics
         metrics.on_start(route.model)
         try:
-            return await self._parts.proxy.forward(
-                request, route, body.for_model(route.upstream_name), request_id=request[_ID]
-            )
+            return await self._parts.proxy.forward(request, route, body, request_id=request[_ID])
         finally:
             metrics.on_end(route.model)
 

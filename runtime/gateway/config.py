@@ -62,7 +62,19 @@ class GatewayConfig(BaseSettings):
     max_resends: int = Field(
         2, ge=0, description="How often a request is sent again after a replica died with it."
     )
-    eject_s: float = Field(5.0, ge=0, description="How long a replica that failed is chosen last.")
+    eject_s: float = Field(
+        5.0, ge=0, description="How long a replica that failed is passed over; longer each time."
+    )
+    max_ejected_ratio: float = Field(
+        0.5, ge=0, le=1, description="Largest share of a model's replicas that is passed over."
+    )
+    load_factor: float = Field(
+        1.25,
+        gt=1,
+        le=100,
+        description="How far above the mean a replica's requests may be before prompts that "
+        "belong to it go elsewhere.",
+    )
     lame_duck_s: float = Field(
         5.0, ge=0, description="On SIGTERM: still accept for this long, while endpoints forget us."
     )

@@ -25,6 +25,7 @@ class Endpoint:
 
     url: str
     state: EndpointState = EndpointState.READY
+    pod: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class ServedModel:
     name: str
     created_at_s: int = 0
     adapters: tuple[str, ...] = ()
+    loaded: frozenset[tuple[str, str]] = frozenset()
+    """Which adapter is on which pod, as pairs of their names."""
 
     @property
     def key(self) -> ObjectKey:
@@ -45,10 +48,16 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes and the model name its replica expects."""
+    """Where a request goes: a deployment, perhaps one of its adapters."""
 
     model: ServedModel
-    upstream_name: str
+    adapter: str | None = None
+
+    @property
+    def upstream_name(self) -> str:
+        """What its replicas call the model."""
+        name = self.model.name
+        return name if self.adapter is None else f"{name}:{self.adapter}"
 
 
 @dataclass(slots=True)
@@ -100,11 +109,11 @@ class Directory:
     def resolve(self, name: str) -> Route | None:
         """Find the deployment for `MODEL`, `MODEL:ADAPTER`, each with or without `namespace/`."""
         if (model := self._by_name.get(name)) is not None:
-            return Route(model, model.name)
+            return Route(model)
         base, colon, adapter = name.rpartition(":")
         if colon and adapter and (model := self._by_name.get(base)) is not None:
             # Whether the adapter exists is the replica's to say: it knows before status does.
-            return Route(model, f"{model.name}:{adapter}")
+            return Route(model, adapter)
         return None
 
     def _index_names(self) -> None:
@@ -160,6 +169,14 @@ class Directory:
         found = self._all_endpoints(deployment)
         ready = tuple(e for e in found if e.state is EndpointState.READY)
         return ready or found
+
+    def candidates(self, route: Route) -> tuple[Endpoint, ...]:
+        """Replicas that may be asked for this model, those known to hold its adapter if any do."""
+        found = self.endpoints(route.model.key)
+        model = self._models.get(route.model.key)
+        if route.adapter is None or model is None:
+            return found
+        return tuple(e for e in found if (route.adapter, e.pod) in model.loaded) or found
 
     def ready_count(self, deployment: ObjectKey) -> int:
         """How many replicas are ready."""

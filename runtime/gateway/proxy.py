@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from aiohttp import ClientSession, web
 
+from mizzen.runtime.gateway.affinity import SESSION_HEADER, affinity_key
 from mizzen.runtime.gateway.attempt import (
     AttemptError,
     FailureKind,
-    Opened,
     Outgoing,
     Refusal,
-    ReplicaLostError,
     ReplicaTimeoutError,
     open_answer,
 )
 from mizzen.runtime.gateway.balancer import Balancer
+from mizzen.runtime.gateway.body import Body
 from mizzen.runtime.gateway.config import GatewayConfig
 from mizzen.runtime.gateway.directory import Directory, Endpoint, Route
-from mizzen.runtime.gateway.errors import NoReplicaError, ReplicaSilentError, error_body
-from mizzen.runtime.gateway.headers import answer_headers, request_headers
+from mizzen.runtime.gateway.errors import NoReplicaError, ReplicaSilentError
+from mizzen.runtime.gateway.headers import request_headers
 from mizzen.runtime.gateway.metrics import GatewayMetrics
+from mizzen.runtime.gateway.reply import Reply
 
 log = logging.getLogger(__name__)
 
 _PAUSE_S = 0.25
 _RETRY_AFTER_S = 5
-_EVENT_STREAM = "text/event-stream"
 
 
 @dataclass(slots=True)
 class Search:
-    """What one request has tried so far."""
+    """What one request looks for, and has tried so far."""
 
+    key: int | None = None
     tried: set[str] = field(default_factory=set)
     resends: int = 0
     last: AttemptError | None = None
@@ -67,7 +67,7 @@ class Proxy:
         self._clock = clock
 
     async def forward(
-        self, request: web.Request, route: Route, body: bytes, *, request_id: str
+        self, request: web.Request, route: Route, body: Body, *, request_id: str
     ) -> web.StreamResponse:
         """Answer `request` from one of the model's replicas.
 
@@ -76,12 +76,13 @@ class Proxy:
             ReplicaSilentError: one took it and fell silent.
         """
         started_at = self._clock()
-        outgoing = self._outgoing(request, body, request_id)
-        search = Search()
+        outgoing = self._outgoing(request, body.for_model(route.upstream_name), request_id)
+        reply = Reply(request)
+        search = Search(_affinity(request, route, body))
         while True:
             endpoint = await self._next_endpoint(route, search)
             if endpoint is None:
-                return self._give_up(route, search)
+                return reply.refuse(self._give_up(route, search))
             if search.last is not None:
                 self._metrics.on_retry(route.model, search.last.kind.value)
             self._metrics.on_pick(route.model, endpoint.url)
@@ -92,16 +93,17 @@ class Proxy:
                     self._note(route, endpoint, search, failure)
                     continue
                 except ReplicaTimeoutError:
-                    self._balancer.note_failure(endpoint.url)
+                    self._balancer.outliers.note_failure(endpoint.url)
                     raise ReplicaSilentError(
                         f"A replica of {route.model.name!r} took the request and did not answer "
                         f"within {self._config.read_timeout_s:g} seconds."
                     ) from None
-                self._balancer.note_success(endpoint.url)
                 self._metrics.on_first_byte(route.model, self._clock() - started_at)
                 if isinstance(answer, Refusal):
-                    return _refused(answer)
-                return await self._relay(request, route, answer)
+                    self._judge(endpoint, answer)
+                    return reply.refuse(answer)
+                self._balancer.outliers.note_success(endpoint.url)
+                return await reply.relay(answer, on_cut=partial(self._on_cut, route))
 
     # Choosing.
 
@@ -109,8 +111,9 @@ class Proxy:
         """Return the replica to try next, waiting for one while it is worth it; None to give up."""
         # A request that takes its replicas down must not be handed round all of them.
         while search.resends <= self._config.max_resends:
-            endpoints = self._directory.endpoints(route.model.key)
-            endpoint = self._balancer.choose(endpoints, without=search.tried)
+            endpoint = self._balancer.choose(
+                self._directory.candidates(route), key=search.key, without=search.tried
+            )
             if endpoint is not None or search.last is None:
                 return endpoint
             # Every replica known was tried. Waiting helps where another is on its way to being
@@ -132,7 +135,7 @@ class Proxy:
         if failure.kind is FailureKind.LOST:
             search.resends += 1
         if failure.kind is not FailureKind.BUSY:
-            self._balancer.note_failure(endpoint.url)
+            self._balancer.outliers.note_failure(endpoint.url)
         log.info(
             "model=%s/%s endpoint=%s not answered: %s (%s)",
             *route.model.key,
@@ -141,7 +144,14 @@ class Proxy:
             failure,
         )
 
-    def _give_up(self, route: Route, search: Search) -> web.StreamResponse:
+    def _judge(self, endpoint: Endpoint, refusal: Refusal) -> None:
+        """An error that the request has earned is an answer; one of the replica's own is not."""
+        if refusal.status >= 500:
+            self._balancer.outliers.note_error(endpoint.url)
+        else:
+            self._balancer.outliers.note_success(endpoint.url)
+
+    def _give_up(self, route: Route, search: Search) -> Refusal:
         name = route.model.name
         if search.last is None:
             raise NoReplicaError(
@@ -153,7 +163,7 @@ class Proxy:
         if search.last.refusal is not None:
             refusal = search.last.refusal
             refusal.headers.setdefault("Retry-After", str(_RETRY_AFTER_S))
-            return _refused(refusal)
+            return refusal
         raise NoReplicaError(
             f"No replica of {name!r} answered: the last one tried was {search.last.kind.value}. "
             "Try again in a few seconds.",
@@ -161,6 +171,10 @@ class Proxy:
         )
 
     # Sending and relaying.
+
+    def _on_cut(self, route: Route, error: Exception) -> None:
+        self._metrics.on_cut(route.model)
+        log.warning("model=%s/%s lost its replica in mid-answer: %s", *route.model.key, error)
 
     def _outgoing(self, request: web.Request, body: bytes, request_id: str) -> Outgoing:
         return Outgoing(
@@ -175,48 +189,7 @@ class Proxy:
             read_timeout_s=self._config.read_timeout_s,
         )
 
-    async def _relay(
-        self, request: web.Request, route: Route, opened: Opened
-    ) -> web.StreamResponse:
-        upstream = opened.response
-        answer = web.StreamResponse(
-            status=upstream.status, headers=answer_headers(upstream.headers)
-        )
-        try:
-            # aiohttp reads no more than two buffers ahead, and `write` waits for a slow client:
-            # that is the whole of the flow control.
-            chunk = opened.first_chunk
-            await answer.prepare(request)
-            while chunk:
-                await answer.write(chunk)
-                chunk = await opened.next_chunk()
-            await answer.write_eof()
-        except ReplicaLostError as error:
-            await self._cut(request, route, answer, error)
-        except ConnectionError:
-            log.debug("client of %s/%s is gone", *route.model.key)
-        finally:
-            # Also when this task is cancelled because the client went away: the replica notices
-            # the closed connection and stops generating.
-            opened.close()
-        return answer
 
-    async def _cut(
-        self, request: web.Request, route: Route, answer: web.StreamResponse, error: Exception
-    ) -> None:
-        """End an answer whose replica was lost so that nobody takes it for a complete one."""
-        self._metrics.on_cut(route.model)
-        log.warning("model=%s/%s lost its replica in mid-answer: %s", *route.model.key, error)
-        if answer.headers.get("Content-Type", "").startswith(_EVENT_STREAM):
-            message = "The replica was lost in the middle of this answer; send the request again."
-            event = json.dumps(error_body(message, "server_error", code="replica_lost"))
-            with suppress(ConnectionError):
-                await answer.write(f"\n\ndata: {event}\n\n".encode())
-                await answer.write_eof()
-        elif request.transport is not None:
-            # No end of the body was sent: the client's HTTP library reports it as incomplete.
-            request.transport.close()
-
-
-def _refused(refusal: Refusal) -> web.Response:
-    return web.Response(status=refusal.status, headers=refusal.headers, body=refusal.body)
+def _affinity(request: web.Request, route: Route, body: Body) -> int | None:
+    session = request.headers.get(SESSION_HEADER)
+    return affinity_key(body.document, model=route.upstream_name, session=session)

@@ -39,7 +39,11 @@ class Gateway:
         self.directory = Directory()
         self.keyring = Keyring()
         self.lifecycle = Lifecycle()
-        self.balancer = Balancer(eject_s=config.eject_s)
+        self.balancer = Balancer(
+            eject_s=config.eject_s,
+            max_ejected_ratio=config.max_ejected_ratio,
+            load_factor=config.load_factor,
+        )
         self.metrics = GatewayMetrics(self.directory)
         self.directory.on_endpoint_gone = self._forget_endpoint
         self._session: ClientSession | None = None

@@ -37,7 +37,7 @@ def parse_model(item: KubeObject) -> ServedModel:
     """Read an LLMDeployment: its served name and the adapters that are on some replica."""
     namespace, name = object_key(item)
     spec = _mapping(_mapping(item.get("spec")).get("model"))
-    adapters = _mapping(item.get("status")).get("adapters")
+    status = _mapping(item.get("status"))
     return ServedModel(
         namespace=namespace,
         deployment=name,
@@ -46,11 +46,14 @@ def parse_model(item: KubeObject) -> ServedModel:
         adapters=tuple(
             sorted(
                 str(adapter["name"])
-                for adapter in (adapters if isinstance(adapters, list) else [])
-                if isinstance(adapter, dict)
-                and adapter.get("name")
-                and (adapter.get("readyReplicas") or 0) > 0
+                for adapter in _mappings(status.get("adapters"))
+                if adapter.get("name") and (adapter.get("readyReplicas") or 0) > 0
             )
+        ),
+        loaded=frozenset(
+            (str(adapter), str(pod.get("name")))
+            for pod in _mappings(status.get("pods"))
+            for adapter in _list(pod.get("adapters"))
         ),
     )
 
@@ -68,7 +71,11 @@ def parse_slice(item: KubeObject) -> tuple[ObjectKey, tuple[Endpoint, ...]]:
         _HTTP_PORT,
     )
     endpoints = [
-        Endpoint(f"http://{_host(address)}:{port}", state)
+        Endpoint(
+            f"http://{_host(address)}:{port}",
+            state,
+            pod=str(_mapping(entry.get("targetRef")).get("name") or ""),
+        )
         for entry in item.get("endpoints") or ()
         if (state := _state(_mapping(entry.get("conditions")))) is not None
         # Several addresses of one entry are the same pod: the first is enough.
@@ -169,6 +176,14 @@ def _host(address: str) -> str:
 
 def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _mappings(value: object) -> list[dict[str, Any]]:
+    return [one for one in _list(value) if isinstance(one, dict)]
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _epoch_s(timestamp: object) -> int:

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from mizzen.runtime.gateway.server import Gateway
 
 CHAT = "/v1/chat/completions"
 MODEL = ServedModel(namespace="team", deployment="tiny", name="tiny")
-TOKENS = [b"data: %d\n\n" % n for n in range(5)]
+TOKENS = [*(b"data: %d\n\n" % n for n in range(4)), b"data: [DONE]\n\n"]
 
 
 @dataclass
@@ -93,6 +93,17 @@ class Replica:
         request.transport.close()
         return answer
 
+    async def _end_empty(self, request: web.BaseRequest) -> web.StreamResponse:
+        answer = await self._begin(request)
+        await answer.write_eof()
+        return answer
+
+    async def _end_early(self, request: web.BaseRequest) -> web.StreamResponse:
+        answer = await self._begin(request)
+        await answer.write(TOKENS[0])
+        await answer.write_eof()
+        return answer
+
     async def _die_mid_stream(self, request: web.BaseRequest) -> web.StreamResponse:
         answer = await self._begin(request)
         await answer.write(TOKENS[0])
@@ -156,12 +167,20 @@ class House:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.gateway.port}"
 
+    async def turn(self, *texts: str, **headers: str) -> str:
+        """Ask with these messages, the user's and the assistant's in turn; say who answered."""
+        roles = ("user", "assistant")
+        messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+        body = {"model": "tiny", "messages": messages}
+        async with self.client.post(self.url + CHAT, json=body, headers=headers) as answer:
+            return str((await answer.json())["from"])
+
     def serve(self, *replicas: Replica, model: ServedModel = MODEL) -> None:
         self.gateway.directory.put_model(model)
         self.gateway.directory.put_slice(
             ("team", f"{model.deployment}-slice"),
             deployment=model.key,
-            endpoints=tuple(Endpoint(replica.url) for replica in replicas),
+            endpoints=tuple(Endpoint(r.url, pod=f"pod-{r.name}") for r in replicas),
         )
 
     def sample(self, name: str, **labels: str) -> float:
@@ -257,6 +276,7 @@ async def test_tokens_are_passed_on_as_they_come(make_house: MakeHouse) -> None:
 BEFORE_THE_FIRST_BYTE = {
     "dies with the request unanswered": "die_silent",
     "dies after its headers": "die_after_headers",
+    "ends its stream without a byte": "end_empty",
     "is draining": "draining",
     "is busy": "busy",
 }
@@ -339,8 +359,11 @@ async def test_all_busy_is_said_with_the_replicas_own_words(make_house: MakeHous
     assert [len(replica.seen) for replica in house.replicas] == [1, 1]
 
 
-async def test_a_stream_cut_in_the_middle_ends_with_an_error_event(make_house: MakeHouse) -> None:
-    house = await make_house(["die_mid_stream"], [])
+@pytest.mark.parametrize("act", ["die_mid_stream", "end_early"])
+async def test_a_stream_cut_in_the_middle_ends_with_an_error_event(
+    make_house: MakeHouse, act: str
+) -> None:
+    house = await make_house([act], [])
     house.serve(house.replicas[0])
     text = (await house.stream()).decode()
     assert text.startswith(TOKENS[0].decode())
@@ -397,6 +420,53 @@ async def test_the_least_loaded_replica_is_chosen(make_house: MakeHouse) -> None
     for replica in house.replicas:
         replica.may_continue.set()
     assert await asyncio.gather(*streams) == [b"".join(TOKENS)] * 6
+
+
+async def test_the_turns_of_a_conversation_meet_one_replica_through_any_gateway(
+    make_house: MakeHouse,
+) -> None:
+    house, other = await make_house([], [], []), await make_house()
+    other.serve(*house.replicas)
+    places = set()
+    for n in range(16):
+        first = [f"conversation {n}"]
+        whole = [*first, "an answer", "and then?"]
+        asked = [await house.turn(*first), await other.turn(*first), await house.turn(*whole)]
+        assert len(set(asked)) == 1
+        places.add(asked[0])
+    assert len(places) > 1
+
+
+async def test_a_session_meets_one_replica_whatever_it_asks(make_house: MakeHouse) -> None:
+    house = await make_house([], [], [])
+    mine = {await house.turn(f"topic {n}", **{"X-Session-Id": "me"}) for n in range(8)}
+    assert len(mine) == 1
+
+
+async def test_an_adapters_requests_go_where_it_is_loaded(make_house: MakeHouse) -> None:
+    house = await make_house([], [], [])
+    loaded = frozenset({("support", "pod-1"), ("other", "pod-2")})
+    house.serve(*house.replicas, model=replace(MODEL, loaded=loaded))
+    for _ in range(4):
+        assert (await house.ask(model="tiny:support"))[1] == {"from": "1"}
+    # Where no replica is known to have it, one of them says that.
+    assert (await house.ask(model="tiny:unheard"))[0] == 200
+
+
+async def test_a_replica_of_errors_is_passed_over_and_then_tried_again(
+    make_house: MakeHouse,
+) -> None:
+    house = await make_house(["crashed"] * 5, [], eject_s=0.3)
+    bad = house.replicas[0]
+    for _ in range(10):
+        await house.ask()
+    seen = len(bad.seen)
+    assert seen == 5
+    for _ in range(4):
+        assert (await house.ask())[1] == {"from": "1"}
+    await asyncio.sleep(0.4)
+    await asyncio.gather(*(house.ask() for _ in range(4)))
+    assert len(bad.seen) > seen
 
 
 async def test_an_endpoint_the_runtime_lacks_is_refused_in_openais_shape(

@@ -1,0 +1,83 @@
+"""What one client gets: an answer relayed as it comes, or an error it cannot take for an answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+from aiohttp import web
+
+from mizzen.runtime.gateway.attempt import Opened, Refusal, ReplicaLostError
+from mizzen.runtime.gateway.errors import error_body
+from mizzen.runtime.gateway.headers import answer_headers
+
+log = logging.getLogger(__name__)
+
+_EVENT_STREAM = "text/event-stream"
+_DONE = b"data: [DONE]"
+_ERROR = b'"error"'
+
+
+class Reply:
+    """The way back to one client. A stream that ends early ends with an error event."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+
+    def refuse(self, refusal: Refusal) -> web.StreamResponse:
+        """Return the replica's error answer."""
+        return web.Response(status=refusal.status, headers=refusal.headers, body=refusal.body)
+
+    async def relay(
+        self, opened: Opened, *, on_cut: Callable[[Exception], None]
+    ) -> web.StreamResponse:
+        """Pass the replica's answer on; `on_cut` hears of it when that is lost half-way."""
+        upstream = opened.response
+        answer = web.StreamResponse(
+            status=upstream.status, headers=answer_headers(upstream.headers)
+        )
+        try:
+            # aiohttp reads no more than two buffers ahead, and `write` waits for a slow client:
+            # that is the whole of the flow control.
+            chunk = tail = opened.first_chunk
+            await answer.prepare(self._request)
+            while chunk:
+                await answer.write(chunk)
+                tail = chunk if len(chunk) >= len(_DONE) else tail + chunk
+                chunk = await opened.next_chunk()
+            if _is_stream(answer) and not _is_whole(tail):
+                raise ReplicaLostError("the stream ended without [DONE]")
+            await answer.write_eof()
+        except ReplicaLostError as error:
+            on_cut(error)
+            await self._cut(answer)
+        except ConnectionError:
+            log.debug("a client went away in the middle of its answer")
+        finally:
+            # Also when this task is cancelled because the client went away: the replica notices
+            # the closed connection and stops generating.
+            opened.close()
+        return answer
+
+    async def _cut(self, answer: web.StreamResponse) -> None:
+        """End an answer whose replica was lost so that nobody takes it for a complete one."""
+        if _is_stream(answer):
+            message = "The replica was lost in the middle of this answer; send the request again."
+            event = json.dumps(error_body(message, "server_error", code="replica_lost"))
+            with suppress(ConnectionError):
+                await answer.write(f"\n\ndata: {event}\n\n".encode())
+                await answer.write_eof()
+        elif self._request.transport is not None:
+            # No end of the body was sent: the client's HTTP library reports it as incomplete.
+            self._request.transport.close()
+
+
+def _is_stream(answer: web.StreamResponse) -> bool:
+    return answer.headers.get("Content-Type", "").startswith(_EVENT_STREAM)
+
+
+def _is_whole(tail: bytes) -> bool:
+    """Whether a stream's last bytes are an end its client understands: [DONE], or an error."""
+    return tail.rstrip().endswith(_DONE) or _ERROR in tail
