@@ -46,8 +46,13 @@ def choose_replica(loads: Sequence[Load], *, key: int | None, load_factor: float
 
 
 def most_in_flight(in_flight: int, replicas: int, load_factor: float) -> int:
-    """Return how many requests one replica may have, the next one included."""
-    return max(_NEVER_FULL, math.ceil(load_factor * (in_flight + 1) / replicas))
+    """Return how many requests one replica may have, the next one included.
+
+    Two standard deviations of a random placement are allowed where the factor allows less: a few
+    requests differ by that much whoever places them, and to move them would only cost cache hits.
+    """
+    mean = (in_flight + 1) / replicas
+    return max(_NEVER_FULL, math.ceil(max(load_factor * mean, mean + 2 * math.sqrt(mean))))
 
 
 def affinity(key: int, url: str) -> int:
