@@ -23,7 +23,7 @@ from mizzen.runtime.gateway.headers import REQUEST_ID, request_id_of
 from mizzen.runtime.gateway.keys import Keyring
 from mizzen.runtime.gateway.lifecycle import Lifecycle
 from mizzen.runtime.gateway.metrics import GatewayMetrics
-from mizzen.runtime.gateway.proxy import Proxy
+from mizzen.runtime.gateway.proxy import Call, Proxy
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,8 @@ class Routes:
         metrics = self._parts.metrics
         metrics.on_start(route.model)
         try:
-            return await self._parts.proxy.forward(request, route, body, request_id=request[_ID])
+            call = Call(request=request, route=route, body=body, request_id=request[_ID])
+            return await self._parts.proxy.forward(call)
         finally:
             metrics.on_end(route.model)
 

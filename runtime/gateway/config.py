@@ -75,6 +75,25 @@ class GatewayConfig(BaseSettings):
         description="How far above the mean a replica's requests may be before prompts that "
         "belong to it go elsewhere.",
     )
+    hold_timeout_s: float = Field(
+        300.0, ge=0, description="How long a request waits for a model that is starting; 0: not."
+    )
+    queue_timeout_s: float = Field(
+        30.0, ge=0, description="How long a request waits while all replicas are busy; 0: not."
+    )
+    max_waiting: int = Field(1000, ge=1, description="Most requests that wait at one time.")
+    max_waiting_mib: int = Field(
+        256, ge=1, description="Most MiB of requests that wait at one time."
+    )
+    replica_requests: int = Field(
+        256,
+        ge=1,
+        description="Most requests this gateway gives one replica; further ones wait here, where "
+        "their order is fair.",
+    )
+    progress_s: float = Field(
+        5.0, gt=0, description="How often a waiting stream is told that it still waits."
+    )
     lame_duck_s: float = Field(
         5.0, ge=0, description="On SIGTERM: still accept for this long, while endpoints forget us."
     )

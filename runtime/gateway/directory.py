@@ -39,6 +39,10 @@ class ServedModel:
     adapters: tuple[str, ...] = ()
     loaded: frozenset[tuple[str, str]] = frozenset()
     """Which adapter is on which pod, as pairs of their names."""
+    scales: bool = False
+    """Whether its number of replicas follows its load, so that a wake is of use."""
+    is_off: bool = False
+    """Whether its spec asks for no replica at all."""
 
     @property
     def key(self) -> ObjectKey:
@@ -71,6 +75,8 @@ class Directory:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _listed_as: dict[ObjectKey, str] = field(default_factory=dict)
     on_endpoint_gone: Callable[[str], None] | None = None
+    on_change: Callable[[], None] | None = None
+    on_model_gone: Callable[[ObjectKey], None] | None = None
 
     # Models.
 
@@ -84,12 +90,24 @@ class Directory:
         """Forget a deployment."""
         if self._models.pop(key, None) is not None:
             self._index_names()
+            self._report_models_gone([key])
 
     def replace_models(self, models: Iterable[ServedModel], *, namespace: str | None) -> None:
         """Learn the whole list anew, of one namespace or (None) of all."""
-        kept = {k: m for k, m in self._models.items() if not _is_in(k, namespace)}
+        before = self._models
+        kept = {k: m for k, m in before.items() if not _is_in(k, namespace)}
         self._models = kept | {model.key: model for model in models}
         self._index_names()
+        self._report_models_gone([key for key in before if key not in self._models])
+
+    def model(self, key: ObjectKey) -> ServedModel | None:
+        """The deployment as it is known now."""
+        return self._models.get(key)
+
+    def _report_models_gone(self, keys: Iterable[ObjectKey]) -> None:
+        if self.on_model_gone is not None:
+            for key in keys:
+                self.on_model_gone(key)
 
     def models(self) -> list[tuple[str, ServedModel]]:
         """Every deployment with the plainest name that reaches it, sorted by that name."""
@@ -219,6 +237,8 @@ class Directory:
     def _announce(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+        if self.on_change is not None:
+            self.on_change()
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when something changed, or after `timeout_s`."""

@@ -30,12 +30,15 @@ class GatewayError(Exception):
         """Headers that go with this error."""
         return {}
 
+    def document(self) -> dict[str, object]:
+        """Return the error as OpenAI's clients know it."""
+        return error_body(str(self), self.kind, code=self.code, param=self.param)
+
     def response(self) -> web.Response:
         """Return the answer for this error."""
-        document = error_body(str(self), self.kind, code=self.code, param=self.param)
         return web.Response(
             status=self.status,
-            body=json.dumps(document).encode(),
+            body=json.dumps(self.document()).encode(),
             content_type="application/json",
             headers=self.headers(),
         )
@@ -111,6 +114,22 @@ class NoReplicaError(GatewayError):
     status = 503
     kind = "service_unavailable"
     code = "model_not_ready"
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def headers(self) -> Mapping[str, str]:
+        """Say when to come back."""
+        return {"Retry-After": str(self.retry_after_s)}
+
+
+class BusyError(GatewayError):
+    """Every replica has as many requests as it takes."""
+
+    status = 429
+    kind = "rate_limit_error"
+    code = "model_busy"
 
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)

@@ -10,12 +10,13 @@ from contextlib import suppress
 from aiohttp import web
 
 from mizzen.runtime.gateway.attempt import Opened, Refusal, ReplicaLostError
-from mizzen.runtime.gateway.errors import error_body
+from mizzen.runtime.gateway.errors import GatewayError, error_body
 from mizzen.runtime.gateway.headers import answer_headers
 
 log = logging.getLogger(__name__)
 
 _EVENT_STREAM = "text/event-stream"
+_STREAM_HEADERS = {"Content-Type": _EVENT_STREAM, "Cache-Control": "no-cache"}
 _DONE = b"data: [DONE]"
 _ERROR = b'"error"'
 
@@ -23,26 +24,53 @@ _ERROR = b'"error"'
 class Reply:
     """The way back to one client. A stream that ends early ends with an error event."""
 
-    def __init__(self, request: web.Request) -> None:
+    def __init__(self, request: web.Request, *, wants_stream: bool) -> None:
         self._request = request
+        self._wants_stream = wants_stream
+        # The stream begun while the request waited: its status can no longer say that it failed.
+        self._begun: web.StreamResponse | None = None
 
-    def refuse(self, refusal: Refusal) -> web.StreamResponse:
-        """Return the replica's error answer."""
+    async def tell(self, text: str) -> None:
+        """Tell a client that streams how its waiting goes, as a comment its parser skips."""
+        if not self._wants_stream:
+            return
+        if self._begun is None:
+            self._begun = web.StreamResponse(headers=_STREAM_HEADERS)
+            await self._begun.prepare(self._request)
+        await self._begun.write(f": {text}\n\n".encode())
+
+    async def refuse(self, refusal: Refusal) -> web.StreamResponse:
+        """Answer with the replica's error."""
+        if self._begun is not None:
+            return await self._end_with(self._begun, refusal.body)
         return web.Response(status=refusal.status, headers=refusal.headers, body=refusal.body)
+
+    async def fail(self, error: GatewayError) -> web.StreamResponse:
+        """Answer with an error of ours."""
+        if self._begun is not None:
+            return await self._end_with(self._begun, json.dumps(error.document()).encode())
+        return error.response()
+
+    async def _end_with(self, stream: web.StreamResponse, event: bytes) -> web.StreamResponse:
+        with suppress(ConnectionError):
+            await stream.write(b"data: " + event + b"\n\n")
+            await stream.write_eof()
+        return stream
 
     async def relay(
         self, opened: Opened, *, on_cut: Callable[[Exception], None]
     ) -> web.StreamResponse:
         """Pass the replica's answer on; `on_cut` hears of it when that is lost half-way."""
         upstream = opened.response
-        answer = web.StreamResponse(
+        answer = self._begun or web.StreamResponse(
             status=upstream.status, headers=answer_headers(upstream.headers)
         )
         try:
             # aiohttp reads no more than two buffers ahead, and `write` waits for a slow client:
             # that is the whole of the flow control.
             chunk = tail = opened.first_chunk
-            await answer.prepare(self._request)
+            if self._begun is None:
+                await answer.prepare(self._request)
             while chunk:
                 await answer.write(chunk)
                 tail = chunk if len(chunk) >= len(_DONE) else tail + chunk
@@ -67,8 +95,8 @@ class Reply:
             message = "The replica was lost in the middle of this answer; send the request again."
             event = json.dumps(error_body(message, "server_error", code="replica_lost"))
             with suppress(ConnectionError):
-                await answer.write(f"\n\ndata: {event}\n\n".encode())
-                await answer.write_eof()
+                await answer.write(b"\n\n")
+            await self._end_with(answer, event.encode())
         elif self._request.transport is not None:
             # No end of the body was sent: the client's HTTP library reports it as incomplete.
             self._request.transport.close()

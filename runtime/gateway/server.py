@@ -8,6 +8,7 @@ import socket
 
 from aiohttp import AddrInfoType, ClientSession, DummyCookieJar, TCPConnector, web
 
+from mizzen.runtime.gateway.admission import Admission
 from mizzen.runtime.gateway.app import Parts, build_app
 from mizzen.runtime.gateway.balancer import Balancer
 from mizzen.runtime.gateway.config import GatewayConfig
@@ -20,6 +21,7 @@ from mizzen.runtime.gateway.metrics import GatewayMetrics
 from mizzen.runtime.gateway.proxy import Proxy
 from mizzen.runtime.gateway.reflector import Reflector
 from mizzen.runtime.gateway.sinks import DEPLOYMENT_LABEL, KeySink, ModelSink, SliceSink
+from mizzen.runtime.gateway.wake import Waker
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +45,16 @@ class Gateway:
             eject_s=config.eject_s,
             max_ejected_ratio=config.max_ejected_ratio,
             load_factor=config.load_factor,
+            most_in_flight=config.replica_requests,
         )
-        self.metrics = GatewayMetrics(self.directory)
+        self.admission = Admission(config=config, directory=self.directory, balancer=self.balancer)
+        self.directory.on_model_gone = self.admission.forget
+        self.metrics = GatewayMetrics(self.directory, self.admission.room)
         self.directory.on_endpoint_gone = self._forget_endpoint
         self._session: ClientSession | None = None
         self._kube: KubeClient | None = None
         self._api: web.AppRunner | None = None
+        self._waiting: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
         self._health: web.AppRunner | None = None
 
@@ -63,6 +69,7 @@ class Gateway:
         else:
             await self._begin_watching()
         self._session = _upstream_session()
+        self._waiting = asyncio.create_task(self.admission.run(), name="those who wait")
         self._health = web.AppRunner(
             build_health_app(self.lifecycle, self.metrics),
             access_log=None,
@@ -119,9 +126,12 @@ class Gateway:
         self.lifecycle.is_draining = True
         if self._api is not None and self._api.server is not None:
             await self._api.cleanup()
-        for task in self.lifecycle.tasks:
+        tasks = [*self.lifecycle.tasks, *([] if self._waiting is None else [self._waiting])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self.lifecycle.tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self.admission.waker is not None:
+            await self.admission.waker.close()
         if self._health is not None and self._health.server is not None:
             await self._health.cleanup()
         if self._session is not None:
@@ -132,8 +142,8 @@ class Gateway:
     def _parts(self, session: ClientSession) -> Parts:
         proxy = Proxy(
             config=self.config,
-            directory=self.directory,
             balancer=self.balancer,
+            admission=self.admission,
             metrics=self.metrics,
             session=session,
         )
@@ -161,6 +171,7 @@ class Gateway:
 
     async def _begin_watching(self) -> None:
         self._kube = await connect(self.config.kubeconfig)
+        self.admission.waker = Waker(self._kube)
         self.lifecycle.reflectors = self._reflectors(self._kube)
         self.lifecycle.tasks = [
             asyncio.create_task(reflector.run(), name=f"watch {reflector.name}")

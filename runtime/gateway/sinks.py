@@ -36,12 +36,13 @@ def object_key(item: KubeObject) -> ObjectKey:
 def parse_model(item: KubeObject) -> ServedModel:
     """Read an LLMDeployment: its served name and the adapters that are on some replica."""
     namespace, name = object_key(item)
-    spec = _mapping(_mapping(item.get("spec")).get("model"))
+    spec = _mapping(item.get("spec"))
+    scales = bool(spec.get("scaling"))
     status = _mapping(item.get("status"))
     return ServedModel(
         namespace=namespace,
         deployment=name,
-        name=str(spec.get("servedName") or name),
+        name=str(_mapping(spec.get("model")).get("servedName") or name),
         created_at_s=_epoch_s(item["metadata"].get("creationTimestamp")),
         adapters=tuple(
             sorted(
@@ -50,6 +51,8 @@ def parse_model(item: KubeObject) -> ServedModel:
                 if adapter.get("name") and (adapter.get("readyReplicas") or 0) > 0
             )
         ),
+        scales=scales,
+        is_off=not scales and spec.get("replicas") == 0,
         loaded=frozenset(
             (str(adapter), str(pod.get("name")))
             for pod in _mappings(status.get("pods"))

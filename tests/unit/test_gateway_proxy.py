@@ -223,6 +223,8 @@ async def make_house() -> AsyncIterator[MakeHouse]:
                 "upstream": ["local=http://127.0.0.1:1"],
                 "lame_duck_s": 0,
                 "retry_window_s": 0.5,
+                "hold_timeout_s": 0,
+                "queue_timeout_s": 0,
                 **settings,
             }
         )
