@@ -6,9 +6,9 @@ Multi-turn conversations under a few system prompts arrive at random; every requ
 of several gateways that share nothing. The routing is the gateway's own code (affinity key and
 balancer), the replicas are simulated: a least-recently-used cache of 16-token blocks each, and a
 time to answer that grows with the tokens missed. A policy's hit rate is the share of prompt tokens
-found in the chosen replica's cache. The best possible is that of one cache as large as all replicas'
-together, which no placement can beat. `busiest` is the most requests one replica had at once, over
-the mean of its peers' peaks.
+found in the chosen replica's cache. The best possible is that of one cache as large as those of all
+replicas together, which no placement can beat. `busiest` is the most requests one replica had at
+once, over the mean of its peers' peaks.
 
 Printed for caches that hold everything, and for caches that hold a part of it.
 """
