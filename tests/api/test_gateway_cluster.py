@@ -19,7 +19,9 @@ from hack.cluster import gobuild
 from hack.cluster.api_only import ApiCluster
 from mizzen.runtime.gateway.config import GatewayConfig
 from mizzen.runtime.gateway.keys import hash_key, make_key
+from mizzen.runtime.gateway.kube import KubeError, connect
 from mizzen.runtime.gateway.server import Gateway
+from mizzen.runtime.gateway.wake import wake_path
 
 CHAT = "/v1/chat/completions"
 KEY = make_key()
@@ -268,7 +270,7 @@ async def test_a_held_request_wakes_its_model_by_an_annotation_and_may_change_no
                 await asyncio.sleep(0.02)
         asking = asyncio.create_task(door.ask(f"{namespace}/tiny"))
         async with asyncio.timeout(60):
-            while (found := wake_of(cluster, namespace)) is None:
+            while (found := wake_of(cluster, namespace)) is None:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         value, manager = found
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ;held=1", value)
@@ -276,23 +278,15 @@ async def test_a_held_request_wakes_its_model_by_an_annotation_and_may_change_no
         apply(cluster, endpoint_slice(namespace, "a", await door.replica("a")))
         assert await asking == (200, {"from": "a", "model": "tiny"})
 
-        kubeconfig = str(tmp_path / "kubeconfig")
-        for patch in (
-            {"spec": {"scaling": {"max": 3}}},
-            {"metadata": {"annotations": {"other": "x"}}},
-            {"metadata": {"labels": {"other": "x"}}},
-        ):
-            refused = subprocess.run(
-                [
-                    *(gobuild.binaries() / "kubectl", "--kubeconfig", kubeconfig, "-n", namespace),
-                    *("patch", "llmdeployment", "tiny", "--type=merge", "-p", json.dumps(patch)),
-                ],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert refused.returncode != 0
-            assert "The gateway may" in refused.stderr
+        path = wake_path((namespace, "tiny"))
+        async with await connect(tmp_path / "kubeconfig") as kube:
+            for patch in (
+                {"spec": {"scaling": {"max": 3}}},
+                {"metadata": {"annotations": {"other": "x"}}},
+                {"metadata": {"labels": {"other": "x"}}},
+            ):
+                with pytest.raises(KubeError, match="The gateway may"):
+                    await kube.merge(path, patch)
 
 
 def wake_of(cluster: ApiCluster, namespace: str) -> tuple[str, str] | None:
