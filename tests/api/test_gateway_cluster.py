@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import socket
@@ -19,7 +20,7 @@ from hack.cluster import gobuild
 from hack.cluster.api_only import ApiCluster
 from mizzen.runtime.gateway.config import GatewayConfig
 from mizzen.runtime.gateway.keys import hash_key, make_key
-from mizzen.runtime.gateway.kube import KubeError, connect
+from mizzen.runtime.gateway.kube import KubeClient, KubeError, connect
 from mizzen.runtime.gateway.server import Gateway
 from mizzen.runtime.gateway.wake import wake_path
 
@@ -280,6 +281,7 @@ async def test_a_held_request_wakes_its_model_by_an_annotation_and_may_change_no
 
         path = wake_path((namespace, "tiny"))
         async with await connect(tmp_path / "kubeconfig") as kube:
+            await policy_in_force(kube, path)
             for patch in (
                 {"spec": {"scaling": {"max": 3}}},
                 {"metadata": {"annotations": {"other": "x"}}},
@@ -287,6 +289,17 @@ async def test_a_held_request_wakes_its_model_by_an_annotation_and_may_change_no
             ):
                 with pytest.raises(KubeError, match="The gateway may"):
                     await kube.merge(path, patch)
+
+
+async def policy_in_force(kube: KubeClient, path: str) -> None:
+    """Return when the API server has learned of the policy, which takes it a moment."""
+    async with asyncio.timeout(60):
+        for n in itertools.count():
+            try:
+                await kube.merge(path, {"metadata": {"labels": {"n": str(n)}}})
+            except KubeError:
+                return
+            await asyncio.sleep(0.1)
 
 
 def wake_of(cluster: ApiCluster, namespace: str) -> tuple[str, str] | None:
