@@ -144,6 +144,9 @@ class Gateway(Pods):
     max_body_mib: int = Field(
         16, ge=1, le=1024, alias="maxBodyMiB", description="Largest request body in MiB."
     )
+    max_answer_mib: int = Field(
+        64, ge=1, le=4096, alias="maxAnswerMiB", description="Longest answer in MiB."
+    )
     read_timeout_seconds: int = Field(
         600,
         ge=1,

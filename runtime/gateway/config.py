@@ -51,6 +51,19 @@ class GatewayConfig(BaseSettings):
         None, description="Cluster access from outside a pod; ~/.kube/config when not set."
     )
     max_body_mib: int = Field(16, ge=1, le=1024, description="Largest request body in MiB.")
+    max_answer_mib: int = Field(64, ge=1, le=4096, description="Longest answer in MiB.")
+    max_connections: int = Field(
+        20000, ge=1, description="Above this many connections the longest idle ones are closed."
+    )
+    header_timeout_s: float = Field(
+        15.0, gt=0, description="Time a new connection has to send its first request's headers."
+    )
+    idle_timeout_s: float = Field(
+        75.0, gt=0, description="How long a connection may stay open between two requests."
+    )
+    stall_timeout_s: float = Field(
+        300.0, gt=0, description="How long a client may read nothing of its answer."
+    )
     body_timeout_s: float = Field(60.0, gt=0, description="Time a client has to send its body.")
     connect_timeout_s: float = Field(3.0, gt=0, description="Time to connect to a replica.")
     read_timeout_s: float = Field(

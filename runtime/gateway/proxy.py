@@ -24,12 +24,14 @@ from mizzen.runtime.gateway.attempt import (
 from mizzen.runtime.gateway.balancer import Balancer
 from mizzen.runtime.gateway.body import Body
 from mizzen.runtime.gateway.config import GatewayConfig
+from mizzen.runtime.gateway.connections import Connections
 from mizzen.runtime.gateway.directory import Endpoint, Route, ServedModel
 from mizzen.runtime.gateway.errors import GatewayError, NoReplicaError, ReplicaSilentError
 from mizzen.runtime.gateway.headers import request_headers
 from mizzen.runtime.gateway.metrics import GatewayMetrics
 from mizzen.runtime.gateway.reply import Reply
 from mizzen.runtime.gateway.room import Place
+from mizzen.runtime.gateway.tokens import TokenMeter
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Call:
     request_id: str
     client: str = ""
     priority: int = 0
+    meter: TokenMeter | None = None
 
 
 class Proxy:
@@ -59,6 +62,7 @@ class Proxy:
         admission: Admission,
         metrics: GatewayMetrics,
         session: ClientSession,
+        connections: Connections,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -66,11 +70,17 @@ class Proxy:
         self._admission = admission
         self._metrics = metrics
         self._session = session
+        self._connections = connections
         self._clock = clock
 
     async def forward(self, call: Call) -> web.StreamResponse:
         """Answer a request from one of the model's replicas, or say why none did."""
-        reply = Reply(call.request, wants_stream=call.body.document.get("stream") is True)
+        reply = Reply(
+            call.request,
+            wants_stream=call.body.document.get("stream") is True,
+            connections=self._connections,
+            most_bytes=self._config.max_answer_mib * 2**20,
+        )
         search = _search(call)
         try:
             return await self._forward(call, search, reply)
@@ -107,7 +117,11 @@ class Proxy:
                     self._judge(endpoint, answer)
                     return await reply.refuse(answer)
                 self._balancer.outliers.note_success(endpoint.url)
-                return await reply.relay(answer, on_cut=partial(self._on_cut, model))
+                return await reply.relay(
+                    answer,
+                    on_cut=partial(self._on_cut, model),
+                    on_chunk=None if call.meter is None else call.meter.feed,
+                )
 
     @contextmanager
     def _lease(self, model: ServedModel, endpoint: Endpoint) -> Iterator[None]:
@@ -146,7 +160,7 @@ class Proxy:
 
     def _on_cut(self, model: ServedModel, error: Exception) -> None:
         self._metrics.on_cut(model)
-        log.warning("model=%s/%s lost its replica in mid-answer: %s", *model.key, error)
+        log.warning("model=%s/%s: an answer ended early: %s", *model.key, error)
 
     def _outgoing(self, call: Call) -> Outgoing:
         return Outgoing(

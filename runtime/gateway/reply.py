@@ -10,7 +10,8 @@ from contextlib import suppress
 from aiohttp import web
 
 from mizzen.runtime.gateway.attempt import Opened, Refusal, ReplicaLostError
-from mizzen.runtime.gateway.errors import GatewayError, error_body
+from mizzen.runtime.gateway.connections import Connections
+from mizzen.runtime.gateway.errors import AnswerCutError, AnswerTooLongError, GatewayError
 from mizzen.runtime.gateway.headers import answer_headers
 
 log = logging.getLogger(__name__)
@@ -24,9 +25,13 @@ _ERROR = b'"error"'
 class Reply:
     """The way back to one client. A stream that ends early ends with an error event."""
 
-    def __init__(self, request: web.Request, *, wants_stream: bool) -> None:
+    def __init__(
+        self, request: web.Request, *, wants_stream: bool, connections: Connections, most_bytes: int
+    ) -> None:
         self._request = request
         self._wants_stream = wants_stream
+        self._connections = connections
+        self._most_bytes = most_bytes
         # The stream begun while the request waited: its status can no longer say that it failed.
         self._begun: web.StreamResponse | None = None
 
@@ -58,13 +63,18 @@ class Reply:
         return stream
 
     async def relay(
-        self, opened: Opened, *, on_cut: Callable[[Exception], None]
+        self,
+        opened: Opened,
+        *,
+        on_cut: Callable[[Exception], None],
+        on_chunk: Callable[[bytes], None] | None = None,
     ) -> web.StreamResponse:
-        """Pass the replica's answer on; `on_cut` hears of it when that is lost half-way."""
+        """Pass the replica's answer on; `on_cut` hears of it when it ends before its end."""
         upstream = opened.response
         answer = self._begun or web.StreamResponse(
             status=upstream.status, headers=answer_headers(upstream.headers)
         )
+        sent_bytes = 0
         try:
             # aiohttp reads no more than two buffers ahead, and `write` waits for a slow client:
             # that is the whole of the flow control.
@@ -72,31 +82,37 @@ class Reply:
             if self._begun is None:
                 await answer.prepare(self._request)
             while chunk:
+                if (sent_bytes := sent_bytes + len(chunk)) > self._most_bytes:
+                    raise AnswerTooLongError(self._most_bytes)
+                if on_chunk is not None:
+                    on_chunk(chunk)
+                self._connections.begin_write(self._request)
                 await answer.write(chunk)
+                self._connections.end_write(self._request)
                 tail = chunk if len(chunk) >= len(_DONE) else tail + chunk
                 chunk = await opened.next_chunk()
             if _is_stream(answer) and not _is_whole(tail):
                 raise ReplicaLostError("the stream ended without [DONE]")
             await answer.write_eof()
-        except ReplicaLostError as error:
+        except (ReplicaLostError, AnswerTooLongError) as error:
             on_cut(error)
-            await self._cut(answer)
+            await self._cut(answer, error)
         except ConnectionError:
             log.debug("a client went away in the middle of its answer")
         finally:
+            self._connections.end_write(self._request)
             # Also when this task is cancelled because the client went away: the replica notices
             # the closed connection and stops generating.
             opened.close()
         return answer
 
-    async def _cut(self, answer: web.StreamResponse) -> None:
-        """End an answer whose replica was lost so that nobody takes it for a complete one."""
+    async def _cut(self, answer: web.StreamResponse, error: Exception) -> None:
+        """End an answer early so that nobody takes it for a complete one."""
         if _is_stream(answer):
-            message = "The replica was lost in the middle of this answer; send the request again."
-            event = json.dumps(error_body(message, "server_error", code="replica_lost"))
+            told = error if isinstance(error, GatewayError) else AnswerCutError()
             with suppress(ConnectionError):
                 await answer.write(b"\n\n")
-            await self._end_with(answer, event.encode())
+            await self._end_with(answer, json.dumps(told.document()).encode())
         elif self._request.transport is not None:
             # No end of the body was sent: the client's HTTP library reports it as incomplete.
             self._request.transport.close()

@@ -17,8 +17,9 @@ from mizzen.runtime.gateway.directory import (
     ObjectKey,
     ServedModel,
 )
-from mizzen.runtime.gateway.keys import Keyring, parse_secret
+from mizzen.runtime.gateway.keys import LIMITS_ANNOTATION, Keyring, parse_secret
 from mizzen.runtime.gateway.kube import KubeObject
+from mizzen.runtime.gateway.limits import parse_limits
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,15 @@ class KeySink:
     def put(self, item: KubeObject) -> None:
         """Take a new or changed Secret."""
         data = item.get("data")
-        keys, bad = parse_secret(data if isinstance(data, dict) else {})
+        noted = _mapping(item["metadata"].get("annotations")).get(LIMITS_ANNOTATION) or ""
+        try:
+            limits = parse_limits(str(noted))
+        except ValueError as error:
+            # A limit that cannot be read must not be none: better that nobody gets in by this key.
+            log.warning("Secret %s lets nobody in: %s: %s", _source(item), LIMITS_ANNOTATION, error)
+            self._keyring.replace(_source(item), {})
+            return
+        keys, bad = parse_secret(data if isinstance(data, dict) else {}, limits)
         for key_id in bad:
             log.warning(
                 "Secret %s: entry %s is not `sha256:SALT:HASH`; use `mizzen keys create`",
