@@ -158,11 +158,29 @@ class Gateway(Pods):
     max_body_mib: int = Field(
         16, ge=1, le=1024, alias="maxBodyMiB", description="Largest request body in MiB."
     )
+    max_answer_mib: int = Field(
+        64, ge=1, le=4096, alias="maxAnswerMiB", description="Longest answer in MiB."
+    )
     read_timeout_seconds: int = Field(
         600,
         ge=1,
         alias="readTimeoutSeconds",
         description="Longest silence of a replica before a request is given up.",
+    )
+    hold_timeout_seconds: int = Field(
+        300,
+        ge=0,
+        alias="holdTimeoutSeconds",
+        description="How long a request waits for a model that is starting; 0: not at all.",
+    )
+    queue_timeout_seconds: int = Field(
+        30,
+        ge=0,
+        alias="queueTimeoutSeconds",
+        description="How long a request waits while all replicas are busy; 0: not at all.",
+    )
+    max_waiting: int = Field(
+        1000, ge=1, alias="maxWaiting", description="Most requests that wait in one pod."
     )
     lame_duck_seconds: int = Field(
         5,

@@ -88,15 +88,31 @@ def train(
     raise typer.Exit(run(Path(config)))
 
 
+_PER_POD = "Limit of the key in each gateway pod, which count by themselves; none when not set."
+
+
 @keys.command("create")
 def create_key(
     name: Annotated[str, typer.Argument(help="Who the key is for: lower-case letters and -.")],
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help=_PER_POD)] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(min=1, help=_PER_POD)] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help=_PER_POD)] = None,
+    priority: Annotated[
+        int, typer.Option(min=-100, max=100, help="Of requests that wait the highest goes first.")
+    ] = 0,
 ) -> None:
     """Print a new API key and, on standard output, the Secret that lets it in."""
     from mizzen.runtime.gateway.keys import print_key_secret
+    from mizzen.runtime.gateway.limits import Limits
 
+    limits = Limits(
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        concurrency=concurrency,
+        priority=priority,
+    )
     try:
-        print_key_secret(name)
+        print_key_secret(name, limits)
     except ValueError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from mizzen.runtime.gateway.body import read_body, refuse_large
+from mizzen.runtime.gateway.body import Body, read_body, refuse_large
 from mizzen.runtime.gateway.config import GatewayConfig
+from mizzen.runtime.gateway.connections import Connections
 from mizzen.runtime.gateway.directory import Directory, Route, ServedModel
 from mizzen.runtime.gateway.errors import (
     BadKeyError,
@@ -20,15 +22,19 @@ from mizzen.runtime.gateway.errors import (
     error_body,
 )
 from mizzen.runtime.gateway.headers import REQUEST_ID, request_id_of
-from mizzen.runtime.gateway.keys import Keyring
+from mizzen.runtime.gateway.keys import Client, Keyring
 from mizzen.runtime.gateway.lifecycle import Lifecycle
+from mizzen.runtime.gateway.limits import Account, Accounts, Limits
 from mizzen.runtime.gateway.metrics import GatewayMetrics
-from mizzen.runtime.gateway.proxy import Proxy
+from mizzen.runtime.gateway.proxy import Call, Proxy
+from mizzen.runtime.gateway.tokens import TokenMeter, expected_tokens
 
 log = logging.getLogger(__name__)
 
 _PROXIED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 _ID = web.RequestKey("request_id", str)
+_CLIENT = web.RequestKey("client", Client)
+_ACCOUNT = web.RequestKey("account", Account)
 _MODEL = web.RequestKey("model", ServedModel)
 
 
@@ -42,6 +48,8 @@ class Parts:
     metrics: GatewayMetrics
     proxy: Proxy
     lifecycle: Lifecycle
+    accounts: Accounts
+    connections: Connections
 
 
 def build_app(parts: Parts) -> web.Application:
@@ -68,7 +76,7 @@ class Routes:
     async def answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Give the request an id, turn errors into OpenAI's shape, count the answer."""
         request[_ID] = request_id_of(request.headers)
-        with self._parts.lifecycle.open_request():
+        with self._parts.lifecycle.open_request(), self._parts.connections.request(request):
             answer = await self._answer(request, handler)
         self._parts.metrics.on_answer(request.get(_MODEL), answer.status)
         return answer
@@ -96,7 +104,10 @@ class Routes:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise BadKeyError("Send an API key in the header `Authorization: Bearer mz-...`.")
-        if self._parts.keyring.identify(key.strip()) is not None:
+        if (client := self._parts.keyring.identify(key.strip())) is not None:
+            request[_CLIENT] = client
+            if client.limits != Limits():
+                request[_ACCOUNT] = self._parts.accounts.of(client.account, client.limits)
             return
         if not len(self._parts.keyring):
             raise BadKeyError(
@@ -109,6 +120,8 @@ class Routes:
         """Name the request, and send clients elsewhere while this gateway shuts down."""
         answer.headers[REQUEST_ID] = request.get(_ID) or request_id_of(request.headers)
         answer.headers["Server"] = "mizzen"
+        if (account := request.get(_ACCOUNT)) is not None:
+            answer.headers.update(account.headers())
         if self._parts.lifecycle.is_draining:
             answer.headers["Connection"] = "close"
             answer.force_close()
@@ -142,16 +155,20 @@ class Routes:
         wanted = request.match_info["model"]
         route = self._parts.directory.resolve(wanted)
         if route is not None:
-            model = route.model
-            adapter = route.upstream_name.removeprefix(model.name).removeprefix(":")
-            if not adapter or adapter in model.adapters:
-                base = wanted.removesuffix(f":{adapter}") if adapter else wanted
+            model, adapter = route.model, route.adapter
+            if adapter is None or adapter in model.adapters:
+                base = wanted if adapter is None else wanted.removesuffix(f":{adapter}")
                 entries = _model_entries(base, model)
                 return _json(200, next(e for e in entries if e["id"] == wanted))
         raise UnknownModelError(wanted, self._parts.directory.names())
 
     async def proxy(self, request: web.Request) -> web.StreamResponse:
         """POST to a model: the body names it, its replicas answer."""
+        account = request.get(_ACCOUNT)
+        with nullcontext() if account is None else account.request():
+            return await self._proxy(request, account)
+
+    async def _proxy(self, request: web.Request, account: Account | None) -> web.StreamResponse:
         config = self._parts.config
         body = await read_body(
             request, limit_bytes=self._limit_bytes, timeout_s=config.body_timeout_s
@@ -161,11 +178,31 @@ class Routes:
         metrics = self._parts.metrics
         metrics.on_start(route.model)
         try:
-            return await self._parts.proxy.forward(
-                request, route, body.for_model(route.upstream_name), request_id=request[_ID]
-            )
+            return await self._forward(request, route, body, account)
         finally:
             metrics.on_end(route.model)
+
+    async def _forward(
+        self, request: web.Request, route: Route, body: Body, account: Account | None
+    ) -> web.StreamResponse:
+        client = request.get(_CLIENT)
+        call = Call(
+            request=request,
+            route=route,
+            body=body,
+            request_id=request[_ID],
+            client="" if client is None else client.account,
+            priority=0 if client is None else client.limits.priority,
+        )
+        if account is None or account.tokens is None:
+            return await self._parts.proxy.forward(call)
+        charged = expected_tokens(body.document, len(body.raw))
+        account.charge_tokens(charged)
+        meter = TokenMeter(expected_tokens({}, len(body.raw)))
+        try:
+            return await self._parts.proxy.forward(replace(call, meter=meter))
+        finally:
+            account.settle_tokens(charged=charged, used=meter.used())
 
     def _resolve(self, name: str) -> Route:
         route = self._parts.directory.resolve(name)

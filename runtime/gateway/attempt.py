@@ -26,6 +26,7 @@ from mizzen.runtime.gateway.headers import answer_headers
 _ERROR_BODY_BYTES = 256 * 1024
 _LONG_BODY_BYTES = 1 << 20
 _JSON = "application/json"
+_EVENT_STREAM = "text/event-stream"
 
 
 class FailureKind(Enum):
@@ -132,7 +133,10 @@ async def _open(session: ClientSession, url: str, outgoing: Outgoing) -> Opened 
     )
     try:
         if response.status < 400:
-            return Opened(response, await response.content.readany())
+            first = await response.content.readany()
+            if not first and response.content_type == _EVENT_STREAM:
+                raise AttemptError(FailureKind.LOST, "an empty stream")
+            return Opened(response, first)
         refusal = await _read_refusal(response)
     except BaseException:
         # Cancelled too: the client is gone, and its answer must not be generated to the end.

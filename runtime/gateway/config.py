@@ -51,6 +51,19 @@ class GatewayConfig(BaseSettings):
         None, description="Cluster access from outside a pod; ~/.kube/config when not set."
     )
     max_body_mib: int = Field(16, ge=1, le=1024, description="Largest request body in MiB.")
+    max_answer_mib: int = Field(64, ge=1, le=4096, description="Longest answer in MiB.")
+    max_connections: int = Field(
+        20000, ge=1, description="Above this many connections the longest idle ones are closed."
+    )
+    header_timeout_s: float = Field(
+        15.0, gt=0, description="Time a new connection has to send its first request's headers."
+    )
+    idle_timeout_s: float = Field(
+        75.0, gt=0, description="How long a connection may stay open between two requests."
+    )
+    stall_timeout_s: float = Field(
+        300.0, gt=0, description="How long a client may read nothing of its answer."
+    )
     body_timeout_s: float = Field(60.0, gt=0, description="Time a client has to send its body.")
     connect_timeout_s: float = Field(3.0, gt=0, description="Time to connect to a replica.")
     read_timeout_s: float = Field(
@@ -62,7 +75,38 @@ class GatewayConfig(BaseSettings):
     max_resends: int = Field(
         2, ge=0, description="How often a request is sent again after a replica died with it."
     )
-    eject_s: float = Field(5.0, ge=0, description="How long a replica that failed is chosen last.")
+    eject_s: float = Field(
+        5.0, ge=0, description="How long a replica that failed is passed over; longer each time."
+    )
+    max_ejected_ratio: float = Field(
+        0.5, ge=0, le=1, description="Largest share of a model's replicas that is passed over."
+    )
+    load_factor: float = Field(
+        1.25,
+        gt=1,
+        le=100,
+        description="How far above the mean a replica's requests may be before prompts that "
+        "belong to it go elsewhere.",
+    )
+    hold_timeout_s: float = Field(
+        300.0, ge=0, description="How long a request waits for a model that is starting; 0: not."
+    )
+    queue_timeout_s: float = Field(
+        30.0, ge=0, description="How long a request waits while all replicas are busy; 0: not."
+    )
+    max_waiting: int = Field(1000, ge=1, description="Most requests that wait at one time.")
+    max_waiting_mib: int = Field(
+        256, ge=1, description="Most MiB of requests that wait at one time."
+    )
+    replica_requests: int = Field(
+        256,
+        ge=1,
+        description="Most requests this gateway gives one replica; further ones wait here, where "
+        "their order is fair.",
+    )
+    progress_s: float = Field(
+        5.0, gt=0, description="How often a waiting stream is told that it still waits."
+    )
     lame_duck_s: float = Field(
         5.0, ge=0, description="On SIGTERM: still accept for this long, while endpoints forget us."
     )

@@ -25,6 +25,7 @@ class Endpoint:
 
     url: str
     state: EndpointState = EndpointState.READY
+    pod: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,12 @@ class ServedModel:
     name: str
     created_at_s: int = 0
     adapters: tuple[str, ...] = ()
+    loaded: frozenset[tuple[str, str]] = frozenset()
+    """Which adapter is on which pod, as pairs of their names."""
+    scales: bool = False
+    """Whether its number of replicas follows its load, so that a wake is of use."""
+    is_off: bool = False
+    """Whether its spec asks for no replica at all."""
 
     @property
     def key(self) -> ObjectKey:
@@ -45,10 +52,16 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a request goes and the model name its replica expects."""
+    """Where a request goes: a deployment, perhaps one of its adapters."""
 
     model: ServedModel
-    upstream_name: str
+    adapter: str | None = None
+
+    @property
+    def upstream_name(self) -> str:
+        """What its replicas call the model."""
+        name = self.model.name
+        return name if self.adapter is None else f"{name}:{self.adapter}"
 
 
 @dataclass(slots=True)
@@ -62,6 +75,8 @@ class Directory:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _listed_as: dict[ObjectKey, str] = field(default_factory=dict)
     on_endpoint_gone: Callable[[str], None] | None = None
+    on_change: Callable[[], None] | None = None
+    on_model_gone: Callable[[ObjectKey], None] | None = None
 
     # Models.
 
@@ -75,12 +90,24 @@ class Directory:
         """Forget a deployment."""
         if self._models.pop(key, None) is not None:
             self._index_names()
+            self._report_models_gone([key])
 
     def replace_models(self, models: Iterable[ServedModel], *, namespace: str | None) -> None:
         """Learn the whole list anew, of one namespace or (None) of all."""
-        kept = {k: m for k, m in self._models.items() if not _is_in(k, namespace)}
+        before = self._models
+        kept = {k: m for k, m in before.items() if not _is_in(k, namespace)}
         self._models = kept | {model.key: model for model in models}
         self._index_names()
+        self._report_models_gone([key for key in before if key not in self._models])
+
+    def model(self, key: ObjectKey) -> ServedModel | None:
+        """The deployment as it is known now."""
+        return self._models.get(key)
+
+    def _report_models_gone(self, keys: Iterable[ObjectKey]) -> None:
+        if self.on_model_gone is not None:
+            for key in keys:
+                self.on_model_gone(key)
 
     def models(self) -> list[tuple[str, ServedModel]]:
         """Every deployment with the plainest name that reaches it, sorted by that name."""
@@ -100,11 +127,11 @@ class Directory:
     def resolve(self, name: str) -> Route | None:
         """Find the deployment for `MODEL`, `MODEL:ADAPTER`, each with or without `namespace/`."""
         if (model := self._by_name.get(name)) is not None:
-            return Route(model, model.name)
+            return Route(model)
         base, colon, adapter = name.rpartition(":")
         if colon and adapter and (model := self._by_name.get(base)) is not None:
             # Whether the adapter exists is the replica's to say: it knows before status does.
-            return Route(model, f"{model.name}:{adapter}")
+            return Route(model, adapter)
         return None
 
     def _index_names(self) -> None:
@@ -161,6 +188,14 @@ class Directory:
         ready = tuple(e for e in found if e.state is EndpointState.READY)
         return ready or found
 
+    def candidates(self, route: Route) -> tuple[Endpoint, ...]:
+        """Replicas that may be asked for this model, those known to hold its adapter if any do."""
+        found = self.endpoints(route.model.key)
+        model = self._models.get(route.model.key)
+        if route.adapter is None or model is None:
+            return found
+        return tuple(e for e in found if (route.adapter, e.pod) in model.loaded) or found
+
     def ready_count(self, deployment: ObjectKey) -> int:
         """How many replicas are ready."""
         found = self._all_endpoints(deployment)
@@ -202,6 +237,8 @@ class Directory:
     def _announce(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+        if self.on_change is not None:
+            self.on_change()
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when something changed, or after `timeout_s`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ class GatewayError(Exception):
     """Base of the errors a client sees; the outermost middleware turns one into an answer."""
 
     status: ClassVar[int] = 500
-    kind: ClassVar[str] = "server_error"
+    kind: str = "server_error"
     code: ClassVar[str | None] = None
     param: ClassVar[str | None] = None
 
@@ -30,12 +31,15 @@ class GatewayError(Exception):
         """Headers that go with this error."""
         return {}
 
+    def document(self) -> dict[str, object]:
+        """Return the error as OpenAI's clients know it."""
+        return error_body(str(self), self.kind, code=self.code, param=self.param)
+
     def response(self) -> web.Response:
         """Return the answer for this error."""
-        document = error_body(str(self), self.kind, code=self.code, param=self.param)
         return web.Response(
             status=self.status,
-            body=json.dumps(document).encode(),
+            body=json.dumps(self.document()).encode(),
             content_type="application/json",
             headers=self.headers(),
         )
@@ -88,6 +92,23 @@ class BadKeyError(GatewayError):
         return {"WWW-Authenticate": "Bearer"}
 
 
+class RateLimitedError(GatewayError):
+    """An API key has used what it may."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, what: str, retry_after_s: float) -> None:
+        super().__init__(f"{message} Try again in {math.ceil(retry_after_s)} seconds.")
+        # OpenAI names here what was exceeded.
+        self.kind = what
+        self.retry_after_s = max(1, math.ceil(retry_after_s))
+
+    def headers(self) -> Mapping[str, str]:
+        """Say when to come back."""
+        return {"Retry-After": str(self.retry_after_s)}
+
+
 class UnknownModelError(GatewayError):
     """No deployment serves this model name."""
 
@@ -119,6 +140,45 @@ class NoReplicaError(GatewayError):
     def headers(self) -> Mapping[str, str]:
         """Say when to come back."""
         return {"Retry-After": str(self.retry_after_s)}
+
+
+class BusyError(GatewayError):
+    """Every replica has as many requests as it takes."""
+
+    status = 429
+    kind = "rate_limit_error"
+    code = "model_busy"
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def headers(self) -> Mapping[str, str]:
+        """Say when to come back."""
+        return {"Retry-After": str(self.retry_after_s)}
+
+
+class AnswerCutError(GatewayError):
+    """The replica was lost after the first byte."""
+
+    code = "replica_lost"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The replica was lost in the middle of this answer; send the request again."
+        )
+
+
+class AnswerTooLongError(GatewayError):
+    """The answer is over the limit; it was not passed on to its end."""
+
+    code = "response_too_large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(
+            f"The answer is longer than {limit_bytes // 2**20} MiB; ask for fewer tokens, or "
+            "raise gateway.maxAnswerMiB in the chart."
+        )
 
 
 class ReplicaSilentError(GatewayError):

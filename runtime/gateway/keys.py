@@ -14,10 +14,14 @@ import secrets
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TextIO
 
+from mizzen.runtime.gateway.limits import Limits, parse_limits
+
 KEY_LABEL = "mizzen.dev/api-keys"
+LIMITS_ANNOTATION = "mizzen.dev/limits"
+_NO_LIMITS = Limits()
 _KEY_PREFIX = "mz-"
 _SALT_BYTES = 16
 _REMEMBERED = 4096
@@ -48,6 +52,7 @@ class KeyHash:
 
     salt: bytes
     digest: bytes
+    limits: Limits = _NO_LIMITS
 
     def matches(self, key: str) -> bool:
         """Compare in constant time."""
@@ -62,13 +67,27 @@ def parse_hash(text: str) -> KeyHash | None:
     return KeyHash(bytes.fromhex(match[1]), bytes.fromhex(match[2]))
 
 
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Whose key it is; keys of one id in two sources are two clients."""
+
+    source: str
+    id: str
+    limits: Limits
+
+    @property
+    def account(self) -> str:
+        """Name of what it uses."""
+        return f"{self.source}:{self.id}"
+
+
 class Keyring:
     """The keys that are let in, grouped by their source so that a source can be replaced."""
 
     def __init__(self) -> None:
         self._sources: dict[str, dict[str, KeyHash]] = {}
         # Hashing against every key costs a microsecond each; a client's second request costs one.
-        self._remembered: OrderedDict[bytes, str] = OrderedDict()
+        self._remembered: OrderedDict[bytes, Client] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(len(source) for source in self._sources.values())
@@ -85,18 +104,18 @@ class Keyring:
         """Where the present keys came from."""
         return frozenset(self._sources)
 
-    def identify(self, key: str) -> str | None:
-        """Return the id of a key that is let in, None for any other."""
+    def identify(self, key: str) -> Client | None:
+        """Return whose key it is, None for one that is not let in."""
         fingerprint = hashlib.sha256(key.encode(errors="replace")).digest()
         if (known := self._remembered.get(fingerprint)) is not None:
             self._remembered.move_to_end(fingerprint)
             return known
         found = None
         # Every key is compared even after a match: the time says nothing about which one it was.
-        for source in self._sources.values():
-            for key_id, hashed in source.items():
+        for source, keys in self._sources.items():
+            for key_id, hashed in keys.items():
                 if hashed.matches(key):
-                    found = key_id
+                    found = Client(source, key_id, hashed.limits)
         if found is not None:
             self._remembered[fingerprint] = found
             if len(self._remembered) > _REMEMBERED:
@@ -104,8 +123,10 @@ class Keyring:
         return found
 
 
-def parse_secret(data: Mapping[str, str]) -> tuple[dict[str, KeyHash], list[str]]:
-    """Return the keys in a Secret's data and the entries that are none."""
+def parse_secret(
+    data: Mapping[str, str], limits: Limits = _NO_LIMITS
+) -> tuple[dict[str, KeyHash], list[str]]:
+    """Return the keys in a Secret's data, each with these limits, and the entries that are none."""
     keys: dict[str, KeyHash] = {}
     bad: list[str] = []
     for key_id, encoded in data.items():
@@ -116,12 +137,12 @@ def parse_secret(data: Mapping[str, str]) -> tuple[dict[str, KeyHash], list[str]
         if hashed is None:
             bad.append(key_id)
         else:
-            keys[key_id] = hashed
+            keys[key_id] = replace(hashed, limits=limits)
     return keys, bad
 
 
 def parse_lines(lines: Iterable[str]) -> dict[str, KeyHash]:
-    """Read a keys file: `ID sha256:SALT:HASH` on each line, # for comments.
+    """Read a keys file: `ID sha256:SALT:HASH [LIMIT=NUMBER ...]` on each line, # for comments.
 
     Raises:
         ValueError: a line is neither; its number is named.
@@ -131,15 +152,20 @@ def parse_lines(lines: Iterable[str]) -> dict[str, KeyHash]:
         text = line.split("#", 1)[0].split()
         if not text:
             continue
-        hashed = parse_hash(text[1]) if len(text) == 2 else None
+        hashed = parse_hash(text[1]) if len(text) >= 2 else None
         if hashed is None:
             raise ValueError(f"Line {number} of the keys file is not `ID sha256:SALT:HASH`.")
-        keys[text[0]] = hashed
+        try:
+            limits = parse_limits(" ".join(text[2:]))
+        except ValueError as error:
+            raise ValueError(f"Line {number} of the keys file: {error}") from None
+        keys[text[0]] = replace(hashed, limits=limits)
     return keys
 
 
-def secret_manifest(name: str, hashed: str) -> str:
+def secret_manifest(name: str, hashed: str, limits: Limits = _NO_LIMITS) -> str:
     """Return the Secret that lets one key in, as YAML to apply in the gateway's namespace."""
+    noted = f"  annotations:\n    {LIMITS_ANNOTATION}: {limits}\n" if limits != _NO_LIMITS else ""
     return (
         "apiVersion: v1\n"
         "kind: Secret\n"
@@ -148,13 +174,20 @@ def secret_manifest(name: str, hashed: str) -> str:
         "  labels:\n"
         f'    {KEY_LABEL}: "true"\n'
         "    app.kubernetes.io/part-of: mizzen\n"
+        f"{noted}"
         "type: Opaque\n"
         "stringData:\n"
         f"  {name}: {hashed}\n"
     )
 
 
-def print_key_secret(name: str, *, out: TextIO | None = None, notes: TextIO | None = None) -> str:
+def print_key_secret(
+    name: str,
+    limits: Limits = _NO_LIMITS,
+    *,
+    out: TextIO | None = None,
+    notes: TextIO | None = None,
+) -> str:
     """Print the Secret for a new key on `out` and the key itself, once, on `notes`; return the key.
 
     They go to different streams so that `mizzen keys create NAME | kubectl apply -f -` applies the
@@ -169,7 +202,7 @@ def print_key_secret(name: str, *, out: TextIO | None = None, notes: TextIO | No
             "with a letter or digit at both ends."
         )
     key = make_key()
-    (out or sys.stdout).write(secret_manifest(name, hash_key(key)))
+    (out or sys.stdout).write(secret_manifest(name, hash_key(key), limits))
     (notes or sys.stderr).write(
         f"API key {name} (shown only now): {key}\n"
         "The Secret above holds its hash; apply it in the gateway's namespace to let the key in.\n"

@@ -135,15 +135,33 @@ class KubeClient:
             document: dict[str, Any] = json.loads(await response.read())
         return document
 
+    async def merge(self, path: str, patch: KubeObject) -> None:
+        """Apply a merge patch to one object.
+
+        Raises:
+            KubeError: the answer is not a success.
+        """
+        limits = ClientTimeout(total=10)
+        response = await self._send(
+            "PATCH", path, limits, patch, content_type="application/merge-patch+json"
+        )
+        response.close()
+
     async def _get(
         self, path: str, query: Mapping[str, str], limits: ClientTimeout
     ) -> ClientResponse:
         return await self._send("GET", f"{path}?{urlencode(query)}", limits, None)
 
     async def _send(
-        self, method: str, path: str, limits: ClientTimeout, body: KubeObject | None
+        self,
+        method: str,
+        path: str,
+        limits: ClientTimeout,
+        body: KubeObject | None,
+        *,
+        content_type: str = "application/json",
     ) -> ClientResponse:
-        headers = {"Accept": "application/json"}
+        headers = {"Accept": "application/json", "Content-Type": content_type}
         # Reads the token again from its file when that is due.
         await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, None)
         answer = await self._client.rest_client.request(  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from mizzen.runtime.gateway.directory import Directory, ServedModel
+from mizzen.runtime.gateway.room import WaitingRoom
 
 # From a cached error to a long prompt on a CPU.
 _TTFB_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -18,7 +19,7 @@ _MODEL_LABELS = ("namespace", "model")
 class GatewayMetrics:
     """One registry per gateway, so that tests can have several."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, room: WaitingRoom) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
         self._requests = Counter(
             "mizzen_gateway_requests",
@@ -59,7 +60,7 @@ class GatewayMetrics:
             registry=self.registry,
         )
         self._picked: dict[str, set[tuple[str, str]]] = {}
-        self.registry.register(_ReadyEndpoints(directory))
+        self.registry.register(_ByModel(directory, room))
         self.registry.register(_Arrivals(directory, self._arrivals))
 
     def on_start(self, model: ServedModel) -> None:
@@ -99,9 +100,10 @@ class GatewayMetrics:
             self._picks.remove(*labels, _endpoint(url))
 
 
-class _ReadyEndpoints(Collector):
-    def __init__(self, directory: Directory) -> None:
+class _ByModel(Collector):
+    def __init__(self, directory: Directory, room: WaitingRoom) -> None:
         self._directory = directory
+        self._room = room
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         family = GaugeMetricFamily(
@@ -109,9 +111,16 @@ class _ReadyEndpoints(Collector):
             "Replicas that may be sent requests.",
             labels=_MODEL_LABELS,
         )
+        held = GaugeMetricFamily(
+            "mizzen_gateway_held_requests",
+            "Requests that wait for a model to start, or for room on its replicas.",
+            labels=_MODEL_LABELS,
+        )
         for _, model in self._directory.models():
             family.add_metric(_labels(model), self._directory.ready_count(model.key))
+            held.add_metric(_labels(model), self._room.held(model.key))
         yield family
+        yield held
 
 
 class _Arrivals(Collector):

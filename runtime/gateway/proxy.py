@@ -2,48 +2,53 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import ClientSession, web
 
+from mizzen.runtime.gateway.admission import Admission, Search
+from mizzen.runtime.gateway.affinity import SESSION_HEADER, affinity_key
 from mizzen.runtime.gateway.attempt import (
     AttemptError,
     FailureKind,
-    Opened,
     Outgoing,
     Refusal,
-    ReplicaLostError,
     ReplicaTimeoutError,
     open_answer,
 )
 from mizzen.runtime.gateway.balancer import Balancer
+from mizzen.runtime.gateway.body import Body
 from mizzen.runtime.gateway.config import GatewayConfig
-from mizzen.runtime.gateway.directory import Directory, Endpoint, Route
-from mizzen.runtime.gateway.errors import NoReplicaError, ReplicaSilentError, error_body
-from mizzen.runtime.gateway.headers import answer_headers, request_headers
+from mizzen.runtime.gateway.connections import Connections
+from mizzen.runtime.gateway.directory import Endpoint, Route, ServedModel
+from mizzen.runtime.gateway.errors import GatewayError, NoReplicaError, ReplicaSilentError
+from mizzen.runtime.gateway.headers import request_headers
 from mizzen.runtime.gateway.metrics import GatewayMetrics
+from mizzen.runtime.gateway.reply import Reply
+from mizzen.runtime.gateway.room import Place
+from mizzen.runtime.gateway.tokens import TokenMeter
 
 log = logging.getLogger(__name__)
 
-_PAUSE_S = 0.25
 _RETRY_AFTER_S = 5
-_EVENT_STREAM = "text/event-stream"
 
 
-@dataclass(slots=True)
-class Search:
-    """What one request has tried so far."""
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One client request, read and understood."""
 
-    tried: set[str] = field(default_factory=set)
-    resends: int = 0
-    last: AttemptError | None = None
-    # From the first failure on: a request may have waited long before its replica was lost.
-    give_up_at: float = 0.0
+    request: web.Request
+    route: Route
+    body: Body
+    request_id: str
+    client: str = ""
+    priority: int = 0
+    meter: TokenMeter | None = None
 
 
 class Proxy:
@@ -53,170 +58,151 @@ class Proxy:
         self,
         *,
         config: GatewayConfig,
-        directory: Directory,
         balancer: Balancer,
+        admission: Admission,
         metrics: GatewayMetrics,
         session: ClientSession,
+        connections: Connections,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
-        self._directory = directory
         self._balancer = balancer
+        self._admission = admission
         self._metrics = metrics
         self._session = session
+        self._connections = connections
         self._clock = clock
 
-    async def forward(
-        self, request: web.Request, route: Route, body: bytes, *, request_id: str
-    ) -> web.StreamResponse:
-        """Answer `request` from one of the model's replicas.
+    async def forward(self, call: Call) -> web.StreamResponse:
+        """Answer a request from one of the model's replicas, or say why none did."""
+        reply = Reply(
+            call.request,
+            wants_stream=call.body.document.get("stream") is True,
+            connections=self._connections,
+            most_bytes=self._config.max_answer_mib * 2**20,
+        )
+        search = _search(call)
+        try:
+            return await self._forward(call, search, reply)
+        except GatewayError as error:
+            return await reply.fail(error)
+        finally:
+            self._admission.room.leave(search.place)
 
-        Raises:
-            NoReplicaError: no replica took it.
-            ReplicaSilentError: one took it and fell silent.
-        """
+    async def _forward(self, call: Call, search: Search, reply: Reply) -> web.StreamResponse:
         started_at = self._clock()
-        outgoing = self._outgoing(request, body, request_id)
-        search = Search()
+        outgoing = self._outgoing(call)
+        model = call.route.model
         while True:
-            endpoint = await self._next_endpoint(route, search)
+            endpoint = await self._admission.next_endpoint(search, reply)
             if endpoint is None:
-                return self._give_up(route, search)
+                return await reply.refuse(_last_refusal(search))
             if search.last is not None:
-                self._metrics.on_retry(route.model, search.last.kind.value)
-            self._metrics.on_pick(route.model, endpoint.url)
-            with self._balancer.lease(endpoint.url):
+                self._metrics.on_retry(model, search.last.kind.value)
+            self._metrics.on_pick(model, endpoint.url)
+            with self._lease(model, endpoint):
                 try:
                     answer = await open_answer(self._session, endpoint.url, outgoing)
                 except AttemptError as failure:
-                    self._note(route, endpoint, search, failure)
+                    self._note(endpoint, search, failure)
                     continue
                 except ReplicaTimeoutError:
-                    self._balancer.note_failure(endpoint.url)
+                    self._balancer.outliers.note_failure(endpoint.url)
                     raise ReplicaSilentError(
-                        f"A replica of {route.model.name!r} took the request and did not answer "
+                        f"A replica of {model.name!r} took the request and did not answer "
                         f"within {self._config.read_timeout_s:g} seconds."
                     ) from None
-                self._balancer.note_success(endpoint.url)
-                self._metrics.on_first_byte(route.model, self._clock() - started_at)
+                self._metrics.on_first_byte(model, self._clock() - started_at)
                 if isinstance(answer, Refusal):
-                    return _refused(answer)
-                return await self._relay(request, route, answer)
+                    self._judge(endpoint, answer)
+                    return await reply.refuse(answer)
+                self._balancer.outliers.note_success(endpoint.url)
+                return await reply.relay(
+                    answer,
+                    on_cut=partial(self._on_cut, model),
+                    on_chunk=None if call.meter is None else call.meter.feed,
+                )
 
-    # Choosing.
+    @contextmanager
+    def _lease(self, model: ServedModel, endpoint: Endpoint) -> Iterator[None]:
+        """Count the request on its replica; when it ends there is room for one that waits."""
+        try:
+            with self._balancer.lease(endpoint.url):
+                yield
+        finally:
+            self._admission.room.call_next(model.key)
 
-    async def _next_endpoint(self, route: Route, search: Search) -> Endpoint | None:
-        """Return the replica to try next, waiting for one while it is worth it; None to give up."""
-        # A request that takes its replicas down must not be handed round all of them.
-        while search.resends <= self._config.max_resends:
-            endpoints = self._directory.endpoints(route.model.key)
-            endpoint = self._balancer.choose(endpoints, without=search.tried)
-            if endpoint is not None or search.last is None:
-                return endpoint
-            # Every replica known was tried. Waiting helps where another is on its way to being
-            # ready; it does not where all of them are busy.
-            left_s = search.give_up_at - self._clock()
-            if left_s <= 0 or search.last.kind is FailureKind.BUSY:
-                break
-            await self._directory.wait_for_change(min(_PAUSE_S, left_s))
-            search.tried.clear()
-        return None
-
-    def _note(
-        self, route: Route, endpoint: Endpoint, search: Search, failure: AttemptError
-    ) -> None:
+    def _note(self, endpoint: Endpoint, search: Search, failure: AttemptError) -> None:
         if search.last is None:
             search.give_up_at = self._clock() + self._config.retry_window_s
         search.tried.add(endpoint.url)
         search.last = failure
         if failure.kind is FailureKind.LOST:
             search.resends += 1
-        if failure.kind is not FailureKind.BUSY:
-            self._balancer.note_failure(endpoint.url)
+        if failure.kind is FailureKind.BUSY:
+            self._balancer.note_busy(endpoint.url)
+        else:
+            self._balancer.outliers.note_failure(endpoint.url)
         log.info(
             "model=%s/%s endpoint=%s not answered: %s (%s)",
-            *route.model.key,
+            *search.route.model.key,
             endpoint.url,
             failure.kind.value,
             failure,
         )
 
-    def _give_up(self, route: Route, search: Search) -> web.StreamResponse:
-        name = route.model.name
-        if search.last is None:
-            raise NoReplicaError(
-                f"The model {name!r} has no ready replica now. Try again in a few seconds; "
-                f"`kubectl -n {route.model.namespace} describe llmdeployment "
-                f"{route.model.deployment}` says why.",
-                retry_after_s=_RETRY_AFTER_S,
-            )
-        if search.last.refusal is not None:
-            refusal = search.last.refusal
-            refusal.headers.setdefault("Retry-After", str(_RETRY_AFTER_S))
-            return _refused(refusal)
-        raise NoReplicaError(
-            f"No replica of {name!r} answered: the last one tried was {search.last.kind.value}. "
-            "Try again in a few seconds.",
-            retry_after_s=_RETRY_AFTER_S,
-        )
+    def _judge(self, endpoint: Endpoint, refusal: Refusal) -> None:
+        """An error that the request has earned is an answer; one of the replica's own is not."""
+        if refusal.status >= 500:
+            self._balancer.outliers.note_error(endpoint.url)
+        else:
+            self._balancer.outliers.note_success(endpoint.url)
 
-    # Sending and relaying.
+    def _on_cut(self, model: ServedModel, error: Exception) -> None:
+        self._metrics.on_cut(model)
+        log.warning("model=%s/%s: an answer ended early: %s", *model.key, error)
 
-    def _outgoing(self, request: web.Request, body: bytes, request_id: str) -> Outgoing:
+    def _outgoing(self, call: Call) -> Outgoing:
         return Outgoing(
-            path=request.rel_url.raw_path_qs,
+            path=call.request.rel_url.raw_path_qs,
             headers=request_headers(
-                request.headers,
-                request_id=request_id,
+                call.request.headers,
+                request_id=call.request_id,
                 with_authorization=self._config.auth == "off",
             ),
-            body=body,
+            body=call.body.for_model(call.route.upstream_name),
             connect_timeout_s=self._config.connect_timeout_s,
             read_timeout_s=self._config.read_timeout_s,
         )
 
-    async def _relay(
-        self, request: web.Request, route: Route, opened: Opened
-    ) -> web.StreamResponse:
-        upstream = opened.response
-        answer = web.StreamResponse(
-            status=upstream.status, headers=answer_headers(upstream.headers)
-        )
-        try:
-            # aiohttp reads no more than two buffers ahead, and `write` waits for a slow client:
-            # that is the whole of the flow control.
-            chunk = opened.first_chunk
-            await answer.prepare(request)
-            while chunk:
-                await answer.write(chunk)
-                chunk = await opened.next_chunk()
-            await answer.write_eof()
-        except ReplicaLostError as error:
-            await self._cut(request, route, answer, error)
-        except ConnectionError:
-            log.debug("client of %s/%s is gone", *route.model.key)
-        finally:
-            # Also when this task is cancelled because the client went away: the replica notices
-            # the closed connection and stops generating.
-            opened.close()
-        return answer
 
-    async def _cut(
-        self, request: web.Request, route: Route, answer: web.StreamResponse, error: Exception
-    ) -> None:
-        """End an answer whose replica was lost so that nobody takes it for a complete one."""
-        self._metrics.on_cut(route.model)
-        log.warning("model=%s/%s lost its replica in mid-answer: %s", *route.model.key, error)
-        if answer.headers.get("Content-Type", "").startswith(_EVENT_STREAM):
-            message = "The replica was lost in the middle of this answer; send the request again."
-            event = json.dumps(error_body(message, "server_error", code="replica_lost"))
-            with suppress(ConnectionError):
-                await answer.write(f"\n\ndata: {event}\n\n".encode())
-                await answer.write_eof()
-        elif request.transport is not None:
-            # No end of the body was sent: the client's HTTP library reports it as incomplete.
-            request.transport.close()
+def _search(call: Call) -> Search:
+    route, body = call.route, call.body
+    session = call.request.headers.get(SESSION_HEADER)
+    return Search(
+        route=route,
+        key=affinity_key(body.document, model=route.upstream_name, session=session),
+        place=Place(
+            model=route.model.key,
+            client=call.client,
+            priority=call.priority,
+            size_bytes=len(body.raw),
+        ),
+    )
 
 
-def _refused(refusal: Refusal) -> web.Response:
-    return web.Response(status=refusal.status, headers=refusal.headers, body=refusal.body)
+def _last_refusal(search: Search) -> Refusal:
+    """Return the last replica's own words for a request that is given up.
+
+    Raises:
+        NoReplicaError: it had none.
+    """
+    last = search.last
+    if last is not None and last.refusal is not None:
+        last.refusal.headers.setdefault("Retry-After", str(_RETRY_AFTER_S))
+        return last.refusal
+    kind = "" if last is None else f": the last one tried was {last.kind.value}"
+    raise NoReplicaError(
+        f"No replica of {search.route.model.name!r} answered{kind}. Try again in a few seconds.",
+        retry_after_s=_RETRY_AFTER_S,
+    )

@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 
 from aiohttp import AddrInfoType, ClientSession, DummyCookieJar, TCPConnector, web
 
+from mizzen.runtime.gateway.admission import Admission
 from mizzen.runtime.gateway.app import Parts, build_app
 from mizzen.runtime.gateway.balancer import Balancer
 from mizzen.runtime.gateway.config import GatewayConfig
+from mizzen.runtime.gateway.connections import Connections
 from mizzen.runtime.gateway.directory import Directory, Endpoint, ServedModel
 from mizzen.runtime.gateway.health import build_health_app
 from mizzen.runtime.gateway.keys import KEY_LABEL, Keyring, parse_lines
 from mizzen.runtime.gateway.kube import KubeClient, connect, own_namespace
 from mizzen.runtime.gateway.lifecycle import Lifecycle
+from mizzen.runtime.gateway.limits import Accounts
 from mizzen.runtime.gateway.metrics import GatewayMetrics
 from mizzen.runtime.gateway.proxy import Proxy
 from mizzen.runtime.gateway.reflector import Reflector
 from mizzen.runtime.gateway.sinks import DEPLOYMENT_LABEL, KeySink, ModelSink, SliceSink
+from mizzen.runtime.gateway.wake import Waker
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +44,27 @@ class Gateway:
         self.directory = Directory()
         self.keyring = Keyring()
         self.lifecycle = Lifecycle()
-        self.balancer = Balancer(eject_s=config.eject_s)
-        self.metrics = GatewayMetrics(self.directory)
+        self.balancer = Balancer(
+            eject_s=config.eject_s,
+            max_ejected_ratio=config.max_ejected_ratio,
+            load_factor=config.load_factor,
+            most_in_flight=config.replica_requests,
+        )
+        self.admission = Admission(config=config, directory=self.directory, balancer=self.balancer)
+        self.directory.on_model_gone = self.admission.forget
+        self.metrics = GatewayMetrics(self.directory, self.admission.room)
+        self.accounts = Accounts(time.monotonic)
+        self.connections = Connections(
+            most=config.max_connections,
+            request_timeout_s=config.header_timeout_s,
+            idle_timeout_s=config.idle_timeout_s,
+            stall_timeout_s=config.stall_timeout_s,
+        )
         self.directory.on_endpoint_gone = self._forget_endpoint
         self._session: ClientSession | None = None
         self._kube: KubeClient | None = None
         self._api: web.AppRunner | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._listener: socket.socket | None = None
         self._health: web.AppRunner | None = None
 
@@ -59,6 +79,7 @@ class Gateway:
         else:
             await self._begin_watching()
         self._session = _upstream_session()
+        self._tasks.append(asyncio.create_task(self.admission.run(), name="those who wait"))
         self._health = web.AppRunner(
             build_health_app(self.lifecycle, self.metrics),
             access_log=None,
@@ -76,6 +97,9 @@ class Gateway:
         )
         await _listen(self._health, config.host, config.health_port)
         self._listener = await _listen(self._api, config.host, config.port)
+        assert self._api.server is not None
+        sweeping = self.connections.sweep(self._api.server)
+        self._tasks.append(asyncio.create_task(sweeping, name="idle connections"))
         log.info("gateway listens on %s:%d, auth %s", config.host, self.port, config.auth)
 
     @property
@@ -115,9 +139,12 @@ class Gateway:
         self.lifecycle.is_draining = True
         if self._api is not None and self._api.server is not None:
             await self._api.cleanup()
-        for task in self.lifecycle.tasks:
+        tasks = [*self.lifecycle.tasks, *self._tasks]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self.lifecycle.tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self.admission.waker is not None:
+            await self.admission.waker.close()
         if self._health is not None and self._health.server is not None:
             await self._health.cleanup()
         if self._session is not None:
@@ -128,10 +155,11 @@ class Gateway:
     def _parts(self, session: ClientSession) -> Parts:
         proxy = Proxy(
             config=self.config,
-            directory=self.directory,
             balancer=self.balancer,
+            admission=self.admission,
             metrics=self.metrics,
             session=session,
+            connections=self.connections,
         )
         return Parts(
             config=self.config,
@@ -140,6 +168,8 @@ class Gateway:
             metrics=self.metrics,
             proxy=proxy,
             lifecycle=self.lifecycle,
+            accounts=self.accounts,
+            connections=self.connections,
         )
 
     def _learn_upstreams(self) -> None:
@@ -157,6 +187,7 @@ class Gateway:
 
     async def _begin_watching(self) -> None:
         self._kube = await connect(self.config.kubeconfig)
+        self.admission.waker = Waker(self._kube)
         self.lifecycle.reflectors = self._reflectors(self._kube)
         self.lifecycle.tasks = [
             asyncio.create_task(reflector.run(), name=f"watch {reflector.name}")

@@ -17,8 +17,9 @@ from mizzen.runtime.gateway.directory import (
     ObjectKey,
     ServedModel,
 )
-from mizzen.runtime.gateway.keys import Keyring, parse_secret
+from mizzen.runtime.gateway.keys import LIMITS_ANNOTATION, Keyring, parse_secret
 from mizzen.runtime.gateway.kube import KubeObject
+from mizzen.runtime.gateway.limits import parse_limits
 
 log = logging.getLogger(__name__)
 
@@ -36,21 +37,27 @@ def object_key(item: KubeObject) -> ObjectKey:
 def parse_model(item: KubeObject) -> ServedModel:
     """Read an LLMDeployment: its served name and the adapters that are on some replica."""
     namespace, name = object_key(item)
-    spec = _mapping(_mapping(item.get("spec")).get("model"))
-    adapters = _mapping(item.get("status")).get("adapters")
+    spec = _mapping(item.get("spec"))
+    scales = bool(spec.get("scaling"))
+    status = _mapping(item.get("status"))
     return ServedModel(
         namespace=namespace,
         deployment=name,
-        name=str(spec.get("servedName") or name),
+        name=str(_mapping(spec.get("model")).get("servedName") or name),
         created_at_s=_epoch_s(item["metadata"].get("creationTimestamp")),
         adapters=tuple(
             sorted(
                 str(adapter["name"])
-                for adapter in (adapters if isinstance(adapters, list) else [])
-                if isinstance(adapter, dict)
-                and adapter.get("name")
-                and (adapter.get("readyReplicas") or 0) > 0
+                for adapter in _mappings(status.get("adapters"))
+                if adapter.get("name") and (adapter.get("readyReplicas") or 0) > 0
             )
+        ),
+        scales=scales,
+        is_off=not scales and spec.get("replicas") == 0,
+        loaded=frozenset(
+            (str(adapter), str(pod.get("name")))
+            for pod in _mappings(status.get("pods"))
+            for adapter in _list(pod.get("adapters"))
         ),
     )
 
@@ -68,7 +75,11 @@ def parse_slice(item: KubeObject) -> tuple[ObjectKey, tuple[Endpoint, ...]]:
         _HTTP_PORT,
     )
     endpoints = [
-        Endpoint(f"http://{_host(address)}:{port}", state)
+        Endpoint(
+            f"http://{_host(address)}:{port}",
+            state,
+            pod=str(_mapping(entry.get("targetRef")).get("name") or ""),
+        )
         for entry in item.get("endpoints") or ()
         if (state := _state(_mapping(entry.get("conditions")))) is not None
         # Several addresses of one entry are the same pod: the first is enough.
@@ -136,7 +147,15 @@ class KeySink:
     def put(self, item: KubeObject) -> None:
         """Take a new or changed Secret."""
         data = item.get("data")
-        keys, bad = parse_secret(data if isinstance(data, dict) else {})
+        noted = _mapping(item["metadata"].get("annotations")).get(LIMITS_ANNOTATION) or ""
+        try:
+            limits = parse_limits(str(noted))
+        except ValueError as error:
+            # A limit that cannot be read must not be none: better that nobody gets in by this key.
+            log.warning("Secret %s lets nobody in: %s: %s", _source(item), LIMITS_ANNOTATION, error)
+            self._keyring.replace(_source(item), {})
+            return
+        keys, bad = parse_secret(data if isinstance(data, dict) else {}, limits)
         for key_id in bad:
             log.warning(
                 "Secret %s: entry %s is not `sha256:SALT:HASH`; use `mizzen keys create`",
@@ -169,6 +188,14 @@ def _host(address: str) -> str:
 
 def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _mappings(value: object) -> list[dict[str, Any]]:
+    return [one for one in _list(value) if isinstance(one, dict)]
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _epoch_s(timestamp: object) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import re
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -18,7 +20,9 @@ from hack.cluster import gobuild
 from hack.cluster.api_only import ApiCluster
 from mizzen.runtime.gateway.config import GatewayConfig
 from mizzen.runtime.gateway.keys import hash_key, make_key
+from mizzen.runtime.gateway.kube import KubeClient, KubeError, connect
 from mizzen.runtime.gateway.server import Gateway
+from mizzen.runtime.gateway.wake import wake_path
 
 CHAT = "/v1/chat/completions"
 KEY = make_key()
@@ -40,12 +44,17 @@ def apply(cluster: ApiCluster, *documents: dict[str, Any]) -> None:
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=text)
 
 
-def model(namespace: str, name: str = "tiny", **spec: Any) -> dict[str, Any]:
+def model(
+    namespace: str, name: str = "tiny", *, scaling: dict[str, int] | None = None, **fields: Any
+) -> dict[str, Any]:
+    spec: dict[str, Any] = {"model": {"source": "pvc://models/tiny", **fields}}
+    if scaling is not None:
+        spec["scaling"] = scaling
     return {
         "apiVersion": "mizzen.dev/v1alpha1",
         "kind": "LLMDeployment",
         "metadata": {"name": name, "namespace": namespace},
-        "spec": {"model": {"source": "pvc://models/tiny", **spec}},
+        "spec": spec,
     }
 
 
@@ -107,6 +116,7 @@ def install_roles(cluster: ApiCluster, home: str, watched: list[str], folder: Pa
         cluster,
         *(d for d in wanted if d["kind"] in ("ServiceAccount", "Role", "ClusterRole")),
         *(d for d in wanted if d["kind"] in ("RoleBinding", "ClusterRoleBinding")),
+        *(d for d in wanted if d["kind"].startswith("ValidatingAdmissionPolicy")),
     )
     config = yaml.safe_load(cluster.kubeconfig.read_text())
     token = cluster.kubectl("create", "token", account, "-n", home).strip()
@@ -162,7 +172,7 @@ async def door(cluster: ApiCluster, namespace: str, tmp_path: Path) -> AsyncIter
 
 
 async def _open_door(
-    cluster: ApiCluster, namespace: str, watched: list[str], folder: Path
+    cluster: ApiCluster, namespace: str, watched: list[str], folder: Path, **settings: Any
 ) -> AsyncIterator[Door]:
     kubeconfig = install_roles(cluster, namespace, watched, folder)
     gateway = Gateway(
@@ -175,6 +185,7 @@ async def _open_door(
             watch_namespaces=watched,
             lame_duck_s=0,
             retry_window_s=0,
+            **{"hold_timeout_s": 0, **settings},
         )
     )
     await gateway.start()
@@ -247,3 +258,58 @@ async def test_a_gateway_confined_to_namespaces_works_with_roles_there(
         await door.becomes(f"{namespace}/tiny", lambda status, _: status == 200)
         assert (await door.ask(f"{other}/tiny"))[0] == 404
     cluster.kubectl("delete", "namespace", other, "--wait=false")
+
+
+async def test_a_held_request_wakes_its_model_by_an_annotation_and_may_change_nothing_else(
+    cluster: ApiCluster, namespace: str, tmp_path: Path
+) -> None:
+    async for door in _open_door(cluster, namespace, [], tmp_path, hold_timeout_s=120):
+        apply(cluster, key_secret(namespace), model(namespace, scaling={"min": 0, "max": 2}))
+        await door.becomes("nothing", lambda status, _: status == 404)
+        async with asyncio.timeout(60):
+            while door.gateway.directory.model((namespace, "tiny")) is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        asking = asyncio.create_task(door.ask(f"{namespace}/tiny"))
+        async with asyncio.timeout(60):
+            while (found := wake_of(cluster, namespace)) is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        value, manager = found
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ;held=1", value)
+        assert manager == "mizzen-gateway"
+        apply(cluster, endpoint_slice(namespace, "a", await door.replica("a")))
+        assert await asking == (200, {"from": "a", "model": "tiny"})
+
+        path = wake_path((namespace, "tiny"))
+        async with await connect(tmp_path / "kubeconfig") as kube:
+            await policy_in_force(kube, path)
+            for patch in (
+                {"spec": {"scaling": {"max": 3}}},
+                {"metadata": {"annotations": {"other": "x"}}},
+                {"metadata": {"labels": {"other": "x"}}},
+            ):
+                with pytest.raises(KubeError, match="The gateway may"):
+                    await kube.merge(path, patch)
+
+
+async def policy_in_force(kube: KubeClient, path: str) -> None:
+    """Return when the API server has learned of the policy, which takes it a moment."""
+    async with asyncio.timeout(60):
+        for n in itertools.count():
+            try:
+                await kube.merge(path, {"metadata": {"labels": {"n": str(n)}}})
+            except KubeError:
+                return
+            await asyncio.sleep(0.1)
+
+
+def wake_of(cluster: ApiCluster, namespace: str) -> tuple[str, str] | None:
+    """Return the wake annotation and who wrote it, None where there is none."""
+    text = cluster.kubectl(
+        *("get", "llmdeployment", "tiny", "-n", namespace, "-o", "json", "--show-managed-fields")
+    )
+    metadata = json.loads(text)["metadata"]
+    value = metadata.get("annotations", {}).get("mizzen.dev/wake")
+    if value is None:
+        return None
+    managers = [f["manager"] for f in metadata["managedFields"] if "dev/wake" in json.dumps(f)]
+    return value, managers[0]

@@ -250,7 +250,7 @@ def test_equal_replicas_take_turns() -> None:
 def test_a_replica_that_failed_is_last_until_its_time_is_over() -> None:
     clock = Clock()
     balancer = Balancer(eject_s=5, clock=clock)
-    balancer.note_failure(A.url)
+    balancer.outliers.note_failure(A.url)
     with balancer.lease(B.url):
         assert balancer.choose((A, B)) == B
         assert balancer.choose((A,)) == A
@@ -261,8 +261,8 @@ def test_a_replica_that_failed_is_last_until_its_time_is_over() -> None:
 
 def test_a_replica_that_answers_is_forgiven_at_once() -> None:
     balancer = Balancer(eject_s=5)
-    balancer.note_failure(A.url)
-    balancer.note_success(A.url)
+    balancer.outliers.note_failure(A.url)
+    balancer.outliers.note_success(A.url)
     with balancer.lease(B.url):
         assert balancer.choose((A, B)) == A
 

@@ -24,6 +24,11 @@ from mizzen.runtime.gateway.keys import (
 from mizzen.runtime.gateway.sinks import KeySink
 
 
+def who(ring: Keyring, key: str) -> str | None:
+    client = ring.identify(key)
+    return None if client is None else client.id
+
+
 def test_a_key_fits_its_hash_and_no_other() -> None:
     key, other = make_key(), make_key()
     assert key.startswith("mz-")
@@ -71,10 +76,10 @@ def test_a_key_is_known_by_its_id_until_its_source_drops_it() -> None:
     ring = Keyring()
     ring.replace("one", {"a": _hashed("ka"), "b": _hashed("kb")})
     ring.replace("two", {"c": _hashed("kc")})
-    assert [ring.identify(k) for k in ("ka", "kb", "kc", "kd", "")] == ["a", "b", "c", None, None]
+    assert [who(ring, k) for k in ("ka", "kb", "kc", "kd", "")] == ["a", "b", "c", None, None]
     ring.replace("one", {"b": _hashed("kb")})
     # Also a key that was let in a moment ago, and is remembered, is out at once.
-    assert [ring.identify(k) for k in ("ka", "kb", "kc")] == [None, "b", "c"]
+    assert [who(ring, k) for k in ("ka", "kb", "kc")] == [None, "b", "c"]
     ring.replace("one", {})
     assert len(ring) == 1
 
@@ -82,7 +87,7 @@ def test_a_key_is_known_by_its_id_until_its_source_drops_it() -> None:
 def test_a_client_may_send_any_bytes_as_a_key() -> None:
     ring = Keyring()
     ring.replace("one", {"a": _hashed("ka")})
-    assert ring.identify("\udcff\x00") is None
+    assert who(ring, "\udcff\x00") is None
 
 
 def _secret(name: str, **data: str) -> dict[str, Any]:
@@ -102,11 +107,11 @@ def test_secrets_come_and_go(caplog: pytest.LogCaptureFixture) -> None:
     ring = Keyring()
     sink = KeySink(ring)
     sink.replace([_secret("one", a=hash_key("ka")), _secret("two", b=hash_key("kb"))])
-    assert ring.identify("ka") == "a"
+    assert who(ring, "ka") == "a"
     sink.put(_secret("one", c=hash_key("kc")))
-    assert (ring.identify("ka"), ring.identify("kc")) == (None, "c")
+    assert (who(ring, "ka"), who(ring, "kc")) == (None, "c")
     sink.drop(_secret("one"))
-    assert ring.identify("kc") is None
+    assert who(ring, "kc") is None
     sink.replace([])
     assert len(ring) == 0
     sink.put({"metadata": {"name": "empty", "namespace": "home"}, "data": None})

@@ -4,227 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
 
 import pytest
-from aiohttp import ClientPayloadError, ClientSession, web
+from aiohttp import ClientPayloadError, ClientSession
 
-from mizzen.runtime.gateway.config import GatewayConfig
-from mizzen.runtime.gateway.directory import Endpoint, ServedModel
-from mizzen.runtime.gateway.server import Gateway
-
-CHAT = "/v1/chat/completions"
-MODEL = ServedModel(namespace="team", deployment="tiny", name="tiny")
-TOKENS = [b"data: %d\n\n" % n for n in range(5)]
-
-
-@dataclass
-class Replica:
-    """A runtime whose next answers are scripted; without a script it answers well."""
-
-    name: str
-    script: list[str] = field(default_factory=list)
-    always: str | None = None
-    seen: list[web.BaseRequest] = field(default_factory=list)
-    bodies: list[bytes] = field(default_factory=list)
-    may_continue: asyncio.Event = field(default_factory=asyncio.Event)
-    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
-    written_bytes: int = 0
-    url: str = ""
-    _runner: web.ServerRunner | None = None
-
-    async def start(self) -> None:
-        self._runner = web.ServerRunner(web.Server(self._answer, handler_cancellation=True))
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-
-    async def stop(self) -> None:
-        assert self._runner is not None
-        self.may_continue.set()
-        await self._runner.cleanup()
-
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        self.seen.append(request)
-        self.bodies.append(await request.read())
-        act = self.script.pop(0) if self.script else self.always or "good"
-        try:
-            return await getattr(self, f"_{act}")(request)
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
-
-    async def _good(self, request: web.BaseRequest) -> web.StreamResponse:
-        if not json.loads(self.bodies[-1]).get("stream"):
-            return web.json_response({"from": self.name}, headers={"X-From": self.name})
-        answer = await self._begin(request)
-        for token in TOKENS:
-            await answer.write(token)
-        await answer.write_eof()
-        return answer
-
-    async def _begin(self, request: web.BaseRequest) -> web.StreamResponse:
-        answer = web.StreamResponse(
-            headers={
-                "Content-Type": "text/event-stream",
-                "X-From": self.name,
-                "Connection": "X-Private",
-                "X-Private": "of this hop",
-            }
-        )
-        await answer.prepare(request)
-        return answer
-
-    async def _die_silent(self, request: web.BaseRequest) -> web.StreamResponse:
-        assert request.transport is not None
-        request.transport.abort()
-        return web.Response()
-
-    async def _linger_and_die(self, request: web.BaseRequest) -> web.StreamResponse:
-        await self.may_continue.wait()
-        return await self._die_silent(request)
-
-    async def _die_after_headers(self, request: web.BaseRequest) -> web.StreamResponse:
-        answer = await self._begin(request)
-        assert request.transport is not None
-        request.transport.close()
-        return answer
-
-    async def _die_mid_stream(self, request: web.BaseRequest) -> web.StreamResponse:
-        answer = await self._begin(request)
-        await answer.write(TOKENS[0])
-        assert request.transport is not None
-        request.transport.close()
-        return answer
-
-    async def _die_mid_json(self, request: web.BaseRequest) -> web.StreamResponse:
-        answer = web.StreamResponse(
-            headers={"Content-Type": "application/json", "Content-Length": "999"}
-        )
-        await answer.prepare(request)
-        await answer.write(b'{"half":')
-        assert request.transport is not None
-        request.transport.close()
-        return answer
-
-    async def _draining(self, request: web.BaseRequest) -> web.StreamResponse:
-        return web.json_response({"error": {"message": "draining"}}, status=503)
-
-    async def _busy(self, request: web.BaseRequest) -> web.StreamResponse:
-        return web.json_response(
-            {"error": {"message": "queue is full"}}, status=429, headers={"Retry-After": "7"}
-        )
-
-    async def _not_here(self, request: web.BaseRequest) -> web.StreamResponse:
-        return web.json_response({"detail": "Not Found"}, status=404)
-
-    async def _crashed(self, request: web.BaseRequest) -> web.StreamResponse:
-        return web.Response(status=500, text="Internal Server Error")
-
-    async def _stepwise(self, request: web.BaseRequest) -> web.StreamResponse:
-        answer = await self._begin(request)
-        await answer.write(TOKENS[0])
-        await self.may_continue.wait()
-        for token in TOKENS[1:]:
-            await answer.write(token)
-        await answer.write_eof()
-        return answer
-
-    async def _silent(self, request: web.BaseRequest) -> web.StreamResponse:
-        await self.may_continue.wait()
-        return web.json_response({"from": self.name})
-
-    async def _flood(self, request: web.BaseRequest) -> web.StreamResponse:
-        answer = await self._begin(request)
-        while True:
-            await answer.write(b"x" * 65536)
-            self.written_bytes += 65536
-
-
-@dataclass
-class House:
-    """A gateway, its replicas and a client."""
-
-    gateway: Gateway
-    replicas: list[Replica]
-    client: ClientSession
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.gateway.port}"
-
-    def serve(self, *replicas: Replica, model: ServedModel = MODEL) -> None:
-        self.gateway.directory.put_model(model)
-        self.gateway.directory.put_slice(
-            ("team", f"{model.deployment}-slice"),
-            deployment=model.key,
-            endpoints=tuple(Endpoint(replica.url) for replica in replicas),
-        )
-
-    def sample(self, name: str, **labels: str) -> float:
-        labels = {"namespace": "team", "model": "tiny", **labels}
-        return self.gateway.metrics.registry.get_sample_value(name, labels) or 0
-
-    async def ask(self, **fields: object) -> tuple[int, Any, Mapping[str, str]]:
-        body = {"model": "tiny", "messages": [], **fields}
-        async with self.client.post(self.url + CHAT, json=body) as answer:
-            return answer.status, json.loads(await answer.read()), answer.headers
-
-    async def stream(self) -> bytes:
-        body = {"model": "tiny", "stream": True}
-        async with self.client.post(self.url + CHAT, json=body) as answer:
-            assert answer.status == 200
-            return await answer.read()
-
-
-async def until(fact: Callable[[], object]) -> None:
-    """Wait for something the servers do; a test that waits in vain fails, however slow they are."""
-    async with asyncio.timeout(60):
-        while not fact():  # noqa: ASYNC110  the fact is inside another server
-            await asyncio.sleep(0.01)
-
-
-MakeHouse = Callable[..., Awaitable[House]]
+from tests.fixtures.gateway_house import CHAT, MODEL, TOKENS, MakeHouse, open_houses, until
 
 
 @pytest.fixture
 async def make_house() -> AsyncIterator[MakeHouse]:
-    houses: list[House] = []
-
-    async def make(*scripts: list[str] | str, **settings: Any) -> House:
-        config = GatewayConfig(
-            **{
-                "host": "127.0.0.1",
-                "port": 0,
-                "metrics_port": 0,
-                "auth": "off",
-                "upstream": ["local=http://127.0.0.1:1"],
-                "lame_duck_s": 0,
-                "retry_window_s": 0.5,
-                **settings,
-            }
-        )
-        replicas = [
-            Replica(str(n), always=script) if isinstance(script, str) else Replica(str(n), script)
-            for n, script in enumerate(scripts)
-        ]
-        for replica in replicas:
-            await replica.start()
-        house = House(Gateway(config), replicas, ClientSession())
-        await house.gateway.start()
-        house.serve(*replicas)
-        houses.append(house)
-        return house
-
-    yield make
-    for house in houses:
-        await house.client.close()
-        for replica in house.replicas:
-            await replica.stop()
-        await house.gateway.close()
+    async with open_houses() as make:
+        yield make
 
 
 async def test_a_stream_arrives_whole_and_hop_by_hop_headers_do_not(make_house: MakeHouse) -> None:
@@ -257,6 +50,7 @@ async def test_tokens_are_passed_on_as_they_come(make_house: MakeHouse) -> None:
 BEFORE_THE_FIRST_BYTE = {
     "dies with the request unanswered": "die_silent",
     "dies after its headers": "die_after_headers",
+    "ends its stream without a byte": "end_empty",
     "is draining": "draining",
     "is busy": "busy",
 }
@@ -339,8 +133,11 @@ async def test_all_busy_is_said_with_the_replicas_own_words(make_house: MakeHous
     assert [len(replica.seen) for replica in house.replicas] == [1, 1]
 
 
-async def test_a_stream_cut_in_the_middle_ends_with_an_error_event(make_house: MakeHouse) -> None:
-    house = await make_house(["die_mid_stream"], [])
+@pytest.mark.parametrize("act", ["die_mid_stream", "end_early"])
+async def test_a_stream_cut_in_the_middle_ends_with_an_error_event(
+    make_house: MakeHouse, act: str
+) -> None:
+    house = await make_house([act], [])
     house.serve(house.replicas[0])
     text = (await house.stream()).decode()
     assert text.startswith(TOKENS[0].decode())
@@ -397,6 +194,53 @@ async def test_the_least_loaded_replica_is_chosen(make_house: MakeHouse) -> None
     for replica in house.replicas:
         replica.may_continue.set()
     assert await asyncio.gather(*streams) == [b"".join(TOKENS)] * 6
+
+
+async def test_the_turns_of_a_conversation_meet_one_replica_through_any_gateway(
+    make_house: MakeHouse,
+) -> None:
+    house, other = await make_house([], [], []), await make_house()
+    other.serve(*house.replicas)
+    places = set()
+    for n in range(16):
+        first = [f"conversation {n}"]
+        whole = [*first, "an answer", "and then?"]
+        asked = [await house.turn(*first), await other.turn(*first), await house.turn(*whole)]
+        assert len(set(asked)) == 1
+        places.add(asked[0])
+    assert len(places) > 1
+
+
+async def test_a_session_meets_one_replica_whatever_it_asks(make_house: MakeHouse) -> None:
+    house = await make_house([], [], [])
+    mine = {await house.turn(f"topic {n}", **{"X-Session-Id": "me"}) for n in range(8)}
+    assert len(mine) == 1
+
+
+async def test_an_adapters_requests_go_where_it_is_loaded(make_house: MakeHouse) -> None:
+    house = await make_house([], [], [])
+    loaded = frozenset({("support", "pod-1"), ("other", "pod-2")})
+    house.serve(*house.replicas, model=replace(MODEL, loaded=loaded))
+    for _ in range(4):
+        assert (await house.ask(model="tiny:support"))[1] == {"from": "1"}
+    # Where no replica is known to have it, one of them says that.
+    assert (await house.ask(model="tiny:unheard"))[0] == 200
+
+
+async def test_a_replica_of_errors_is_passed_over_and_then_tried_again(
+    make_house: MakeHouse,
+) -> None:
+    house = await make_house(["crashed"] * 5, [], eject_s=0.3)
+    bad = house.replicas[0]
+    for _ in range(10):
+        await house.ask()
+    seen = len(bad.seen)
+    assert seen == 5
+    for _ in range(4):
+        assert (await house.ask())[1] == {"from": "1"}
+    await asyncio.sleep(0.4)
+    await asyncio.gather(*(house.ask() for _ in range(4)))
+    assert len(bad.seen) > seen
 
 
 async def test_an_endpoint_the_runtime_lacks_is_refused_in_openais_shape(

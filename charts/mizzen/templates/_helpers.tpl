@@ -139,9 +139,10 @@ topologySpreadConstraints:
 
 {{- /* Rules the gateway needs where models are served. */ -}}
 {{- define "mizzen.gatewayRules" -}}
+# patch is for one annotation: the policy gateway-wake refuses anything else.
 - apiGroups: [mizzen.dev]
   resources: [llmdeployments]
-  verbs: [list, watch]
+  verbs: [list, watch, patch]
 - apiGroups: [discovery.k8s.io]
   resources: [endpointslices]
   verbs: [list, watch]

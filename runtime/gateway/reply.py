@@ -1,0 +1,127 @@
+"""What one client gets: an answer relayed as it comes, or an error it cannot take for an answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+from aiohttp import web
+
+from mizzen.runtime.gateway.attempt import Opened, Refusal, ReplicaLostError
+from mizzen.runtime.gateway.connections import Connections
+from mizzen.runtime.gateway.errors import AnswerCutError, AnswerTooLongError, GatewayError
+from mizzen.runtime.gateway.headers import answer_headers
+
+log = logging.getLogger(__name__)
+
+_EVENT_STREAM = "text/event-stream"
+_STREAM_HEADERS = {"Content-Type": _EVENT_STREAM, "Cache-Control": "no-cache"}
+_DONE = b"data: [DONE]"
+_ERROR = b'"error"'
+
+
+class Reply:
+    """The way back to one client. A stream that ends early ends with an error event."""
+
+    def __init__(
+        self, request: web.Request, *, wants_stream: bool, connections: Connections, most_bytes: int
+    ) -> None:
+        self._request = request
+        self._wants_stream = wants_stream
+        self._connections = connections
+        self._most_bytes = most_bytes
+        # The stream begun while the request waited: its status can no longer say that it failed.
+        self._begun: web.StreamResponse | None = None
+
+    async def tell(self, text: str) -> None:
+        """Tell a client that streams how its waiting goes, as a comment its parser skips."""
+        if not self._wants_stream:
+            return
+        if self._begun is None:
+            self._begun = web.StreamResponse(headers=_STREAM_HEADERS)
+            await self._begun.prepare(self._request)
+        await self._begun.write(f": {text}\n\n".encode())
+
+    async def refuse(self, refusal: Refusal) -> web.StreamResponse:
+        """Answer with the replica's error."""
+        if self._begun is not None:
+            return await self._end_with(self._begun, refusal.body)
+        return web.Response(status=refusal.status, headers=refusal.headers, body=refusal.body)
+
+    async def fail(self, error: GatewayError) -> web.StreamResponse:
+        """Answer with an error of ours."""
+        if self._begun is not None:
+            return await self._end_with(self._begun, json.dumps(error.document()).encode())
+        return error.response()
+
+    async def _end_with(self, stream: web.StreamResponse, event: bytes) -> web.StreamResponse:
+        with suppress(ConnectionError):
+            await stream.write(b"data: " + event + b"\n\n")
+            await stream.write_eof()
+        return stream
+
+    async def relay(
+        self,
+        opened: Opened,
+        *,
+        on_cut: Callable[[Exception], None],
+        on_chunk: Callable[[bytes], None] | None = None,
+    ) -> web.StreamResponse:
+        """Pass the replica's answer on; `on_cut` hears of it when it ends before its end."""
+        upstream = opened.response
+        answer = self._begun or web.StreamResponse(
+            status=upstream.status, headers=answer_headers(upstream.headers)
+        )
+        sent_bytes = 0
+        try:
+            # aiohttp reads no more than two buffers ahead, and `write` waits for a slow client:
+            # that is the whole of the flow control.
+            chunk = tail = opened.first_chunk
+            if self._begun is None:
+                await answer.prepare(self._request)
+            while chunk:
+                if (sent_bytes := sent_bytes + len(chunk)) > self._most_bytes:
+                    raise AnswerTooLongError(self._most_bytes)
+                if on_chunk is not None:
+                    on_chunk(chunk)
+                self._connections.begin_write(self._request)
+                await answer.write(chunk)
+                self._connections.end_write(self._request)
+                tail = chunk if len(chunk) >= len(_DONE) else tail + chunk
+                chunk = await opened.next_chunk()
+            if _is_stream(answer) and not _is_whole(tail):
+                raise ReplicaLostError("the stream ended without [DONE]")
+            await answer.write_eof()
+        except (ReplicaLostError, AnswerTooLongError) as error:
+            on_cut(error)
+            await self._cut(answer, error)
+        except ConnectionError:
+            log.debug("a client went away in the middle of its answer")
+        finally:
+            self._connections.end_write(self._request)
+            # Also when this task is cancelled because the client went away: the replica notices
+            # the closed connection and stops generating.
+            opened.close()
+        return answer
+
+    async def _cut(self, answer: web.StreamResponse, error: Exception) -> None:
+        """End an answer early so that nobody takes it for a complete one."""
+        if _is_stream(answer):
+            told = error if isinstance(error, GatewayError) else AnswerCutError()
+            with suppress(ConnectionError):
+                await answer.write(b"\n\n")
+            await self._end_with(answer, json.dumps(told.document()).encode())
+        elif self._request.transport is not None:
+            # No end of the body was sent: the client's HTTP library reports it as incomplete.
+            self._request.transport.close()
+
+
+def _is_stream(answer: web.StreamResponse) -> bool:
+    return answer.headers.get("Content-Type", "").startswith(_EVENT_STREAM)
+
+
+def _is_whole(tail: bytes) -> bool:
+    """Whether a stream's last bytes are an end its client understands: [DONE], or an error."""
+    return tail.rstrip().endswith(_DONE) or _ERROR in tail
