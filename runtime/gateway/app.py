@@ -196,8 +196,7 @@ class Routes:
         )
         if account is None or account.tokens is None:
             return await self._parts.proxy.forward(call)
-        charged = expected_tokens(body.document, len(body.raw))
-        account.charge_tokens(charged)
+        charged = account.charge_tokens(expected_tokens(body.document, len(body.raw)))
         meter = TokenMeter(expected_tokens({}, len(body.raw)))
         try:
             return await self._parts.proxy.forward(replace(call, meter=meter))

@@ -39,7 +39,9 @@ class GatewayConfig(BaseSettings):
     )
     auth: Literal["on", "off"] = Field("on", description="Whether clients must send an API key.")
     keys_file: Path | None = Field(
-        None, description="API keys without Kubernetes: lines of `ID sha256:SALT:HASH`."
+        None,
+        description="API keys without Kubernetes: lines of `ID sha256:SALT:HASH` and "
+        "perhaps the key's limits, as `mizzen keys create` prints them.",
     )
     namespace: str | None = Field(
         None, description="Namespace of the API key Secrets; the pod's own when not set."

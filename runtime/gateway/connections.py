@@ -35,7 +35,7 @@ class Connections:
         self._busy: dict[object, int] = {}
         # When a connection was first seen without a request, and how long it may be so.
         self._idle: dict[object, tuple[float, float]] = {}
-        self._writing: dict[object, float] = {}
+        self._writing: dict[web.RequestHandler, float] = {}
 
     @contextmanager
     def request(self, request: web.BaseRequest) -> Iterator[None]:
@@ -51,13 +51,14 @@ class Connections:
                 del self._busy[protocol]
                 self._idle[protocol] = (self._clock(), self._idle_timeout_s)
 
-    def begin_write(self, request: web.BaseRequest) -> None:
-        """Something is being written, which takes as long as the client takes to read."""
+    @contextmanager
+    def writing(self, request: web.BaseRequest) -> Iterator[None]:
+        """Something is written in the block, which takes as long as the client takes to read."""
         self._writing[request.protocol] = self._clock()
-
-    def end_write(self, request: web.BaseRequest) -> None:
-        """It is written."""
-        self._writing.pop(request.protocol, None)
+        try:
+            yield
+        finally:
+            self._writing.pop(request.protocol, None)
 
     async def sweep(self, server: web.Server) -> None:
         """Look at all connections once a second, until cancelled."""
@@ -81,15 +82,15 @@ class Connections:
                 _abort(connection)
             else:
                 idle.append((since, connection))
-        idle.sort(key=lambda entry: entry[0])
-        for _, connection in idle[: max(0, len(connections) - self._most)]:
-            _abort(connection)
-        self._end_stalled(connections, now)
+        if (surplus := len(connections) - self._most) > 0:
+            idle.sort(key=lambda entry: entry[0])
+            for _, connection in idle[:surplus]:
+                _abort(connection)
+        self._end_stalled(now)
 
-    def _end_stalled(self, connections: list[web.RequestHandler], now: float) -> None:
-        for connection in connections:
-            since = self._writing.get(connection)
-            if since is not None and now - since >= self._stall_timeout_s:
+    def _end_stalled(self, now: float) -> None:
+        for connection, since in self._writing.items():
+            if now - since >= self._stall_timeout_s:
                 log.info("a client has read nothing for %g s: closed", self._stall_timeout_s)
                 _abort(connection)
 

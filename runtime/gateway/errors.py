@@ -172,6 +172,7 @@ class AnswerCutError(GatewayError):
 class AnswerTooLongError(GatewayError):
     """The answer is over the limit; it was not passed on to its end."""
 
+    status = 502
     code = "response_too_large"
 
     def __init__(self, limit_bytes: int) -> None:

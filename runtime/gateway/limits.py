@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from mizzen.runtime.gateway.errors import RateLimitedError
 
 _MOST = 10**12
+_MOST_DIGITS = 13
 # A client that is refused for its concurrency cannot know when its other requests end.
 _CONCURRENCY_RETRY_S = 1.0
 
@@ -41,11 +42,13 @@ def parse_limits(text: str) -> Limits:
     found: dict[str, int] = {}
     for word in text.replace(",", " ").split():
         name, _, number = word.partition("=")
-        lowest = -100 if name == "priority" else 1
+        lowest, highest = (-100, 100) if name == "priority" else (1, _MOST)
         if name not in names or not number.removeprefix("-").isdecimal():
             raise ValueError(f"{word!r} is no limit; write NAME=NUMBER with {', '.join(names)}.")
-        if not lowest <= int(number) <= (100 if name == "priority" else _MOST):
-            raise ValueError(f"{word!r} is out of range: the least is {lowest}.")
+        if len(number) > _MOST_DIGITS or not lowest <= int(number) <= highest:
+            raise ValueError(
+                f"{word!r} is out of range: write a number from {lowest} to {highest}."
+            )
         found[names[name]] = int(number)
     return Limits(**found)
 
@@ -113,13 +116,19 @@ class Account:
         finally:
             self.in_flight -= 1
 
-    def charge_tokens(self, tokens: int) -> None:
-        """Use what a request is expected to take; `settle_tokens` corrects it.
+    def charge_tokens(self, tokens: int) -> int:
+        """Use what a request is expected to take; return it for `settle_tokens` to correct.
+
+        A request that may take more than a minute's allowance takes the whole of it.
 
         Raises:
             RateLimitedError: that much is not there.
         """
-        self._take(self.tokens, tokens, "tokens")
+        if self.tokens is None:
+            return 0
+        charged = min(tokens, self.tokens.per_minute)
+        self._take(self.tokens, charged, "tokens")
+        return charged
 
     def settle_tokens(self, *, charged: int, used: int) -> None:
         """Correct a charge by what the answer says was used."""

@@ -42,7 +42,7 @@ class Reply:
         if self._begun is None:
             self._begun = web.StreamResponse(headers=_STREAM_HEADERS)
             await self._begun.prepare(self._request)
-        await self._begun.write(f": {text}\n\n".encode())
+        await self._write(self._begun, f": {text}\n\n".encode())
 
     async def refuse(self, refusal: Refusal) -> web.StreamResponse:
         """Answer with the replica's error."""
@@ -58,9 +58,17 @@ class Reply:
 
     async def _end_with(self, stream: web.StreamResponse, event: bytes) -> web.StreamResponse:
         with suppress(ConnectionError):
-            await stream.write(b"data: " + event + b"\n\n")
-            await stream.write_eof()
+            await self._write(stream, b"data: " + event + b"\n\n")
+            await self._end(stream)
         return stream
+
+    async def _write(self, stream: web.StreamResponse, piece: bytes) -> None:
+        with self._connections.writing(self._request):
+            await stream.write(piece)
+
+    async def _end(self, stream: web.StreamResponse) -> None:
+        with self._connections.writing(self._request):
+            await stream.write_eof()
 
     async def relay(
         self,
@@ -69,8 +77,15 @@ class Reply:
         on_cut: Callable[[Exception], None],
         on_chunk: Callable[[bytes], None] | None = None,
     ) -> web.StreamResponse:
-        """Pass the replica's answer on; `on_cut` hears of it when it ends before its end."""
+        """Pass the replica's answer on; `on_cut` hears of it when it ends before its end.
+
+        Raises:
+            AnswerTooLongError: it says so itself, and nothing of it was passed on.
+        """
         upstream = opened.response
+        if (upstream.content_length or 0) > self._most_bytes:
+            opened.close()
+            raise AnswerTooLongError(self._most_bytes)
         answer = self._begun or web.StreamResponse(
             status=upstream.status, headers=answer_headers(upstream.headers)
         )
@@ -86,21 +101,18 @@ class Reply:
                     raise AnswerTooLongError(self._most_bytes)
                 if on_chunk is not None:
                     on_chunk(chunk)
-                self._connections.begin_write(self._request)
-                await answer.write(chunk)
-                self._connections.end_write(self._request)
+                await self._write(answer, chunk)
                 tail = chunk if len(chunk) >= len(_DONE) else tail + chunk
                 chunk = await opened.next_chunk()
             if _is_stream(answer) and not _is_whole(tail):
                 raise ReplicaLostError("the stream ended without [DONE]")
-            await answer.write_eof()
+            await self._end(answer)
         except (ReplicaLostError, AnswerTooLongError) as error:
             on_cut(error)
             await self._cut(answer, error)
         except ConnectionError:
             log.debug("a client went away in the middle of its answer")
         finally:
-            self._connections.end_write(self._request)
             # Also when this task is cancelled because the client went away: the replica notices
             # the closed connection and stops generating.
             opened.close()
@@ -111,7 +123,7 @@ class Reply:
         if _is_stream(answer):
             told = error if isinstance(error, GatewayError) else AnswerCutError()
             with suppress(ConnectionError):
-                await answer.write(b"\n\n")
+                await self._write(answer, b"\n\n")
             await self._end_with(answer, json.dumps(told.document()).encode())
         elif self._request.transport is not None:
             # No end of the body was sent: the client's HTTP library reports it as incomplete.

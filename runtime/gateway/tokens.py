@@ -13,7 +13,7 @@ _EVENT = b"data: "
 
 def expected_tokens(document: Mapping[str, object], size_bytes: int) -> int:
     """Return a guess: four bytes of the body to a token, and the answer at its longest if said."""
-    most = document.get("max_completion_tokens", document.get("max_tokens"))
+    most = document.get("max_completion_tokens") or document.get("max_tokens")
     answer = most if isinstance(most, int) and most > 0 else 0
     return size_bytes // _BYTES_PER_TOKEN + answer
 

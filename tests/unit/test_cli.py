@@ -35,3 +35,15 @@ def test_a_key_that_cannot_be_a_secrets_name_is_refused() -> None:
     result = CliRunner().invoke(app, ["keys", "create", "Not A Name"])
     assert result.exit_code == 2
     assert "lower-case" in result.output
+
+
+def test_a_keys_limits_stand_in_the_secret_it_prints() -> None:
+    flags = ["--requests-per-minute", "60", "--tokens-per-minute", "9000", "--concurrency", "4"]
+    result = CliRunner().invoke(app, ["keys", "create", "ci", *flags, "--priority", "-2"])
+    assert result.exit_code == 0
+    assert (
+        "    mizzen.dev/limits: requests-per-minute=60 tokens-per-minute=9000 concurrency=4 "
+        "priority=-2\n"
+    ) in result.stdout
+    result = CliRunner().invoke(app, ["keys", "create", "ci", "--concurrency", "0"])
+    assert result.exit_code == 2

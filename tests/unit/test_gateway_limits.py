@@ -109,6 +109,15 @@ async def test_what_a_failed_request_was_charged_comes_back(make_house: MakeHous
         assert (await ask(house, "alice", max_tokens=900))[0] == 500
 
 
+async def test_an_answer_that_may_be_endless_takes_no_more_than_a_minutes_tokens(
+    make_house: MakeHouse,
+) -> None:
+    house = await make_house("usage")
+    let_in(house, alice="tokens-per-minute=1000")
+    assert (await ask(house, "alice", max_tokens=10**400))[0] == 200
+    await until(lambda: 99 < left(house) < 110)  # the answer said 900
+
+
 async def test_a_key_has_no_more_requests_open_than_it_may(make_house: MakeHouse) -> None:
     house = await make_house("stepwise")
     let_in(house, alice="concurrency=1")
@@ -140,6 +149,14 @@ async def test_a_priority_goes_first_and_a_greedy_key_delays_another_by_one_requ
     order = [json.loads(body)["who"] for body in replica.bodies]
     assert order[1] == "urgent"
     assert order.index("modest") <= 3
+
+
+async def test_an_answer_that_says_it_is_too_long_is_an_error(make_house: MakeHouse) -> None:
+    house = await make_house("huge", max_answer_mib=1)
+    status, document, _ = await house.ask()
+    assert (status, document["error"]["code"]) == (502, "response_too_large")
+    assert "raise gateway.maxAnswerMiB" in document["error"]["message"]
+    assert not house.gateway.balancer.in_flight(house.replicas[0].url)
 
 
 async def test_an_answer_without_end_is_cut_and_the_client_told(make_house: MakeHouse) -> None:
@@ -231,7 +248,12 @@ def test_limits_are_printed_with_the_key_and_read_back_from_its_secret() -> None
 BAD_LIMITS = {
     "another word": ("rpm=5", "'rpm=5' is no limit; write NAME=NUMBER with requests-per-minute"),
     "no number": ("concurrency=many", "'concurrency=many' is no limit"),
-    "none at all": ("concurrency=0", "'concurrency=0' is out of range: the least is 1"),
+    "none at all": ("concurrency=0", "'concurrency=0' is out of range: write a number from 1 to "),
+    "endless": (f"concurrency={'9' * 5000}", "is out of range: write a number from 1 to "),
+    "too urgent": (
+        "priority=101",
+        "'priority=101' is out of range: write a number from -100 to 100",
+    ),
 }
 
 
