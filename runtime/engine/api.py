@@ -14,6 +14,14 @@ FinishReason = Literal["stop", "length", "abort"]
 Message = Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer's text must follow. Lark rules are llguidance's dialect."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the next token is chosen and when a sequence ends. `temperature=0` is greedy."""
@@ -33,6 +41,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # how many top alternatives; 0 gives the chosen token's only
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +180,12 @@ class InvalidRequestError(MizzenError):
     """The request asks for something that no retry will make possible; the text says what."""
 
     reason = "InvalidRequest"
+
+
+class GenerationFailedError(MizzenError):
+    """The model gave no usable numbers for this one request; others are not affected."""
+
+    reason = "GenerationFailed"
 
 
 class UnknownAdapterError(MizzenError):

@@ -23,6 +23,7 @@ from mizzen.runtime.engine.api import (
 from mizzen.runtime.engine.blocks import root_hash
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.detokenizer import DetokenizerFactory
+from mizzen.runtime.engine.grammar import GrammarCompiler, GrammarState
 from mizzen.runtime.engine.live import Live
 from mizzen.runtime.engine.sequence import Sequence
 from mizzen.runtime.engine.startup import Parts, start_parts
@@ -45,6 +46,9 @@ class Engine:
         self._loop = parts.loop
         self._ranks = parts.ranks
         self._detokenizers = DetokenizerFactory(parts.tokenizer)
+        self._grammars = GrammarCompiler(
+            parts.tokenizer, vocab_size=parts.arch.vocab_size, eos_ids=tuple(parts.loop.eos_ids)
+        )
         self._adapters: AdapterTable = parts.loop.adapters
         self._arrivals = count()
         self._adapter_lock = asyncio.Lock()
@@ -63,7 +67,10 @@ class Engine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
         """Yield the answer as it grows; see `api.EngineApi.generate`."""
-        stream = self._submit(request)
+        check_request(request, vocab_size=self.arch.vocab_size)
+        wanted = request.sampling.grammar
+        grammar = await self._grammars.start(wanted) if wanted else None
+        stream = self._submit(request, grammar)
         ended = False
         try:
             while not ended:
@@ -175,7 +182,7 @@ class Engine:
         """End every request, the loop and the other ranks."""
         await asyncio.to_thread(self._loop.stop)
 
-    def _submit(self, request: GenerationRequest) -> Stream:
+    def _submit(self, request: GenerationRequest, grammar: GrammarState | None) -> Stream:
         if self._draining:
             raise DrainingError(
                 "This replica is draining. Send the request again: another will take it.",
@@ -183,14 +190,13 @@ class Engine:
             )
         if not self._loop.is_running():
             raise EngineDeadError("The engine's loop has ended. See its log.")
-        check_request(request, vocab_size=self.arch.vocab_size)
         if request.request_id in self._loop.live:
             raise InvalidRequestError(f"Request id {request.request_id!r} is in use.")
         stream = Stream(asyncio.get_running_loop())
         with self._loop.lock:
             use = self._adapters.acquire(request.adapter) if request.adapter else None
         live = Live(
-            seq=self._sequence(request, use),
+            seq=self._sequence(request, use, grammar),
             detokenizer=self._detokenizers.make(request.sampling.stop),
             stream=stream,
             arrived_at=time.monotonic(),
@@ -204,7 +210,9 @@ class Engine:
             raise
         return stream
 
-    def _sequence(self, request: GenerationRequest, use: SlotUse | None) -> Sequence:
+    def _sequence(
+        self, request: GenerationRequest, use: SlotUse | None, grammar: GrammarState | None
+    ) -> Sequence:
         sampling = request.sampling
         room = self.model_len - len(request.prompt_token_ids)
         return Sequence(
@@ -220,6 +228,7 @@ class Engine:
             ),
             max_tokens=min(sampling.max_tokens or room, room),
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+            grammar=grammar,
         )
 
     async def _clear(self, slot: int | None) -> None:

@@ -46,9 +46,14 @@ class Live:
         if delta.stop is not None:
             seq.stop_reason = delta.stop
             return self._output(token_id, logprob, delta, "stop")
-        if seq.output_tokens >= seq.max_tokens:
+        reason: FinishReason | None = None
+        if seq.grammar is not None and seq.grammar.advance(token_id):
+            reason = "stop"
+        elif seq.output_tokens >= seq.max_tokens:
+            reason = "length"
+        if reason:
             rest = self.detokenizer.finish()
-            return self._output(token_id, logprob, Delta(delta.text + rest.text), "length")
+            return self._output(token_id, logprob, Delta(delta.text + rest.text), reason)
         return self._output(token_id, logprob, delta, None)
 
     def aborted(self) -> TokenOutput:

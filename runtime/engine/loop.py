@@ -13,7 +13,13 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from mizzen.runtime.engine.adapters import AdapterTable, SlotUse
-from mizzen.runtime.engine.api import EngineDeadError, FinishReason, Recorder, TokenOutput
+from mizzen.runtime.engine.api import (
+    EngineDeadError,
+    FinishReason,
+    GenerationFailedError,
+    Recorder,
+    TokenOutput,
+)
 from mizzen.runtime.engine.batch import BatchBuilder
 from mizzen.runtime.engine.live import Live
 from mizzen.runtime.engine.ranks import ModelRanks
@@ -54,7 +60,7 @@ class Loop:
         self._builder = builder
         self._ranks = ranks
         self._sampler = sampler
-        self._eos_ids = eos_ids
+        self.eos_ids = eos_ids
         self._recorder = recorder
         self._outbox = Outbox()
         self._work = threading.Condition(self.lock)
@@ -157,13 +163,15 @@ class Loop:
         with self.lock:
             self.scheduler.advance(chunks)
             if sampled is not None:
-                for seq, token_id, logprob in zip(
-                    sampling, sampled.token_ids, sampled.logprobs, strict=True
-                ):
-                    if not seq.abort_wanted:
-                        live = self.live[seq.request_id]
-                        output = live.take(token_id, logprob, self._eos_ids)
-                        self._hand_out(live, output, now)
+                for index, seq in enumerate(sampling):
+                    if seq.abort_wanted:
+                        continue
+                    live = self.live[seq.request_id]
+                    if error := sampled.failures.get(index):
+                        self._fail(live, error, now)
+                        continue
+                    token_id, logprob = sampled.token_ids[index], sampled.logprobs[index]
+                    self._hand_out(live, live.take(token_id, logprob, self.eos_ids), now)
             self._count(chunks, len(sampling), now - began_at)
 
     def _hand_out(self, live: Live, output: TokenOutput, now: float) -> None:
@@ -178,6 +186,17 @@ class Loop:
         if output.finish_reason is not None:
             self.scheduler.finish(live.seq, output.finish_reason)
             self._forget(live, output.finish_reason, now)
+
+    def _fail(self, live: Live, error: Exception, now: float) -> None:
+        """End one request whose numbers or grammar went wrong, and leave nothing of it behind."""
+        if isinstance(error, GenerationFailedError):
+            # Masked keys are still multiplied, by zero: what is not finite would reach whoever
+            # gets these blocks next, or finds them in the prefix cache.
+            self._ranks.scrub(live.seq.blocks)
+            self.scheduler.pool.forget_all()
+        self._outbox.put(live.stream, error)
+        self.scheduler.finish(live.seq, "abort")
+        self._forget(live, "abort", now)
 
     def _forget(self, live: Live, reason: FinishReason, now: float) -> None:
         del self.live[live.seq.request_id]

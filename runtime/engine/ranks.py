@@ -12,7 +12,7 @@ from mizzen.runtime.attention.base import KvShape
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.runner import Runner
-from mizzen.runtime.engine.wire import Allocate, Clear, Load, decode, encode
+from mizzen.runtime.engine.wire import Allocate, Clear, Load, Scrub, decode, encode
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import Adapter, load_adapter
@@ -34,6 +34,9 @@ class ModelRanks(Protocol):
     def clear_adapter(self, slot: int) -> None:
         """Empty a slot on every rank."""
 
+    def scrub(self, blocks: list[int]) -> None:
+        """Make every number in these KV blocks finite, on every rank."""
+
     def check(self) -> None:
         """Raise RankLostError if a rank is gone."""
 
@@ -47,6 +50,7 @@ class OneRank:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.run = runner.run
+        self.scrub = runner.scrub
 
     def load_adapter(self, slot: int, adapter: Adapter, path: Path) -> None:
         """Fill a slot."""
@@ -88,6 +92,11 @@ class LedRanks:
         self._ranks.send(encode(Clear(slot)))
         self._runner.clear_adapter(slot)
 
+    def scrub(self, blocks: list[int]) -> None:
+        """Make every number in these KV blocks finite, on every rank."""
+        self._ranks.send(encode(Scrub(blocks)))
+        self._runner.scrub(blocks)
+
 
 def load_rank(config: EngineConfig, device: torch.device, group: RankGroup) -> Decoder:
     """Load this rank's weights, ready to serve."""
@@ -122,6 +131,8 @@ def follow(
                 runner.load_adapter(slot, load_adapter(path))
             case Clear(slot):
                 runner.clear_adapter(slot)
+            case Scrub(blocks):
+                runner.scrub(blocks)
 
 
 def own_kv(config: EngineConfig, decoder: Decoder, *, blocks: int) -> KvShape:

@@ -25,10 +25,14 @@ class Runner:
         self._device = decoder.place.device
         self._lora = LoraSlots(decoder)
         self._cache = _allocate(kv, decoder.place.dtype, self._device)
-        self._window: DecodeWindow | None = None
-        if self._device.type == "cpu" and max_rows:
-            limit = min(WINDOW_BYTES, int(self._cache.nbytes * WINDOW_SHARE))
-            self._window = DecodeWindow(self._cache, max_rows=max_rows, max_bytes=limit)
+        self._max_rows = max_rows
+        self._window = self._make_window()
+
+    def _make_window(self) -> DecodeWindow | None:
+        if self._device.type != "cpu":
+            return None
+        limit = min(WINDOW_BYTES, int(self._cache.nbytes * WINDOW_SHARE))
+        return DecodeWindow(self._cache, max_rows=self._max_rows, max_bytes=limit)
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> Tensor | None:
@@ -69,6 +73,13 @@ class Runner:
     def clear_adapter(self, slot: int) -> None:
         """Empty a slot that no running sequence uses."""
         self._lora.clear(slot)
+
+    @torch.inference_mode()
+    def scrub(self, blocks: list[int]) -> None:
+        """Make every number in these KV blocks finite; those that are stay as they are."""
+        ids = torch.tensor(blocks, device=self._device)
+        self._cache[:, :, ids] = self._cache[:, :, ids].nan_to_num(0.0, 0.0, 0.0)
+        self._window = self._make_window()  # its copies are gathered anew
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)

@@ -4,6 +4,7 @@ import enum
 from dataclasses import dataclass, field
 
 from mizzen.runtime.engine.api import FinishReason, SamplingParams
+from mizzen.runtime.engine.grammar import GrammarState
 
 
 class State(enum.Enum):
@@ -32,6 +33,7 @@ class Sequence:
     parent_hash: bytes = b""  # of the first block
     max_tokens: int = 0  # of output, never beyond the context
     seed: int = 0
+    grammar: GrammarState | None = None
     prompt_tokens: int = 0
     computed: int = 0
     cached: int = 0  # prompt tokens found in the prefix cache when first scheduled

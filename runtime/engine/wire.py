@@ -7,7 +7,7 @@ import numpy as np
 
 from mizzen.runtime.engine.batch import StepInput
 
-STEP, ALLOCATE, LOAD, CLEAR = range(4)
+STEP, ALLOCATE, LOAD, CLEAR, SCRUB = range(5)
 HEADER_INTS = 10
 WORD = np.dtype(np.int64)
 
@@ -34,7 +34,14 @@ class Clear:
     slot: int
 
 
-Message = StepInput | Allocate | Load | Clear
+@dataclass(frozen=True, slots=True)
+class Scrub:
+    """Make every number in these KV blocks finite."""
+
+    blocks: list[int]
+
+
+Message = StepInput | Allocate | Load | Clear | Scrub
 
 
 def encode(message: Message) -> bytes:
@@ -48,6 +55,8 @@ def encode(message: Message) -> bytes:
             return _header(LOAD, slot) + str(path).encode()
         case Clear(slot):
             return _header(CLEAR, slot)
+        case Scrub(blocks):
+            return _header(SCRUB) + np.array(blocks, dtype=WORD).tobytes()
 
 
 def decode(data: bytes) -> Message:
@@ -60,6 +69,8 @@ def decode(data: bytes) -> Message:
         return Allocate(sizes[0])
     if kind == LOAD:
         return Load(sizes[0], Path(bytes(body).decode()))
+    if kind == SCRUB:
+        return Scrub(np.frombuffer(body, dtype=WORD).tolist())
     return Clear(sizes[0])
 
 

@@ -3,11 +3,12 @@
 A field we know and cannot honour is refused with its name; silence would be taken for effect.
 """
 
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mizzen.runtime.engine.api import SamplingParams
+from mizzen.runtime.engine.api import Grammar, SamplingParams
 
 MAX_CHOICES = 32
 _MAX_STOPS = 16
@@ -18,6 +19,46 @@ _MAX_PROMPTS = 64
 StopText = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+JsonSchema = dict[str, Any] | bool
+_ANY_OBJECT = Grammar("json_schema", '{"type":"object"}')
+
+
+class StructuredOutputs(BaseModel):
+    """What the answer's text must follow, under vLLM's names; exactly one is set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_: JsonSchema | str | None = Field(None, alias="json")
+    json_object: Literal[True] | None = None
+    regex: str | None = Field(None, min_length=1)
+    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
+    grammar: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if len(self.model_fields_set) != 1 or all(v is None for v in self.__dict__.values()):
+            raise ValueError("set exactly one of json, json_object, regex, choice, grammar")
+        return self
+
+    def to_grammar(self) -> Grammar:
+        """Return it as the engine takes it."""
+        if self.regex is not None:
+            return Grammar("regex", self.regex)
+        if self.choice is not None:
+            return Grammar("lark", "start: " + " | ".join(json.dumps(text) for text in self.choice))
+        if self.grammar is not None:
+            return Grammar("lark", self.grammar)
+        if self.json_ is not None:
+            return schema_grammar(self.json_)
+        return _ANY_OBJECT
+
+
+def schema_grammar(schema: JsonSchema | str) -> Grammar:
+    """Return the grammar of JSON that a schema describes."""
+    source = schema if isinstance(schema, str) else json.dumps(schema, separators=(",", ":"))
+    return Grammar("json_schema", source)
 
 
 class Sampling(BaseModel):
@@ -41,6 +82,18 @@ class Sampling(BaseModel):
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, max_length=_MAX_BIASES
     )
+    structured_outputs: StructuredOutputs | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guided_names(cls, fields: Any) -> Any:
+        # What vLLM called them before structured_outputs; clients still send them.
+        if not isinstance(fields, dict) or fields.get("structured_outputs"):
+            return fields
+        old = {f"guided_{name}": name for name in ("json", "regex", "choice", "grammar")}
+        given = {old[k]: v for k, v in fields.items() if k in old and v is not None}
+        rest = {key: value for key, value in fields.items() if key not in old}
+        return rest | ({"structured_outputs": given} if given else {})
 
     @field_validator("*", mode="before")
     @classmethod
@@ -69,7 +122,18 @@ class Sampling(BaseModel):
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
             logit_bias=self.logit_bias or {},
+            grammar=self.grammar(),
         )
+
+    @model_validator(mode="after")
+    def _grammar_decides_the_end(self) -> Self:
+        if self.min_tokens and self.grammar():
+            raise ValueError("min_tokens cannot go with a grammar, which decides where text ends")
+        return self
+
+    def grammar(self) -> Grammar | None:
+        """Return what the answer must follow, if anything."""
+        return self.structured_outputs.to_grammar() if self.structured_outputs else None
 
 
 class StreamOptions(BaseModel):
@@ -78,6 +142,36 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     include_usage: bool = False
+
+
+class NamedSchema(BaseModel):
+    """OpenAI's wrapping of a JSON schema."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str = Field(min_length=1, max_length=64)
+    schema_: JsonSchema = Field(default_factory=dict, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """How the answer is to be shaped, in OpenAI's words."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with the type json_schema, and only with it")
+        return self
+
+    def to_grammar(self) -> Grammar | None:
+        """Return it as the engine takes it; None for free text."""
+        if self.json_schema is not None:
+            return schema_grammar(self.json_schema.schema_)
+        return _ANY_OBJECT if self.type == "json_object" else None
 
 
 class OpenAIRequest(Sampling):
@@ -89,6 +183,7 @@ class OpenAIRequest(Sampling):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     cache_salt: str = Field("", max_length=256)
+    response_format: ResponseFormat | None = None
 
     # Known, and without effect on the answer of a server like this one.
     user: str | None = None
@@ -103,6 +198,12 @@ class OpenAIRequest(Sampling):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed when stream is true")
         return self
+
+    def grammar(self) -> Grammar | None:
+        """Return what the answer must follow, if anything."""
+        return super().grammar() or (
+            self.response_format.to_grammar() if self.response_format else None
+        )
 
     @property
     def include_usage(self) -> bool:
@@ -144,14 +245,6 @@ class ChatMessage(BaseModel):
         return {"role": role, "content": content}
 
 
-class ResponseFormat(BaseModel):
-    """How the answer is to be shaped; only free text can be asked for."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    type: Literal["text"]
-
-
 class ChatRequest(OpenAIRequest):
     """Body of POST /v1/chat/completions."""
 
@@ -159,7 +252,6 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
     tools: list[Any] = Field(default_factory=list)
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
