@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from mizzen.runtime.errors import MizzenError
 
@@ -12,6 +12,22 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort"]
 Message = Mapping[str, Any]
+
+
+class JsonLayout(TypedDict):
+    """Where a grammar's JSON has blanks, as llguidance's "x-guidance" says it."""
+
+    whitespace_flexible: bool
+    item_separator: str
+    key_separator: str
+
+
+# Left free, small models fill the gaps with blanks until their tokens are used up.
+JSON_ON_ONE_LINE: JsonLayout = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +241,10 @@ class TokenizerApi(Protocol):
     @property
     def has_chat_template(self) -> bool:
         """Whether the model brings a chat template."""
+
+    @property
+    def calls_in_tags(self) -> bool:
+        """Whether the model writes tool calls between <tool_call> tags, not as bare JSON."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the text's token ids."""

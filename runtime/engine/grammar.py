@@ -13,15 +13,13 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
-from mizzen.runtime.engine.api import Grammar, InvalidRequestError
+from mizzen.runtime.engine.api import JSON_ON_ONE_LINE, Grammar, InvalidRequestError
 from mizzen.runtime.engine.tokenizer import Tokenizer
 
 COMPILE_LIMIT_S = 5.0
 MAX_SOURCE_CHARS = 256 * 1024
 # A mask of a sane grammar takes a tenth of a millisecond; every other sequence waits for it.
 STEP_FUEL, STEP_ITEMS, LEXER_STATES = 50_000, 20_000, 100_000
-# Left free, small models fill an object's gaps with blanks until their tokens are used up.
-JSON_DEFAULTS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,20}"}
 
 
 class GrammarState:
@@ -107,7 +105,7 @@ class GrammarCompiler:
 def _to_llguidance(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(grammar.source, defaults=JSON_DEFAULTS)
+            return LLMatcher.grammar_from_json_schema(grammar.source, defaults={**JSON_ON_ONE_LINE})
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.source)
         case "lark":

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer as RustTokenizer
 
 from mizzen.runtime.engine.api import InvalidRequestError, Message
-from mizzen.runtime.engine.chat_template import render_chat
+from mizzen.runtime.engine.chat_template import knows_tools, render_chat
 from mizzen.runtime.engine.gguf_vocab import build_tokenizer
 from mizzen.runtime.errors import WeightsMissingError
 
@@ -57,6 +57,12 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether the model brings a chat template."""
         return self.chat_template is not None
+
+    @property
+    def calls_in_tags(self) -> bool:
+        """Whether the model writes tool calls between <tool_call> tags, not as bare JSON."""
+        template = self.chat_template or ""
+        return "<tool_call>" in template or not knows_tools(template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the text's token ids."""

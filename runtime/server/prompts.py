@@ -14,8 +14,9 @@ _INLINE_CHARS = 20_000
 async def encode_chat(engine: EngineApi, request: ChatRequest) -> tuple[int, ...]:
     """Return the conversation in the model's own chat format."""
     messages = [message.to_template() for message in request.messages]
-    size = sum(len(message["content"]) for message in messages)
-    token_ids = await _encode(lambda: engine.tokenizer.apply_chat_template(messages), size)
+    tools = request.template_tools()
+    size = sum(len(message["content"]) for message in messages) + len(str(tools))
+    token_ids = await _encode(lambda: engine.tokenizer.apply_chat_template(messages, tools), size)
     return _checked(engine, token_ids, param="messages")
 
 

@@ -4,13 +4,17 @@ A field we know and cannot honour is refused with its name; silence would be tak
 """
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mizzen.runtime.engine.api import Grammar, SamplingParams
+from mizzen.runtime.server.structured import ResponseFormat, StructuredOutputs
+from mizzen.runtime.server.tools import NamedChoice, Tool, ToolChoice, ToolName, forced_calls
 
 MAX_CHOICES = 32
+MAX_TOOLS = 128
 _MAX_STOPS = 16
 _MAX_STOP_CHARS = 1024
 _MAX_BIASES = 1024
@@ -19,46 +23,6 @@ _MAX_PROMPTS = 64
 StopText = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-
-
-JsonSchema = dict[str, Any] | bool
-_ANY_OBJECT = Grammar("json_schema", '{"type":"object"}')
-
-
-class StructuredOutputs(BaseModel):
-    """What the answer's text must follow, under vLLM's names; exactly one is set."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    json_: JsonSchema | str | None = Field(None, alias="json")
-    json_object: Literal[True] | None = None
-    regex: str | None = Field(None, min_length=1)
-    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
-    grammar: str | None = Field(None, min_length=1)
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        if len(self.model_fields_set) != 1 or all(v is None for v in self.__dict__.values()):
-            raise ValueError("set exactly one of json, json_object, regex, choice, grammar")
-        return self
-
-    def to_grammar(self) -> Grammar:
-        """Return it as the engine takes it."""
-        if self.regex is not None:
-            return Grammar("regex", self.regex)
-        if self.choice is not None:
-            return Grammar("lark", "start: " + " | ".join(json.dumps(text) for text in self.choice))
-        if self.grammar is not None:
-            return Grammar("lark", self.grammar)
-        if self.json_ is not None:
-            return schema_grammar(self.json_)
-        return _ANY_OBJECT
-
-
-def schema_grammar(schema: JsonSchema | str) -> Grammar:
-    """Return the grammar of JSON that a schema describes."""
-    source = schema if isinstance(schema, str) else json.dumps(schema, separators=(",", ":"))
-    return Grammar("json_schema", source)
 
 
 class Sampling(BaseModel):
@@ -144,36 +108,6 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class NamedSchema(BaseModel):
-    """OpenAI's wrapping of a JSON schema."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    name: str = Field(min_length=1, max_length=64)
-    schema_: JsonSchema = Field(default_factory=dict, alias="schema")
-
-
-class ResponseFormat(BaseModel):
-    """How the answer is to be shaped, in OpenAI's words."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: NamedSchema | None = None
-
-    @model_validator(mode="after")
-    def _has_its_schema(self) -> Self:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema goes with the type json_schema, and only with it")
-        return self
-
-    def to_grammar(self) -> Grammar | None:
-        """Return it as the engine takes it; None for free text."""
-        if self.json_schema is not None:
-            return schema_grammar(self.json_schema.schema_)
-        return _ANY_OBJECT if self.type == "json_object" else None
-
-
 class OpenAIRequest(Sampling):
     """What chat and text completions share."""
 
@@ -220,6 +154,42 @@ class TextPart(BaseModel):
     text: str
 
 
+class CalledFunction(BaseModel):
+    """The function of a call that was made; `arguments` is JSON."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: ToolName
+    arguments: str = "{}"
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_an_object(cls, arguments: str) -> str:
+        if not isinstance(json.loads(arguments or "{}"), dict):
+            raise ValueError("arguments is not a JSON object")
+        return arguments
+
+
+class MadeCall(BaseModel):
+    """A call that the assistant made in an earlier turn."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def to_template(self) -> dict[str, Any]:
+        """Return the call as chat templates read it: arguments as an object."""
+        function = self.function
+        arguments = json.loads(function.arguments or "{}")
+        return {
+            "id": self.id,
+            "type": "function",
+            "function": {"name": function.name, "arguments": arguments},
+        }
+
+
 class ChatMessage(BaseModel):
     """One turn of a conversation."""
 
@@ -228,6 +198,8 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[MadeCall] | None = Field(None, max_length=MAX_TOOLS)
+    tool_call_id: str | None = None
 
     @model_validator(mode="after")
     def _only_an_answer_may_be_empty(self) -> Self:
@@ -241,8 +213,15 @@ class ChatMessage(BaseModel):
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
         # Templates of open models know one name for instructions.
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": content}
+        turn: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": content,
+        }
+        if self.tool_calls:
+            turn["tool_calls"] = [call.to_template() for call in self.tool_calls]
+        if self.role == "tool":
+            turn |= {"tool_call_id": self.tool_call_id or "", "name": self.name or ""}
+        return turn
 
 
 class ChatRequest(OpenAIRequest):
@@ -252,16 +231,9 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Any] = Field(default_factory=list)
-    tool_choice: Any = None
-    parallel_tool_calls: bool | None = None
-
-    @field_validator("tools")
-    @classmethod
-    def _no_tools(cls, tools: list[Any]) -> list[Any]:
-        if tools:
-            raise ValueError("tools are not supported by this server; send none")
-        return tools
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> Self:
@@ -269,12 +241,40 @@ class ChatRequest(OpenAIRequest):
             raise ValueError("top_logprobs needs logprobs to be true")
         if self.max_completion_tokens is not None:
             self.max_tokens = self.max_completion_tokens
+        if self.tool_choice in ("none", "auto"):
+            return self
+        if not self.callable_tools():
+            raise ValueError("tool_choice asks for a tool that tools does not hold")
+        if self.grammar() or self.min_tokens:
+            raise ValueError("tool_choice decides the answer's form; ask for no other beside it")
         return self
 
-    def params(self) -> SamplingParams:
-        """Return the engine's form; an answer without a limit may fill the context."""
+    def callable_tools(self) -> list[Tool]:
+        """Return the tools that may be called in this answer."""
+        if self.tool_choice == "none":
+            return []
+        if isinstance(self.tool_choice, NamedChoice):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.tools if tool.function.name == name]
+        return self.tools
+
+    def template_tools(self) -> list[dict[str, Any]] | None:
+        """Return what the chat template tells the model about tools."""
+        tools = self.tools if self.tool_choice != "none" else []
+        return [tool.model_dump(exclude_none=True) for tool in tools] or None
+
+    def params(self, *, in_tags: bool) -> SamplingParams:
+        """Return the engine's form; an answer without a limit may fill the context.
+
+        `in_tags` says how the model writes its tool calls.
+        """
         wanted = (self.top_logprobs or 0) if self.logprobs else None
-        return self.to_params(logprobs=wanted, default_max_tokens=None)
+        params = self.to_params(logprobs=wanted, default_max_tokens=None)
+        if self.tool_choice in ("none", "auto"):
+            return params
+        several = self.tool_choice == "required" and self.parallel_tool_calls
+        forced = forced_calls(self.callable_tools(), in_tags=in_tags, parallel=several)
+        return replace(params, grammar=forced)
 
 
 class CompletionRequest(OpenAIRequest):

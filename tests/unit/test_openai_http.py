@@ -249,7 +249,6 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], str, str]] = {
         "'text'",
     ),
     "unknown field": (chat(max_token=5), "max_token", "Unrecognized request argument"),
-    "tools": (chat(tools=[{"type": "function"}]), "tools", "not supported"),
     "unknown format": (chat(response_format={"type": "x"}), "response_format.type", "'text'"),
     "empty stop": (chat(stop=[""]), "stop.0", "at least 1 character"),
     "bias out of range": (chat(logit_bias={"5": 900}), "logit_bias.5", "less than or equal to 100"),
