@@ -58,6 +58,7 @@ class SamplingParams:
     logprobs: int | None = None  # how many top alternatives; 0 gives the chosen token's only
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: Grammar | None = None
+    embed: bool = False  # the last hidden state is the answer, and no text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,7 @@ class TokenOutput:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    embedding: tuple[float, ...] | None = None  # the prompt's last hidden state, where asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ and nobody else's.
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -105,7 +106,8 @@ class GrammarCompiler:
 def _to_llguidance(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(grammar.source, defaults={**JSON_ON_ONE_LINE})
+            layout: Any = JSON_ON_ONE_LINE  # its stub wants every key optional
+            return LLMatcher.grammar_from_json_schema(grammar.source, defaults=layout)
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.source)
         case "lark":

@@ -1,6 +1,6 @@
 """A request in the loop: its sequence, its text so far, its times. Says when a sequence ends."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mizzen.runtime.engine.adapters import SlotUse
 from mizzen.runtime.engine.api import (
@@ -55,6 +55,10 @@ class Live:
             rest = self.detokenizer.finish()
             return self._output(token_id, logprob, Delta(delta.text + rest.text), reason)
         return self._output(token_id, logprob, delta, None)
+
+    def embedded(self, hidden_D: list[float]) -> TokenOutput:
+        """Return the only output of a sequence that is embedded."""
+        return replace(self._output(None, None, Delta(""), "stop"), embedding=tuple(hidden_D))
 
     def aborted(self) -> TokenOutput:
         """Return the last output of a sequence that was ended from outside."""

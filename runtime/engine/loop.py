@@ -170,6 +170,10 @@ class Loop:
                     if error := sampled.failures.get(index):
                         self._fail(live, error, now)
                         continue
+                    if seq.sampling.embed:
+                        hidden_D = self._ranks.last_hidden(index)
+                        self._hand_out(live, live.embedded(hidden_D), now)
+                        continue
                     token_id, logprob = sampled.token_ids[index], sampled.logprobs[index]
                     self._hand_out(live, live.take(token_id, logprob, self.eos_ids), now)
             self._count(chunks, len(sampling), now - began_at)

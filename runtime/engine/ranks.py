@@ -28,6 +28,9 @@ class ModelRanks(Protocol):
     def run(self, step: StepInput) -> Tensor | None:
         """Compute a step; return float32 logits_NV of the tokens to sample from."""
 
+    def last_hidden(self, row: int) -> list[float]:
+        """Return the hidden state behind a row of the last step's logits."""
+
     def load_adapter(self, slot: int, adapter: Adapter, path: Path) -> None:
         """Fill a slot on every rank."""
 
@@ -51,6 +54,7 @@ class OneRank:
         self._runner = runner
         self.run = runner.run
         self.scrub = runner.scrub
+        self.last_hidden = runner.last_hidden
 
     def load_adapter(self, slot: int, adapter: Adapter, path: Path) -> None:
         """Fill a slot."""
@@ -74,6 +78,7 @@ class LedRanks:
         self._runner = runner
         self._ranks = ranks
         self.check = ranks.check
+        self.last_hidden = runner.last_hidden
         self.stop = ranks.stop
 
     def run(self, step: StepInput) -> Tensor | None:

@@ -25,6 +25,7 @@ class Runner:
         self._device = decoder.place.device
         self._lora = LoraSlots(decoder)
         self._cache = _allocate(kv, decoder.place.dtype, self._device)
+        self._hidden_ND: Tensor | None = None  # what the last logits were made of
         self._max_rows = max_rows
         self._window = self._make_window()
 
@@ -59,7 +60,14 @@ class Runner:
             return None
         if len(step.sample_at_N) < hidden_TD.shape[0]:
             hidden_TD = hidden_TD.index_select(0, self._to_device(step.sample_at_N))
+        self._hidden_ND = hidden_TD
         return self._decoder.logits(hidden_TD)
+
+    def last_hidden(self, row: int) -> list[float]:
+        """Return the hidden state behind a row of the last step's logits."""
+        assert self._hidden_ND is not None, "a step comes first"
+        values: list[float] = self._hidden_ND[row].float().tolist()
+        return values
 
     def _attend(self, batch: PagedBatch, sequence_ids: list[int]) -> Attend:
         if self._window is None:

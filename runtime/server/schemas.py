@@ -23,6 +23,16 @@ _MAX_PROMPTS = 64
 StopText = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+PromptField = (
+    str
+    | Annotated[list[str], Field(min_length=1, max_length=_MAX_PROMPTS)]
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[
+        list[Annotated[list[TokenId], Field(min_length=1)]],
+        Field(min_length=1, max_length=_MAX_PROMPTS),
+    ]
+)
+Prompts = list[str] | list[list[int]]  # as texts or as token ids
 
 
 class Sampling(BaseModel):
@@ -280,15 +290,7 @@ class ChatRequest(OpenAIRequest):
 class CompletionRequest(OpenAIRequest):
     """Body of POST /v1/completions."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=_MAX_PROMPTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=_MAX_PROMPTS),
-        ]
-    )
+    prompt: PromptField
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
     best_of: int | None = None
@@ -304,14 +306,59 @@ class CompletionRequest(OpenAIRequest):
             raise ValueError("echo together with logprobs is not supported by this server")
         return self
 
-    def prompts(self) -> list[str] | list[list[int]]:
-        """Return the prompts one by one, as texts or as token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
+    def prompts(self) -> Prompts:
+        """Return the prompts one by one."""
+        return _one_by_one(self.prompt)
 
     def params(self) -> SamplingParams:
         """Return the engine's form; 16 tokens unless told, as OpenAI's API has it."""
         return self.to_params(logprobs=self.logprobs, default_max_tokens=16)
+
+
+class EmbeddingRequest(BaseModel):
+    """Body of POST /v1/embeddings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(min_length=1, max_length=512)
+    input: PromptField
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+    def inputs(self) -> Prompts:
+        """Return the inputs one by one."""
+        return _one_by_one(self.input)
+
+
+class TokenizeRequest(BaseModel):
+    """Body of POST /tokenize: a prompt or messages."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=2048)
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("send either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(BaseModel):
+    """Body of POST /detokenize."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+def _one_by_one(given: str | list[str] | list[int] | list[list[int]]) -> Prompts:
+    if isinstance(given, str):
+        return [given]
+    return [given] if isinstance(given[0], int) else given  # type: ignore[list-item, return-value]
