@@ -180,6 +180,12 @@ class DrainingError(EngineBusyError):
     reason = "Draining"
 
 
+class AsleepError(EngineBusyError):
+    """The engine has given back its memory and takes nothing until it is woken."""
+
+    reason = "Asleep"
+
+
 class PromptTooLongError(MizzenError):
     """The prompt cannot fit the context together with one new token."""
 
@@ -310,6 +316,20 @@ class EngineApi(Protocol):
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, wait for the running ones, abort those left after `timeout_s`."""
+
+    async def sleep(self, timeout_s: float) -> None:
+        """End what runs, as `drain` does, and give back the memory of weights and KV cache."""
+
+    async def wake(self) -> None:
+        """Read the weights again and take requests; adapters are still there."""
+
+    async def load_weights(self, path: Path) -> None:
+        """Serve other weights of the same model; what runs goes on with them.
+
+        Raises:
+            BadModelError: they cannot be used; what is served stays as it was.
+            InvalidRequestError: the engine is asleep.
+        """
 
     @property
     def draining(self) -> bool:

@@ -12,6 +12,7 @@ from mizzen.runtime.engine.admission import check_request
 from mizzen.runtime.engine.api import (
     AdapterLoadError,
     AdapterState,
+    AsleepError,
     DrainingError,
     EngineDeadError,
     EngineStats,
@@ -51,8 +52,11 @@ class Engine:
         )
         self._adapters: AdapterTable = parts.loop.adapters
         self._arrivals = count()
-        self._adapter_lock = asyncio.Lock()
+        self._change_lock = asyncio.Lock()  # adapters and weights change one at a time
         self._draining = False
+        self._asleep = False
+        self._weights = 0  # how often they were changed
+        self._weights_path = config.model
 
     @classmethod
     def start(cls, config: EngineConfig, recorder: Recorder | None = None) -> "Engine":
@@ -93,7 +97,7 @@ class Engine:
         Raises:
             AdapterLoadError: it does not exist, does not fit the model, or there are too many.
         """
-        async with self._adapter_lock:
+        async with self._change_lock:
             try:
                 content = await asyncio.to_thread(content_hash, path)
                 if self._adapters.has_content(name, content):
@@ -117,7 +121,7 @@ class Engine:
         Raises:
             UnknownAdapterError: it is not loaded.
         """
-        async with self._adapter_lock:
+        async with self._change_lock:
             with self._loop.lock:
                 unused = self._adapters.withdraw(name)
             await self._clear(unused)
@@ -130,10 +134,60 @@ class Engine:
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, wait for the running ones, abort those left after `timeout_s`."""
         self._draining = True
+        await self._run_empty(timeout_s)
+
+    async def _run_empty(self, timeout_s: float) -> None:
         if not await asyncio.to_thread(self._loop.wait_until_empty, timeout_s):
             for request_id in list(self._loop.live):
                 self._loop.abort(request_id)
             await asyncio.to_thread(self._loop.wait_until_empty, None)
+
+    async def sleep(self, timeout_s: float) -> None:
+        """End what runs, as `drain` does, and give back the memory of weights and KV cache."""
+        async with self._change_lock:
+            # All of it again if asked again: the first may have been cut off half way.
+            self._asleep = True
+            await self._run_empty(timeout_s)
+            await self._between_steps(self._fall_asleep)
+
+    async def wake(self) -> None:
+        """Read the weights again and take requests; adapters are still there."""
+        async with self._change_lock:
+            if self._asleep:
+                await self._use_weights(self._weights_path)
+                self._asleep = False
+
+    async def load_weights(self, path: Path) -> None:
+        """Serve other weights of the same model; what runs goes on with them.
+
+        Raises:
+            BadModelError: they cannot be used; what is served stays as it was.
+            InvalidRequestError: the engine is asleep.
+        """
+        async with self._change_lock:
+            if self._asleep:
+                raise InvalidRequestError("The engine is asleep. Wake it before changing weights.")
+            await self._use_weights(path)
+
+    async def _use_weights(self, path: Path) -> None:
+        await asyncio.to_thread(self._ranks.check_same_model, path)
+        await self._between_steps(lambda: self._ranks.announce(path))
+        try:
+            decoder = await asyncio.to_thread(self._ranks.prepare, path)
+        except BaseException:
+            await self._between_steps(self._ranks.forgo)
+            raise
+
+        def swap() -> None:
+            self._ranks.swap(decoder)
+            self._weights, self._weights_path = self._weights + 1, path
+            self._loop.scheduler.pool.forget_all()
+
+        await self._between_steps(swap)
+
+    def _fall_asleep(self) -> None:
+        self._ranks.release()
+        self._loop.scheduler.pool.forget_all()
 
     @property
     def draining(self) -> bool:
@@ -175,8 +229,8 @@ class Engine:
         return self._loop.is_running() and age_s < self._config.heartbeat_limit_s
 
     def is_ready(self) -> bool:
-        """Whether it is alive and takes new requests."""
-        return self.is_alive() and not self._draining
+        """Whether it is alive, awake, and takes new requests."""
+        return self.is_alive() and not self._draining and not self._asleep
 
     async def stop(self) -> None:
         """End every request, the loop and the other ranks."""
@@ -188,6 +242,8 @@ class Engine:
                 "This replica is draining. Send the request again: another will take it.",
                 retry_after_s=DRAIN_RETRY_S,
             )
+        if self._asleep:
+            raise AsleepError("This replica sleeps. Wake it, or ask another.", retry_after_s=5.0)
         if not self._loop.is_running():
             raise EngineDeadError("The engine's loop has ended. See its log.")
         if request.request_id in self._loop.live:
@@ -224,7 +280,9 @@ class Engine:
             lora_slot=use.slot if use else 0,
             adapter=request.adapter,
             parent_hash=root_hash(
-                adapter_digest=use.content if use else "", cache_salt=request.cache_salt
+                adapter_digest=use.content if use else "",
+                cache_salt=request.cache_salt,
+                weights=self._weights,
             ),
             max_tokens=min(sampling.max_tokens or room, room),
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,

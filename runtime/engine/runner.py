@@ -21,19 +21,32 @@ class Runner:
     """One rank's share of the model, with its share of the KV cache."""
 
     def __init__(self, decoder: Decoder, *, kv: KvShape, max_rows: int) -> None:
-        self._decoder = decoder
+        self._kv = kv
+        self._max_rows = max_rows
         self._device = decoder.place.device
         self._lora = LoraSlots(decoder)
-        self._cache = _allocate(kv, decoder.place.dtype, self._device)
         self._hidden_ND: Tensor | None = None  # what the last logits were made of
-        self._max_rows = max_rows
-        self._window = self._make_window()
+        self._cache: Tensor | None = None
+        self._window: DecodeWindow | None = None
+        self.use(decoder)
 
-    def _make_window(self) -> DecodeWindow | None:
-        if self._device.type != "cpu":
-            return None
-        limit = min(WINDOW_BYTES, int(self._cache.nbytes * WINDOW_SHARE))
-        return DecodeWindow(self._cache, max_rows=self._max_rows, max_bytes=limit)
+    def use(self, decoder: Decoder) -> None:
+        """Compute with these weights from now on; adapters and what is cached stay."""
+        self._decoder: Decoder | None = decoder
+        if self._cache is None:
+            self._cache = _allocate(self._kv, decoder.place.dtype, self._device)
+            self._open_window(self._cache)
+
+    def release(self) -> None:
+        """Give back the memory of weights and KV cache until `use`."""
+        self._decoder = self._cache = self._window = self._hidden_ND = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _open_window(self, cache: Tensor) -> None:
+        if self._device.type == "cpu":
+            limit = min(WINDOW_BYTES, int(cache.nbytes * WINDOW_SHARE))
+            self._window = DecodeWindow(cache, max_rows=self._max_rows, max_bytes=limit)
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> Tensor | None:
@@ -41,14 +54,16 @@ class Runner:
 
         With several ranks each must run the same step; each returns the same.
         """
+        decoder, cache = self._decoder, self._cache
+        assert decoder is not None and cache is not None, "asleep"
         batch = PagedBatch(
             query_lens=step.query_lens,
             context_lens=step.context_lens,
             block_tables_SB=self._to_device(step.block_tables_SB),
             slots_T=self._to_device(step.slots_T),
         )
-        attend = self._attend(batch, step.sequence_ids_S)
-        hidden_TD = self._decoder(
+        attend = self._attend(cache, batch, step.sequence_ids_S)
+        hidden_TD = decoder(
             self._to_device(step.token_ids_T),
             self._to_device(step.positions_T),
             attend,
@@ -61,7 +76,7 @@ class Runner:
         if len(step.sample_at_N) < hidden_TD.shape[0]:
             hidden_TD = hidden_TD.index_select(0, self._to_device(step.sample_at_N))
         self._hidden_ND = hidden_TD
-        return self._decoder.logits(hidden_TD)
+        return decoder.logits(hidden_TD)
 
     def last_hidden(self, row: int) -> list[float]:
         """Return the hidden state behind a row of the last step's logits."""
@@ -69,9 +84,9 @@ class Runner:
         values: list[float] = self._hidden_ND[row].float().tolist()
         return values
 
-    def _attend(self, batch: PagedBatch, sequence_ids: list[int]) -> Attend:
+    def _attend(self, cache: Tensor, batch: PagedBatch, sequence_ids: list[int]) -> Attend:
         if self._window is None:
-            return PagedSdpa(self._cache, batch)
+            return PagedSdpa(cache, batch)
         return self._window.attend(batch, sequence_ids)
 
     def load_adapter(self, slot: int, adapter: Adapter) -> None:
@@ -85,9 +100,10 @@ class Runner:
     @torch.inference_mode()
     def scrub(self, blocks: list[int]) -> None:
         """Make every number in these KV blocks finite; those that are stay as they are."""
+        assert self._cache is not None, "asleep"
         ids = torch.tensor(blocks, device=self._device)
         self._cache[:, :, ids] = self._cache[:, :, ids].nan_to_num(0.0, 0.0, 0.0)
-        self._window = self._make_window()  # its copies are gathered anew
+        self._open_window(self._cache)  # its copies are gathered anew
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)

@@ -361,4 +361,4 @@ class DetokenizeRequest(BaseModel):
 def _one_by_one(given: str | list[str] | list[int] | list[list[int]]) -> Prompts:
     if isinstance(given, str):
         return [given]
-    return [given] if isinstance(given[0], int) else given  # type: ignore[list-item, return-value]
+    return [given] if isinstance(given[0], int) else given

@@ -61,6 +61,9 @@ async def test_what_changes_the_server_is_for_admins() -> None:
         "GET /drain",
         "POST /drain",
         "GET /adapters",
+        "POST /sleep",
+        "POST /wake",
+        "POST /weights",
     }
 
 
