@@ -26,7 +26,7 @@ class Runner:
         self._lora = LoraSlots(decoder)
         self._cache = _allocate(kv, decoder.place.dtype, self._device)
         self._window: DecodeWindow | None = None
-        if self._device.type == "cpu" and max_rows:
+        if self._device.type == "cpu" and max_rows and decoder.spec.is_plain_causal:
             limit = min(WINDOW_BYTES, int(self._cache.nbytes * WINDOW_SHARE))
             self._window = DecodeWindow(self._cache, max_rows=max_rows, max_bytes=limit)
 

@@ -251,4 +251,4 @@ def test_a_damaged_gguf_header_never_gets_past_its_reader(
 def test_a_gguf_file_without_a_tensor_is_refused(tmp_path: Path) -> None:
     save_gguf(tmp_path / "model.gguf", save_tiny_llama(tmp_path / "hf"))
     with pytest.raises(WeightsMissingError, match=r"no tensor blk\.7\.attn_q\.weight"):
-        GgufFile(tmp_path / "model.gguf").read("model.layers.7.self_attn.q_proj.weight")
+        GgufFile(tmp_path / "model.gguf").read("blk.7.attn_q.weight")
