@@ -24,6 +24,7 @@ class Runner:
         self._kv = kv
         self._max_rows = max_rows
         self._device = decoder.place.device
+        self._is_plain_causal = decoder.spec.is_plain_causal  # the window knows nothing else
         self._lora = LoraSlots(decoder)
         self._hidden_ND: Tensor | None = None  # what the last logits were made of
         self._cache: Tensor | None = None
@@ -44,7 +45,7 @@ class Runner:
             torch.cuda.empty_cache()
 
     def _open_window(self, cache: Tensor) -> None:
-        if self._device.type == "cpu":
+        if self._device.type == "cpu" and self._is_plain_causal:
             limit = min(WINDOW_BYTES, int(cache.nbytes * WINDOW_SHARE))
             self._window = DecodeWindow(cache, max_rows=self._max_rows, max_bytes=limit)
 
