@@ -70,7 +70,7 @@ class ServeConfig(BaseSettings):
     )
     adapter_root: list[Path] = Field(
         default_factory=list,
-        description=f"Directory adapters and new weights may come from, beside {PVC_ROOT}; repeatable.",
+        description=f"Where adapters and new weights may come from, beside {PVC_ROOT}; repeatable.",
     )
     drain_seconds: float = Field(
         120.0, ge=0, description="How long running requests may take to finish at a stop."

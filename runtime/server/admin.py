@@ -1,4 +1,4 @@
-"""The admin port: health that tells the truth, metrics, drain, sleep, new weights. Not for users."""
+"""The admin port: health that tells the truth, metrics, drain, sleep, weights. Not for users."""
 
 import asyncio
 from functools import partial
