@@ -51,6 +51,9 @@ class ServeConfig(BaseSettings):
     max_waiting: int = Field(
         512, ge=0, description="Requests that may wait; more are answered 429."
     )
+    speculative_tokens: int = Field(
+        0, ge=0, le=16, description="Tokens guessed from the text itself in each step; 0 is off."
+    )
     max_loras: int = Field(8, ge=0, description="Adapters that can be loaded at once.")
     max_lora_rank: int = Field(64, ge=1, description="Largest rank an adapter may have.")
 
@@ -120,6 +123,7 @@ class ServeConfig(BaseSettings):
             block_size=self.block_size,
             kv_cache_gib=self.kv_cache_gib,
             max_waiting=self.max_waiting,
+            speculative_tokens=self.speculative_tokens,
             max_loras=self.max_loras,
             max_lora_rank=self.max_lora_rank,
         )

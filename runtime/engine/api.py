@@ -127,6 +127,8 @@ class EngineStats:
     prefix_hits: int  # prompt tokens that were found
     steps: int
     heartbeat_age_s: float
+    draft_tokens: int = 0  # guessed
+    accepted_tokens: int = 0  # of those, how many were right
     block_size: int = 0
     max_loras: int = 0
     running_adapters: tuple[str, ...] = ()

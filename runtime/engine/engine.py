@@ -19,6 +19,7 @@ from mizzen.runtime.engine.api import (
     GenerationRequest,
     InvalidRequestError,
     Recorder,
+    SamplingParams,
     TokenOutput,
 )
 from mizzen.runtime.engine.blocks import root_hash
@@ -26,7 +27,9 @@ from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.detokenizer import DetokenizerFactory
 from mizzen.runtime.engine.grammar import GrammarCompiler, GrammarState
 from mizzen.runtime.engine.live import Live
+from mizzen.runtime.engine.sampler import is_edited
 from mizzen.runtime.engine.sequence import Sequence
+from mizzen.runtime.engine.speculation import NgramIndex
 from mizzen.runtime.engine.startup import Parts, start_parts
 from mizzen.runtime.engine.streams import Stream
 from mizzen.runtime.errors import BadAdapterError, BadModelError
@@ -214,6 +217,8 @@ class Engine:
                 preemptions=scheduler.preemptions,
                 prefix_queries=scheduler.prefix_queries,
                 prefix_hits=scheduler.prefix_hits,
+                draft_tokens=scheduler.draft_tokens,
+                accepted_tokens=scheduler.accepted_tokens,
                 steps=loop.steps,
                 heartbeat_age_s=time.monotonic() - loop.heartbeat_at,
                 block_size=pool.block_size,
@@ -287,7 +292,13 @@ class Engine:
             max_tokens=min(sampling.max_tokens or room, room),
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
             grammar=grammar,
+            ngrams=NgramIndex() if self._may_guess(sampling) else None,
         )
+
+    def _may_guess(self, sampling: SamplingParams) -> bool:
+        # Where each token changes what the next may be, a guess cannot be checked in one step.
+        free = not (is_edited(sampling) or sampling.grammar or sampling.embed)
+        return free and self._config.speculative_tokens > 0
 
     async def _clear(self, slot: int | None) -> None:
         if slot is not None:

@@ -54,6 +54,7 @@ class _Plan:
     is_cut_N: Tensor  # rows with top-p or top-k
     has_min_p: bool
     seeds_N: np.ndarray
+    offsets_N: np.ndarray  # a sequence that guesses has several rows, for places one after another
     wants_logprobs: list[int]
     is_edited: bool  # some row changes its logits before the choice
     grammars: list[tuple[int, GrammarState]]
@@ -129,14 +130,23 @@ def _make_plan(rows: list[Sequence], device: torch.device) -> _Plan:
             [p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params], device=device
         ),
         has_min_p=any(p.min_p > 0 for p in drawn),
+        offsets_N=np.array(_offsets(rows), dtype=np.uint64),
         seeds_N=np.array([seq.seed & (2**64 - 1) for seq in rows], dtype=np.uint64),
         wants_logprobs=[i for i, p in enumerate(params) if p.logprobs is not None],
-        is_edited=any(_is_edited(p) for p in params),
+        is_edited=any(is_edited(p) for p in params),
         grammars=[(i, seq.grammar) for i, seq in enumerate(rows) if seq.grammar],
     )
 
 
-def _is_edited(p: SamplingParams) -> bool:
+def _offsets(rows: list[Sequence]) -> list[int]:
+    offsets: list[int] = []
+    for index, row in enumerate(rows):
+        offsets.append(offsets[-1] + 1 if index and row is rows[index - 1] else 0)
+    return offsets
+
+
+def is_edited(p: SamplingParams) -> bool:
+    """Whether a row's logits are changed before its token is chosen."""
     return bool(
         p.logit_bias
         or p.presence_penalty
@@ -170,7 +180,7 @@ def _apply_grammars(
 def _draw(logits_NV: Tensor, plan: _Plan) -> Tensor:
     """Return a token for each row by inverting its cumulative distribution."""
     positions = np.array([len(seq.token_ids) - seq.prompt_tokens for seq in plan.rows], np.uint64)
-    numbers = uniform_numbers(plan.seeds_N, positions)
+    numbers = uniform_numbers(plan.seeds_N, positions + plan.offsets_N)
     uniform_N1 = torch.from_numpy(numbers).to(logits_NV.device, torch.float32)[:, None]
     scaled_NV = logits_NV / plan.temperature_N1
     if plan.has_min_p:

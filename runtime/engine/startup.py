@@ -123,6 +123,7 @@ def _start_model(
         model_len=model_len,
         max_waiting=config.max_waiting,
         max_waiting_tokens=config.max_waiting_tokens,
+        draft_tokens=config.speculative_tokens,
     )
     eos_ids = frozenset((*tokenizer.eos_token_ids, *decoder.spec.eos_ids))
     loop = Loop(
