@@ -72,10 +72,6 @@ class Tokenizer:
         """Return the tokens' text."""
         return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
-    def token_text(self, token_id: int) -> str:
-        """Return one token's text, special or not."""
-        return self.decode([token_id], skip_special_tokens=False)
-
     def render(
         self,
         messages: Sequence[Message],
