@@ -22,7 +22,13 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def write_tiny_model(
-    folder: Path, *, layers: int = 2, width: int = 64, heads: int = 4, kv_heads: int = 2
+    folder: Path,
+    *,
+    layers: int = 2,
+    width: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    context: int = 512,
 ) -> Path:
     """Write the checkpoint into `folder` and return it; the same call writes the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +43,7 @@ def write_tiny_model(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": context,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
         "tie_word_embeddings": True,

@@ -63,6 +63,9 @@ class ServeConfig(BaseSettings):
     max_waiting: int = Field(
         512, ge=0, description="Requests that may wait; more are answered 429."
     )
+    speculative_tokens: int = Field(
+        0, ge=0, le=16, description="Tokens guessed from the text itself in each step; 0 is off."
+    )
     max_loras: int = Field(8, ge=0, description="Adapters that can be loaded at once.")
     max_lora_rank: int = Field(64, ge=1, description="Largest rank an adapter may have.")
 
@@ -82,7 +85,7 @@ class ServeConfig(BaseSettings):
     )
     adapter_root: list[Path] = Field(
         default_factory=list,
-        description=f"Directory adapters may be loaded from, beside {PVC_ROOT}; repeatable.",
+        description=f"Where adapters and new weights may come from, beside {PVC_ROOT}; repeatable.",
     )
     drain_seconds: float = Field(
         120.0, ge=0, description="How long running requests may take to finish at a stop."
@@ -139,6 +142,7 @@ class ServeConfig(BaseSettings):
             block_size=self.block_size,
             kv_cache_gib=self.kv_cache_gib,
             max_waiting=self.max_waiting,
+            speculative_tokens=self.speculative_tokens,
             max_loras=self.max_loras,
             max_lora_rank=self.max_lora_rank,
         )

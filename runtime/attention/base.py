@@ -16,6 +16,28 @@ BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionBias:
+    """What a layer adds to causal attention, or hides from it."""
+
+    slopes_H: Tensor | None = None  # ALiBi: what one token of distance costs, per query head
+    window: int | None = None  # how many tokens a query sees, itself included
+
+
+NO_BIAS = AttentionBias()
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """Return each head's slope in float32, for head counts that are no power of two as well.
+
+    Source: ALiBi (Press et al., 2022); beyond a power of two, every other slope of the next one.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+    return torch.tensor(slopes)
+
+
+@dataclass(frozen=True, slots=True)
 class KvShape:
     """The KV cache of one rank."""
 

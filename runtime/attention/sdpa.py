@@ -4,17 +4,15 @@ What depends on lengths alone is worked out once per step and used by every laye
 sequences of similar length become one padded batch; a prefill is attended by itself.
 """
 
-# Shapes: S sequences of one plan, B blocks, C context tokens, Q query tokens, K KV heads, G query
+# Shapes: T packed tokens, S sequences of one plan, B blocks, C context tokens, K KV heads, G query
 # heads per KV head, d head dimension.
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mizzen.runtime.attention.base import PagedBatch
+from mizzen.runtime.attention.base import NO_BIAS, AttentionBias, PagedBatch
 from mizzen.runtime.attention.causal import attend_causal
 
 # Padding a short context to the longest of its batch costs reads; a batch of its own costs calls.
@@ -29,18 +27,18 @@ class _Decodes:
 
     rows_S: Tensor  # into the packed tokens
     blocks_SB: Tensor
-    padding_S11C: Tensor | None  # True where no key exists; None when every row is full
+    distances_SC: Tensor  # of each key from the query: 0 is the query's own, above it nothing is
+    hidden_S11C: Tensor | None  # True where the query must not look; None when it sees all
 
 
 @dataclass(frozen=True, slots=True)
 class _Prefill:
     """One sequence with several queries."""
 
-    start: int
-    stop: int
+    rows: slice
     blocks_B: Tensor
     context_len: int
-    mask_QC: Tensor | None  # None when the queries are the whole context
+    is_whole: bool  # the queries are the whole context: no page need be read
 
 
 class PagedSdpa:
@@ -48,35 +46,52 @@ class PagedSdpa:
 
     def __init__(self, cache: Tensor, batch: PagedBatch) -> None:
         self._cache = cache
-        self._slots_T = batch.slots_T
+        self._batch = batch
         self._block_tokens = cache.shape[3]
-        self._decodes = self._plan_decodes(batch)
-        self._prefills = self._plan_prefills(batch)
+        self._starts = [0, *accumulate(batch.query_lens)]
+        self._prefills = self._plan_prefills()
+        self._decodes_of: dict[int | None, list[_Decodes]] = {}
 
-    def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        q_THd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        *,
+        bias: AttentionBias = NO_BIAS,
+    ) -> Tensor:
         """Return each query's mixture over its sequence's context, itself included."""
         keys, values = self._cache[0, layer], self._cache[1, layer]
-        keys.flatten(0, 1).index_copy_(0, self._slots_T, k_TKd)
-        values.flatten(0, 1).index_copy_(0, self._slots_T, v_TKd)
-        if len(self._decodes) == 1 and not self._prefills:
-            return _attend_decodes(self._decodes[0], q_THd, keys, values)
+        keys.flatten(0, 1).index_copy_(0, self._batch.slots_T, k_TKd)
+        values.flatten(0, 1).index_copy_(0, self._batch.slots_T, v_TKd)
+        if bias.window not in self._decodes_of:
+            self._decodes_of[bias.window] = self._plan_decodes(bias.window)
+        decodes = self._decodes_of[bias.window]
+        if len(decodes) == 1 and not self._prefills:
+            return _attend_decodes(decodes[0], q_THd, keys, values, bias)
         out_THd = torch.empty_like(q_THd)
-        for decodes in self._decodes:
-            q_SHd = q_THd.index_select(0, decodes.rows_S)
-            out_SHd = _attend_decodes(decodes, q_SHd, keys, values)
-            out_THd.index_copy_(0, decodes.rows_S, out_SHd)
-        for plan in self._prefills:
-            span = slice(plan.start, plan.stop)
-            if plan.mask_QC is None:
-                out_THd[span] = attend_causal(q_THd[span], k_TKd[span], v_TKd[span])
-            else:
-                out_THd[span] = _attend_prefill(plan, q_THd[span], keys, values)
+        for plan in decodes:
+            q_SHd = q_THd.index_select(0, plan.rows_S)
+            out_SHd = _attend_decodes(plan, q_SHd, keys, values, bias)
+            out_THd.index_copy_(0, plan.rows_S, out_SHd)
+        for prefill in self._prefills:
+            rows, k_CKd, v_CKd = prefill.rows, k_TKd[prefill.rows], v_TKd[prefill.rows]
+            if not prefill.is_whole:
+                k_CKd, v_CKd = (
+                    side.index_select(0, prefill.blocks_B).flatten(0, 1)[: prefill.context_len]
+                    for side in (keys, values)
+                )
+            out_THd[rows] = attend_causal(q_THd[rows], k_CKd, v_CKd, bias)
         return out_THd
 
-    def _plan_decodes(self, batch: PagedBatch) -> list[_Decodes]:
-        lens = batch.context_lens
-        starts = _starts(batch.query_lens)
-        singles = [i for i, query_len in enumerate(batch.query_lens) if query_len == 1]
+    def _plan_decodes(self, window: int | None) -> list[_Decodes]:
+        lens = (
+            self._batch.context_lens
+            if window is None
+            else [min(window, n) for n in self._batch.context_lens]
+        )
+        singles = [i for i, query_len in enumerate(self._batch.query_lens) if query_len == 1]
         groups: list[list[int]] = []
         for i in sorted(singles, key=lambda i: (-lens[i], i)):
             longest = lens[groups[-1][0]] if groups else 0
@@ -85,48 +100,45 @@ class PagedSdpa:
             else:
                 groups.append([i])
         # In the packed order, a step of decodes alone needs no reordering of its rows.
-        return [self._plan_decode(sorted(group), starts, batch) for group in groups]
+        return [self._plan_decode(sorted(group), window) for group in groups]
 
-    def _plan_decode(self, group: list[int], starts: list[int], batch: PagedBatch) -> _Decodes:
-        device = batch.slots_T.device
-        lens_S = torch.tensor([batch.context_lens[i] for i in group], device=device)
-        width = -(-int(lens_S.max()) // self._block_tokens)
-        columns_C = torch.arange(width * self._block_tokens, device=device)
-        padding_SC = columns_C >= lens_S[:, None]
-        index = torch.tensor(group, device=device)
+    def _plan_decode(self, group: list[int], window: int | None) -> _Decodes:
+        tables_SB, size = self._batch.block_tables_SB, self._block_tokens
+        device = tables_SB.device
+        lens_S1 = torch.tensor([[self._batch.context_lens[i]] for i in group], device=device)
+        first_S1 = torch.zeros_like(lens_S1) if window is None else (lens_S1 - window).clamp_(min=0)
+        start_S1 = first_S1 // size
+        width = int((-(-lens_S1 // size) - start_S1).max())
+        columns_SB = start_S1 + torch.arange(width, device=device)
+        rows_S1 = torch.tensor(group, device=device)[:, None]
+        at_SC = start_S1 * size + torch.arange(width * size, device=device)
+        hidden_SC = (at_SC >= lens_S1) | (at_SC < first_S1)
         return _Decodes(
-            rows_S=torch.tensor([starts[i] for i in group], device=device),
-            blocks_SB=batch.block_tables_SB[index, :width],
-            padding_S11C=padding_SC[:, None, None, :] if bool(padding_SC.any()) else None,
+            rows_S=torch.tensor([self._starts[i] for i in group], device=device),
+            blocks_SB=tables_SB[rows_S1, columns_SB.clamp_(max=tables_SB.shape[1] - 1)],
+            distances_SC=at_SC - lens_S1 + 1,
+            hidden_S11C=hidden_SC[:, None, None, :] if bool(hidden_SC.any()) else None,
         )
 
-    def _plan_prefills(self, batch: PagedBatch) -> list[_Prefill]:
+    def _plan_prefills(self) -> list[_Prefill]:
+        batch = self._batch
         return [
-            self._plan_prefill(i, start, batch)
-            for i, start in enumerate(_starts(batch.query_lens))
-            if batch.query_lens[i] > 1
+            _Prefill(
+                rows=slice(self._starts[i], self._starts[i + 1]),
+                blocks_B=batch.block_tables_SB[i, : -(-context_len // self._block_tokens)],
+                context_len=context_len,
+                is_whole=query_len == context_len,
+            )
+            for i, (query_len, context_len) in enumerate(
+                zip(batch.query_lens, batch.context_lens, strict=True)
+            )
+            if query_len > 1
         ]
 
-    def _plan_prefill(self, i: int, start: int, batch: PagedBatch) -> _Prefill:
-        query_len, context_len = batch.query_lens[i], batch.context_lens[i]
-        mask_QC = None
-        if query_len < context_len:
-            ones = torch.ones(query_len, context_len, dtype=torch.bool, device=batch.slots_T.device)
-            mask_QC = ones.tril(context_len - query_len)
-        return _Prefill(
-            start=start,
-            stop=start + query_len,
-            blocks_B=batch.block_tables_SB[i, : -(-context_len // self._block_tokens)],
-            context_len=context_len,
-            mask_QC=mask_QC,
-        )
 
-
-def _starts(query_lens: Sequence[int]) -> list[int]:
-    return [0, *accumulate(query_lens)][:-1]
-
-
-def _attend_decodes(plan: _Decodes, q_SHd: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend_decodes(
+    plan: _Decodes, q_SHd: Tensor, keys: Tensor, values: Tensor, bias: AttentionBias
+) -> Tensor:
     count, width = plan.blocks_SB.shape
     kv_heads, head_dim = keys.shape[-2:]
 
@@ -140,20 +152,10 @@ def _attend_decodes(plan: _Decodes, q_SHd: Tensor, keys: Tensor, values: Tensor)
     q_SKGd = q_SHd.view(count, kv_heads, -1, head_dim)
     scores_SKGC = torch.matmul(q_SKGd, gather(keys).contiguous().transpose(-1, -2)).float()
     scores_SKGC *= head_dim**-0.5
-    if plan.padding_S11C is not None:
-        scores_SKGC.masked_fill_(plan.padding_S11C, -torch.inf)
+    if bias.slopes_H is not None:
+        slopes_KG1 = bias.slopes_H.view(kv_heads, -1, 1)
+        scores_SKGC += slopes_KG1 * plan.distances_SC[:, None, None, :]
+    if plan.hidden_S11C is not None:
+        scores_SKGC.masked_fill_(plan.hidden_S11C, -torch.inf)
     weights_SKGC = scores_SKGC.softmax(dim=-1).to(q_SHd.dtype)
     return torch.matmul(weights_SKGC, gather(values).contiguous()).view(q_SHd.shape)
-
-
-def _attend_prefill(plan: _Prefill, q_QHd: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    def gather(side: Tensor) -> Tensor:
-        pages_CKd = side.index_select(0, plan.blocks_B).flatten(0, 1)[: plan.context_len]
-        return pages_CKd.transpose(0, 1)[None]
-
-    q = q_QHd.transpose(0, 1)[None]
-    is_grouped = q_QHd.shape[1] != keys.shape[-2]
-    out = F.scaled_dot_product_attention(
-        q, gather(keys), gather(values), attn_mask=plan.mask_QC, enable_gqa=is_grouped
-    )
-    return out[0].transpose(0, 1)

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from mizzen.runtime.errors import MizzenError
 
@@ -12,6 +12,30 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort"]
 Message = Mapping[str, Any]
+
+
+class JsonLayout(TypedDict):
+    """Where a grammar's JSON has blanks, as llguidance's "x-guidance" says it."""
+
+    whitespace_flexible: bool
+    item_separator: str
+    key_separator: str
+
+
+# Left free, small models fill the gaps with blanks until their tokens are used up.
+JSON_ON_ONE_LINE: JsonLayout = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer's text must follow. Lark rules are llguidance's dialect."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +57,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # how many top alternatives; 0 gives the chosen token's only
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: Grammar | None = None
+    embed: bool = False  # the last hidden state is the answer, and no text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +98,7 @@ class TokenOutput:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    embedding: tuple[float, ...] | None = None  # the prompt's last hidden state, where asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +127,8 @@ class EngineStats:
     prefix_hits: int  # prompt tokens that were found
     steps: int
     heartbeat_age_s: float
+    draft_tokens: int = 0  # guessed
+    accepted_tokens: int = 0  # of those, how many were right
     block_size: int = 0
     max_loras: int = 0
     running_adapters: tuple[str, ...] = ()
@@ -153,6 +182,12 @@ class DrainingError(EngineBusyError):
     reason = "Draining"
 
 
+class AsleepError(EngineBusyError):
+    """The engine has given back its memory and takes nothing until it is woken."""
+
+    reason = "Asleep"
+
+
 class PromptTooLongError(MizzenError):
     """The prompt cannot fit the context together with one new token."""
 
@@ -171,6 +206,12 @@ class InvalidRequestError(MizzenError):
     """The request asks for something that no retry will make possible; the text says what."""
 
     reason = "InvalidRequest"
+
+
+class GenerationFailedError(MizzenError):
+    """The model gave no usable numbers for this one request; others are not affected."""
+
+    reason = "GenerationFailed"
 
 
 class UnknownAdapterError(MizzenError):
@@ -210,6 +251,10 @@ class TokenizerApi(Protocol):
     @property
     def has_chat_template(self) -> bool:
         """Whether the model brings a chat template."""
+
+    @property
+    def calls_in_tags(self) -> bool:
+        """Whether the model writes tool calls between <tool_call> tags, not as bare JSON."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the text's token ids."""
@@ -273,6 +318,20 @@ class EngineApi(Protocol):
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, wait for the running ones, abort those left after `timeout_s`."""
+
+    async def sleep(self, timeout_s: float) -> None:
+        """End what runs, as `drain` does, and give back the memory of weights and KV cache."""
+
+    async def wake(self) -> None:
+        """Read the weights again and take requests; adapters are still there."""
+
+    async def load_weights(self, path: Path) -> None:
+        """Serve other weights of the same model; what runs goes on with them.
+
+        Raises:
+            BadModelError: they cannot be used; what is served stays as it was.
+            InvalidRequestError: the engine is asleep.
+        """
 
     @property
     def draining(self) -> bool:

@@ -66,7 +66,7 @@ class BatchBuilder:
             self._write_row(chunk.seq.row, chunk.seq.blocks)
         rows = np.array([chunk.seq.row for chunk in chunks])
         starts = np.array([chunk.start for chunk in chunks])
-        counts = np.array([chunk.count for chunk in chunks])
+        counts = np.array([chunk.size for chunk in chunks])
         ends = np.cumsum(counts)
         contexts = starts + counts
         positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
@@ -79,7 +79,7 @@ class BatchBuilder:
             query_lens=counts.tolist(),
             context_lens=contexts.tolist(),
             block_tables_SB=self._table[rows, :width],
-            sample_at_N=ends[[chunk.samples for chunk in chunks]] - 1,
+            sample_at_N=_sample_at(chunks, ends),
             lora_slots_S=[chunk.seq.lora_slot for chunk in chunks],
             sequence_ids_S=[chunk.seq.arrival for chunk in chunks],
         )
@@ -92,11 +92,24 @@ class BatchBuilder:
             self._written[row], self._lengths[row] = blocks, len(blocks)
 
 
+def _sample_at(chunks: Items[Chunk], ends: Ints) -> Ints:
+    if not any(chunk.draft for chunk in chunks):
+        return ends[[chunk.samples for chunk in chunks]] - 1
+    places = [
+        place
+        for chunk, end in zip(chunks, ends.tolist(), strict=True)
+        if chunk.samples
+        for place in range(end - 1 - len(chunk.draft), end)
+    ]
+    return np.array(places, dtype=np.int64)
+
+
 def _token_ids(chunks: Items[Chunk]) -> Ints:
     ids: list[int] = []
     for chunk in chunks:
-        if chunk.count == 1:
+        if chunk.size == 1:
             ids.append(chunk.seq.token_ids[chunk.start])
         else:
             ids += chunk.seq.token_ids[chunk.start : chunk.start + chunk.count]
+            ids += chunk.draft
     return np.array(ids, dtype=np.int64)

@@ -8,15 +8,17 @@ from collections.abc import Iterable, Sequence
 NULL_BLOCK = 0  # padded table entries point here; what is written to it is never read
 
 
-def root_hash(*, adapter_digest: str, cache_salt: str) -> bytes:
+def root_hash(*, adapter_digest: str, cache_salt: str, weights: int = 0) -> bytes:
     """Return the parent of a sequence's first block.
 
     Tagged and length-prefixed, so that an adapter can never be mistaken for a salt. The digest,
-    not the name, tells adapters apart: a name may be given new weights.
+    not the name, tells adapters apart: a name may be given new weights. `weights` counts how often
+    the model itself was.
     """
     parts = [
         f"adapter:{len(adapter_digest)}:{adapter_digest}",
         f"salt:{len(cache_salt)}:{cache_salt}",
+        f"weights:{weights}",
     ]
     return hashlib.sha256("|".join(parts).encode()).digest()
 

@@ -38,15 +38,66 @@ def render_chat(
     Raises:
         InvalidRequestError: the template refuses these messages, or is itself broken.
     """
+    turns = [dict(message) for message in messages]
+    if not knows_tools(template):
+        turns, tools = _with_tools_told(turns, tools), None
     try:
         return _compile(template).render(
-            messages=[dict(message) for message in messages],
+            messages=turns,
             tools=list(tools) if tools else None,
             add_generation_prompt=add_generation_prompt,
             **(special_tokens or {}),
         )
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise InvalidRequestError(f"The chat template refuses the messages: {error}") from error
+
+
+def knows_tools(template: str) -> bool:
+    """Whether the template itself tells the model about its tools."""
+    return "tools" in template
+
+
+# What Qwen's templates say; Hermes models and their descendants were trained on the same words.
+_TOOL_PROMPT = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within \
+<tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+def _with_tools_told(
+    turns: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Put tools, calls and their results into words, for a template that knows none of them."""
+    told = [_in_words(turn) for turn in turns]
+    if tools:
+        prompt = _TOOL_PROMPT.format(tools="\n".join(_to_json(tool) for tool in tools))
+        if told and told[0]["role"] == "system":
+            prompt = f"{told.pop(0)['content']}\n\n{prompt}"
+        told.insert(0, {"role": "system", "content": prompt})
+    return told
+
+
+def _in_words(turn: dict[str, Any]) -> dict[str, Any]:
+    if turn["role"] == "tool":
+        content = f"<tool_response>\n{turn['content']}\n</tool_response>"
+        return {"role": "user", "content": content}
+    calls = [
+        f"<tool_call>\n{_to_json(call['function'])}\n</tool_call>"
+        for call in turn.get("tool_calls", ())
+    ]
+    return (
+        {**turn, "content": "\n".join(filter(None, [turn["content"], *calls]))} if calls else turn
+    )
 
 
 @lru_cache(maxsize=8)

@@ -48,7 +48,7 @@ class Detokenizer:
             position, stop = found
             self._held = ""
             return Delta(text[:position], stop)
-        keep = max(_overlap(text, stop) for stop in self._stop)
+        keep = max(overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return Delta(text[: len(text) - keep])
 
@@ -161,7 +161,7 @@ def _first_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
     return min(found, default=None)
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return how many last characters of `text` may be the beginning of `stop`."""
     longest = min(len(stop) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)

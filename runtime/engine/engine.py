@@ -12,19 +12,24 @@ from mizzen.runtime.engine.admission import check_request
 from mizzen.runtime.engine.api import (
     AdapterLoadError,
     AdapterState,
+    AsleepError,
     DrainingError,
     EngineDeadError,
     EngineStats,
     GenerationRequest,
     InvalidRequestError,
     Recorder,
+    SamplingParams,
     TokenOutput,
 )
 from mizzen.runtime.engine.blocks import root_hash
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.detokenizer import DetokenizerFactory
+from mizzen.runtime.engine.grammar import GrammarCompiler, GrammarState
 from mizzen.runtime.engine.live import Live
+from mizzen.runtime.engine.sampler import is_edited
 from mizzen.runtime.engine.sequence import Sequence
+from mizzen.runtime.engine.speculation import NgramIndex
 from mizzen.runtime.engine.startup import Parts, start_parts
 from mizzen.runtime.engine.streams import Stream
 from mizzen.runtime.errors import BadAdapterError, BadModelError
@@ -45,10 +50,16 @@ class Engine:
         self._loop = parts.loop
         self._ranks = parts.ranks
         self._detokenizers = DetokenizerFactory(parts.tokenizer)
+        self._grammars = GrammarCompiler(
+            parts.tokenizer, vocab_size=parts.arch.vocab_size, eos_ids=tuple(parts.loop.eos_ids)
+        )
         self._adapters: AdapterTable = parts.loop.adapters
         self._arrivals = count()
-        self._adapter_lock = asyncio.Lock()
+        self._change_lock = asyncio.Lock()  # adapters and weights change one at a time
         self._draining = False
+        self._asleep = False
+        self._weights = 0  # how often they were changed
+        self._weights_path = config.model
 
     @classmethod
     def start(cls, config: EngineConfig, recorder: Recorder | None = None) -> "Engine":
@@ -63,7 +74,10 @@ class Engine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
         """Yield the answer as it grows; see `api.EngineApi.generate`."""
-        stream = self._submit(request)
+        check_request(request, vocab_size=self.arch.vocab_size)
+        wanted = request.sampling.grammar
+        grammar = await self._grammars.start(wanted) if wanted else None
+        stream = self._submit(request, grammar)
         ended = False
         try:
             while not ended:
@@ -86,7 +100,7 @@ class Engine:
         Raises:
             AdapterLoadError: it does not exist, does not fit the model, or there are too many.
         """
-        async with self._adapter_lock:
+        async with self._change_lock:
             try:
                 content = await asyncio.to_thread(content_hash, path)
                 if self._adapters.has_content(name, content):
@@ -110,7 +124,7 @@ class Engine:
         Raises:
             UnknownAdapterError: it is not loaded.
         """
-        async with self._adapter_lock:
+        async with self._change_lock:
             with self._loop.lock:
                 unused = self._adapters.withdraw(name)
             await self._clear(unused)
@@ -123,10 +137,60 @@ class Engine:
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, wait for the running ones, abort those left after `timeout_s`."""
         self._draining = True
+        await self._run_empty(timeout_s)
+
+    async def _run_empty(self, timeout_s: float) -> None:
         if not await asyncio.to_thread(self._loop.wait_until_empty, timeout_s):
             for request_id in list(self._loop.live):
                 self._loop.abort(request_id)
             await asyncio.to_thread(self._loop.wait_until_empty, None)
+
+    async def sleep(self, timeout_s: float) -> None:
+        """End what runs, as `drain` does, and give back the memory of weights and KV cache."""
+        async with self._change_lock:
+            # All of it again if asked again: the first may have been cut off half way.
+            self._asleep = True
+            await self._run_empty(timeout_s)
+            await self._between_steps(self._fall_asleep)
+
+    async def wake(self) -> None:
+        """Read the weights again and take requests; adapters are still there."""
+        async with self._change_lock:
+            if self._asleep:
+                await self._use_weights(self._weights_path)
+                self._asleep = False
+
+    async def load_weights(self, path: Path) -> None:
+        """Serve other weights of the same model; what runs goes on with them.
+
+        Raises:
+            BadModelError: they cannot be used; what is served stays as it was.
+            InvalidRequestError: the engine is asleep.
+        """
+        async with self._change_lock:
+            if self._asleep:
+                raise InvalidRequestError("The engine is asleep. Wake it before changing weights.")
+            await self._use_weights(path)
+
+    async def _use_weights(self, path: Path) -> None:
+        await asyncio.to_thread(self._ranks.check_same_model, path)
+        await self._between_steps(lambda: self._ranks.announce(path))
+        try:
+            decoder = await asyncio.to_thread(self._ranks.prepare, path)
+        except BaseException:
+            await self._between_steps(self._ranks.forgo)
+            raise
+
+        def swap() -> None:
+            self._ranks.swap(decoder)
+            self._weights, self._weights_path = self._weights + 1, path
+            self._loop.scheduler.pool.forget_all()
+
+        await self._between_steps(swap)
+
+    def _fall_asleep(self) -> None:
+        self._ranks.release()
+        self._loop.scheduler.pool.forget_all()
 
     @property
     def draining(self) -> bool:
@@ -153,6 +217,8 @@ class Engine:
                 preemptions=scheduler.preemptions,
                 prefix_queries=scheduler.prefix_queries,
                 prefix_hits=scheduler.prefix_hits,
+                draft_tokens=scheduler.draft_tokens,
+                accepted_tokens=scheduler.accepted_tokens,
                 steps=loop.steps,
                 heartbeat_age_s=time.monotonic() - loop.heartbeat_at,
                 block_size=pool.block_size,
@@ -168,29 +234,30 @@ class Engine:
         return self._loop.is_running() and age_s < self._config.heartbeat_limit_s
 
     def is_ready(self) -> bool:
-        """Whether it is alive and takes new requests."""
-        return self.is_alive() and not self._draining
+        """Whether it is alive, awake, and takes new requests."""
+        return self.is_alive() and not self._draining and not self._asleep
 
     async def stop(self) -> None:
         """End every request, the loop and the other ranks."""
         await asyncio.to_thread(self._loop.stop)
 
-    def _submit(self, request: GenerationRequest) -> Stream:
+    def _submit(self, request: GenerationRequest, grammar: GrammarState | None) -> Stream:
         if self._draining:
             raise DrainingError(
                 "This replica is draining. Send the request again: another will take it.",
                 retry_after_s=DRAIN_RETRY_S,
             )
+        if self._asleep:
+            raise AsleepError("This replica sleeps. Wake it, or ask another.", retry_after_s=5.0)
         if not self._loop.is_running():
             raise EngineDeadError("The engine's loop has ended. See its log.")
-        check_request(request, vocab_size=self.arch.vocab_size)
         if request.request_id in self._loop.live:
             raise InvalidRequestError(f"Request id {request.request_id!r} is in use.")
         stream = Stream(asyncio.get_running_loop())
         with self._loop.lock:
             use = self._adapters.acquire(request.adapter) if request.adapter else None
         live = Live(
-            seq=self._sequence(request, use),
+            seq=self._sequence(request, use, grammar),
             detokenizer=self._detokenizers.make(request.sampling.stop),
             stream=stream,
             arrived_at=time.monotonic(),
@@ -204,7 +271,9 @@ class Engine:
             raise
         return stream
 
-    def _sequence(self, request: GenerationRequest, use: SlotUse | None) -> Sequence:
+    def _sequence(
+        self, request: GenerationRequest, use: SlotUse | None, grammar: GrammarState | None
+    ) -> Sequence:
         sampling = request.sampling
         room = self.model_len - len(request.prompt_token_ids)
         return Sequence(
@@ -216,11 +285,20 @@ class Engine:
             lora_slot=use.slot if use else 0,
             adapter=request.adapter,
             parent_hash=root_hash(
-                adapter_digest=use.content if use else "", cache_salt=request.cache_salt
+                adapter_digest=use.content if use else "",
+                cache_salt=request.cache_salt,
+                weights=self._weights,
             ),
             max_tokens=min(sampling.max_tokens or room, room),
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+            grammar=grammar,
+            ngrams=NgramIndex() if self._may_guess(sampling) else None,
         )
+
+    def _may_guess(self, sampling: SamplingParams) -> bool:
+        # Where each token changes what the next may be, a guess cannot be checked in one step.
+        free = not (is_edited(sampling) or sampling.grammar or sampling.embed)
+        return free and self._config.speculative_tokens > 0
 
     async def _clear(self, slot: int | None) -> None:
         if slot is not None:

@@ -1,6 +1,6 @@
 """A request in the loop: its sequence, its text so far, its times. Says when a sequence ends."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mizzen.runtime.engine.adapters import SlotUse
 from mizzen.runtime.engine.api import (
@@ -46,10 +46,19 @@ class Live:
         if delta.stop is not None:
             seq.stop_reason = delta.stop
             return self._output(token_id, logprob, delta, "stop")
-        if seq.output_tokens >= seq.max_tokens:
+        reason: FinishReason | None = None
+        if seq.grammar is not None and seq.grammar.advance(token_id):
+            reason = "stop"
+        elif seq.output_tokens >= seq.max_tokens:
+            reason = "length"
+        if reason:
             rest = self.detokenizer.finish()
-            return self._output(token_id, logprob, Delta(delta.text + rest.text), "length")
+            return self._output(token_id, logprob, Delta(delta.text + rest.text), reason)
         return self._output(token_id, logprob, delta, None)
+
+    def embedded(self, hidden_D: list[float]) -> TokenOutput:
+        """Return the only output of a sequence that is embedded."""
+        return replace(self._output(None, None, Delta(""), "stop"), embedding=tuple(hidden_D))
 
     def aborted(self) -> TokenOutput:
         """Return the last output of a sequence that was ended from outside."""

@@ -13,11 +13,17 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from mizzen.runtime.engine.adapters import AdapterTable, SlotUse
-from mizzen.runtime.engine.api import EngineDeadError, FinishReason, Recorder, TokenOutput
+from mizzen.runtime.engine.api import (
+    EngineDeadError,
+    FinishReason,
+    GenerationFailedError,
+    Recorder,
+    TokenOutput,
+)
 from mizzen.runtime.engine.batch import BatchBuilder
 from mizzen.runtime.engine.live import Live
 from mizzen.runtime.engine.ranks import ModelRanks
-from mizzen.runtime.engine.sampler import Sampler
+from mizzen.runtime.engine.sampler import Sampled, Sampler
 from mizzen.runtime.engine.scheduler import Chunk, Scheduler
 from mizzen.runtime.engine.streams import Outbox
 
@@ -54,7 +60,7 @@ class Loop:
         self._builder = builder
         self._ranks = ranks
         self._sampler = sampler
-        self._eos_ids = eos_ids
+        self.eos_ids = eos_ids
         self._recorder = recorder
         self._outbox = Outbox()
         self._work = threading.Condition(self.lock)
@@ -150,21 +156,39 @@ class Loop:
 
     def _step(self, chunks: list[Chunk]) -> None:
         began_at = time.monotonic()
-        sampling = [chunk.seq for chunk in chunks if chunk.samples]
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        rows = [chunk.seq for chunk in sampling for _ in range(1 + len(chunk.draft))]
         logits_NV = self._ranks.run(self._builder.build(chunks))
-        sampled = None if logits_NV is None else self._sampler.sample(logits_NV, sampling)
+        sampled = None if logits_NV is None else self._sampler.sample(logits_NV, rows)
         now = time.monotonic()
         with self.lock:
             self.scheduler.advance(chunks)
             if sampled is not None:
-                for seq, token_id, logprob in zip(
-                    sampling, sampled.token_ids, sampled.logprobs, strict=True
-                ):
-                    if not seq.abort_wanted:
-                        live = self.live[seq.request_id]
-                        output = live.take(token_id, logprob, self._eos_ids)
-                        self._hand_out(live, output, now)
-            self._count(chunks, len(sampling), now - began_at)
+                row = 0
+                for chunk in sampling:
+                    if not chunk.seq.abort_wanted:
+                        self._take(chunk, sampled, row, now)
+                    row += 1 + len(chunk.draft)
+            self._count(chunks, now - began_at)
+
+    def _take(self, chunk: Chunk, sampled: Sampled, row: int, now: float) -> None:
+        """Hand out a sequence's new token, and those after it for as long as guesses were right."""
+        seq, live = chunk.seq, self.live[chunk.seq.request_id]
+        right = 0
+        for guess in (*chunk.draft, None):
+            if error := sampled.failures.get(row + right):
+                self._fail(live, error, now)
+                break
+            if seq.sampling.embed:
+                self._hand_out(live, live.embedded(self._ranks.last_hidden(row)), now)
+                break
+            token_id = sampled.token_ids[row + right]
+            output = live.take(token_id, sampled.logprobs[row + right], self.eos_ids)
+            self._hand_out(live, output, now)
+            if output.finish_reason is not None or token_id != guess:
+                break
+            right += 1
+        self.scheduler.accept(chunk, right)
 
     def _hand_out(self, live: Live, output: TokenOutput, now: float) -> None:
         if live.first_token_at is None:
@@ -174,10 +198,22 @@ class Loop:
         else:
             self._recorder.on_token(now - (live.last_token_at or now))
         live.last_token_at = now
+        self.generation_tokens += len(output.token_ids)
         self._outbox.put(live.stream, output)
         if output.finish_reason is not None:
             self.scheduler.finish(live.seq, output.finish_reason)
             self._forget(live, output.finish_reason, now)
+
+    def _fail(self, live: Live, error: Exception, now: float) -> None:
+        """End one request whose numbers or grammar went wrong, and leave nothing of it behind."""
+        if isinstance(error, GenerationFailedError):
+            # Masked keys are still multiplied, by zero: what is not finite would reach whoever
+            # gets these blocks next, or finds them in the prefix cache.
+            self._ranks.scrub(live.seq.blocks)
+            self.scheduler.pool.forget_all()
+        self._outbox.put(live.stream, error)
+        self.scheduler.finish(live.seq, "abort")
+        self._forget(live, "abort", now)
 
     def _forget(self, live: Live, reason: FinishReason, now: float) -> None:
         del self.live[live.seq.request_id]
@@ -191,10 +227,9 @@ class Loop:
         if (slot := self.adapters.release(use)) is not None:
             self._calls.append((lambda: self._ranks.clear_adapter(slot), Future()))
 
-    def _count(self, chunks: list[Chunk], sampled: int, step_s: float) -> None:
-        tokens = sum(chunk.count for chunk in chunks)
+    def _count(self, chunks: list[Chunk], step_s: float) -> None:
+        tokens = sum(chunk.size for chunk in chunks)
         self.steps += 1
-        self.generation_tokens += sampled
         rate, old = tokens / max(step_s, 1e-6), self.scheduler.tokens_per_s
         self.scheduler.tokens_per_s = old + RATE_WEIGHT * (rate - old) if old else rate
         self._recorder.on_step(step_s, tokens)

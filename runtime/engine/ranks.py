@@ -1,9 +1,8 @@
-"""How the loop reaches the model: one rank in this process, or a group that rank 0 leads."""
+"""How the loop reaches the model: this rank, and the others of its group if there are any."""
 
-import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,81 +11,105 @@ from mizzen.runtime.attention.base import KvShape
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.runner import Runner
-from mizzen.runtime.engine.wire import Allocate, Clear, Load, decode, encode
+from mizzen.runtime.engine.wire import (
+    Allocate,
+    Clear,
+    Forgo,
+    Load,
+    Message,
+    Prepare,
+    Release,
+    Scrub,
+    Swap,
+    decode,
+    encode,
+)
+from mizzen.runtime.errors import WeightShapeError
+from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import Adapter, load_adapter
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.parallel.ranks import Inbox, Ranks
 
-log = logging.getLogger(__name__)
 
+class ModelRanks:
+    """Every rank of the model, driven as one: tells the others what it does, then does it."""
 
-class ModelRanks(Protocol):
-    """Every rank of the model, driven as one."""
-
-    def run(self, step: StepInput) -> Tensor | None:
-        """Compute a step; return float32 logits_NV of the tokens to sample from."""
-
-    def load_adapter(self, slot: int, adapter: Adapter, path: Path) -> None:
-        """Fill a slot on every rank."""
-
-    def clear_adapter(self, slot: int) -> None:
-        """Empty a slot on every rank."""
-
-    def check(self) -> None:
-        """Raise RankLostError if a rank is gone."""
-
-    def stop(self) -> None:
-        """End the other ranks."""
-
-
-class OneRank:
-    """The whole model in this process: no message, no copy."""
-
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self.run = runner.run
-
-    def load_adapter(self, slot: int, adapter: Adapter, path: Path) -> None:
-        """Fill a slot."""
-        self._runner.load_adapter(slot, adapter)
-
-    def clear_adapter(self, slot: int) -> None:
-        """Empty a slot."""
-        self._runner.clear_adapter(slot)
-
-    def check(self) -> None:
-        """There is no other rank to lose."""
-
-    def stop(self) -> None:
-        """There is no other rank to end."""
-
-
-class LedRanks:
-    """Rank 0 of a group: tells the others what it does, then does it."""
-
-    def __init__(self, runner: Runner, ranks: Ranks) -> None:
-        self._runner = runner
+    def __init__(self, config: EngineConfig, decoder: Decoder, ranks: Ranks, blocks: int) -> None:
+        self._config = config
         self._ranks = ranks
+        self._place = decoder.place
+        self._spec = decoder.spec
+        self._tell(Allocate(blocks))
+        self._runner = _runner(config, decoder, blocks)
+        self.last_hidden = self._runner.last_hidden
         self.check = ranks.check
         self.stop = ranks.stop
 
     def run(self, step: StepInput) -> Tensor | None:
-        """Compute a step on every rank."""
-        self._ranks.send(encode(step))
+        """Compute a step; return float32 logits_NV of the tokens to sample from."""
+        self._tell(step)
         return self._runner.run(step)
 
     def load_adapter(self, slot: int, adapter: Adapter, path: Path) -> None:
         """Fill a slot on every rank; the others read the files themselves."""
         # Own rank first: what does not fit is refused here, before anyone else has seen it.
         self._runner.load_adapter(slot, adapter)
-        self._ranks.send(encode(Load(slot, path)))
+        self._tell(Load(slot, path))
 
     def clear_adapter(self, slot: int) -> None:
         """Empty a slot on every rank."""
-        self._ranks.send(encode(Clear(slot)))
+        self._tell(Clear(slot))
         self._runner.clear_adapter(slot)
+
+    def scrub(self, blocks: list[int]) -> None:
+        """Make every number in these KV blocks finite, on every rank."""
+        self._tell(Scrub(blocks))
+        self._runner.scrub(blocks)
+
+    def check_same_model(self, path: Path) -> None:
+        """Look at the description beside the weights; may be called from any thread.
+
+        Raises:
+            BadModelError: it cannot be read, or is not of the model that is served.
+        """
+        if ArchSpec.from_dir(path) != self._spec:
+            raise WeightShapeError(
+                f"{path} holds another model than the one that is served. Weights can be swapped "
+                "only for weights with an equal config.json."
+            )
+
+    def announce(self, path: Path) -> None:
+        """Have the other ranks read new weights, beside what they compute."""
+        self._tell(Prepare(path))
+
+    def prepare(self, path: Path) -> Decoder:
+        """Read this rank's new weights; may be called from any thread.
+
+        Raises:
+            BadModelError: they cannot be used.
+        """
+        config = replace(self._config, model=path)
+        return load_rank(config, self._place.device, self._place.group)
+
+    def forgo(self) -> None:
+        """Have the other ranks let go of what they were told to read."""
+        self._tell(Forgo())
+
+    def swap(self, decoder: Decoder) -> None:
+        """Compute with the prepared weights from now on, on every rank."""
+        self._tell(Swap())
+        self._runner.use(decoder)
+
+    def release(self) -> None:
+        """Give back the memory of weights and KV cache, on every rank, until `swap`."""
+        self._tell(Release())
+        self._runner.release()
+
+    def _tell(self, message: Message) -> None:
+        if self._ranks.group.size > 1:
+            self._ranks.send(encode(message))
 
 
 def load_rank(config: EngineConfig, device: torch.device, group: RankGroup) -> Decoder:
@@ -104,17 +127,15 @@ def follow(
     if device.type == "cpu":
         torch.set_num_threads(threads)
     decoder = load_rank(config, device, group)
-    runner: Runner | None = None
-    for data in inbox:
-        message = decode(data)
-        if isinstance(message, Allocate):
-            runner = Runner(
-                decoder,
-                kv=own_kv(config, decoder, blocks=message.blocks),
-                max_rows=config.max_num_seqs,
-            )
-            continue
-        assert runner is not None, "the KV cache comes before the first step"
+    messages = (decode(data) for data in inbox)
+    first = next(messages, None)
+    if first is None:  # rank 0 found the model or its settings unusable
+        return
+    assert isinstance(first, Allocate), "the KV cache comes before the first step"
+    runner = _runner(config, decoder, first.blocks)
+    del decoder  # the runner's, which may let go of it
+    reader, prepared = ThreadPoolExecutor(1), Future[Decoder]()
+    for message in messages:
         match message:
             case StepInput():
                 runner.run(message)
@@ -122,6 +143,21 @@ def follow(
                 runner.load_adapter(slot, load_adapter(path))
             case Clear(slot):
                 runner.clear_adapter(slot)
+            case Scrub(blocks):
+                runner.scrub(blocks)
+            case Prepare(path):
+                prepared = reader.submit(load_rank, replace(config, model=path), device, group)
+            case Forgo():
+                prepared = Future()
+            case Swap():
+                runner.use(prepared.result())
+                prepared = Future()
+            case Release():
+                runner.release()
+
+
+def _runner(config: EngineConfig, decoder: Decoder, blocks: int) -> Runner:
+    return Runner(decoder, kv=own_kv(config, decoder, blocks=blocks), max_rows=config.max_num_seqs)
 
 
 def own_kv(config: EngineConfig, decoder: Decoder, *, blocks: int) -> KvShape:

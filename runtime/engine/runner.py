@@ -21,14 +21,33 @@ class Runner:
     """One rank's share of the model, with its share of the KV cache."""
 
     def __init__(self, decoder: Decoder, *, kv: KvShape, max_rows: int) -> None:
-        self._decoder = decoder
+        self._kv = kv
+        self._max_rows = max_rows
         self._device = decoder.place.device
+        self._is_plain_causal = decoder.spec.is_plain_causal  # the window knows nothing else
         self._lora = LoraSlots(decoder)
-        self._cache = _allocate(kv, decoder.place.dtype, self._device)
+        self._hidden_ND: Tensor | None = None  # what the last logits were made of
+        self._cache: Tensor | None = None
         self._window: DecodeWindow | None = None
-        if self._device.type == "cpu" and max_rows:
-            limit = min(WINDOW_BYTES, int(self._cache.nbytes * WINDOW_SHARE))
-            self._window = DecodeWindow(self._cache, max_rows=max_rows, max_bytes=limit)
+        self.use(decoder)
+
+    def use(self, decoder: Decoder) -> None:
+        """Compute with these weights from now on; adapters and what is cached stay."""
+        self._decoder: Decoder | None = decoder
+        if self._cache is None:
+            self._cache = _allocate(self._kv, decoder.place.dtype, self._device)
+            self._open_window(self._cache)
+
+    def release(self) -> None:
+        """Give back the memory of weights and KV cache until `use`."""
+        self._decoder = self._cache = self._window = self._hidden_ND = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _open_window(self, cache: Tensor) -> None:
+        if self._device.type == "cpu" and self._is_plain_causal:
+            limit = min(WINDOW_BYTES, int(cache.nbytes * WINDOW_SHARE))
+            self._window = DecodeWindow(cache, max_rows=self._max_rows, max_bytes=limit)
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> Tensor | None:
@@ -36,14 +55,16 @@ class Runner:
 
         With several ranks each must run the same step; each returns the same.
         """
+        decoder, cache = self._decoder, self._cache
+        assert decoder is not None and cache is not None, "asleep"
         batch = PagedBatch(
             query_lens=step.query_lens,
             context_lens=step.context_lens,
             block_tables_SB=self._to_device(step.block_tables_SB),
             slots_T=self._to_device(step.slots_T),
         )
-        attend = self._attend(batch, step.sequence_ids_S)
-        hidden_TD = self._decoder(
+        attend = self._attend(cache, batch, step.sequence_ids_S)
+        hidden_TD = decoder(
             self._to_device(step.token_ids_T),
             self._to_device(step.positions_T),
             attend,
@@ -55,11 +76,18 @@ class Runner:
             return None
         if len(step.sample_at_N) < hidden_TD.shape[0]:
             hidden_TD = hidden_TD.index_select(0, self._to_device(step.sample_at_N))
-        return self._decoder.logits(hidden_TD)
+        self._hidden_ND = hidden_TD
+        return decoder.logits(hidden_TD)
 
-    def _attend(self, batch: PagedBatch, sequence_ids: list[int]) -> Attend:
+    def last_hidden(self, row: int) -> list[float]:
+        """Return the hidden state behind a row of the last step's logits."""
+        assert self._hidden_ND is not None, "a step comes first"
+        values: list[float] = self._hidden_ND[row].float().tolist()
+        return values
+
+    def _attend(self, cache: Tensor, batch: PagedBatch, sequence_ids: list[int]) -> Attend:
         if self._window is None:
-            return PagedSdpa(self._cache, batch)
+            return PagedSdpa(cache, batch)
         return self._window.attend(batch, sequence_ids)
 
     def load_adapter(self, slot: int, adapter: Adapter) -> None:
@@ -69,6 +97,14 @@ class Runner:
     def clear_adapter(self, slot: int) -> None:
         """Empty a slot that no running sequence uses."""
         self._lora.clear(slot)
+
+    @torch.inference_mode()
+    def scrub(self, blocks: list[int]) -> None:
+        """Make every number in these KV blocks finite; those that are stay as they are."""
+        assert self._cache is not None, "asleep"
+        ids = torch.tensor(blocks, device=self._device)
+        self._cache[:, :, ids] = self._cache[:, :, ids].nan_to_num(0.0, 0.0, 0.0)
+        self._open_window(self._cache)  # its copies are gathered anew
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)

@@ -7,12 +7,13 @@ and recomputation after preemption all follow from that rule.
 
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 from mizzen.runtime.engine.api import EngineBusyError, FinishReason, PromptTooLongError
 from mizzen.runtime.engine.blocks import BlockPool, next_hash
 from mizzen.runtime.engine.sequence import Sequence, State
+from mizzen.runtime.engine.speculation import MAX_RUNNING, NgramIndex
 
 ORDER = attrgetter("order")
 RETRY_MIN_S, RETRY_MAX_S = 1.0, 60.0
@@ -27,15 +28,25 @@ class Limits:
     model_len: int
     max_waiting: int
     max_waiting_tokens: int
+    draft_tokens: int = 0  # guessed for a sequence in one step
 
 
 @dataclass(slots=True)
 class Chunk:
-    """One sequence's share of a step: `count` tokens from position `start`."""
+    """One sequence's share of a step: `count` tokens from position `start`, then guesses.
+
+    A chunk with guesses samples at its last known token and at each guess.
+    """
 
     seq: Sequence
     start: int
     count: int
+    draft: list[int] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """How many tokens it computes."""
+        return self.count + len(self.draft)
 
     @property
     def samples(self) -> bool:
@@ -59,6 +70,8 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
+        self.draft_tokens = 0
+        self.accepted_tokens = 0
         self.tokens_per_s = 0.0  # as last observed; makes `retry_after_s` honest
         self._rows = list(range(limits.max_running - 1, -1, -1))
         self._aborted: list[Sequence] = []
@@ -113,18 +126,27 @@ class Scheduler:
         budget = self.limits.step_tokens
         chunks, preempted = self._schedule_running(budget)
         if not preempted:
-            self._schedule_waiting(chunks, budget - sum(chunk.count for chunk in chunks))
+            self._schedule_waiting(chunks, budget - sum(chunk.size for chunk in chunks))
         # Single tokens first: attention treats them as one block.
-        return sorted(chunks, key=lambda chunk: chunk.count > 1)
+        return sorted(chunks, key=lambda chunk: chunk.size > 1)
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
         """Note that the chunks were computed, and offer blocks that became full to others."""
-        size = self.pool.block_size
         for chunk in chunks:
-            seq, end = chunk.seq, chunk.start + chunk.count
-            seq.computed = end
-            for index in range(chunk.start // size, end // size):
-                self.pool.remember(seq.blocks[index], self._hash(seq, index))
+            self._computed(chunk.seq, chunk.start + chunk.count)
+
+    def accept(self, chunk: Chunk, right: int) -> None:
+        """Note how many guesses were right; the tokens are known by now."""
+        self.draft_tokens += len(chunk.draft)
+        self.accepted_tokens += right
+        if right and chunk.seq.state is State.RUNNING:
+            self._computed(chunk.seq, chunk.seq.computed + right)
+
+    def _computed(self, seq: Sequence, end: int) -> None:
+        size = self.pool.block_size
+        for index in range(seq.computed // size, end // size):
+            self.pool.remember(seq.blocks[index], self._hash(seq, index))
+        seq.computed = end
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End a sequence and give back what it holds."""
@@ -162,10 +184,26 @@ class Scheduler:
                     return chunks, True
             if missing > 0:
                 seq.blocks += self.pool.allocate(missing)
-            chunks.append(Chunk(seq, seq.computed, count))
-            budget -= count
+            chunk = Chunk(seq, seq.computed, count)
+            if seq.ngrams is not None and chunk.samples:
+                chunk.draft = self._draft(seq, seq.ngrams, budget - behind - count)
+            chunks.append(chunk)
+            budget -= chunk.size
             position += 1
         return chunks, preempted
+
+    def _draft(self, seq: Sequence, ngrams: NgramIndex, room: int) -> list[int]:
+        """Return guesses, with blocks for them; guessing takes nothing from anybody else."""
+        if len(self.running) > MAX_RUNNING or self.waiting:
+            return []
+        room = min(room, self.limits.draft_tokens, seq.max_tokens - seq.output_tokens - 1)
+        draft = ngrams.propose(seq.token_ids, room) if room > 0 else []
+        missing = self.pool.blocks_for(len(seq.token_ids) + len(draft)) - len(seq.blocks)
+        if missing > self.pool.free:
+            return []
+        if missing > 0:
+            seq.blocks += self.pool.allocate(missing)
+        return draft
 
     def _schedule_waiting(self, chunks: list[Chunk], budget: int) -> None:
         while self.waiting and budget > 0 and self._rows:

@@ -4,6 +4,8 @@ import enum
 from dataclasses import dataclass, field
 
 from mizzen.runtime.engine.api import FinishReason, SamplingParams
+from mizzen.runtime.engine.grammar import GrammarState
+from mizzen.runtime.engine.speculation import NgramIndex
 
 
 class State(enum.Enum):
@@ -32,6 +34,8 @@ class Sequence:
     parent_hash: bytes = b""  # of the first block
     max_tokens: int = 0  # of output, never beyond the context
     seed: int = 0
+    grammar: GrammarState | None = None
+    ngrams: NgramIndex | None = None  # where tokens may be guessed
     prompt_tokens: int = 0
     computed: int = 0
     cached: int = 0  # prompt tokens found in the prefix cache when first scheduled

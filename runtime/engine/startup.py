@@ -14,20 +14,10 @@ from mizzen.runtime.engine.blocks import BlockPool
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.host import cpu_count, memory_available_bytes
 from mizzen.runtime.engine.loop import Loop
-from mizzen.runtime.engine.ranks import (
-    LedRanks,
-    ModelRanks,
-    OneRank,
-    follow,
-    largest_kv,
-    load_rank,
-    own_kv,
-)
-from mizzen.runtime.engine.runner import Runner
+from mizzen.runtime.engine.ranks import ModelRanks, follow, largest_kv, load_rank, own_kv
 from mizzen.runtime.engine.sampler import Sampler
 from mizzen.runtime.engine.scheduler import Limits, Scheduler
 from mizzen.runtime.engine.tokenizer import Tokenizer
-from mizzen.runtime.engine.wire import Allocate, encode
 from mizzen.runtime.errors import BadModelError
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
@@ -118,11 +108,7 @@ def _start_model(
     step_tokens = max(
         config.max_num_batched_tokens or STEP_TOKENS[device.type], config.max_num_seqs
     )
-    ranks.send(encode(Allocate(blocks)))
-    runner = Runner(
-        decoder, kv=own_kv(config, decoder, blocks=blocks), max_rows=config.max_num_seqs
-    )
-    model = OneRank(runner) if ranks.group.size == 1 else LedRanks(runner, ranks)
+    model = ModelRanks(config, decoder, ranks, blocks)
     with _timed(seconds, "warm_up"):
         for step in warm_up_steps(step_tokens, config):
             model.run(step)
@@ -137,6 +123,7 @@ def _start_model(
         model_len=model_len,
         max_waiting=config.max_waiting,
         max_waiting_tokens=config.max_waiting_tokens,
+        draft_tokens=config.speculative_tokens,
     )
     eos_ids = frozenset((*tokenizer.eos_token_ids, *decoder.spec.eos_ids))
     loop = Loop(

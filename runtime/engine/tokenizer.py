@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer as RustTokenizer
 
 from mizzen.runtime.engine.api import InvalidRequestError, Message
-from mizzen.runtime.engine.chat_template import render_chat
+from mizzen.runtime.engine.chat_template import knows_tools, render_chat
 from mizzen.runtime.engine.gguf_vocab import build_tokenizer
 from mizzen.runtime.errors import WeightsMissingError
 
@@ -58,6 +58,12 @@ class Tokenizer:
         """Whether the model brings a chat template."""
         return self.chat_template is not None
 
+    @property
+    def calls_in_tags(self) -> bool:
+        """Whether the model writes tool calls between <tool_call> tags, not as bare JSON."""
+        template = self.chat_template or ""
+        return "<tool_call>" in template or not knows_tools(template)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the text's token ids."""
         return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -65,10 +71,6 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the tokens' text."""
         return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
-
-    def token_text(self, token_id: int) -> str:
-        """Return one token's text, special or not."""
-        return self.decode([token_id], skip_special_tokens=False)
 
     def render(
         self,

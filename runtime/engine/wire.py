@@ -7,7 +7,7 @@ import numpy as np
 
 from mizzen.runtime.engine.batch import StepInput
 
-STEP, ALLOCATE, LOAD, CLEAR = range(4)
+STEP, ALLOCATE, LOAD, CLEAR, SCRUB, PREPARE, FORGO, SWAP, RELEASE = range(9)
 HEADER_INTS = 10
 WORD = np.dtype(np.int64)
 
@@ -34,7 +34,36 @@ class Clear:
     slot: int
 
 
-Message = StepInput | Allocate | Load | Clear
+@dataclass(frozen=True, slots=True)
+class Scrub:
+    """Make every number in these KV blocks finite."""
+
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Read the weights at this path, beside what is computed."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Forgo:
+    """Let go of the weights that were prepared; they will not be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """Compute with the prepared weights from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Give back the memory of weights and KV cache."""
+
+
+Message = StepInput | Allocate | Load | Clear | Scrub | Prepare | Forgo | Swap | Release
 
 
 def encode(message: Message) -> bytes:
@@ -48,6 +77,16 @@ def encode(message: Message) -> bytes:
             return _header(LOAD, slot) + str(path).encode()
         case Clear(slot):
             return _header(CLEAR, slot)
+        case Scrub(blocks):
+            return _header(SCRUB) + np.array(blocks, dtype=WORD).tobytes()
+        case Prepare(path):
+            return _header(PREPARE) + str(path).encode()
+        case Forgo():
+            return _header(FORGO)
+        case Swap():
+            return _header(SWAP)
+        case Release():
+            return _header(RELEASE)
 
 
 def decode(data: bytes) -> Message:
@@ -56,11 +95,19 @@ def decode(data: bytes) -> Message:
     body = memoryview(data)[HEADER_INTS * WORD.itemsize :]
     if kind == STEP:
         return _decode_step(sizes, np.frombuffer(body, dtype=WORD).copy())
-    if kind == ALLOCATE:
-        return Allocate(sizes[0])
-    if kind == LOAD:
-        return Load(sizes[0], Path(bytes(body).decode()))
-    return Clear(sizes[0])
+    if kind == SCRUB:
+        return Scrub(np.frombuffer(body, dtype=WORD).tolist())
+    path = Path(bytes(body).decode())
+    plain: dict[int, Message] = {
+        ALLOCATE: Allocate(sizes[0]),
+        LOAD: Load(sizes[0], path),
+        CLEAR: Clear(sizes[0]),
+        PREPARE: Prepare(path),
+        FORGO: Forgo(),
+        SWAP: Swap(),
+        RELEASE: Release(),
+    }
+    return plain[kind]
 
 
 def _encode_step(step: StepInput) -> bytes:

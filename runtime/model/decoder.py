@@ -10,23 +10,27 @@ causal attention over packed sequences.
 # Shapes: T packed tokens, D model width, H query heads and K KV heads of this rank, d head
 # dimension, N chosen positions, V vocabulary.
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mizzen.runtime.attention.base import NO_BIAS, AttentionBias, alibi_slopes
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.layers import (
     ACTIVATIONS,
     ColumnLinear,
     Linear,
     LoraDelta,
+    Norm,
     Part,
     Placement,
-    RmsNorm,
+    Replicated,
     RowLinear,
     TensorShard,
     VocabTable,
     can_pack,
+    sum_shares,
 )
 from mizzen.runtime.model.rope import inverse_frequencies, rope_tables, rotate
 from mizzen.runtime.parallel.shard import HeadShard, Span, even_span, head_shard
@@ -36,6 +40,16 @@ class Attend(Protocol):
     """Attention of one layer: stores the new keys and values, returns each query's mixture."""
 
     def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+        """Return out_THd."""
+        ...
+
+
+class BiasedAttend(Protocol):
+    """What a model needs whose `spec.is_plain_causal` is false."""
+
+    def __call__(
+        self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, *, bias: AttentionBias
+    ) -> Tensor:
         """Return out_THd."""
         ...
 
@@ -60,79 +74,112 @@ class Attention(nn.Module):
         self.out = RowLinear(prefix, out, spec.hidden_size, bias=spec.o_bias, place=place)
         self.q_norm = self.k_norm = None
         if spec.qk_norm:
-            names = [f"{prefix}self_attn.{side}_norm.weight" for side in "qk"]
             self.q_norm, self.k_norm = (
-                RmsNorm(name, spec.head_dim, spec.norm_eps, place=place) for name in names
+                Norm(f"{prefix}self_attn.{side}_norm", spec.head_dim, spec, place=place)
+                for side in "qk"
             )
+        self._is_interleaved = spec.rope.is_interleaved
+        self._query_scale = spec.query_scales[layer] if spec.query_scales else 1.0
+        self._bias = _attention_bias(spec, layer, heads, place)
 
     def forward(
         self,
         x_TD: Tensor,
-        tables: tuple[Tensor, Tensor],
+        tables: tuple[Tensor, Tensor] | None,
         attend: Attend,
         lora: LoraDelta | None,
     ) -> Tensor:
-        """Return the block's addition to the residual stream."""
+        """Return this rank's share of the addition to the residual stream."""
         q, k, v = (
             part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x_TD, self.layer, lora)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *tables), rotate(k, *tables)
-        mixed_THd = attend(self.layer, q, k, v)
+        if tables is not None:
+            q, k = (rotate(x, *tables, is_interleaved=self._is_interleaved) for x in (q, k))
+        if self._query_scale != 1.0:
+            q = q * self._query_scale
+        if self._bias is NO_BIAS:
+            mixed_THd = attend(self.layer, q, k, v)
+        else:
+            mixed_THd = cast(BiasedAttend, attend)(self.layer, q, k, v, bias=self._bias)
         return self.out(mixed_THd.flatten(-2), self.layer, lora)
 
 
+def _attention_bias(
+    spec: ArchSpec, layer: int, heads: HeadShard, place: Placement
+) -> AttentionBias:
+    window = spec.windows[layer] if spec.windows else None
+    slopes = None
+    if spec.positions == "alibi":
+        # Of this rank's heads among all: slopes worked out from their own number would be others.
+        slopes = alibi_slopes(spec.heads)[heads.queries.start : heads.queries.stop]
+        slopes = slopes.to(place.device)
+    return NO_BIAS if window is None and slopes is None else AttentionBias(slopes, window)
+
+
 class FeedForward(nn.Module):
-    """The gated block: activation(gate) times up, and down again."""
+    """Up, activation, and down again; gated, the activation of a gate multiplies what is up."""
 
     def __init__(self, spec: ArchSpec, layer: int, prefix: str, place: Placement) -> None:
         super().__init__()
         self.layer = layer
         total = spec.intermediate_size
         span = even_span(total, rank=place.group.rank, size=place.group.size)
-        parts = [Part(name, f"mlp.{name}", span, total) for name in ("gate_proj", "up_proj")]
+        names = ("gate_proj", "up_proj") if spec.is_gated else ("up_proj",)
+        parts = [Part(name, f"mlp.{name}", span, total) for name in names]
         down = Part("down_proj", "mlp.down_proj", span, total)
-        self.gate_up = ColumnLinear(
-            prefix, parts, spec.hidden_size, bias=spec.mlp_bias, place=place
-        )
+        self.up = ColumnLinear(prefix, parts, spec.hidden_size, bias=spec.mlp_bias, place=place)
         self.down = RowLinear(prefix, down, spec.hidden_size, bias=spec.mlp_bias, place=place)
         self.activation = ACTIVATIONS[spec.act]
 
     def forward(self, x_TD: Tensor, lora: LoraDelta | None) -> Tensor:
-        """Return the block's addition to the residual stream."""
-        gate, up = self.gate_up(x_TD, self.layer, lora)
-        return self.down(self.activation(gate) * up, self.layer, lora)
+        """Return this rank's share of the addition to the residual stream."""
+        first, *rest = self.up(x_TD, self.layer, lora)
+        hidden = self.activation(first)
+        return self.down(hidden * rest[0] if rest else hidden, self.layer, lora)
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each on a normalised copy of the stream."""
+    """One layer: attention and feed-forward, each on a normalised copy of the stream.
+
+    Post-norm normalises the stream after each addition instead; parallel gives both the same copy
+    and needs one sum over the ranks for the two.
+    """
 
     def __init__(self, spec: ArchSpec, layer: int, heads: HeadShard, place: Placement) -> None:
         super().__init__()
         prefix = f"model.layers.{layer}."
-
-        def norm(name: str) -> RmsNorm:
-            return RmsNorm(f"{prefix}{name}.weight", spec.hidden_size, spec.norm_eps, place=place)
-
-        self.attention_norm = norm("input_layernorm")
+        self.attention_norm = Norm(f"{prefix}input_layernorm", spec.hidden_size, spec, place=place)
         self.attention = Attention(spec, layer, prefix, heads, place)
-        self.feed_forward_norm = norm("post_attention_layernorm")
+        if spec.block != "parallel":
+            self.feed_forward_norm = Norm(
+                f"{prefix}post_attention_layernorm", spec.hidden_size, spec, place=place
+            )
         self.feed_forward = FeedForward(spec, layer, prefix, place)
+        self._order = spec.block
         self._group = place.group
 
     def forward(
         self,
         x_TD: Tensor,
-        tables: tuple[Tensor, Tensor],
+        tables: tuple[Tensor, Tensor] | None,
         attend: Attend,
         lora: LoraDelta | None,
     ) -> Tensor:
         """Return the residual stream after this layer."""
-        inner = self._group.copy(self.attention_norm(x_TD))
-        x_TD = x_TD + self.attention(inner, tables, attend, lora)
-        inner = self._group.copy(self.feed_forward_norm(x_TD))
-        return x_TD + self.feed_forward(inner, lora)
+        group, attention, feed_forward = self._group, self.attention, self.feed_forward
+        is_post = self._order == "post_norm"
+        inner = group.copy(x_TD if is_post else self.attention_norm(x_TD))
+        share = attention(inner, tables, attend, lora)
+        if self._order == "parallel":
+            share = share + feed_forward(inner, lora)
+            return x_TD + sum_shares(group, share, attention.out, feed_forward.down)
+        x_TD = x_TD + sum_shares(group, share, attention.out)
+        x_TD = self.attention_norm(x_TD) if is_post else x_TD
+        inner = group.copy(x_TD if is_post else self.feed_forward_norm(x_TD))
+        x_TD = x_TD + sum_shares(group, feed_forward(inner, lora), feed_forward.down)
+        return self.feed_forward_norm(x_TD) if is_post else x_TD
 
 
 class Decoder(nn.Module):
@@ -147,19 +194,26 @@ class Decoder(nn.Module):
         self.heads = head_shard(
             heads=spec.heads, kv_heads=spec.kv_heads, rank=group.rank, size=group.size
         )
-        width = spec.hidden_size
-        self.embedding = VocabTable(
-            "model.embed_tokens.weight", spec.vocab_size, width, place=place
-        )
+        width, narrow = spec.hidden_size, spec.embedding_size
+
+        def table(name: str, *, bias: bool = False) -> VocabTable:
+            return VocabTable(name, spec.vocab_size, narrow or width, bias=bias, place=place)
+
+        self.embedding = table("model.embed_tokens")
+        self.positions = self.embedding_norm = self.project_in = self.project_out = None
+        if spec.positions == "learned":
+            rows = spec.max_len + spec.position_offset
+            self.positions = Replicated("model.embed_positions", rows, width, place=place)
+        if spec.has_embedding_norm:
+            self.embedding_norm = Norm("model.embed_norm", width, spec, place=place)
+        if narrow:
+            self.project_in = Replicated("model.project_in", width, narrow, place=place)
+            self.project_out = Replicated("model.project_out", narrow, width, place=place)
         self.blocks = nn.ModuleList(
             Block(spec, layer, self.heads, place) for layer in range(spec.layers)
         )
-        self.norm = RmsNorm("model.norm.weight", width, spec.norm_eps, place=place)
-        self.head = (
-            self.embedding
-            if spec.tied
-            else VocabTable("lm_head.weight", spec.vocab_size, width, place=place)
-        )
+        self.norm = Norm("model.norm", width, spec, place=place) if spec.has_final_norm else None
+        self.head = self.embedding if spec.tied else table("lm_head", bias=spec.has_head_bias)
         # No buffer: `decoder.to(dtype)` must not round angles.
         self._rope_speeds = inverse_frequencies(spec.rope, spec.head_dim).to(place.device)
 
@@ -170,12 +224,29 @@ class Decoder(nn.Module):
         attend: Attend,
         lora: LoraDelta | None = None,
     ) -> Tensor:
-        """Return hidden_TD after the final norm, equal on every rank."""
+        """Return the hidden state that `logits` and pooling read, equal on every rank."""
         x_TD = self.embedding.embed(token_ids_T)
-        tables = rope_tables(positions_T, self._rope_speeds, x_TD.dtype)
+        tables = None
+        if self.project_in is not None:
+            x_TD = F.linear(x_TD, self.project_in.weight)
+        if self.positions is not None:
+            at_T = positions_T + self.spec.position_offset
+            x_TD = x_TD + F.embedding(at_T, self.positions.weight)
+        elif self.spec.positions == "rope":
+            tables = rope_tables(
+                positions_T,
+                self._rope_speeds,
+                self.spec.rope,
+                head_dim=self.spec.head_dim,
+                dtype=x_TD.dtype,
+            )
+        if self.embedding_norm is not None:
+            x_TD = self.embedding_norm(x_TD)
         for block in self.blocks:
             x_TD = block(x_TD, tables, attend, lora)
-        return self.norm(x_TD)
+        if self.norm is not None:
+            x_TD = self.norm(x_TD)
+        return x_TD if self.project_out is None else F.linear(x_TD, self.project_out.weight)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Return float32 logits_NV over the whole vocabulary, equal on every rank."""
@@ -184,11 +255,10 @@ class Decoder(nn.Module):
     def shards(self) -> Iterator[TensorShard]:
         """Yield views of every held part of a checkpoint tensor, each name once.
 
-        Loaders copy into them; on a group of one rank they are the whole checkpoint, in its own
-        names, so a trainer saves them as they are.
+        Loaders copy into them; on a group of one rank they are the whole checkpoint, in our names.
         """
         for module in self.modules():
-            if isinstance(module, (ColumnLinear, RowLinear, VocabTable, RmsNorm)):
+            if isinstance(module, (ColumnLinear, RowLinear, VocabTable, Replicated)):
                 yield from module.shards()
 
     def prepack(self) -> bool:

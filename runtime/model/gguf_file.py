@@ -1,6 +1,7 @@
-"""A GGUF file as a source of weights: llama.cpp's names and row order turned into ours."""
+"""A GGUF file as a source of weights, under llama.cpp's names."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +13,14 @@ from torch import Tensor
 
 from mizzen.runtime.errors import NotAModelError, UnknownArchitectureError, WeightsMissingError
 from mizzen.runtime.model.arch import ArchSpec, RopeSpec
+from mizzen.runtime.model.families import GGUF_FAMILIES, GGUF_NAMES, Family
 from mizzen.runtime.model.gguf_header import GgufTensor, read_gguf_header
+from mizzen.runtime.model.names import NameMap
 from mizzen.runtime.parallel.shard import Span
-
-_FAMILIES = ("llama", "qwen2", "qwen3")  # Mistral's files say "llama" too
-_TOP = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_IN_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 class GgufFile:
-    """Gives tensors by their Hugging Face names, dequantized to float32."""
+    """Gives tensors by llama.cpp's names, dequantized to float32, rotary rows in our order."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -56,7 +38,7 @@ class GgufFile:
         tensor = self._tensor(name)
         span = rows or Span(0, tensor.shape[0])
         values = torch.from_numpy(self._dequantize(tensor, span))
-        if self._spec.family == "llama" and re.search(r"\.[qk]_proj\.", name):
+        if self._spec.family == "llama" and re.search(r"\.attn_[qk]\.", name):
             values = _unpermute(values, self._spec.head_dim)
         return values if columns is None else values[:, columns.start : columns.stop]
 
@@ -65,9 +47,9 @@ class GgufFile:
         return self._tensor(name).shape
 
     def _tensor(self, name: str) -> GgufTensor:
-        tensor = self._tensors.get(_gguf_name(name))
+        tensor = self._tensors.get(name)
         if tensor is None:
-            raise WeightsMissingError(f"{self._path.name} has no tensor {_gguf_name(name)}.")
+            raise WeightsMissingError(f"{self._path.name} has no tensor {name}.")
         return tensor
 
     def _dequantize(self, tensor: GgufTensor, rows: Span) -> np.ndarray:
@@ -86,20 +68,25 @@ class GgufFile:
         values: np.ndarray = dequantize(raw, tensor.quantization)
         return values
 
+    def names(self) -> NameMap:
+        """Return how the file spells our tensors; llama.cpp fuses where the family's files do."""
+        is_fused = "blk.0.attn_qkv.weight" in self._tensors
+        return replace(GGUF_NAMES, fused="attn_qkv" if is_fused else None)
+
     def _read_spec(self) -> ArchSpec:
-        family = self.metadata.get("general.architecture")
-        if family not in _FAMILIES:
+        name = self.metadata.get("general.architecture")
+        if name not in GGUF_FAMILIES:
             raise UnknownArchitectureError(
-                f"GGUF architecture {family} is not supported. Supported: {', '.join(_FAMILIES)}."
+                f"GGUF architecture {name} is not supported. Supported: {', '.join(GGUF_FAMILIES)}."
             )
         try:
-            return self._build_spec(family)
+            return self._build_spec(GGUF_FAMILIES[name])
         except KeyError as missing:
             raise NotAModelError(f"{self._path.name} lacks the entry {missing}.") from None
 
-    def _build_spec(self, family: str) -> ArchSpec:
+    def _build_spec(self, family: Family) -> ArchSpec:
         def entry(key: str, default: Any = None) -> Any:
-            key = f"{family}.{key}"
+            key = f"{family.name}.{key}"
             return self.metadata[key] if default is None else self.metadata.get(key, default)
 
         heads, hidden_size = entry("attention.head_count"), entry("embedding_length")
@@ -109,8 +96,18 @@ class GgufFile:
                 "Rotary positions on a part of each head are not supported."
             )
         is_float32 = self.metadata.get("general.file_type") == 0
+        is_layer_norm = family.fixed.get("norm") == "layer"
+        fields = {
+            "qkv_bias": "blk.0.attn_q.bias" in self._tensors,
+            "o_bias": "blk.0.attn_output.bias" in self._tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in self._tensors,
+            "qk_norm": "blk.0.attn_q_norm.weight" in self._tensors,
+            # Of those that llama.cpp has, the families with layer norms use this activation.
+            "act": "gelu_tanh" if is_layer_norm else "silu",
+            **family.fixed,
+        }
         return ArchSpec(
-            family=family,
+            family=family.name,
             vocab_size=self._tensors["token_embd.weight"].shape[0],
             hidden_size=hidden_size,
             intermediate_size=entry("feed_forward_length"),
@@ -119,16 +116,13 @@ class GgufFile:
             kv_heads=entry("attention.head_count_kv", heads),
             head_dim=head_dim,
             max_len=entry("context_length"),
-            norm_eps=entry("attention.layer_norm_rms_epsilon"),
+            norm_eps=entry(f"attention.layer_norm{'' if is_layer_norm else '_rms'}_epsilon"),
             rope=self._rope(entry),
-            qkv_bias="blk.0.attn_q.bias" in self._tensors,
-            o_bias="blk.0.attn_output.bias" in self._tensors,
-            mlp_bias="blk.0.ffn_up.bias" in self._tensors,
-            qk_norm="blk.0.attn_q_norm.weight" in self._tensors,
             tied="output.weight" not in self._tensors,
             dtype=torch.float32 if is_float32 else torch.bfloat16,
             bos_id=self.metadata.get("tokenizer.ggml.bos_token_id"),
             eos_ids=self._eos_ids(),
+            **fields,
         )
 
     def _rope(self, entry: Any) -> RopeSpec:
@@ -145,13 +139,6 @@ class GgufFile:
         names = ("eos", "eot", "eom")  # end of text, of turn, of message
         ids = (self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names)
         return tuple(dict.fromkeys(i for i in ids if i is not None))
-
-
-def _gguf_name(name: str) -> str:
-    if found := _LAYER_NAME.fullmatch(name):
-        layer, path, kind = found.groups()
-        return f"blk.{layer}.{_IN_LAYER[path]}.{kind}"
-    return _TOP[name]
 
 
 def _unpermute(values: Tensor, head_dim: int) -> Tensor:

@@ -16,22 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.parallel.shard import Span, even_span
 
 _VOCAB_MULTIPLE = 64  # matmuls run best on such widths, and every rank's part must be equal
-
-
-class WeightSource(Protocol):
-    """A checkpoint that gives parts of its tensors by their Hugging Face names."""
-
-    def read(self, name: str, *, rows: Span | None = None, columns: Span | None = None) -> Tensor:
-        """Return the tensor, or only the named rows (first dimension) or columns (second)."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the whole tensor's shape; raises WeightsMissingError."""
-        ...
 
 
 class LoraDelta(Protocol):
@@ -155,17 +144,14 @@ class RowLinear(Linear):
         self._group = place.group
 
     def forward(self, x_TI: Tensor, layer: int, lora: LoraDelta | None) -> Tensor:
-        """Return the whole output, equal on every rank."""
-        # The bias follows the sum: added to each rank's share it would count once per rank.
-        is_split = self._group.size > 1
-        out_TO = self.matmul(x_TI, bias=not is_split)
+        """Return this rank's share of the output; `sum_shares` makes it whole."""
+        out_TO = self.matmul(x_TI, bias=self._group.size == 1)
         if lora is not None:
             # An adapter is linear too: its shares take part in the same sum.
             delta = lora.delta(layer, self.part.name, x_TI)
             if delta is not None:
                 out_TO = out_TO + delta
-        out_TO = self._group.all_reduce(out_TO)
-        return out_TO + self.bias if is_split and self.bias is not None else out_TO
+        return out_TO
 
     def shards(self) -> Iterator[TensorShard]:
         """Yield views of the held part of each checkpoint tensor."""
@@ -176,17 +162,31 @@ class RowLinear(Linear):
             yield TensorShard(f"{path}.bias", self.bias, whole[:1])
 
 
+def sum_shares(group: RankGroup, share_TO: Tensor, *linears: RowLinear) -> Tensor:
+    """Return the sum of what `linears` gave on all ranks, equal on every rank."""
+    if group.size == 1:
+        return share_TO
+    out_TO = group.all_reduce(share_TO)
+    for linear in linears:
+        # The bias follows the sum: added to each rank's share it would count once per rank.
+        if linear.bias is not None:
+            out_TO = out_TO + linear.bias
+    return out_TO
+
+
 class VocabTable(Linear):
     """Token vectors, sharded by token: the embedding, and the output head in its other use.
 
     The vocabulary is padded so that every rank has the same number of rows; padding is zero.
     """
 
-    def __init__(self, name: str, vocab: int, columns: int, *, place: Placement) -> None:
+    def __init__(
+        self, name: str, vocab: int, columns: int, *, bias: bool = False, place: Placement
+    ) -> None:
         multiple = _VOCAB_MULTIPLE * place.group.size
         padded = -(-vocab // multiple) * multiple
         self.span = even_span(padded, rank=place.group.rank, size=place.group.size)
-        super().__init__(self.span.size, columns, bias=False, place=place)
+        super().__init__(self.span.size, columns, bias=bias, place=place)
         self.name = name
         self.vocab = vocab
         self._group = place.group
@@ -215,29 +215,45 @@ class VocabTable(Linear):
     def shards(self) -> Iterator[TensorShard]:
         """Yield views of the held part of each checkpoint tensor."""
         held, whole = self._held, (self.vocab, self.weight.shape[1])
-        yield TensorShard(self.name, self.weight[:held], whole, rows=Span(self.span.start, held))
+        rows = Span(self.span.start, held)
+        yield TensorShard(f"{self.name}.weight", self.weight[:held], whole, rows=rows)
+        if self.bias is not None:
+            yield TensorShard(f"{self.name}.bias", self.bias[:held], whole[:1], rows=rows)
 
 
-class RmsNorm(nn.Module):
-    """Scale to unit root mean square, then by a learned weight; the same on every rank."""
+class Replicated(nn.Module):
+    """A weight, and perhaps a bias, that every rank holds whole."""
 
-    def __init__(self, name: str, width: int, eps: float, *, place: Placement) -> None:
+    def __init__(self, name: str, *shape: int, bias: bool = False, place: Placement) -> None:
         super().__init__()
-        self.weight = place.empty(width)
+        self.weight = place.empty(*shape)
+        self.bias = place.empty(*shape) if bias else None
         self.name = name
-        self.eps = eps
+
+    def shards(self) -> Iterator[TensorShard]:
+        """Yield the whole tensors."""
+        yield TensorShard(f"{self.name}.weight", self.weight, tuple(self.weight.shape))
+        if self.bias is not None:
+            yield TensorShard(f"{self.name}.bias", self.bias, tuple(self.bias.shape))
+
+
+class Norm(Replicated):
+    """RMS norm scales to unit root mean square, layer norm centres first and has a bias."""
+
+    def __init__(self, name: str, width: int, spec: ArchSpec, *, place: Placement) -> None:
+        super().__init__(name, width, bias=spec.norm == "layer", place=place)
+        self.eps = spec.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
+        if self.bias is not None:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-    def shards(self) -> Iterator[TensorShard]:
-        """Yield the one tensor."""
-        yield TensorShard(self.name, self.weight, tuple(self.weight.shape))
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
+    "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }

@@ -7,7 +7,9 @@ import torch
 from mizzen.runtime.errors import WeightShapeError
 from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
-from mizzen.runtime.model.layers import Placement, WeightSource
+from mizzen.runtime.model.families import family_named
+from mizzen.runtime.model.layers import Placement
+from mizzen.runtime.model.names import NamedSource, WeightSource
 from mizzen.runtime.model.safetensors_dir import SafetensorsDir
 from mizzen.runtime.parallel.group import RankGroup
 
@@ -65,5 +67,7 @@ def _open(checkpoint: Path) -> tuple[ArchSpec, WeightSource]:
         from mizzen.runtime.model.gguf_file import GgufFile  # noqa: PLC0415 - only if needed
 
         file = GgufFile(checkpoint)
-        return file.spec(), file
-    return ArchSpec.from_dir(checkpoint), SafetensorsDir(checkpoint)
+        return file.spec(), NamedSource(file, file.names(), head_dim=file.spec().head_dim)
+    spec = ArchSpec.from_dir(checkpoint)
+    source = SafetensorsDir(checkpoint)
+    return spec, NamedSource(source, family_named(spec.family).names, head_dim=spec.head_dim)

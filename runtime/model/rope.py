@@ -1,17 +1,22 @@
 """Rotary positions: the angles a position turns each pair of a head's dimensions by."""
 
+# torch leaves some of its calls untyped.
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+
 # Shapes: T packed tokens, H heads of this rank, d head dimension.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mizzen.runtime.model.arch import RopeSpec
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
-    """Return the head_dim / 2 angular speeds, in float32, after context scaling."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    """Return one angular speed per turned pair, in float32, after context scaling."""
+    dims = rope.dims or head_dim
+    exponents = torch.arange(0, dims, 2, dtype=torch.int64).float() / dims
     speeds = 1.0 / (rope.theta**exponents)
     if rope.scaling == "linear":
         return speeds / rope.factor
@@ -33,13 +38,26 @@ def _llama3_speeds(speeds: Tensor, rope: RopeSpec) -> Tensor:
     return keep * speeds + (1 - keep) * speeds / rope.factor
 
 
-def rope_tables(positions_T: Tensor, speeds: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of shape [T, 1, d], as `rotate` wants them: sin's first half negated."""
+def rope_tables(
+    positions_T: Tensor, speeds: Tensor, rope: RopeSpec, *, head_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of shape [T, 1, d], as `rotate` wants them: every other sin negated.
+
+    Dimensions that do not turn have an angle of zero.
+    """
     angles = (positions_T.to(torch.float32)[:, None] * speeds)[:, None, :]
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    if not rope.is_interleaved:
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    rest = (0, head_dim - 2 * speeds.numel())
+    cos = F.pad(cos.repeat_interleave(2, dim=-1), rest, value=1.0)
+    return cos, F.pad(torch.stack((-sin, sin), dim=-1).flatten(-2), rest)
 
 
-def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + d/2) of each head, as Hugging Face lays them out."""
-    return torch.addcmul(x_THd * cos, x_THd.roll(x_THd.shape[-1] // 2, dims=-1), sin)
+def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool = False) -> Tensor:
+    """Turn the pairs (i, i + d/2) of each head, or (i, i + 1), as Hugging Face lays them out."""
+    if is_interleaved:
+        partners = x_THd.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        partners = x_THd.roll(x_THd.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x_THd * cos, partners, sin)

@@ -70,7 +70,7 @@ def _plain(value: object) -> object:
 
 
 def checked_path(path: str, roots: Sequence[Path]) -> Path:
-    """Return the adapter's real path.
+    """Return the real path of a directory with weights.
 
     Raises:
         ApiError: it is not below one of `roots`, links followed. What lies elsewhere is not
@@ -79,8 +79,8 @@ def checked_path(path: str, roots: Sequence[Path]) -> Path:
     allowed = ", ".join(str(root) for root in roots)
     outside = ApiError(
         403,
-        f"Adapters are loaded only from below {allowed}. Move the adapter there or start the "
-        "server with --adapter-root.",
+        f"Weights are loaded only from below {allowed}. Move them there or start the server with "
+        "--adapter-root.",
         code="path_not_allowed",
         param="path",
     )
@@ -91,7 +91,7 @@ def checked_path(path: str, roots: Sequence[Path]) -> Path:
     if not any(real.is_relative_to(root.resolve()) for root in roots):
         raise outside
     if not real.is_dir():
-        raise invalid("path", f"{given} is not a directory.", code="adapter_not_found")
+        raise invalid("path", f"{given} is not a directory.", code="path_not_found")
     return real
 
 
@@ -105,7 +105,7 @@ async def load_adapter(service: Service, name: str, source: AdapterSource) -> No
         raise invalid("name", f"{name!r} cannot be an adapter's name.")
     engine = service.engine
     path = checked_path(source.path, service.config.adapter_roots)
-    async with service.adapter_lock:
+    async with service.change_lock:
         try:
             if source.digest:
                 await asyncio.to_thread(_check_digest, path, source.digest)
@@ -142,7 +142,7 @@ async def unload_adapter(service: Service, name: str) -> None:
     """
     if name == service.served_name:
         raise invalid("name", "The base model stays loaded for the life of the server.")
-    async with service.adapter_lock:
+    async with service.change_lock:
         service.adapter_errors.pop(name, None)
         service.adapter_digests.pop(name, None)
         try:

@@ -1,6 +1,8 @@
-"""The admin port: health that tells the truth, metrics, drain, adapters. Not for users."""
+"""The admin port: health that tells the truth, metrics, drain, sleep, weights. Not for users."""
 
+import asyncio
 from functools import partial
+from typing import TypeVar
 
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -9,21 +11,31 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from mizzen.runtime.server.access import Access, Gate
-from mizzen.runtime.server.adapters import adapters_body
+from mizzen.runtime.server.adapters import adapters_body, checked_path
 from mizzen.runtime.server.drain import Drain
 from mizzen.runtime.server.errors import ApiError, from_validation
 from mizzen.runtime.server.routes import GuardedRoute, build_http_app, json_response, read_body
-from mizzen.runtime.server.service import Service
+from mizzen.runtime.server.service import Phase, Service
+
+Asked = TypeVar("Asked", bound=BaseModel)
 
 _BODY_LIMIT = 64 * 1024
 
 
 class DrainRequest(BaseModel):
-    """Body of POST /drain."""
+    """Body of POST /drain and POST /sleep."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     timeout_s: float | None = Field(None, ge=0, le=86_400, alias="timeoutSeconds")
+
+
+class WeightsRequest(BaseModel):
+    """Body of POST /weights."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(min_length=1, max_length=4096)
 
 
 def admin_routes(service: Service, drain: Drain) -> list[GuardedRoute]:
@@ -36,6 +48,9 @@ def admin_routes(service: Service, drain: Drain) -> list[GuardedRoute]:
         GuardedRoute("GET", "/drain", partial(_drain_state, service), Access.ADMIN),
         GuardedRoute("POST", "/drain", partial(_begin_drain, service, drain), Access.ADMIN),
         GuardedRoute("GET", "/adapters", partial(_adapters, service), Access.ADMIN),
+        GuardedRoute("POST", "/sleep", partial(_sleep, service), Access.ADMIN),
+        GuardedRoute("POST", "/wake", partial(_wake, service), Access.ADMIN),
+        GuardedRoute("POST", "/weights", partial(_weights, service), Access.ADMIN),
     ]
 
 
@@ -76,14 +91,21 @@ async def _drain_state(service: Service, request: Request) -> ASGIApp:
 
 
 async def _begin_drain(service: Service, drain: Drain, request: Request) -> ASGIApp:
+    drain.begin(await _timeout_s(service, request))
+    return json_response(_drain_body(service), status=202)
+
+
+async def _timeout_s(service: Service, request: Request) -> float:
+    asked = await _parse(request, DrainRequest)
+    return service.config.drain_seconds if asked.timeout_s is None else asked.timeout_s
+
+
+async def _parse(request: Request, kind: type[Asked]) -> Asked:
     body = await read_body(request, limit=_BODY_LIMIT)
     try:
-        asked = DrainRequest.model_validate_json(body or b"{}")
+        return kind.model_validate_json(body or b"{}")
     except ValidationError as error:
         raise from_validation(error) from error
-    timeout_s = service.config.drain_seconds if asked.timeout_s is None else asked.timeout_s
-    drain.begin(timeout_s)
-    return json_response(_drain_body(service), status=202)
 
 
 def _drain_body(service: Service) -> dict[str, object]:
@@ -92,3 +114,32 @@ def _drain_body(service: Service) -> dict[str, object]:
 
 async def _adapters(service: Service, request: Request) -> ASGIApp:
     return json_response(adapters_body(service))
+
+
+async def _sleep(service: Service, request: Request) -> ASGIApp:
+    timeout_s = await _timeout_s(service, request)
+    async with service.change_lock:
+        if service.phase not in (Phase.SERVING, Phase.ASLEEP):
+            raise ApiError(
+                409, f"Only a replica that serves can sleep; this one is {service.phase}."
+            )
+        service.phase = Phase.ASLEEP
+        await service.engine.sleep(timeout_s)
+    return json_response({"asleep": True})
+
+
+async def _wake(service: Service, request: Request) -> ASGIApp:
+    async with service.change_lock:
+        await service.engine.wake()
+        if service.phase is Phase.ASLEEP:  # and not draining by now
+            service.phase = Phase.SERVING
+    return json_response({"asleep": False})
+
+
+async def _weights(service: Service, request: Request) -> ASGIApp:
+    """Swap the weights under what is served; the prefix cache forgets what the old ones made."""
+    asked = await _parse(request, WeightsRequest)
+    roots = (*service.config.adapter_roots, service.config.model_path)
+    path = await asyncio.to_thread(checked_path, asked.path, roots)
+    await service.engine.load_weights(path)
+    return json_response({"path": str(path)})

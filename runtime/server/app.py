@@ -10,9 +10,11 @@ from mizzen.runtime.server.errors import ApiError
 from mizzen.runtime.server.oip_http import oip_routes
 from mizzen.runtime.server.openai_chat import chat_completions
 from mizzen.runtime.server.openai_completions import completions
+from mizzen.runtime.server.openai_embeddings import embeddings
 from mizzen.runtime.server.openai_models import get_model, list_models
 from mizzen.runtime.server.routes import Envelope, GuardedRoute, build_http_app, json_response
 from mizzen.runtime.server.service import Service
+from mizzen.runtime.server.tokens import detokenize, tokenize
 
 
 def user_routes(service: Service) -> list[GuardedRoute]:
@@ -25,6 +27,9 @@ def user_routes(service: Service) -> list[GuardedRoute]:
             "POST", "/v1/chat/completions", partial(chat_completions, service), Access.USER
         ),
         GuardedRoute("POST", "/v1/completions", partial(completions, service), Access.USER),
+        GuardedRoute("POST", "/v1/embeddings", partial(embeddings, service), Access.USER),
+        GuardedRoute("POST", "/tokenize", partial(tokenize, service), Access.USER),
+        GuardedRoute("POST", "/detokenize", partial(detokenize, service), Access.USER),
         *oip_routes(service),
     ]
 

@@ -5,6 +5,7 @@ from pydantic_core import ErrorDetails
 
 from mizzen.runtime.engine.api import (
     AdapterLoadError,
+    AsleepError,
     DrainingError,
     EngineBusyError,
     EngineDeadError,
@@ -12,7 +13,7 @@ from mizzen.runtime.engine.api import (
     PromptTooLongError,
     UnknownAdapterError,
 )
-from mizzen.runtime.errors import MizzenError
+from mizzen.runtime.errors import BadModelError, MizzenError
 
 
 class ApiError(Exception):
@@ -99,6 +100,8 @@ def to_api_error(error: Exception) -> ApiError:
             return error
         case DrainingError():
             return ApiError(503, str(error), code="draining", retry_after_s=error.retry_after_s)
+        case AsleepError():
+            return ApiError(503, str(error), code="asleep", retry_after_s=error.retry_after_s)
         case EngineBusyError():
             return ApiError(429, str(error), code="busy", retry_after_s=error.retry_after_s)
         case PromptTooLongError():
@@ -109,6 +112,8 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(404, str(error), code="model_not_found", param="model")
         case AdapterLoadError():
             return ApiError(400, str(error), code="adapter_load_failed")
+        case BadModelError():
+            return ApiError(400, str(error), code="weights_not_loaded")
         case EngineDeadError():
             return ApiError(503, str(error), code="engine_dead", retry_after_s=30)
         case MizzenError():

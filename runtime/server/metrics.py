@@ -166,6 +166,8 @@ class _Scrape(Collector):
         yield self._counter("vllm:num_preemptions", stats.preemptions)
         yield self._counter("vllm:prefix_cache_queries", stats.prefix_queries)
         yield self._counter("vllm:prefix_cache_hits", stats.prefix_hits)
+        yield self._counter("vllm:spec_decode_num_draft_tokens", stats.draft_tokens)
+        yield self._counter("vllm:spec_decode_num_accepted_tokens", stats.accepted_tokens)
         yield self._counter("mizzen:engine_steps", stats.steps)
 
     def _gauge(self, name: str, value: float) -> Metric:

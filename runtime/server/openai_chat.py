@@ -8,7 +8,7 @@ from contextlib import aclosing
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from mizzen.runtime.engine.api import TokenizerApi, TokenOutput
+from mizzen.runtime.engine.api import FinishReason, TokenizerApi, TokenOutput
 from mizzen.runtime.server.choices import Choice, Outputs, Usage, run_choices
 from mizzen.runtime.server.openai_chunks import DONE, ChunkWriter, quoted
 from mizzen.runtime.server.openai_logprobs import chat_logprobs
@@ -17,6 +17,7 @@ from mizzen.runtime.server.prompts import encode_chat
 from mizzen.runtime.server.routes import EventStream, json_response
 from mizzen.runtime.server.schemas import ChatRequest
 from mizzen.runtime.server.service import Service
+from mizzen.runtime.server.tools import ToolReader, read_tools
 
 
 async def chat_completions(service: Service, request: Request) -> ASGIApp:
@@ -25,7 +26,8 @@ async def chat_completions(service: Service, request: Request) -> ASGIApp:
     adapter = service.resolve(asked.model)
     engine = service.engine
     prompt = await encode_chat(engine, asked)
-    outputs = run_choices(service, asked, [prompt], asked.params(), adapter)
+    params = asked.params(in_tags=engine.tokenizer.calls_in_tags)
+    outputs = run_choices(service, asked, [prompt], params, adapter)
     if asked.stream:
         return await EventStream.start(_stream(asked, outputs, engine.tokenizer))
     return json_response(await _whole(asked, outputs, engine.tokenizer))
@@ -47,9 +49,9 @@ async def _whole(
         "choices": [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": (message := _message(asked, choice.text)),
                 "logprobs": chat_logprobs(tokenizer, choice.logprobs) if asked.logprobs else None,
-                "finish_reason": choice.finish_reason,
+                "finish_reason": _reason(choice.finish_reason, has_calls="tool_calls" in message),
                 "stop_reason": choice.stop_reason,
             }
             for index, choice in enumerate(choices)
@@ -69,10 +71,12 @@ async def _stream(
         include_usage=asked.include_usage,
     )
     usage, begun = Usage(asked.n), set[int]()
+    names = _tool_names(asked)
+    readers = [ToolReader(names) if names else None for _ in range(asked.n)]
     async with aclosing(outputs):
         async for index, output in outputs:
             usage.add(index, output)
-            chunk = _chunk(writer, index, output, tokenizer)
+            chunk = _chunk(writer, index, output, tokenizer, readers[index])
             if index not in begun:
                 begun.add(index)
                 chunk = writer.text(index, '"delta":{"role":"assistant","content":""}') + chunk
@@ -83,17 +87,50 @@ async def _stream(
     yield DONE
 
 
-def _chunk(writer: ChunkWriter, index: int, output: TokenOutput, tokenizer: TokenizerApi) -> bytes:
-    if output.finish_reason is None and not output.logprobs:
+def _chunk(
+    writer: ChunkWriter,
+    index: int,
+    output: TokenOutput,
+    tokenizer: TokenizerApi,
+    reader: ToolReader | None,
+) -> bytes:
+    ends, logprobs = output.finish_reason is not None, output.logprobs
+    if reader is None and not ends and not logprobs:
         if not output.text:
             return b""  # withheld: it may still become a character or a stop string
         return writer.text(index, f'"delta":{{"content":{quoted(output.text)}}}')
-    return writer.choice(
-        index,
-        {
-            "delta": {"content": output.text} if output.text else {},
-            "logprobs": chat_logprobs(tokenizer, output.logprobs) if output.logprobs else None,
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
-        },
-    )
+    deltas = [{"content": output.text}] if output.text else []
+    if reader is not None:
+        deltas = [*reader.push(output.text), *(reader.finish() if ends else ())]
+    if not deltas and (ends or logprobs):
+        deltas = [{}]
+    chunks = []
+    for place, delta in enumerate(deltas):
+        fields: dict[str, object] = {"delta": delta, "logprobs": None, "finish_reason": None}
+        if place == 0 and logprobs:
+            fields["logprobs"] = chat_logprobs(tokenizer, logprobs)
+        if place == len(deltas) - 1 and ends:
+            called = reader is not None and reader.has_calls
+            fields["finish_reason"] = _reason(output.finish_reason, has_calls=called)
+            fields["stop_reason"] = output.stop_reason
+        chunks.append(writer.choice(index, fields))
+    return b"".join(chunks)
+
+
+def _tool_names(asked: ChatRequest) -> frozenset[str]:
+    return frozenset(tool.function.name for tool in asked.callable_tools())
+
+
+def _message(asked: ChatRequest, text: str) -> dict[str, object]:
+    message: dict[str, object] = {"role": "assistant", "content": text, "refusal": None}
+    if names := _tool_names(asked):
+        said, calls = read_tools(text, names)
+        message["content"] = said or (None if calls else "")
+        if calls:
+            message["tool_calls"] = calls
+    return message
+
+
+def _reason(reason: FinishReason | None, *, has_calls: bool) -> str | None:
+    # An answer cut at its length stays cut, whatever it was about to call.
+    return "tool_calls" if has_calls and reason == "stop" else reason

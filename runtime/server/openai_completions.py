@@ -15,7 +15,7 @@ from mizzen.runtime.server.errors import invalid
 from mizzen.runtime.server.openai_chunks import DONE, ChunkWriter, quoted
 from mizzen.runtime.server.openai_logprobs import CompletionLogprobs
 from mizzen.runtime.server.openai_request import parse
-from mizzen.runtime.server.prompts import encode_completion
+from mizzen.runtime.server.prompts import encode_prompts
 from mizzen.runtime.server.routes import EventStream, json_response
 from mizzen.runtime.server.schemas import MAX_CHOICES, CompletionRequest
 from mizzen.runtime.server.service import Service
@@ -29,7 +29,7 @@ async def completions(service: Service, request: Request) -> ASGIApp:
     count = len(asked.prompts()) * asked.n
     if count > 2 * MAX_CHOICES:
         raise invalid("n", f"n: prompts times n is {count}; at most {2 * MAX_CHOICES} are served.")
-    prompts = await encode_completion(engine, asked)
+    prompts = await encode_prompts(engine, asked.prompts(), param="prompt")
     outputs = run_choices(service, asked, prompts, asked.params(), adapter)
     answer = _Answer(asked, engine.tokenizer, _echoes(asked, engine.tokenizer, prompts))
     if asked.stream:

@@ -2,15 +2,14 @@
 
 from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from mizzen.runtime.server.errors import from_validation
 from mizzen.runtime.server.routes import read_body
-from mizzen.runtime.server.schemas import OpenAIRequest
 from mizzen.runtime.server.service import Service
 
-Asked = TypeVar("Asked", bound=OpenAIRequest)
+Asked = TypeVar("Asked", bound=BaseModel)
 
 
 async def parse(service: Service, request: Request, kind: type[Asked]) -> Asked:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from mizzen.runtime.engine.api import EngineApi, PromptTooLongError
 from mizzen.runtime.server.errors import invalid
-from mizzen.runtime.server.schemas import ChatRequest, CompletionRequest
+from mizzen.runtime.server.schemas import ChatRequest, Prompts
 
 # Encoding takes about a second per million characters; this much is a few milliseconds.
 _INLINE_CHARS = 20_000
@@ -14,32 +14,40 @@ _INLINE_CHARS = 20_000
 async def encode_chat(engine: EngineApi, request: ChatRequest) -> tuple[int, ...]:
     """Return the conversation in the model's own chat format."""
     messages = [message.to_template() for message in request.messages]
-    size = sum(len(message["content"]) for message in messages)
-    token_ids = await _encode(lambda: engine.tokenizer.apply_chat_template(messages), size)
+    tools = request.template_tools()
+    size = sum(len(message["content"]) for message in messages) + len(str(tools))
+    token_ids = await encode_off_loop(
+        lambda: engine.tokenizer.apply_chat_template(messages, tools), size
+    )
     return _checked(engine, token_ids, param="messages")
 
 
-async def encode_completion(engine: EngineApi, request: CompletionRequest) -> list[tuple[int, ...]]:
-    """Return each prompt's token ids."""
-    return [await _encode_prompt(engine, prompt) for prompt in request.prompts()]
+async def encode_prompts(
+    engine: EngineApi, prompts: Prompts, *, param: str
+) -> list[tuple[int, ...]]:
+    """Return the token ids of each prompt, given as text or as tokens."""
+    return [await _encode_prompt(engine, prompt, param) for prompt in prompts]
 
 
 async def encode_text(engine: EngineApi, text: str, *, param: str) -> tuple[int, ...]:
     """Return one text's token ids."""
-    token_ids = await _encode(lambda: engine.tokenizer.encode(text), len(text))
+    token_ids = await encode_off_loop(lambda: engine.tokenizer.encode(text), len(text))
     return _checked(engine, token_ids, param=param)
 
 
-async def _encode_prompt(engine: EngineApi, prompt: str | Sequence[int]) -> tuple[int, ...]:
+async def _encode_prompt(
+    engine: EngineApi, prompt: str | Sequence[int], param: str
+) -> tuple[int, ...]:
     if isinstance(prompt, str):
-        return await encode_text(engine, prompt, param="prompt")
+        return await encode_text(engine, prompt, param=param)
     largest = engine.tokenizer.vocab_size - 1
     if max(prompt) > largest:
-        raise invalid("prompt", f"prompt: token ids go up to {largest} in this model.")
-    return _checked(engine, prompt, param="prompt")
+        raise invalid(param, f"{param}: token ids go up to {largest} in this model.")
+    return _checked(engine, prompt, param=param)
 
 
-async def _encode(encode: Callable[[], list[int]], chars: int) -> list[int]:
+async def encode_off_loop(encode: Callable[[], list[int]], chars: int) -> list[int]:
+    """Return `encode()`, called in a thread where its text is long."""
     return encode() if chars <= _INLINE_CHARS else await asyncio.to_thread(encode)
 
 

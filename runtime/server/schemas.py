@@ -3,13 +3,18 @@
 A field we know and cannot honour is refused with its name; silence would be taken for effect.
 """
 
+import json
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mizzen.runtime.engine.api import SamplingParams
+from mizzen.runtime.engine.api import Grammar, SamplingParams
+from mizzen.runtime.server.structured import ResponseFormat, StructuredOutputs
+from mizzen.runtime.server.tools import NamedChoice, Tool, ToolChoice, ToolName, forced_calls
 
 MAX_CHOICES = 32
+MAX_TOOLS = 128
 _MAX_STOPS = 16
 _MAX_STOP_CHARS = 1024
 _MAX_BIASES = 1024
@@ -18,6 +23,16 @@ _MAX_PROMPTS = 64
 StopText = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+PromptField = (
+    str
+    | Annotated[list[str], Field(min_length=1, max_length=_MAX_PROMPTS)]
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[
+        list[Annotated[list[TokenId], Field(min_length=1)]],
+        Field(min_length=1, max_length=_MAX_PROMPTS),
+    ]
+)
+Prompts = list[str] | list[list[int]]  # as texts or as token ids
 
 
 class Sampling(BaseModel):
@@ -41,6 +56,18 @@ class Sampling(BaseModel):
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, max_length=_MAX_BIASES
     )
+    structured_outputs: StructuredOutputs | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guided_names(cls, fields: Any) -> Any:
+        # What vLLM called them before structured_outputs; clients still send them.
+        if not isinstance(fields, dict) or fields.get("structured_outputs"):
+            return fields
+        old = {f"guided_{name}": name for name in ("json", "regex", "choice", "grammar")}
+        given = {old[k]: v for k, v in fields.items() if k in old and v is not None}
+        rest = {key: value for key, value in fields.items() if key not in old}
+        return rest | ({"structured_outputs": given} if given else {})
 
     @field_validator("*", mode="before")
     @classmethod
@@ -69,7 +96,18 @@ class Sampling(BaseModel):
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
             logit_bias=self.logit_bias or {},
+            grammar=self.grammar(),
         )
+
+    @model_validator(mode="after")
+    def _grammar_decides_the_end(self) -> Self:
+        if self.min_tokens and self.grammar():
+            raise ValueError("min_tokens cannot go with a grammar, which decides where text ends")
+        return self
+
+    def grammar(self) -> Grammar | None:
+        """Return what the answer must follow, if anything."""
+        return self.structured_outputs.to_grammar() if self.structured_outputs else None
 
 
 class StreamOptions(BaseModel):
@@ -89,6 +127,7 @@ class OpenAIRequest(Sampling):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     cache_salt: str = Field("", max_length=256)
+    response_format: ResponseFormat | None = None
 
     # Known, and without effect on the answer of a server like this one.
     user: str | None = None
@@ -103,6 +142,12 @@ class OpenAIRequest(Sampling):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed when stream is true")
         return self
+
+    def grammar(self) -> Grammar | None:
+        """Return what the answer must follow, if anything."""
+        return super().grammar() or (
+            self.response_format.to_grammar() if self.response_format else None
+        )
 
     @property
     def include_usage(self) -> bool:
@@ -119,6 +164,42 @@ class TextPart(BaseModel):
     text: str
 
 
+class CalledFunction(BaseModel):
+    """The function of a call that was made; `arguments` is JSON."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: ToolName
+    arguments: str = "{}"
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_an_object(cls, arguments: str) -> str:
+        if not isinstance(json.loads(arguments or "{}"), dict):
+            raise ValueError("arguments is not a JSON object")
+        return arguments
+
+
+class MadeCall(BaseModel):
+    """A call that the assistant made in an earlier turn."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def to_template(self) -> dict[str, Any]:
+        """Return the call as chat templates read it: arguments as an object."""
+        function = self.function
+        arguments = json.loads(function.arguments or "{}")
+        return {
+            "id": self.id,
+            "type": "function",
+            "function": {"name": function.name, "arguments": arguments},
+        }
+
+
 class ChatMessage(BaseModel):
     """One turn of a conversation."""
 
@@ -127,6 +208,8 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[MadeCall] | None = Field(None, max_length=MAX_TOOLS)
+    tool_call_id: str | None = None
 
     @model_validator(mode="after")
     def _only_an_answer_may_be_empty(self) -> Self:
@@ -140,16 +223,15 @@ class ChatMessage(BaseModel):
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
         # Templates of open models know one name for instructions.
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": content}
-
-
-class ResponseFormat(BaseModel):
-    """How the answer is to be shaped; only free text can be asked for."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    type: Literal["text"]
+        turn: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": content,
+        }
+        if self.tool_calls:
+            turn["tool_calls"] = [call.to_template() for call in self.tool_calls]
+        if self.role == "tool":
+            turn |= {"tool_call_id": self.tool_call_id or "", "name": self.name or ""}
+        return turn
 
 
 class ChatRequest(OpenAIRequest):
@@ -159,17 +241,9 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
-    tools: list[Any] = Field(default_factory=list)
-    tool_choice: Any = None
-    parallel_tool_calls: bool | None = None
-
-    @field_validator("tools")
-    @classmethod
-    def _no_tools(cls, tools: list[Any]) -> list[Any]:
-        if tools:
-            raise ValueError("tools are not supported by this server; send none")
-        return tools
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> Self:
@@ -177,26 +251,46 @@ class ChatRequest(OpenAIRequest):
             raise ValueError("top_logprobs needs logprobs to be true")
         if self.max_completion_tokens is not None:
             self.max_tokens = self.max_completion_tokens
+        if self.tool_choice in ("none", "auto"):
+            return self
+        if not self.callable_tools():
+            raise ValueError("tool_choice asks for a tool that tools does not hold")
+        if self.grammar() or self.min_tokens:
+            raise ValueError("tool_choice decides the answer's form; ask for no other beside it")
         return self
 
-    def params(self) -> SamplingParams:
-        """Return the engine's form; an answer without a limit may fill the context."""
+    def callable_tools(self) -> list[Tool]:
+        """Return the tools that may be called in this answer."""
+        if self.tool_choice == "none":
+            return []
+        if isinstance(self.tool_choice, NamedChoice):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.tools if tool.function.name == name]
+        return self.tools
+
+    def template_tools(self) -> list[dict[str, Any]] | None:
+        """Return what the chat template tells the model about tools."""
+        tools = self.tools if self.tool_choice != "none" else []
+        return [tool.model_dump(exclude_none=True) for tool in tools] or None
+
+    def params(self, *, in_tags: bool) -> SamplingParams:
+        """Return the engine's form; an answer without a limit may fill the context.
+
+        `in_tags` says how the model writes its tool calls.
+        """
         wanted = (self.top_logprobs or 0) if self.logprobs else None
-        return self.to_params(logprobs=wanted, default_max_tokens=None)
+        params = self.to_params(logprobs=wanted, default_max_tokens=None)
+        if self.tool_choice in ("none", "auto"):
+            return params
+        several = self.tool_choice == "required" and self.parallel_tool_calls
+        forced = forced_calls(self.callable_tools(), in_tags=in_tags, parallel=several)
+        return replace(params, grammar=forced)
 
 
 class CompletionRequest(OpenAIRequest):
     """Body of POST /v1/completions."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=_MAX_PROMPTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=_MAX_PROMPTS),
-        ]
-    )
+    prompt: PromptField
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
     best_of: int | None = None
@@ -212,14 +306,59 @@ class CompletionRequest(OpenAIRequest):
             raise ValueError("echo together with logprobs is not supported by this server")
         return self
 
-    def prompts(self) -> list[str] | list[list[int]]:
-        """Return the prompts one by one, as texts or as token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
+    def prompts(self) -> Prompts:
+        """Return the prompts one by one."""
+        return _one_by_one(self.prompt)
 
     def params(self) -> SamplingParams:
         """Return the engine's form; 16 tokens unless told, as OpenAI's API has it."""
         return self.to_params(logprobs=self.logprobs, default_max_tokens=16)
+
+
+class EmbeddingRequest(BaseModel):
+    """Body of POST /v1/embeddings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(min_length=1, max_length=512)
+    input: PromptField
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str | None = None
+
+    def inputs(self) -> Prompts:
+        """Return the inputs one by one."""
+        return _one_by_one(self.input)
+
+
+class TokenizeRequest(BaseModel):
+    """Body of POST /tokenize: a prompt or messages."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=2048)
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("send either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(BaseModel):
+    """Body of POST /detokenize."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+def _one_by_one(given: str | list[str] | list[int] | list[list[int]]) -> Prompts:
+    if isinstance(given, str):
+        return [given]
+    return [given] if isinstance(given[0], int) else given

@@ -34,6 +34,7 @@ class Phase(StrEnum):
     LOADING_MODEL = "loading-model"
     LOADING_ADAPTERS = "loading-adapters"
     SERVING = "serving"
+    ASLEEP = "asleep"  # weights and KV cache are gone until it is woken
     LAME_DUCK = "lame-duck"  # not ready, yet what still arrives is served
     DRAINING = "draining"
     STOPPED = "stopped"
@@ -61,7 +62,7 @@ class Service:
     files: ModelFiles = field(default_factory=ModelFiles)
     uses: dict[str, ModelUse] = field(default_factory=dict)
     started_at: int = field(default_factory=lambda: int(time.time()))
-    adapter_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    change_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     adapter_errors: dict[str, str] = field(default_factory=dict)
     adapter_digests: dict[str, str | None] = field(default_factory=dict)
     _engine: EngineApi | None = None

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
+from mizzen.runtime.model.families import family_named
+from mizzen.runtime.model.names import to_checkpoint
 from mizzen.runtime.train.errors import JobConfigError
 
 _COPIED = (
@@ -43,7 +45,9 @@ def write_model(
 ) -> None:
     """Write weights, configuration, tokenizer and chat template into a folder."""
     dtype = published_dtype(spec)
-    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights}
+    moved = ((name, tensor.to("cpu", dtype).contiguous()) for name, tensor in weights)
+    names = family_named(spec.family).names
+    tensors = to_checkpoint(moved, names, head_dim=spec.head_dim)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     base = find_checkpoint(base_model)
     if base.is_dir():

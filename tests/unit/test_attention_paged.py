@@ -1,11 +1,12 @@
 """Attention over pages equals dense attention, however the pages lie and the step is cut."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mizzen.runtime.attention.base import KvShape, PagedBatch
+from mizzen.runtime.attention.base import AttentionBias, KvShape, PagedBatch, alibi_slopes
 from mizzen.runtime.attention.causal import CausalAttention
 from mizzen.runtime.attention.sdpa import PagedSdpa
 
@@ -29,21 +30,58 @@ def scattered_tables(lens: list[int], blocks: int) -> list[list[int]]:
     return [[free.pop() for _ in range(-(-n // 16))] for n in lens]
 
 
-@settings(max_examples=40, deadline=None)
+def dense(q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias) -> Tensor:
+    """Attention as its definition says it, one score at a time."""
+    count, heads, head_dim = q.shape
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qhd,chd->hqc", q, k) * head_dim**-0.5
+    at = torch.arange(count)
+    distance = at[:, None] - at
+    if bias.slopes_H is not None:
+        scores -= bias.slopes_H[:, None, None] * distance
+    is_hidden = (distance < 0) | (distance >= (bias.window or count))
+    return torch.einsum("hqc,chd->qhd", scores.masked_fill(is_hidden, -torch.inf).softmax(-1), v)
+
+
+def test_slopes_of_no_power_of_two_are_blooms() -> None:
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor  # noqa: PLC0415
+
+    for heads in (1, 3, 7, 8, 12, 112):
+        theirs = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
+        torch.testing.assert_close(alibi_slopes(heads), theirs)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_long_biased_prompts_are_attended_in_pieces(window: int | None) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(700, heads, HEAD_DIM) for heads in (4, 2, 2))
+    bias = AttentionBias(alibi_slopes(4), window)
+    found = CausalAttention([700])(0, q, k, v, bias=bias)
+    torch.testing.assert_close(found, dense(q, k, v, bias), atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     data=st.data(),
     lens=st.lists(st.integers(1, 90), min_size=1, max_size=5),
     heads=st.sampled_from([(1, 1), (4, 2), (9, 3), (6, 1)]),
+    window=st.sampled_from([None, None, 1, 7, 16, 50]),
+    has_slopes=st.booleans(),
 )
 def test_paged_attention_equals_dense(
-    data: st.DataObject, lens: list[int], heads: tuple[int, int]
+    data: st.DataObject,
+    lens: list[int],
+    heads: tuple[int, int],
+    window: int | None,
+    has_slopes: bool,
 ) -> None:
     torch.manual_seed(sum(lens))
     q_heads, kv_heads = heads
+    bias = AttentionBias(alibi_slopes(q_heads) if has_slopes else None, window)
     q = [torch.randn(n, q_heads, HEAD_DIM) for n in lens]
     k = [torch.randn(n, kv_heads, HEAD_DIM) for n in lens]
     v = [torch.randn(n, kv_heads, HEAD_DIM) for n in lens]
-    expected = CausalAttention(lens)(0, torch.cat(q), torch.cat(k), torch.cat(v)).split(lens)
+    expected = [dense(*qkv, bias) for qkv in zip(q, k, v, strict=True)]
     cache = KvShape(2, 40, kv_heads, HEAD_DIM).allocate(dtype=torch.float32)
     tables = scattered_tables(lens, 40)
     done = [0] * len(lens)
@@ -57,7 +95,7 @@ def test_paged_attention_equals_dense(
             block_tables=[tables[i] for i in who],
         )
         packed = (torch.cat([x[i][spans[i]] for i in who]) for x in (q, k, v))
-        out = PagedSdpa(cache, batch)(1, *packed)
+        out = PagedSdpa(cache, batch)(1, *packed, bias=bias)
         for i, part in zip(who, out.split([step[i] for i in who]), strict=True):
             found[i].append(part)
             done[i] += step[i]

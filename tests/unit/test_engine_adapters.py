@@ -8,9 +8,14 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mizzen.runtime.engine.api import AdapterLoadError, UnknownAdapterError
+from mizzen.runtime.engine.api import (
+    AdapterLoadError,
+    GenerationFailedError,
+    UnknownAdapterError,
+)
 from mizzen.runtime.engine.engine import Engine
 from tests.fixtures.engine_models import generate, greedy_reference, save_served_llama, tiny_config
 
@@ -141,3 +146,26 @@ async def test_two_ranks_share_an_adapter(checkpoint: Path, tmp_path: Path) -> N
         assert len(await generate(engine, PROMPT, max_tokens=OUT)) == OUT
     finally:
         await engine.stop()
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+async def test_numbers_that_overflow_end_their_own_request_and_leave_no_trace(
+    engine: Engine, checkpoint: Path, tmp_path: Path, temperature: float
+) -> None:
+    base = await generate(engine, PROMPT, max_tokens=OUT)
+    save_adapter(checkpoint, tmp_path / "broken", seed=1)
+    file = tmp_path / "broken" / "adapter_model.safetensors"
+    save_file({name: tensor * 1e38 for name, tensor in load_file(file).items()}, file)
+    await engine.load_adapter("broken", tmp_path / "broken")
+    company = [
+        generate(engine, PROMPT, request_id="base", max_tokens=OUT),
+        generate(engine, PROMPT, adapter="broken", temperature=temperature, top_p=0.9),
+    ]
+    good, failed = await asyncio.gather(*company, return_exceptions=True)
+    assert good == base
+    assert isinstance(failed, GenerationFailedError)
+    # The very blocks that held what is not finite serve whoever comes next.
+    again = [generate(engine, PROMPT, request_id=str(i), max_tokens=OUT) for i in range(4)]
+    assert await asyncio.gather(*again) == [base] * 4
+    engine._loop.scheduler.check()
+    assert engine.is_ready()

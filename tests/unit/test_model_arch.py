@@ -73,19 +73,32 @@ READ: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "sliding_window": 4096,
             "use_sliding_window": False,
         },
-        {"max_len": 9000},
+        {"max_len": 9000, "windows": ()},
     ),
     "Qwen3 normalises queries and keys": (
         {"architectures": ["Qwen3ForCausalLM"]},
         {"qk_norm": True, "qkv_bias": False},
     ),
-    "Mistral is served up to its window": (
+    "Mistral's window is every layer's": (
         {
             "architectures": ["MistralForCausalLM"],
             "max_position_embeddings": 32768,
             "sliding_window": 4096,
         },
-        {"max_len": 4096},
+        {"max_len": 32768, "windows": (4096, 4096)},
+    ),
+    "Mistral without a window": (
+        {"architectures": ["MistralForCausalLM"], "sliding_window": None},
+        {"windows": ()},
+    ),
+    "Qwen2's first layers see everything": (
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "sliding_window": 4096,
+            "use_sliding_window": True,
+            "max_window_layers": 1,
+        },
+        {"windows": (None, 4096)},
     ),
 }
 
@@ -101,7 +114,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[BadModelError], str, str]] = {
         {"architectures": ["MambaForCausalLM"]},
         UnknownArchitectureError,
         "UnknownArchitecture",
-        "Architecture MambaForCausalLM is not supported. Supported: LlamaForCausalLM",
+        "Architecture MambaForCausalLM is not supported. Supported: BloomForCausalLM",
     ),
     "no architecture at all": (
         {"architectures": None},

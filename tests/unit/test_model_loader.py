@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mizzen.runtime.attention.causal import CausalAttention
 from mizzen.runtime.errors import (
@@ -47,14 +47,6 @@ def test_shards_named_by_an_index_equal_one_file(tmp_path: Path) -> None:
     torch.testing.assert_close(found, reference_logits(model), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config], ids=["Qwen2", "Qwen3"])
-def test_other_members_of_the_family(tmp_path: Path, config: Any) -> None:
-    model = make_model(config(**TINY, head_dim=24))
-    model.save_pretrained(tmp_path)
-    found = logits(load_decoder(tmp_path, dtype="float32"))
-    torch.testing.assert_close(found, reference_logits(model), atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("is_tied", "quantization"),
     [(True, "F32"), (False, "F32"), (False, "Q8_0")],
@@ -69,13 +61,6 @@ def test_gguf_equals_transformers(tmp_path: Path, is_tied: bool, quantization: s
     decoder = load_decoder(tmp_path, dtype="float32")
     assert decoder.spec.tied is is_tied
     torch.testing.assert_close(logits(decoder), reference_logits(theirs), atol=1e-4, rtol=1e-4)
-
-
-def test_gguf_of_qwen2_keeps_its_row_order(tmp_path: Path) -> None:
-    model = make_model(Qwen2Config(**TINY))
-    save_gguf(tmp_path / "model.gguf", model)
-    found = logits(load_decoder(tmp_path / "model.gguf", dtype="float32"))
-    torch.testing.assert_close(found, reference_logits(model), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "gguf"])
@@ -251,4 +236,4 @@ def test_a_damaged_gguf_header_never_gets_past_its_reader(
 def test_a_gguf_file_without_a_tensor_is_refused(tmp_path: Path) -> None:
     save_gguf(tmp_path / "model.gguf", save_tiny_llama(tmp_path / "hf"))
     with pytest.raises(WeightsMissingError, match=r"no tensor blk\.7\.attn_q\.weight"):
-        GgufFile(tmp_path / "model.gguf").read("model.layers.7.self_attn.q_proj.weight")
+        GgufFile(tmp_path / "model.gguf").read("blk.7.attn_q.weight")

@@ -34,12 +34,14 @@ def site_shapes(decoder: Decoder) -> dict[str, SiteShape]:
     wide, ff = spec.hidden_size, spec.intermediate_size
     q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     hidden = block.feed_forward.down.part.span
-    return {
+    sites = {
         "q_proj": SiteShape(wide, q_width, q, None),
         "k_proj": SiteShape(wide, kv_width, k, None),
         "v_proj": SiteShape(wide, kv_width, v, None),
         "o_proj": SiteShape(q_width, wide, None, q),
-        "gate_proj": SiteShape(wide, ff, hidden, None),
         "up_proj": SiteShape(wide, ff, hidden, None),
         "down_proj": SiteShape(ff, wide, None, hidden),
     }
+    if spec.is_gated:
+        sites["gate_proj"] = SiteShape(wide, ff, hidden, None)
+    return sites

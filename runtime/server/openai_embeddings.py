@@ -1,0 +1,47 @@
+"""POST /v1/embeddings: a text as the model's last hidden state, of length one."""
+
+import asyncio
+import base64
+
+import numpy as np
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from mizzen.runtime.engine.api import SamplingParams
+from mizzen.runtime.server.openai_request import parse
+from mizzen.runtime.server.prompts import encode_prompts
+from mizzen.runtime.server.routes import json_response
+from mizzen.runtime.server.schemas import EmbeddingRequest
+from mizzen.runtime.server.service import Service
+
+
+async def embeddings(service: Service, request: Request) -> ASGIApp:
+    """Embed each input; all of them run in the engine at once."""
+    asked = await parse(service, request, EmbeddingRequest)
+    adapter = service.resolve(asked.model)
+    prompts = await encode_prompts(service.engine, asked.inputs(), param="input")
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_embed(service, prompt, adapter)) for prompt in prompts]
+    vectors = [task.result() for task in tasks]
+    tokens = sum(len(prompt) for prompt in prompts)
+    data = [
+        {"object": "embedding", "index": index, "embedding": _encode(vector, asked)}
+        for index, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return json_response({"object": "list", "data": data, "model": asked.model, "usage": usage})
+
+
+async def _embed(service: Service, prompt: tuple[int, ...], adapter: str | None) -> np.ndarray:
+    params = SamplingParams(embed=True, max_tokens=1)
+    outputs = [output async for output in service.generate(prompt, params, adapter=adapter)]
+    vector = np.array(outputs[-1].embedding, dtype=np.float32)
+    unit: np.ndarray = vector / np.linalg.norm(vector)
+    return unit
+
+
+def _encode(vector: np.ndarray, asked: EmbeddingRequest) -> list[float] | str:
+    if asked.encoding_format == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    values: list[float] = vector.tolist()
+    return values

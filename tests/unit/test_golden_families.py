@@ -1,0 +1,116 @@
+"""Every family computes what transformers computes, on the files that transformers saves.
+
+On one rank and on two; in one chunk, three and token by token; with and without a prefix hit.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from mizzen.runtime.model.arch import ArchSpec
+from mizzen.runtime.parallel.group import RankGroup
+from mizzen.runtime.parallel.ranks import Ranks
+from tests.fixtures import rank_work
+from tests.fixtures.tiny_models import TINY, make_model
+
+# Three heads do not divide among two ranks, and are no power of two.
+OLD: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OPT: dict[str, Any] = {**OLD, "init_std": 0.2, "ffn_dim": 90, "max_position_embeddings": 64}
+ODD: dict[str, Any] = {
+    **TINY,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "hidden_size": 72,
+    "head_dim": 8,
+}
+MODELS: dict[str, PretrainedConfig] = {
+    "GPT-2": GPT2Config(**OLD, n_positions=64),
+    "GPT-2 with its other scales": GPT2Config(
+        **OLD, n_positions=64, scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True
+    ),
+    "OPT": OPTConfig(**OPT, word_embed_proj_dim=48),
+    "OPT-350m: norms after, narrow token vectors": OPTConfig(
+        **OPT, word_embed_proj_dim=32, do_layer_norm_before=False
+    ),
+    "BLOOM": BloomConfig(**OLD),
+    "BLOOM with seven heads": BloomConfig(**{**OLD, "num_attention_heads": 7, "hidden_size": 56}),
+    "GPT-J": GPTJConfig(**OLD, n_positions=64, rotary_dim=6),
+    "LLaMA": LlamaConfig(**ODD),
+    "Vicuna": LlamaConfig(**{**TINY, "num_key_value_heads": 4}),
+    "Mistral": MistralConfig(**ODD, sliding_window=9),
+    "Qwen2": Qwen2Config(**TINY, use_sliding_window=True, sliding_window=11, max_window_layers=1),
+    "Qwen3": Qwen3Config(**{**TINY, "head_dim": 24}),
+}
+TOKENS = rank_work.random_tokens(300, 60).tolist()
+FIRST = TOKENS[:40]
+SECOND = [*FIRST[:32], *TOKENS[40:48]]  # two blocks of sixteen in common
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    started = Ranks(2, rank_work.perform)
+    yield started
+    started.stop()
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_logits_equal_transformers(ranks: Ranks, tmp_path: Path, config: Any) -> None:
+    model = make_model(config)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        first, second = model(torch.tensor([FIRST, SECOND])).logits
+    assert first.std() > 0.3, "logits that hardly differ would hide an error"
+    arguments = (str(tmp_path), [FIRST, SECOND])
+    ranks.send(json.dumps(["golden_logits", *arguments]).encode())
+    for group in (ranks.group, RankGroup()):
+        for way, found in rank_work.golden_logits(group, *arguments).items():
+            expected = second[32:] if way == "prefix hit" else first
+            message = f"{way} on {group.size} ranks: {{}}".format
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4, msg=message)
+
+
+# As published checkpoints of these families spell what transformers writes anew.
+SPELLINGS = {
+    "hidden_size": "n_embd",
+    "n_embd": "hidden_size",
+    "num_hidden_layers": "n_layer",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "dtype": "torch_dtype",
+}
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_renamed_fields_mean_the_same(config: PretrainedConfig) -> None:
+    names = {"BloomConfig": "BloomForCausalLM", "GPT2Config": "GPT2LMHeadModel"}
+    kind = type(config).__name__
+    saved = config.to_dict()
+    saved["architectures"] = [names.get(kind, kind.replace("Config", "ForCausalLM"))]
+    saved["dtype"] = "bfloat16"
+    renamed = {SPELLINGS.get(name, name): value for name, value in saved.items()}
+    assert renamed.keys() != saved.keys()
+    assert ArchSpec.from_config(renamed) == ArchSpec.from_config(saved)
