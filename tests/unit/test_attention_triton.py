@@ -1,10 +1,5 @@
 """The Triton kernel computes what the CPU's paged attention does. Interpreted: no GPU is needed."""
 
-import os
-
-# Read when triton is imported, and when a kernel is defined.
-os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
 import torch
 from torch import Tensor
