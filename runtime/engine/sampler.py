@@ -19,6 +19,7 @@ from mizzen.runtime.engine.api import (
     SamplingParams,
     TokenLogprob,
 )
+from mizzen.runtime.engine.draw_row import draw_row
 from mizzen.runtime.engine.grammar import GrammarState
 from mizzen.runtime.engine.penalties import apply_bias, apply_penalties, forbid_ends
 from mizzen.runtime.engine.sequence import Sequence
@@ -86,9 +87,11 @@ class Sampler:
             for index in (~best_N.isfinite()).nonzero()[:, 0].tolist():
                 failures.setdefault(index, GenerationFailedError(NOT_FINITE))
                 logits_NV[index] = 0
-        if plan.greedy_N is not None:
+        if plan.greedy_N is not None and logits_NV.device.type != "cpu":
             chosen_N = torch.where(plan.greedy_N, chosen_N, _draw(logits_NV, plan))
         token_ids = chosen_N.tolist()
+        if plan.greedy_N is not None and logits_NV.device.type == "cpu":
+            _draw_rows(token_ids, logits_NV.numpy(), plan)
         logprobs: list[TokenLogprob | None] = [None] * len(rows)
         if raw is not None:
             for values_V, index in zip(raw, plan.wants_logprobs, strict=True):
@@ -177,11 +180,20 @@ def _apply_grammars(
     return failures
 
 
+def _numbers(plan: _Plan) -> np.ndarray:
+    positions = np.array([len(seq.token_ids) - seq.prompt_tokens for seq in plan.rows], np.uint64)
+    return uniform_numbers(plan.seeds_N, positions + plan.offsets_N)
+
+
+def _draw_rows(token_ids: list[int], logits_NV: np.ndarray, plan: _Plan) -> None:
+    for index, (seq, number) in enumerate(zip(plan.rows, _numbers(plan).tolist(), strict=True)):
+        if seq.sampling.temperature > 0:
+            token_ids[index] = draw_row(logits_NV[index], seq.sampling, number)
+
+
 def _draw(logits_NV: Tensor, plan: _Plan) -> Tensor:
     """Return a token for each row by inverting its cumulative distribution."""
-    positions = np.array([len(seq.token_ids) - seq.prompt_tokens for seq in plan.rows], np.uint64)
-    numbers = uniform_numbers(plan.seeds_N, positions + plan.offsets_N)
-    uniform_N1 = torch.from_numpy(numbers).to(logits_NV.device, torch.float32)[:, None]
+    uniform_N1 = torch.from_numpy(_numbers(plan)).to(logits_NV.device, torch.float32)[:, None]
     scaled_NV = logits_NV / plan.temperature_N1
     if plan.has_min_p:
         floor_N1 = scaled_NV.amax(-1, keepdim=True) + plan.log_min_p_N1

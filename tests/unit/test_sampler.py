@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mizzen.runtime.engine.api import SamplingParams
-from mizzen.runtime.engine.sampler import Sampler, uniform_numbers
+from mizzen.runtime.engine.sampler import Sampler, _draw, _make_plan, uniform_numbers
 from mizzen.runtime.engine.sequence import Sequence
 
 VOCAB = 3000
@@ -60,6 +60,16 @@ def test_a_seed_draws_the_same_whoever_else_is_in_the_batch(sampling: SamplingPa
     together = Sampler(eos_token_ids=EOS).sample(scores.clone(), mixed).token_ids[3]
     alone = Sampler(eos_token_ids=EOS).sample(scores[3:4].clone(), [mixed[3]]).token_ids[0]
     assert together == alone
+
+
+@pytest.mark.parametrize("sampling", KINDS.values(), ids=KINDS)
+def test_rows_drawn_one_by_one_are_those_of_the_batch_for_gpus(sampling: SamplingParams) -> None:
+    rows = [make_seq(sampling, seed=seed) for seed in range(300)]
+    scores = logits(300, scale=2.0)
+    batched = _draw(scores.clone(), _make_plan(rows, scores.device)).tolist()
+    one_by_one = Sampler(eos_token_ids=EOS).sample(scores, rows).token_ids
+    # A number at the very border between two tokens may fall to either.
+    assert sum(a != b for a, b in zip(batched, one_by_one, strict=True)) <= 2
 
 
 def test_each_position_and_seed_has_its_own_number() -> None:
