@@ -67,6 +67,7 @@ class Reason(StrEnum):
     SHARD_TRUNCATED = "ShardTruncated"
     WEIGHTS_MISSING = "WeightsMissing"
     WEIGHT_SHAPE_MISMATCH = "WeightShapeMismatch"
+    QUANTIZATION_UNSUPPORTED = "QuantizationUnsupported"
     TENSOR_PARALLEL_INVALID = "TensorParallelInvalid"
     SOURCE_INVALID = "SourceInvalid"
     SOURCE_NOT_FOUND = "SourceNotFound"

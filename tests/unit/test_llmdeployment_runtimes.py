@@ -49,7 +49,7 @@ async def test_a_refused_adapter_comes_with_the_runtimes_reason(
 ) -> None:
     async with running_server(FakeEngine(), admin_token_file=token_file) as running:
         runtimes = client(running, token_file)
-        with pytest.raises(AdapterRefusedError, match="Adapters are loaded only from below"):
+        with pytest.raises(AdapterRefusedError, match="are loaded only from below"):
             await runtimes.load_adapter(HERE, "support", path=str(tmp_path), digest=None)
         await runtimes.close()
 

@@ -176,8 +176,8 @@ def test_last_words_of_another_form_are_passed_on_as_they_are(words: str) -> Non
 
 def test_every_reason_that_can_end_a_process_is_known_to_the_operator() -> None:
     """The runtime's reasons pass through as they are, so both lists must stay the same."""
-    of_requests = {"AdapterLoadFailed", "Draining", "EngineBusy", "InvalidRequest",
-                   "PromptTooLong", "UnknownAdapter"}  # fmt: skip
+    of_requests = {"AdapterLoadFailed", "Asleep", "Draining", "EngineBusy", "GenerationFailed",
+                   "InvalidRequest", "PromptTooLong", "UnknownAdapter"}  # fmt: skip
     root = Path(__file__).parents[2] / "runtime"
     said = {
         reason
