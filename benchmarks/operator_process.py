@@ -8,12 +8,29 @@ from pathlib import Path
 
 import aiohttp
 import psutil
+import yaml
 
 from hack.cluster.api_only import ApiCluster, free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEM = "mizzen-system"
+ACCOUNT = "mizzen-operator"
 LIMIT_S = 600.0
+
+
+def service_account(cluster: ApiCluster) -> Path:
+    """Return a kubeconfig that logs in as a pod does: by a service account's token."""
+    cluster.kubectl("create", "serviceaccount", ACCOUNT, "-n", SYSTEM)
+    cluster.kubectl(
+        "create", "clusterrolebinding", ACCOUNT, "--clusterrole=cluster-admin",
+        f"--serviceaccount={SYSTEM}:{ACCOUNT}",
+    )  # fmt: skip
+    token = cluster.kubectl("create", "token", ACCOUNT, "-n", SYSTEM, "--duration=2h").strip()
+    config = yaml.safe_load(cluster.kubeconfig.read_text())
+    config["users"][0]["user"] = {"token": token}
+    path = cluster.directory / f"{ACCOUNT}.kubeconfig"
+    path.write_text(yaml.safe_dump(config))
+    return path
 
 
 class Operator:
@@ -24,7 +41,7 @@ class Operator:
         self.log = log
         self.environment = {
             **os.environ,
-            "KUBECONFIG": str(cluster.kubeconfig),
+            "KUBECONFIG": str(service_account(cluster)),
             "MIZZEN_NAMESPACE": SYSTEM,
             "MIZZEN_HEALTH_HOST": "127.0.0.1",
             "MIZZEN_HEALTH_PORT": str(self.port),

@@ -32,7 +32,7 @@ class OperatorConfig(BaseSettings):
     )
     cluster_domain: str = Field("cluster.local", description="DNS domain of the cluster.")
 
-    workers: int = Field(16, ge=1, description="Reconciles at the same time.")
+    workers: int = Field(32, ge=1, description="Reconciles at the same time.")
     resync_s: float = Field(300.0, gt=0, description="Between two full relists.")
     health_host: str = "0.0.0.0"
     health_port: int = Field(8002, ge=0, description="/healthz, /readyz and /metrics.")

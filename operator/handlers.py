@@ -29,7 +29,6 @@ CHILDREN = tuple(
         ("v1", "Pod"),
         ("v1", "Service"),
         ("v1", "ConfigMap"),
-        ("v1", "ServiceAccount"),
         ("policy/v1", "PodDisruptionBudget"),
         ("networking.k8s.io/v1", "NetworkPolicy"),
     )

@@ -7,6 +7,7 @@ the Lease away.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 from collections.abc import Awaitable, Callable
@@ -254,6 +255,9 @@ async def first_of(work: Awaitable[None], stop: asyncio.Event) -> bool:
 
 def main() -> None:
     """Entry of `mizzen operator`."""
+    # The store's objects live long and hold no cycles. With Python's defaults a fifth of the
+    # processor time goes into walking through them again and again.
+    gc.set_threshold(50_000, 20, 100)
     config = OperatorConfig()
     configure_logging(form=config.log_format, level=config.log_level)
     asyncio.run(run(config))

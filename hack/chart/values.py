@@ -106,7 +106,7 @@ class Operator(Pods):
     log_format: Literal["json", "plain"] = Field(
         "json", alias="logFormat", description="Form of the log lines."
     )
-    workers: int = Field(16, ge=1, le=256, description="Resources reconciled at the same time.")
+    workers: int = Field(32, ge=1, le=256, description="Resources reconciled at the same time.")
     resources: Resources = Field(
         default_factory=lambda: _resources(cpu="100m", memory="128Mi", memory_limit="1Gi"),
         description="Requests and limits of the container.",

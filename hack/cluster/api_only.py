@@ -34,13 +34,20 @@ class ApiCluster:
         cluster.kubectl("apply", "-f", "manifests/crds")
     """
 
-    def __init__(self, directory: Path | None = None, *, die_with_parent: bool = True) -> None:
-        """Take the folder for its state; without one it makes its own."""
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        die_with_parent: bool = True,
+        pod_start_ms: int = 0,
+    ) -> None:
+        """Take the folder for its state, or make one, and the time that pods take to start."""
         self.directory = directory or Path(tempfile.mkdtemp(prefix="mizzen-api-"))
         self._layout = Layout(self.directory.resolve())
         self._processes = Processes(self._layout, die_with_parent=die_with_parent)
         self._binaries = gobuild.binaries()
         self._ports: Ports | None = None
+        self._pod_start_ms = pod_start_ms
 
     @property
     def kubeconfig(self) -> Path:
@@ -152,6 +159,7 @@ class ApiCluster:
             ports=self._chosen_ports(),
             bind_address=LOOPBACK,
             advertise_address=None,
+            fake_pod_start_ms=self._pod_start_ms,
         )
 
     def _chosen_ports(self) -> Ports:

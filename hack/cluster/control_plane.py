@@ -10,6 +10,7 @@ from hack.cluster.processes import Server
 
 # Thousands of fake pods are made in tests; the default of 20 requests a second would set the pace.
 CLIENT_QPS = 500
+POD_STAGES = Path(__file__).parent / "pod_stages.yaml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,8 @@ class ControlPlane:
     bind_address: str
     # The endpoint of the Service `kubernetes`, None where no pod could use one.
     advertise_address: str | None
+    # How long a simulated pod takes to run once it has a node.
+    fake_pod_start_ms: int = 0
 
     @property
     def url(self) -> str:
@@ -130,15 +133,17 @@ def scheduler(plane: ControlPlane) -> Server:
 
 def kwok(plane: ControlPlane) -> Server:
     """Return kwok, which plays nodes labelled type=kwok and leaves real ones alone."""
-    stages = plane.binaries / "kwok-stages.yaml"
+    pod_stages = plane.layout.etc / "pod-stages.yaml"
+    write_if_changed(pod_stages, POD_STAGES.read_text() % {"start_ms": plane.fake_pod_start_ms})
+    stages = (pod_stages, plane.binaries / "node-stages.yaml")
     flags = {
         "kubeconfig": plane.layout.etc / "kwok.kubeconfig",
-        "config": stages,
+        "config": ",".join(map(str, stages)),
         "manage-nodes-with-label-selector": "type=kwok",
         "node-lease-duration-seconds": 40,
         "cidr": plane.network.fake_pod_range,
     }
-    return Server(name="kwok", argv=_argv(plane, "kwok", flags), reads=(stages,))
+    return Server(name="kwok", argv=_argv(plane, "kwok", flags), reads=stages)
 
 
 def _argv(plane: ControlPlane, name: str, flags: dict[str, object]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ NAMES = (
     "coredns",
 )
 PACKAGES = ("./all", "./pause", "helm.sh/helm/v4/cmd/helm", "sigs.k8s.io/kwok/cmd/kwok")
-# kwok's own stages that we use as they are; stages/ has ours for pods.
+# kwok's own stages that we use as they are; pod_stages.yaml has ours for pods.
 KWOK_STAGES = ("node/fast", "node/heartbeat-with-lease")
 REPORT_EVERY_S = 15.0
 
@@ -113,7 +113,7 @@ def _build_into(target: Path) -> None:
     _compile(partial)
     for name in NAMES:
         (partial / name).symlink_to("all")
-    (partial / "kwok-stages.yaml").write_text(_kwok_stages())
+    (partial / "node-stages.yaml").write_text(_node_stages())
     # Last and at once: a folder under its final name is always complete.
     partial.rename(target)
 
@@ -155,9 +155,9 @@ def _report(compiled: list[str], total: int, started: float, ended: threading.Ev
         say(f"  compiled {len(compiled)} of at most {total} packages, {passed}")
 
 
-def _kwok_stages() -> str:
+def _node_stages() -> str:
     module = Path(_go("list", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/kwok").strip())
-    files = [MODULE / "stages" / "pods.yaml"]
+    files: list[Path] = []
     for name in KWOK_STAGES:
         folder = module / "kustomize" / "stage" / name
         files += sorted(path for path in folder.glob("*.yaml") if path.stem != "kustomization")

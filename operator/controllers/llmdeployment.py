@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 
 from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen, bring_adapters
@@ -14,6 +15,7 @@ from mizzen.operator.controllers.llmdeployment_observe import (
     read_serving,
 )
 from mizzen.operator.controllers.llmdeployment_plan import Plan, gates_to_open, plan_deployment
+from mizzen.operator.controllers.llmdeployment_replicas import Group, read_groups
 from mizzen.operator.controllers.llmdeployment_report import report, report_refusal
 from mizzen.operator.engine.key import Key
 from mizzen.operator.engine.results import Done, Requeue, Result, Retryable, Terminal
@@ -47,12 +49,15 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
         )
         plan = plan_deployment(observed, now=now)
     failure = await _apply(key, plan, kube=kube, facts=facts, now=now)
-    adapters = await _bring_adapters(observed, facts)
+    # As they stand after those writes, which the store has seen.
+    groups = read_groups(facts.store.children(key, "Pod"), owner_uid=observed.serving.uid, now=now)
+    adapters = await _bring_adapters(groups, observed, facts)
     # Also after a failure: that one pod could not be made is no reason to keep another waiting.
-    failure = await _open_gates(observed, plan, adapters, kube=kube, now=now) or failure
+    gates = gates_to_open(groups, observed, plan, adapters)
+    failure = await _open(gates, kube=kube, now=now) or failure
     # A failure is told too: status is where people look when nothing moves.
     try:
-        await report(key, observed, adapters, kube=kube, facts=facts, now=now, failure=failure)
+        await report(observed, groups, adapters, kube=kube, facts=facts, now=now, failure=failure)
     except KubeError as error:
         failure = failure or error
     if failure is not None:
@@ -72,23 +77,23 @@ async def _apply(
     return None
 
 
-async def _open_gates(
-    observed: Observed, plan: Plan, adapters: AdaptersSeen, *, kube: Kube, now: datetime
-) -> KubeError | None:
+async def _open(gates: Iterable[Group], *, kube: Kube, now: datetime) -> KubeError | None:
     """Let traffic in where it may come; return what stopped that, if anything."""
     try:
-        for group in gates_to_open(observed, plan, adapters):
+        for group in gates:
             await set_gate(group, is_open=True, kube=kube, now=now)
     except KubeError as error:
         return error
     return None
 
 
-async def _bring_adapters(observed: Observed, facts: Facts) -> AdaptersSeen:
+async def _bring_adapters(
+    groups: Iterable[Group], observed: Observed, facts: Facts
+) -> AdaptersSeen:
     """Bring adapters up to date, where the deployment has or had any."""
     if not observed.serving.adapters and not observed.status.get("adapters"):
         return AdaptersSeen()
-    return await bring_adapters(observed.groups, observed.serving.adapters, facts.runtimes)
+    return await bring_adapters(groups, observed.serving.adapters, facts.runtimes)
 
 
 def _next_look(plan: Plan, adapters: AdaptersSeen) -> Result:

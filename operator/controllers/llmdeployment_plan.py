@@ -49,8 +49,8 @@ def plan_deployment(observed: Observed, *, now: datetime) -> Plan:
     groups = {group.replica: group for group in observed.groups}
     draining = [g for g in observed.groups if g.standing is Standing.DRAINING]
     drained = [g for g in draining if _is_drained(g, observed, now)]
-    has_loaded = observed.has_service or any(group.has_loaded for group in observed.groups)
-    children = build_children(observed.serving, has_loaded=has_loaded)
+    serves = any(group.standing is Standing.IN_SERVICE for group in observed.groups)
+    children = build_children(observed.serving, has_served=serves or observed.has_service)
     return Plan(
         children=children,
         create=(*_incomplete(observed), *_new_groups(step, observed, groups)),
@@ -64,23 +64,34 @@ def plan_deployment(observed: Observed, *, now: datetime) -> Plan:
     )
 
 
-def gates_to_open(observed: Observed, plan: Plan, adapters: AdaptersSeen) -> list[Group]:
-    """Return the replicas that may take traffic from now on.
+def gates_to_open(
+    groups: Iterable[Group], observed: Observed, plan: Plan, adapters: AdaptersSeen
+) -> list[Group]:
+    """Return those of the replicas, as they stand after the plan's writes, that may take traffic.
 
-    One adapter that no replica accepts must not keep the base model from its users, so only an
-    adapter that could still be loaded holds the gate.
+    Without adapters nothing but the weights stands before the traffic, and those the replica's
+    own readiness waits for: its gate opens at once, so it serves as soon as it has loaded, even
+    while no operator runs. One adapter that no replica accepts must not keep the base model from
+    its users, so only an adapter that could still be loaded holds the gate.
     """
-    leaving = {group.replica for group in (*plan.drain, *plan.remove)}
+    leaving = {_place(group) for group in (*plan.drain, *plan.remove)}
     return [
         group
-        for group in observed.groups
+        for group in groups
         if group.standing in (Standing.STARTING, Standing.UNREADY)
         and group.replica.revision == observed.revision
-        and group.replica not in leaving
-        and group.has_loaded
+        and _place(group) not in leaving
         and not group.is_gate_open
-        and group.address not in adapters.incomplete
+        and (not observed.serving.adapters or _has_adapters(group, adapters))
     ]
+
+
+def _place(group: Group) -> tuple[str, int]:
+    return group.replica.revision, group.replica.slot
+
+
+def _has_adapters(group: Group, adapters: AdaptersSeen) -> bool:
+    return group.has_loaded and group.address not in adapters.incomplete
 
 
 def _is_drained(group: Group, observed: Observed, now: datetime) -> bool:

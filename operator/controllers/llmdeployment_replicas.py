@@ -17,7 +17,7 @@ from mizzen.operator.status.causes import Cause, pod_cause
 from mizzen.operator.status.conditions import parse_rfc3339
 from mizzen.operator.status.reasons import Reason, reason_or
 
-# A replica that served this long before it failed starts counting its failures anew.
+# As with a kubelet, a replica that ran this long before it failed starts counting anew.
 _FORGIVEN_AFTER = timedelta(minutes=10)
 
 
@@ -129,7 +129,7 @@ def _read_group(revision: str, slot: int, pods: list[Json], now: datetime) -> Gr
     standing = _standing(pods, missing=missing, is_draining=bool(since))
     failed_at = _failed_at(pods, now) if standing is Standing.FAILED else None
     restarts = _number(notes.get(labels.RESTARTS), 0)
-    if failed_at and _served_long(pods[0], until=failed_at):
+    if failed_at and _ran_long(pods[0]):
         restarts = 0
     return Group(
         replica=Replica(slot, revision, standing, restarts=restarts, failed_at=failed_at),
@@ -142,17 +142,17 @@ def _read_group(revision: str, slot: int, pods: list[Json], now: datetime) -> Gr
 
 def _standing(pods: list[Json], *, missing: tuple[int, ...], is_draining: bool) -> Standing:
     leaving = sum(map(is_leaving, pods))
-    was_in_service = bool(condition_of(pods[0], labels.IN_SERVICE_GATE))
+    has_started = _has_started(pods[0])
     if leaving:
         # A group lives and dies together: the rest of a half deleted one has to go as well.
         return Standing.LEAVING if leaving == len(pods) else Standing.LOST
-    if missing and (rank_of(pods[0]) != 0 or was_in_service):
+    if missing and (rank_of(pods[0]) != 0 or has_started):
         return Standing.LOST
     if is_draining:
         return Standing.DRAINING
     if any(pod["status"].get("phase") in ("Failed", "Succeeded") for pod in pods):
         return Standing.FAILED
-    if not was_in_service:
+    if not has_started:
         return Standing.STARTING
     is_ready = condition_of(pods[0], "Ready") == "True"
     is_open = condition_of(pods[0], labels.IN_SERVICE_GATE) == "True"
@@ -188,10 +188,22 @@ def _failed_at(pods: list[Json], now: datetime) -> datetime:
     return parse_rfc3339(created) if created else now
 
 
-def _served_long(leader: Json, *, until: datetime) -> bool:
-    gate = _condition(leader, labels.IN_SERVICE_GATE)
-    since = (gate or {}).get("lastTransitionTime")
-    return bool(since) and until - parse_rfc3339(str(since)) >= _FORGIVEN_AFTER
+def _has_started(leader: Json) -> bool:
+    """Whether the weights are loaded: from then on there may be requests in flight."""
+    statuses = leader["status"].get("containerStatuses") or []
+    return bool(statuses) and all(container.get("started") for container in statuses)
+
+
+def _ran_long(leader: Json) -> bool:
+    ends = [
+        container.get("state", {}).get("terminated") or {}
+        for container in leader["status"].get("containerStatuses") or []
+    ]
+    return any(
+        parse_rfc3339(end["finishedAt"]) - parse_rfc3339(end["startedAt"]) >= _FORGIVEN_AFTER
+        for end in ends
+        if end.get("finishedAt") and end.get("startedAt")
+    )
 
 
 def _condition(pod: Json, type_: str) -> Json | None:

@@ -7,10 +7,9 @@ from datetime import datetime
 
 from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen
 from mizzen.operator.controllers.llmdeployment_observe import Observed
-from mizzen.operator.controllers.llmdeployment_replicas import Group, read_groups
+from mizzen.operator.controllers.llmdeployment_replicas import Group
 from mizzen.operator.crds.common import Json
 from mizzen.operator.desired import labels
-from mizzen.operator.engine.key import Key
 from mizzen.operator.facts import Facts
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.errors import (
@@ -51,8 +50,8 @@ _FAILURES: tuple[tuple[type[KubeError], Reason], ...] = (
 
 
 async def report(
-    key: Key,
     observed: Observed,
+    groups: list[Group],
     adapters: AdaptersSeen,
     *,
     kube: Kube,
@@ -60,9 +59,7 @@ async def report(
     now: datetime,
     failure: KubeError | None = None,
 ) -> None:
-    """Write the status as it is after the writes, which the store has seen."""
-    pods = facts.store.children(key, "Pod")
-    groups = read_groups(pods, owner_uid=observed.serving.uid, now=now)
+    """Write the status: the groups as they stand after this round's writes."""
     seen = what_is_seen(
         observed, groups, adapters, domain=facts.config.cluster_domain, failure=failure
     )

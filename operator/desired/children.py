@@ -8,17 +8,17 @@ from mizzen.operator.desired.services import build_disruption_budget, build_serv
 from mizzen.operator.desired.serving import Serving
 
 
-def build_children(serving: Serving, *, has_loaded: bool) -> tuple[Json, ...]:
+def build_children(serving: Serving, *, has_served: bool) -> tuple[Json, ...]:
     """Return the manifests in the order in which they are written.
 
-    The Service waits until a replica has loaded: made earlier, it would have its endpoints
-    written twice more, by controllers that tell everybody of replicas that cannot serve yet.
+    The Service waits until a replica serves: made earlier, it would have its endpoints written
+    twice more, by controllers that tell everybody of replicas that cannot serve yet.
     """
     spec, name = serving.spec, serving.name
     namespace, owner = serving.namespace, serving.owner
     nodes, replicas = spec.parallelism.nodes, spec.desired_replicas
     children: list[Json] = []
-    if has_loaded:
+    if has_served:
         children.append(build_service(name, namespace=namespace, owner=owner))
     if serving.adapters:
         children.append(

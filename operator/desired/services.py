@@ -9,13 +9,15 @@ from mizzen.operator.desired import labels
 def build_service(deployment: str, *, namespace: str, owner: Json) -> Json:
     """Return the Service of the replicas' leaders.
 
-    Its EndpointSlices inherit the labels; the gateway finds them by `mizzen.dev/deployment`.
+    Headless (docs/adr/0005): its name resolves to the leaders. Its EndpointSlices inherit the
+    labels; the gateway finds them by `mizzen.dev/deployment`.
     """
     return {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": _metadata(deployment, deployment, namespace=namespace, owner=owner),
         "spec": {
+            "clusterIP": "None",
             "selector": {labels.DEPLOYMENT: deployment, labels.RANK: "0"},
             "ports": [
                 {"name": "http", "port": labels.HTTP_PORT, "targetPort": "http"},

@@ -164,15 +164,18 @@ def next_status(previous: Mapping[str, object], seen: Seen, *, now: datetime) ->
 def news(previous: Mapping[str, object], status: Document) -> list[Flip]:
     """Return the flips worth an Event; one cause that flips several conditions is told once.
 
-    Being not ready during a planned change is no warning; a fault is.
+    Being not ready during a planned change is no warning; a fault is. That a first start went as
+    it should is for the status to say: a thousand deployments would bring a thousand Events.
     """
     before, after = previous.get("conditions") or [], status["conditions"]
     assert isinstance(before, list) and isinstance(after, list)
     has_fault = condition_status(after, ConditionType.DEGRADED) != "False"
+    is_first_start = previous.get("phase") == "Starting" and not previous.get("readyReplicas")
     told: dict[tuple[str, str], Flip] = {}
     for flip in flips(before, after, of=_EVENT_CONDITIONS):
         is_over = flip.type is ConditionType.DEGRADED and flip.status == "False"
-        if not is_over:  # Ready says the same in better words
+        has_started = flip.type is ConditionType.READY and flip.status == "True" and is_first_start
+        if not (is_over or has_started):  # Ready says the same as the former in better words
             told.setdefault(
                 (flip.reason, flip.message),
                 replace(flip, is_warning=flip.is_warning and has_fault),

@@ -23,7 +23,7 @@ def test_the_hash_stays_while_the_files_do(module: Path) -> None:
     assert gobuild.source_hash(module) == gobuild.source_hash(MODULE)
 
 
-@pytest.mark.parametrize("name", ["go.mod", "go.sum", "all/main.go", "stages/pods.yaml"])
+@pytest.mark.parametrize("name", ["go.mod", "go.sum", "all/main.go"])
 def test_the_hash_changes_with_each_file(module: Path, name: str) -> None:
     before = gobuild.source_hash(module)
     (module / name).write_text((module / name).read_text() + "\n")
@@ -34,7 +34,7 @@ def test_an_interrupted_build_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(gobuild, "_kwok_stages", lambda: "")
+    monkeypatch.setattr(gobuild, "_node_stages", lambda: "")
     monkeypatch.setattr(gobuild, "_compile", _interrupted)
     with pytest.raises(KeyboardInterrupt):
         gobuild.build()

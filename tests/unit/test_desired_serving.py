@@ -44,7 +44,7 @@ def test_manifests_are_as_reviewed(case: str) -> None:
     wanted = serving(**yaml.safe_load((GOLDEN / f"{case}.in.yaml").read_text()))
     revision = revision_of(wanted)
     documents = [
-        *build_children(wanted, has_loaded=True),
+        *build_children(wanted, has_served=True),
         *(
             build_pod(wanted, PodPlace(revision=revision, slot=0, rank=rank))
             for rank in range(wanted.spec.parallelism.nodes)
@@ -146,15 +146,15 @@ def test_only_the_leader_of_a_group_has_the_gate() -> None:
 
 def test_a_budget_exists_only_for_more_than_one_replica() -> None:
     def kinds(replicas: int) -> set[str]:
-        made = build_children(serving(replicas=replicas), has_loaded=True)
+        made = build_children(serving(replicas=replicas), has_served=True)
         return {child["kind"] for child in made}
 
     assert kinds(1) == {"Service"}
     assert kinds(2) == {"Service", "PodDisruptionBudget"}
 
 
-def test_there_is_no_service_before_a_replica_has_loaded() -> None:
-    assert build_children(serving(), has_loaded=False) == ()
+def test_there_is_no_service_before_a_replica_serves() -> None:
+    assert build_children(serving(), has_served=False) == ()
 
 
 def test_users_reach_the_serving_ports_and_only_we_reach_the_others() -> None:

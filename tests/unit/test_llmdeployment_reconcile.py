@@ -46,9 +46,9 @@ async def test_one_replica_takes_five_writes_of_its_own_to_ready() -> None:
     own = [write for write in world.api.writes if write not in shared + events]
     assert [(method, path.rsplit("/", 2)[-2:]) for method, path in own] == [
         ("POST", ["team", "pods"]),
+        ("PATCH", [names(world)[0], "status"]),
         ("PATCH", ["smollm2", "status"]),
         ("PATCH", ["services", "smollm2"]),
-        ("PATCH", [names(world)[0], "status"]),
         ("PATCH", ["smollm2", "status"]),
     ]
 
@@ -84,8 +84,18 @@ async def test_nothing_is_told_between_created_and_ready() -> None:
     assert world.resource["metadata"]["resourceVersion"] == first
 
 
-async def test_the_gate_opens_only_when_the_processes_are_ready() -> None:
+async def test_the_gate_of_a_replica_without_adapters_opens_at_once() -> None:
+    """So a replica that has loaded serves even while no operator runs."""
     world = World()
+    await world.look()
+    assert list(gates(world).values()) == ["True"]
+    assert world.condition("Ready")[0] == "False"
+    world.run_pods()
+    assert in_service(world) == 1
+
+
+async def test_the_gate_of_a_replica_with_adapters_opens_when_they_are_loaded() -> None:
+    world = World(adapters=[{"name": "a", "source": "pvc://models/a"}])
     await world.look()
     assert gates(world) == {}
     world.start(names(world)[0])
@@ -511,11 +521,12 @@ def crash_at(world: World, fatal: int, *, is_lost: bool) -> list[int]:
 
 @pytest.mark.parametrize("error", [Conflict(), Unavailable()], ids=["conflict", "unavailable"])
 async def test_a_failing_write_is_tried_again_and_not_told(error: Exception) -> None:
-    world = World()
+    world = World(adapters=[{"name": "a", "source": "pvc://models/a"}])
     await world.look()
     world.start(names(world)[0])
-    version = world.resource["metadata"]["resourceVersion"]
     world.api.fault = failing(error, when=["pods"])  # type: ignore[arg-type]
+    await world.look()
+    version = world.resource["metadata"]["resourceVersion"]
     result = await world.look()
     assert isinstance(result, Retryable)
     assert world.resource["metadata"]["resourceVersion"] == version

@@ -26,6 +26,7 @@ def pod(
     phase: str = "Running",
     gate: bool | None = None,
     ready: bool = False,
+    loaded: bool = False,
     notes: dict[str, str] | None = None,
     containers: list[Json] | None = None,
     **labels: str,
@@ -47,17 +48,21 @@ def pod(
     }  # fmt: skip
     if leaving:
         metadata["deletionTimestamp"] = "2026-09-01T12:59:00Z"
-    status = {"phase": phase, "conditions": conditions, "containerStatuses": containers or []}
+    containers = containers or [{"name": "runtime", "started": loaded or ready}]
+    status = {"phase": phase, "conditions": conditions, "containerStatuses": containers}
     return {"metadata": metadata, "status": status}
 
 
 DRAINING = {"mizzen.dev/draining-since": "2026-09-01T12:59:00Z"}
 CASES: dict[str, tuple[list[Json], S]] = {
     "a new pod is starting": ([pod(phase="Pending")], S.STARTING),
-    "a running pod whose gate was never open is starting": ([pod()], S.STARTING),
+    "a running pod that has not loaded is starting": ([pod()], S.STARTING),
+    "a gate that opened at once makes no pod serve that has not loaded": (
+        [pod(gate=True)], S.STARTING,
+    ),
     "an open gate and a ready pod serve": ([pod(gate=True, ready=True)], S.IN_SERVICE),
-    "an open gate alone does not serve yet": ([pod(gate=True)], S.UNREADY),
-    "a closed gate without a note may have requests": ([pod(gate=False)], S.UNREADY),
+    "a loaded pod that is not ready may have requests": ([pod(gate=True, loaded=True)], S.UNREADY),
+    "a closed gate without a note may have requests": ([pod(gate=False, loaded=True)], S.UNREADY),
     "a noted drain drains": ([pod(gate=False, notes=DRAINING)], S.DRAINING),
     "a noted drain drains though the gate is still open": (
         [pod(gate=True, ready=True, notes=DRAINING)], S.DRAINING,
@@ -113,14 +118,15 @@ def test_the_missing_ranks_of_a_group_are_named() -> None:
 
 
 def ended(at: str) -> list[Json]:
-    return [{"name": "runtime", "state": {"terminated": {"exitCode": 1, "finishedAt": at}}}]
+    end = {"exitCode": 1, "startedAt": "2026-09-01T12:00:00Z", "finishedAt": at}
+    return [{"name": "runtime", "state": {"terminated": end}}]
 
 
-def test_failures_in_a_row_are_counted_on_the_pod_and_forgiven_after_ten_good_minutes() -> None:
+def test_failures_in_a_row_are_counted_on_the_pod_and_forgiven_after_ten_minutes() -> None:
     notes = {"mizzen.dev/restarts": "3"}
-    early = pod(phase="Failed", gate=True, notes=notes, containers=ended("2026-09-01T12:09:59Z"))
-    late = pod(phase="Failed", gate=True, notes=notes, containers=ended("2026-09-01T12:10:00Z"))
-    never = pod(phase="Failed", notes=notes, containers=ended("2026-09-01T12:59:00Z"))
+    early = pod(phase="Failed", notes=notes, containers=ended("2026-09-01T12:09:59Z"))
+    late = pod(phase="Failed", notes=notes, containers=ended("2026-09-01T12:10:00Z"))
+    never = pod(phase="Failed", notes=notes, containers=[{"name": "runtime", "state": {}}])
     counted = [
         read_groups([p], owner_uid="uid-1", now=NOW)[0].replica for p in (early, late, never)
     ]

@@ -210,6 +210,16 @@ def test_one_cause_is_told_once_though_it_flips_two_conditions() -> None:
     assert told == [("Ready", "InService", False)]
 
 
+def test_a_start_that_went_as_it_should_is_no_news_but_one_after_a_fault_is() -> None:
+    ready = seen(replica(S.IN_SERVICE))
+    for before, told in (
+        (seen(replica(S.STARTING)), []),
+        (seen(replica(S.STARTING, cause=BAD)), ["InService"]),
+    ):
+        first = next_status({}, before, now=NOW)
+        assert [flip.reason for flip in news(first, next_status(first, ready, now=NOW))] == told
+
+
 def test_a_planned_rollout_is_no_warning() -> None:
     before = next_status({}, seen(replica(S.IN_SERVICE, "old")), now=NOW)
     ready = next_status(before, seen(replica(S.IN_SERVICE)), now=NOW)
