@@ -13,6 +13,11 @@ from aiohttp import ClientPayloadError, ClientSession
 
 from tests.fixtures.gateway_house import CHAT, MODEL, TOKENS, MakeHouse, open_houses, until
 
+TRACE = {
+    "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    "tracestate": "vendor=1",
+}
+
 
 @pytest.fixture
 async def make_house() -> AsyncIterator[MakeHouse]:
@@ -25,7 +30,10 @@ async def test_a_stream_arrives_whole_and_hop_by_hop_headers_do_not(make_house: 
     async with house.client.post(
         house.url + CHAT,
         json={"model": "tiny", "stream": True},
-        headers={"X-Request-Id": "abc-1", "Connection": "keep-alive, X-Hop", "X-Hop": "mine"},
+        headers={
+            **{"X-Request-Id": "abc-1", "Connection": "keep-alive, X-Hop", "X-Hop": "mine"},
+            **TRACE,
+        },
     ) as answer:
         assert await answer.read() == b"".join(TOKENS)
         assert answer.headers["X-Request-Id"] == "abc-1"
@@ -35,6 +43,8 @@ async def test_a_stream_arrives_whole_and_hop_by_hop_headers_do_not(make_house: 
     seen = house.replicas[0].seen[0].headers
     assert seen["X-Request-Id"] == "abc-1"
     assert "X-Hop" not in seen
+    # W3C trace context: the replica's spans join the client's trace.
+    assert {name: seen[name] for name in TRACE} == TRACE
 
 
 async def test_tokens_are_passed_on_as_they_come(make_house: MakeHouse) -> None:
