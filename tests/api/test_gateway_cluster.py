@@ -28,6 +28,9 @@ CHAT = "/v1/chat/completions"
 KEY = make_key()
 
 
+SCALED = {"min": 0, "max": 2, "idle": {"toZeroAfterSeconds": 600}}
+
+
 def own_address() -> str:
     """An address of this machine that an EndpointSlice may hold: loopback ones are refused."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -45,7 +48,7 @@ def apply(cluster: ApiCluster, *documents: dict[str, Any]) -> None:
 
 
 def model(
-    namespace: str, name: str = "tiny", *, scaling: dict[str, int] | None = None, **fields: Any
+    namespace: str, name: str = "tiny", *, scaling: dict[str, Any] | None = None, **fields: Any
 ) -> dict[str, Any]:
     spec: dict[str, Any] = {"model": {"source": "pvc://models/tiny", **fields}}
     if scaling is not None:
@@ -264,7 +267,7 @@ async def test_a_held_request_wakes_its_model_by_an_annotation_and_may_change_no
     cluster: ApiCluster, namespace: str, tmp_path: Path
 ) -> None:
     async for door in _open_door(cluster, namespace, [], tmp_path, hold_timeout_s=120):
-        apply(cluster, key_secret(namespace), model(namespace, scaling={"min": 0, "max": 2}))
+        apply(cluster, key_secret(namespace), model(namespace, scaling=SCALED))
         await door.becomes("nothing", lambda status, _: status == 404)
         async with asyncio.timeout(60):
             while door.gateway.directory.model((namespace, "tiny")) is None:  # noqa: ASYNC110
