@@ -28,7 +28,8 @@ test: venv  ## Everything that must pass before a change lands
 	@$(MAKE) --no-print-directory bin
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory unit
-	@$(MAKE) --no-print-directory cluster-tests
+	@$(MAKE) --no-print-directory api
+	@$(MAKE) --no-print-directory e2e
 
 # --- development -----------------------------------------------------------------------------
 
@@ -75,11 +76,6 @@ api: venv bin  ## The operator and the gateway against a real API server with si
 .PHONY: e2e
 e2e: venv bin  ## The quickstart as written, on the full local cluster
 	@$(PY) -m pytest tests/e2e -q
-
-# Most of the time of the full cluster's tests is waiting, which leaves room for the others.
-.PHONY: cluster-tests
-cluster-tests: venv bin  ## Both of the above, side by side
-	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/api tests/e2e -q -n 3 --dist loadgroup
 
 .PHONY: crds
 crds: venv  ## Generate the CRDs, their reference pages and the chart's copies

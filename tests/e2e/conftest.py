@@ -37,13 +37,6 @@ def environment() -> dict[str, str]:
     return found
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of the one full cluster on one worker, in their order."""
-    for item in items:
-        if "quickstart" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("full-cluster"))
-
-
 @dataclass(frozen=True)
 class Cluster:
     """kubectl with the administrator's rights, and the gateway's own address."""
