@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field
 from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 
-from mizzen.runtime.engine.config import Device, Dtype, EngineConfig
+from mizzen.runtime.engine.config import Device, Dtype, EngineConfig, Quantization
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -37,6 +37,10 @@ class ServeConfig(BaseSettings):
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks the model is split over.")
     dtype: Dtype = Field("auto", description="Number format of weights and activations.")
     device: Device = Field("auto", description="Where the model runs.")
+    quantization: Quantization = Field(
+        "none",
+        description="Fewer bits per weight, on a CPU: faster, less exact.",
+    )
     max_model_len: int | None = Field(
         None, ge=2, description="Longest prompt plus answer, in tokens; default: the model's."
     )
@@ -117,6 +121,7 @@ class ServeConfig(BaseSettings):
             tensor_parallel_size=self.tensor_parallel_size,
             dtype=self.dtype,
             device=self.device,
+            quantization=self.quantization,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,

@@ -78,6 +78,12 @@ class TensorParallelInvalidError(BadModelError):
     reason = "TensorParallelInvalid"
 
 
+class QuantizationUnsupportedError(BadModelError):
+    """The weights cannot be stored in so few bits on this device."""
+
+    reason = "QuantizationUnsupported"
+
+
 class BadAdapterError(MizzenError):
     """The LoRA adapter cannot be used with this model; the message says why."""
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
+Quantization = Literal["none", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +17,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     dtype: Dtype = "auto"
     device: Device = "auto"
+    quantization: Quantization = "none"  # CPU only
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None  # token budget of a step

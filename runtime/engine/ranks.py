@@ -114,7 +114,13 @@ class ModelRanks:
 
 def load_rank(config: EngineConfig, device: torch.device, group: RankGroup) -> Decoder:
     """Load this rank's weights, ready to serve."""
-    decoder = load_decoder(config.model, dtype=config.dtype, device=device, group=group)
+    decoder = load_decoder(
+        config.model,
+        dtype=config.dtype,
+        device=device,
+        group=group,
+        quantization=config.quantization,
+    )
     decoder.prepack()
     return decoder
 

@@ -29,9 +29,9 @@ from mizzen.runtime.model.layers import (
     RowLinear,
     TensorShard,
     VocabTable,
-    can_pack,
     sum_shares,
 )
+from mizzen.runtime.model.packed import Quantization, can_pack
 from mizzen.runtime.model.rope import inverse_frequencies, rope_tables, rotate
 from mizzen.runtime.parallel.shard import HeadShard, Span, even_span, head_shard
 
@@ -257,18 +257,32 @@ class Decoder(nn.Module):
 
         Loaders copy into them; on a group of one rank they are the whole checkpoint, in our names.
         """
+        for part in self.parts():
+            yield from part.shards()
+
+    def parts(self) -> Iterator[ColumnLinear | RowLinear | VocabTable | Replicated]:
+        """Yield the modules that hold weights."""
         for module in self.modules():
             if isinstance(module, (ColumnLinear, RowLinear, VocabTable, Replicated)):
-                yield from module.shards()
+                yield module
 
     def prepack(self) -> bool:
         """Make a CPU model faster and final: it cannot be trained or reloaded afterwards.
 
         Returns whether this device and torch can do it; nothing has changed if not.
         """
-        if not can_pack(self.place):
+        if not can_pack(self.place.dtype, self.place.device):
             return False
-        for module in self.modules():
-            if isinstance(module, Linear) and (module is not self.embedding or self.spec.tied):
-                module.pack(keep_weight=module is self.embedding)
+        for part in self.parts():
+            self.pack(part, "none")
         return True
+
+    def pack(self, part: nn.Module, quantization: Quantization) -> None:
+        """Pack a part if it is a matrix that multiplies; one that is packed stays as it is."""
+        if not isinstance(part, Linear) or (part is self.embedding and not self.spec.tied):
+            return
+        # Every token's score hangs on the head alone, so it keeps at least 8 bits.
+        kind: Quantization = (
+            "int8" if part is self.head and quantization == "int4" else quantization
+        )
+        part.pack(kind, keep_weight=part is self.embedding)

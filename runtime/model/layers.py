@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mizzen.runtime.model.arch import ArchSpec
+from mizzen.runtime.model.packed import PackedWeight, Quantization, pack
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.parallel.shard import Span, even_span
 
@@ -46,37 +47,28 @@ class Placement:
 
 
 class Linear(nn.Module):
-    """A matrix and an optional bias whose weight may be prepacked for the CPU."""
+    """A matrix and an optional bias whose weight may be packed for the CPU."""
 
     def __init__(self, rows: int, columns: int, *, bias: bool, place: Placement) -> None:
         super().__init__()
         self.weight = place.empty(rows, columns)
         self.bias = place.empty(rows) if bias else None
-        self._packed: Tensor | None = None
+        self._packed: PackedWeight | None = None
 
     def matmul(self, x_TI: Tensor, *, bias: bool = True) -> Tensor:
         """Return `x` times the weight, plus the bias unless told not to."""
         addend = self.bias if bias else None
         if self._packed is None:
             return F.linear(x_TI, self.weight, addend)
-        return torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, addend, "none", [], "")
+        return self._packed(x_TI, addend)
 
-    def pack(self, *, keep_weight: bool = False) -> None:
-        """Reorder the weight as oneDNN wants it: up to 2x for few tokens, no more training."""
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
+    def pack(self, quantization: Quantization = "none", *, keep_weight: bool = False) -> None:
+        """Pack the weight, once: it cannot be trained or loaded anew afterwards."""
+        if self._packed is not None:
+            return
+        self._packed = pack(self.weight, quantization)
         if not keep_weight:
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
-
-
-def can_pack(place: Placement) -> bool:
-    """Is oneDNN's prepacked linear (a private operator of torch) here and does it know the type?"""
-    return (
-        place.device.type == "cpu"
-        and place.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import torch
 
-from mizzen.runtime.errors import WeightShapeError
+from mizzen.runtime.errors import QuantizationUnsupportedError, WeightShapeError
 from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.families import family_named
-from mizzen.runtime.model.layers import Placement
+from mizzen.runtime.model.layers import Placement, TensorShard
 from mizzen.runtime.model.names import NamedSource, WeightSource
+from mizzen.runtime.model.packed import Quantization
 from mizzen.runtime.model.safetensors_dir import SafetensorsDir
 from mizzen.runtime.parallel.group import RankGroup
 
@@ -20,35 +21,43 @@ def load_decoder(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
     group: RankGroup | None = None,
+    quantization: Quantization = "none",
 ) -> Decoder:
     """Read the checkpoint at `path` (a directory or a `.gguf` file) for this rank of `group`.
 
     The weights come frozen; `decoder.requires_grad_(True)` opens them for training and
-    `decoder.prepack()` makes them fast on a CPU.
+    `decoder.prepack()` makes them fast on a CPU. With `quantization`, matrices are stored in 8 or 4
+    bits as soon as they are read: final, and never all in memory as they were.
 
     Raises:
         BadModelError: the checkpoint is not one we can use; the message says what to change.
     """
     device = torch.device(device)
+    if quantization != "none" and device.type != "cpu":
+        raise QuantizationUnsupportedError(
+            f"Quantization {quantization} is done on CPUs only. Set it to none for {device.type}."
+        )
     checkpoint = find_checkpoint(path)
     spec, source = _open(checkpoint)
     place = Placement(choose_dtype(dtype, spec, device), device, group or RankGroup())
     decoder = Decoder(spec, place)
-    load_shards(decoder, source)
+    for part in decoder.parts():
+        for shard in part.shards():
+            _load_shard(shard, source)
+        if quantization != "none":
+            decoder.pack(part, quantization)
     return decoder.eval()
 
 
-def load_shards(decoder: Decoder, source: WeightSource) -> None:
-    """Fill every shard of the decoder from the source."""
-    for shard in decoder.shards():
-        # Checked on the whole: a part of a larger tensor would load without a complaint.
-        if (found := source.shape(shard.name)) != shard.whole:
-            raise WeightShapeError(
-                f"Tensor {shard.name} has shape {list(found)} and the model's configuration says "
-                f"{list(shard.whole)}. Both must come from the same checkpoint."
-            )
-        with torch.no_grad():
-            shard.tensor.copy_(source.read(shard.name, rows=shard.rows, columns=shard.columns))
+def _load_shard(shard: TensorShard, source: WeightSource) -> None:
+    # Checked on the whole: a part of a larger tensor would load without a complaint.
+    if (found := source.shape(shard.name)) != shard.whole:
+        raise WeightShapeError(
+            f"Tensor {shard.name} has shape {list(found)} and the model's configuration says "
+            f"{list(shard.whole)}. Both must come from the same checkpoint."
+        )
+    with torch.no_grad():
+        shard.tensor.copy_(source.read(shard.name, rows=shard.rows, columns=shard.columns))
 
 
 def choose_dtype(dtype: torch.dtype | str, spec: ArchSpec, device: torch.device) -> torch.dtype:

@@ -1,5 +1,8 @@
 """A text's embedding: one vector made of its tokens' hidden states."""
 
+# torch leaves some of its calls untyped.
+# mypy: disable-error-code="no-untyped-call"
+
 # Shapes: T packed tokens, S sequences, D model width.
 from collections.abc import Sequence
 from typing import Literal

@@ -12,6 +12,7 @@ from peft import get_peft_model
 
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import site_shapes
+from mizzen.runtime.model.packed import Quantization
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.parallel.ranks import Ranks
 from tests.fixtures import rank_work
@@ -56,6 +57,24 @@ def test_logits_equal_transformers(ranks: Ranks, tmp_path: Path, shape: dict[str
         is_packed = len(chunks) == 3
         found = on_all(ranks, "chunked_logits", str(tmp_path), chunks, is_packed)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_spreading_quantized_weights_costs_no_accuracy(
+    ranks: Ranks, tmp_path: Path, kind: Quantization
+) -> None:
+    shape = {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3}
+    reference = save_tiny_llama(tmp_path, **shape, intermediate_size=192, mlp_bias=True)
+    with torch.no_grad():
+        expected = reference(rank_work.random_tokens(300, 40)[None]).logits[0]
+    arguments = (str(tmp_path), [17, 16, 7], True, kind)
+    alone = rank_work.chunked_logits(RankGroup(), *arguments)
+    found = on_all(ranks, "chunked_logits", *arguments)
+    if kind == "int4":
+        # Groups do not reach over ranks, so the weights are the same ones; only the head's inputs
+        # are rounded, and a sum in another order may round one of them to the next level.
+        assert (found - alone).norm() < 0.01 * alone.norm()
+    assert (found - expected).norm() < 1.5 * (alone - expected).norm()
 
 
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)

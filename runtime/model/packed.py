@@ -1,0 +1,152 @@
+"""Linear layers' weights in the forms that CPU kernels want: faster, and smaller if quantized.
+
+The kernels are torch's. Norms, biases, positions and the table of token vectors stay as they are.
+"""
+
+# torch leaves these operators untyped.
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+
+# Shapes: T packed tokens, I and O a linear's input and output width on this rank.
+import warnings
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mizzen.runtime.errors import QuantizationUnsupportedError
+
+Quantization = Literal["none", "int8", "int4"]
+
+_TINY = torch.finfo(torch.float32).tiny
+_GROUP = 32  # inputs that share an int4 scale
+_INT4_OUTPUTS = 16  # the int4 kernel's outputs come in such blocks
+# How far to shrink a group's range before rounding: clipping outliers can lower the squared error.
+_SHRINKS = tuple(1 - 0.04 * i for i in range(8))
+
+
+class PackedWeight(Protocol):
+    """A weight that multiplies."""
+
+    def __call__(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """Return out_TO in the type of `x`."""
+        ...
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Is oneDNN's prepacked linear (a private operator of torch) here and does it know the type?"""
+    return (
+        device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+class OneDnnWeight:
+    """The weight as it was, reordered as oneDNN wants it: up to 2x for few tokens."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), None)
+
+    def __call__(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """Return out_TO."""
+        return torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, bias_O, "none", [], "")
+
+
+class Int8Weight:
+    """8 bits per weight, one scale per output; inputs are rounded to 8 bits on the way in.
+
+    torch's kernels for 8-bit weights and 16-bit inputs are slower than bfloat16 for more than one
+    token; rounding the inputs too makes the products integer ones, which CPUs are fast at.
+    """
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        weight = weight_OI.detach().float()
+        scales_O = weight.abs().amax(1).clamp_(min=_TINY) / 127
+        zeros_O = torch.zeros_like(scales_O, dtype=torch.int64)
+        with warnings.catch_warnings():
+            # The tensor type is on its way out, not the kernel, and it is the way to the kernel.
+            warnings.simplefilter("ignore")
+            whole = torch.quantize_per_channel(weight, scales_O.double(), zeros_O, 0, torch.qint8)
+            self._packed: Any = torch.ops.quantized.linear_prepack(whole, None)
+        # Without VNNI the sum of two products may overflow 16 bits, unless inputs have 7.
+        self._has_7_bits = not torch.cpu._is_vnni_supported()
+
+    def __call__(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """Return out_TO."""
+        x = x_TI.float()
+        # The kernel has one scale for all tokens, and a prompt's first token has inputs a thousand
+        # times the others': each is brought to the same size first. A token that is not finite
+        # becomes zeros for the kernel, which refuses NaN, and NaN again after it.
+        size_T1 = x.abs().amax(-1, keepdim=True).clamp_(min=_TINY)
+        even = (x / size_T1).nan_to_num_(0)
+        out = torch.ops.quantized.linear_dynamic(even, self._packed, self._has_7_bits)
+        out.mul_(size_T1)
+        return (out if bias_O is None else out.add_(bias_O)).to(x_TI.dtype)
+
+
+class Int4Weight:
+    """4 bits per weight, a scale and a shift per group of inputs; inputs keep their 16 bits.
+
+    Made for memory: torch's kernel reads a quarter of the bytes, but for many tokens it is slower
+    than bfloat16.
+    """
+
+    @staticmethod
+    def suits(weight_OI: Tensor) -> bool:
+        """Does the matrix divide into groups?"""
+        rows, columns = weight_OI.shape
+        return rows % _INT4_OUTPUTS == 0 and columns % _GROUP == 0
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        levels_OI, scales_NO2 = _round_to_4_bits(weight_OI.detach().float())
+        self._packed = torch._convert_weight_to_int4pack_for_cpu(levels_OI, 1)
+        self._scales = scales_NO2.to(weight_OI.dtype)
+
+    def __call__(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """Return out_TO."""
+        out = torch._weight_int4pack_mm_for_cpu(x_TI, self._packed, _GROUP, self._scales)
+        return out if bias_O is None else out + bias_O
+
+
+def _round_to_4_bits(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each weight's level from 0 to 15, and per group its scale and the value of level 8."""
+    groups_ONG = weight_OI.unflatten(1, (-1, _GROUP))
+    low, high = groups_ONG.amin(-1, keepdim=True), groups_ONG.amax(-1, keepdim=True)
+    best = torch.full_like(low, torch.inf)
+    scale, middle = torch.zeros_like(low), torch.zeros_like(low)
+    for shrink in _SHRINKS:
+        step = ((high - low) * shrink / 15).clamp(min=1e-8)
+        eight = (high + low) / 2 + step / 2
+        rounded = _levels(groups_ONG, step, eight).sub_(8).mul_(step).add_(eight)
+        error = (rounded - groups_ONG).square_().sum(-1, keepdim=True)
+        is_better = error < best
+        best = torch.where(is_better, error, best)
+        scale, middle = torch.where(is_better, step, scale), torch.where(is_better, eight, middle)
+    levels_OI = _levels(groups_ONG, scale, middle).flatten(1).to(torch.int32)
+    return levels_OI, torch.cat((scale, middle), -1).transpose(0, 1).contiguous()
+
+
+def _levels(groups_ONG: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
+    return ((groups_ONG - middle) / scale + 8).round_().clamp_(0, 15)
+
+
+def pack(weight_OI: Tensor, quantization: Quantization) -> PackedWeight:
+    """Return the weight in the form asked for.
+
+    Raises:
+        QuantizationUnsupportedError: the matrix does not divide into int4's groups.
+    """
+    if quantization == "none":
+        return OneDnnWeight(weight_OI)
+    if quantization == "int8":
+        return Int8Weight(weight_OI)
+    if not Int4Weight.suits(weight_OI):
+        rows, columns = weight_OI.shape
+        raise QuantizationUnsupportedError(
+            f"A matrix with {columns} inputs and {rows} outputs on one rank cannot be stored as "
+            f"int4, which needs multiples of {_GROUP} and {_INT4_OUTPUTS}. Set the quantization to "
+            "int8, or change the tensor-parallel size."
+        )
+    return Int4Weight(weight_OI)

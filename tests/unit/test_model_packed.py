@@ -1,0 +1,148 @@
+"""Quantized weights: how far results may move, and what must not move them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mizzen.runtime.attention.causal import CausalAttention
+from mizzen.runtime.config import ServeConfig
+from mizzen.runtime.engine.ranks import load_rank
+from mizzen.runtime.errors import QuantizationUnsupportedError
+from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.layers import Linear
+from mizzen.runtime.model.loader import load_decoder
+from mizzen.runtime.model.packed import (
+    Int4Weight,
+    Int8Weight,
+    OneDnnWeight,
+    Quantization,
+    pack,
+)
+from mizzen.runtime.parallel.group import RankGroup
+from tests.fixtures.tiny_models import save_tiny_llama
+
+WEIGHT = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "bound"), [("none", 0.005), ("int8", 0.02), ("int4", 0.09)])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_products_stay_close(
+    kind: Quantization, bound: float, tokens: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    bias = torch.arange(96).to(dtype)
+    found = pack(WEIGHT.to(dtype), kind)(x, bias)
+    assert found.dtype == dtype
+    assert error(found.float() - bias.float(), x.float() @ WEIGHT.T) < bound * (
+        1 if dtype == torch.float32 else 4  # bias and result are rounded to 8 bits as well
+    )
+
+
+def test_a_huge_token_does_not_blur_the_others() -> None:
+    """A prompt's first token is such a one in most models."""
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(2))
+    alone = pack(WEIGHT, "int8")(x[1:], None)
+    beside = pack(WEIGHT, "int8")(torch.cat((1000 * x[:1], x[1:])), None)[1:]
+    assert error(beside, alone) < 0.02
+
+
+def test_a_matrix_of_zeros_stays_zero() -> None:
+    for kind in (Int8Weight, Int4Weight):
+        found = kind(torch.zeros(32, 32))(torch.ones(2, 32), None)
+        torch.testing.assert_close(found, torch.zeros(2, 32), atol=1e-6, rtol=0)
+
+
+def test_int4_keeps_weights_that_lie_on_its_grid() -> None:
+    levels = torch.randint(16, (32, 64), generator=torch.Generator().manual_seed(3)).float()
+    levels[:, ::32], levels[:, 1::32] = 0, 15
+    weight = levels * 0.25 - 1
+    found = Int4Weight(weight)(torch.eye(64), None).T
+    torch.testing.assert_close(found, weight, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "bound"), [(Int8Weight, 0.01), (Int4Weight, 1e-5)])
+def test_products_are_those_of_the_stored_weights(
+    kind: type[Int8Weight] | type[Int4Weight], bound: float
+) -> None:
+    """int4 keeps its inputs, int8 rounds them to 8 bits (7 on a CPU without VNNI)."""
+    packed = kind(WEIGHT)
+    stored = packed(torch.eye(64), None).T
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(4))
+    assert error(packed(x, None), x @ stored.T) < bound
+
+
+@pytest.mark.parametrize("kind", [Int8Weight, Int4Weight])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_token_that_is_not_finite_spoils_itself_alone(
+    kind: type[Int8Weight] | type[Int4Weight], bad: float
+) -> None:
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(5))
+    broken = x.clone()
+    broken[1, 7] = bad
+    packed = kind(WEIGHT)
+    found = packed(broken, None)
+    assert not found[1].isfinite().any()
+    assert error(found[::2], packed(x, None)[::2]) < 0.02
+    assert not packed(broken[1:2], None).isfinite().any()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(32, 48), (24, 64)])
+def test_int4_refuses_what_does_not_divide_into_groups(rows: int, columns: int) -> None:
+    message = rf"{columns} inputs and {rows} outputs .* multiples of 32 and 16\. Set .* to int8"
+    with pytest.raises(QuantizationUnsupportedError, match=message):
+        pack(torch.randn(rows, columns), "int4")
+    pack(torch.randn(rows, columns), "int8")
+
+
+@torch.no_grad()
+def logits(decoder: Decoder) -> Tensor:
+    hidden = decoder(torch.arange(3, 43), torch.arange(40), CausalAttention([40]))
+    return decoder.logits(hidden)
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.05), ("int4", 0.5)])
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "own head"])
+def test_a_quantized_model_is_close_to_the_model(
+    tmp_path: Path, kind: Quantization, bound: float, is_tied: bool
+) -> None:
+    save_tiny_llama(tmp_path, tie_word_embeddings=is_tied, mlp_bias=True, hidden_size=64)
+    plain = logits(load_decoder(tmp_path, dtype="float32"))
+    decoder = load_decoder(tmp_path, dtype="float32", quantization=kind)
+    found = logits(decoder)
+    assert 0 < error(found, plain) < bound
+    decoder.prepack()
+    assert torch.equal(logits(decoder), found), "what is quantized is not packed again"
+    held = sum(parameter.nbytes for parameter in decoder.parameters())
+    table = decoder.embedding.weight.nbytes
+    assert table < held < 1.1 * table, "of the matrices only the table of token vectors is kept"
+
+
+def test_a_rank_whose_part_does_not_divide_is_refused(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path)  # 96 inner units are three groups, and half of them is none
+    load_decoder(tmp_path, quantization="int4")
+    with pytest.raises(QuantizationUnsupportedError, match="48 inputs"):
+        load_decoder(tmp_path, quantization="int4", group=RankGroup(1, 2))
+
+
+def test_no_device_but_a_cpu_quantizes(tmp_path: Path) -> None:
+    message = r"on CPUs only\. Set it to none"
+    with pytest.raises(QuantizationUnsupportedError, match=message) as raised:
+        load_decoder(tmp_path, device="cuda", quantization="int8")
+    assert raised.value.reason == "QuantizationUnsupported"
+
+
+@pytest.mark.parametrize(("kind", "form"), [("int8", Int8Weight), ("int4", Int4Weight)])
+def test_the_flag_reaches_the_weights(tmp_path: Path, kind: Quantization, form: type) -> None:
+    save_tiny_llama(tmp_path)
+    config = ServeConfig(model=str(tmp_path), quantization=kind).engine_config()
+    decoder = load_rank(config, torch.device("cpu"), RankGroup())
+    forms = [type(part._packed) for part in decoder.modules() if isinstance(part, Linear)]
+    assert forms.count(form) >= 8, "four matrices in each of two layers"
+    assert forms.count(OneDnnWeight) == 0
