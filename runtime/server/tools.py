@@ -128,13 +128,12 @@ class ToolReader:
     def _text(self) -> bool:
         before, tag, after = self._held.partition(OPEN)
         if not tag:
-            sure = len(before) - overlap(before, OPEN)
-            if before[:sure].strip():  # blanks alone may be what stands between two calls
-                self._say(before[:sure])
-                self._held = before[sure:]
+            # Blanks too wait for what follows them: before a call they say nothing.
+            sure = before[: len(before) - overlap(before, OPEN)].rstrip()
+            self._say(sure)
+            self._held = before[len(sure) :]
             return False
-        if before.strip():
-            self._say(before)
+        self._say(before.rstrip())
         self._held, self._step = after, self._head
         return True
 

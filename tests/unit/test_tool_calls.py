@@ -24,7 +24,7 @@ TEXTS: dict[str, tuple[str, str, list[tuple[str, object]]]] = {
     "Hermes and Qwen": (f"<tool_call>\n{PARIS}\n</tool_call>", "", [CALL]),
     "words before a call": (
         f"Let me look.\n<tool_call>{PARIS}</tool_call>",
-        "Let me look.\n",
+        "Let me look.",
         [CALL],
     ),
     "two calls": (
