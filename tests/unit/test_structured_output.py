@@ -67,14 +67,14 @@ async def test_each_row_of_a_batch_has_its_own_grammar_or_none(running: Running)
     free = {"temperature": 0, "max_tokens": 60, "ignore_eos": True}
     alone = await complete(running, **free)
     together = await asyncio.gather(
-        complete(running, guided_regex=r"[a-c]{3}-\d{1,5}/\d{2}"),
+        complete(running, guided_regex=r"[a-c]{3}-[0-9]{1,5}/[0-9]{2}"),
         complete(running, **free),
         complete(running, guided_choice=['say "yes"', "no", "ü"]),
         complete(running, structured_outputs={"json": SCHEMA}),
         complete(running, structured_outputs={"grammar": 'start: "a" (" b")~3'}),
     )
     texts = [choice["text"] for choice in together]
-    assert re.fullmatch(r"[a-c]{3}-\d{1,5}/\d{2}", texts[0])
+    assert re.fullmatch(r"[a-c]{3}-[0-9]{1,5}/[0-9]{2}", texts[0])
     assert texts[1] == alone["text"]
     assert texts[2] in ('say "yes"', "no", "ü")
     jsonschema.validate(json.loads(texts[3]), SCHEMA)
