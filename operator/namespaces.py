@@ -57,9 +57,14 @@ class Namespaces:
 
     async def release(self, namespace: str, kube: Kube) -> None:
         """Take both away when the last resource of ours has left the namespace."""
-        for kind in (llmdeployment.KIND, finetunejob.KIND):
-            if any(left["metadata"]["namespace"] == namespace for left in kube.store.all(kind)):
-                return
+        # Not while a resource that has just come is told that both are there.
+        async with self._lock:
+            for kind in (llmdeployment.KIND, finetunejob.KIND):
+                if any(left["metadata"]["namespace"] == namespace for left in kube.store.all(kind)):
+                    return
+            await self._take_away(namespace, kube)
+
+    async def _take_away(self, namespace: str, kube: Kube) -> None:
         refs = [Ref("networking.k8s.io/v1", "NetworkPolicy", namespace, NETWORK_POLICY)]
         if namespace != self._config.namespace:
             refs.append(Ref("v1", "Secret", namespace, labels.ADMIN_SECRET))

@@ -68,6 +68,8 @@ class Kube:
         try:
             live = await self.transport.request("GET", object_path(ref))
         except NotFound:
+            if ref.kind not in self.listed:
+                self.store.forget(ref)  # no event tells that it went, with its namespace perhaps
             return None
         self.store.put(live)
         return live

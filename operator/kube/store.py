@@ -87,6 +87,10 @@ class Store:
         self._forget(ref)
         return concerned
 
+    def forget(self, ref: Ref) -> None:
+        """Drop an object that nobody watches, so that the next reader asks for it."""
+        self._forget(ref)
+
     def prune(
         self, kind: str, present: Set[Ref], *, version: int, namespace: str | None = None
     ) -> set[Key]:

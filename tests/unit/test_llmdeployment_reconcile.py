@@ -224,6 +224,21 @@ async def test_the_last_resource_takes_the_token_and_the_policy_with_it() -> Non
     assert not world.api.kind("NetworkPolicy")
 
 
+async def test_a_namespace_made_anew_gets_a_token_again() -> None:
+    world = World()
+    await world.settle()
+    token = "/api/v1/namespaces/team/secrets/mizzen-admin"
+    # The namespace is deleted: its secret goes first, and nobody watches secrets.
+    follow, world.api.on_change = world.api.on_change, lambda kind, document: None
+    world.api.drop(token)
+    world.api.on_change = follow
+    world.api.drop(f"{CRS}/smollm2")
+    await world.look()
+    world.write({"model": {"source": "pvc://models/smollm2"}})
+    await world.settle()
+    assert token in world.api.objects
+
+
 async def test_adapters_are_loaded_before_the_gate_opens() -> None:
     world = World(adapters=[{"name": "support", "source": "pvc://models/adapters/support"}])
     await world.look()
