@@ -32,8 +32,8 @@ test: venv  ## Everything that must pass before a change lands
 # The full cluster's tests wait for pods half of their time; these fill the gaps and yield to them.
 .PHONY: beside-e2e
 beside-e2e: venv bin
-	@nice -n 19 $(MAKE) --no-print-directory --jobs 1 unit
-	@nice -n 19 $(MAKE) --no-print-directory --jobs 1 api
+	@nice -n 5 $(MAKE) --no-print-directory --jobs 1 unit
+	@nice -n 5 $(MAKE) --no-print-directory --jobs 1 api
 
 # --- development -----------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ api: venv bin  ## The operator and the gateway against a real API server with si
 
 .PHONY: e2e
 e2e: venv bin  ## The quickstart as written, on the full local cluster
-	@$(PY) -m pytest tests/e2e -q
+	@MAKEFLAGS= $(PY) -m pytest tests/e2e -q
 
 .PHONY: crds
 crds: venv  ## Generate the CRDs, their reference pages and the chart's copies

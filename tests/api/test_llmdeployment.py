@@ -87,7 +87,7 @@ class Namespace:
         conditions = self.llmd(name)["status"]["conditions"]
         return str(next(c["message"] for c in conditions if c["type"] == "Ready"))
 
-    def wait_ready(self, name: str = "smollm2", *, timeout_s: int = 60) -> None:
+    def wait_ready(self, name: str = "smollm2", *, timeout_s: int = 180) -> None:
         wait_until(lambda: self.ready(name)[0] == "True", timeout_s=timeout_s)
 
     def pods(self) -> list[Json]:
@@ -112,11 +112,13 @@ class Namespace:
 
 
 @pytest.fixture
-def team(cluster: ApiCluster, namespace: str, operator: RunningOperator) -> Namespace:
-    return Namespace(cluster, namespace)
+def team(cluster: ApiCluster, namespace: str, operator: RunningOperator) -> Iterator[Namespace]:
+    team = Namespace(cluster, namespace)
+    yield team
+    print(team.kubectl("get", "llmd,pods", "-o", "yaml"))  # shown where the test failed
 
 
-def wait_until(is_true: Callable[[], bool], *, timeout_s: float = 60) -> None:
+def wait_until(is_true: Callable[[], bool], *, timeout_s: float = 180) -> None:
     """Wait for a state that must come; the limit only ends a broken run."""
     deadline = time.monotonic() + timeout_s
     while not is_true():
@@ -223,7 +225,7 @@ def test_replicas_of_a_lost_node_are_replaced(team: Namespace) -> None:
     before = team.uids()
     team.cluster.kubectl("delete", "node", node)
     # The cluster waits most of a minute before it believes that a node is gone for good.
-    wait_until(lambda: len(team.uids() - before) == 1, timeout_s=150)
+    wait_until(lambda: len(team.uids() - before) == 1, timeout_s=240)
     wait_until(lambda: team.ready() == ("False", "Unschedulable"))
     team.apply(podTemplatePatch={})
     team.wait_ready()

@@ -151,7 +151,7 @@ def condition(resource: Json, type_: str = "ScalingActive") -> tuple[str, str]:
     return "", ""
 
 
-def wait_until(is_true: Any, *, timeout_s: float = 60) -> None:
+def wait_until(is_true: Any, *, timeout_s: float = 180) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_true():
         assert time.monotonic() < deadline, "it did not come to that"
