@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from tests.fixtures.running_operator import RunningOperator
 from tests.fixtures.serving_world import FakeRuntimes
 
 pytestmark = pytest.mark.api
+_log = logging.getLogger(__name__)
 
 INSTALLATION = "mizzen-serving"
 Json = dict[str, Any]
@@ -115,7 +117,8 @@ class Namespace:
 def team(cluster: ApiCluster, namespace: str, operator: RunningOperator) -> Iterator[Namespace]:
     team = Namespace(cluster, namespace)
     yield team
-    print(team.kubectl("get", "llmd,pods", "-o", "yaml"))  # shown where the test failed
+    # Shown where the test failed.
+    _log.warning("%s", team.kubectl("get", "llmd,pods", "-o", "yaml"))
 
 
 def wait_until(is_true: Callable[[], bool], *, timeout_s: float = 180) -> None:
