@@ -15,6 +15,7 @@ from hack.demo.chat import Chat
 from hack.demo.console import Background, Console, DemoError, run, wait_for_all
 from hack.demo.kubectl import Kubectl, condition, wait_until
 from hack.demo.target import ROOT, VENV_PYTHON, Images, cluster
+from hack.demo.waiting import explained
 
 SYSTEM = "mizzen-system"
 NAMESPACE = "quickstart"
@@ -42,12 +43,13 @@ def start_cluster(console: Console) -> str | None:
 
 def install_chart(kubectl: Kubectl, images: Images) -> str:
     """Install or upgrade the chart and wait for its pods."""
-    kubectl.helm(
-        "upgrade", "--install", "mizzen", str(ROOT / "charts" / "mizzen"),
-        "--namespace", SYSTEM, "--create-namespace", "--wait", "--timeout", "5m",
-        "--set", f"test.servedModel={NAMESPACE}/{MODEL}",
-        *images.values(),
-    )  # fmt: skip
+    with explained(kubectl, SYSTEM):
+        kubectl.helm(
+            "upgrade", "--install", "mizzen", str(ROOT / "charts" / "mizzen"),
+            "--namespace", SYSTEM, "--create-namespace", "--wait", "--timeout", "5m",
+            "--set", f"test.servedModel={NAMESPACE}/{MODEL}",
+            *images.values(),
+        )  # fmt: skip
     return f"`helm test mizzen -n {SYSTEM} --logs` asks the model once it is served"
 
 
@@ -59,7 +61,10 @@ def provide_model(console: Console, kubectl: Kubectl, images: Images, *, is_loca
         kubectl("apply", "-f", "-", stdin=json.dumps(_local_volume()))
     kubectl("apply", "-f", str(QUICKSTART / "claim.yaml"))
     kubectl("apply", "-f", "-", stdin=json.dumps(_loader_pod(images)))
-    kubectl("wait", "--for=condition=Ready", "pod/model-loader", "-n", NAMESPACE, "--timeout=180s")
+    with explained(kubectl, NAMESPACE):
+        kubectl(
+            "wait", "--for=condition=Ready", "pod/model-loader", "-n", NAMESPACE, "--timeout=180s"
+        )
     size = kubectl(
         "exec", "-n", NAMESPACE, "model-loader", "--",
         "sh", "-c", f"mkdir -p /models/{MODEL} && wc -c < /models/{MODEL}/{source.name} || echo 0",
