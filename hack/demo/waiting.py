@@ -38,8 +38,8 @@ def what_is_missing(pods: Any, claims: Any) -> list[str]:
         if container.get("state", {}).get("waiting", {}).get("reason") in _NO_IMAGE
     }
     found = [
-        f"The cluster cannot pull {image}. Build it, load or push it as docs/quickstart.md says, and "
-        "name the place in MIZZEN_IMAGES and MIZZEN_TAG."
+        f"The cluster cannot pull {image}. Build it, load or push it as docs/quickstart.md says, "
+        "and name the place in MIZZEN_IMAGES and MIZZEN_TAG."
         for image in sorted(images)
     ]
     found += [
