@@ -11,6 +11,7 @@ from hack.cluster.errors import ClusterError
 from hack.cluster.local_cluster import SERVERS, LocalCluster
 from hack.cluster.progress import say, step
 from hack.images import build as build_images
+from hack.images import store as image_store
 
 
 def build(_: argparse.Namespace) -> None:
@@ -35,6 +36,7 @@ def down(arguments: argparse.Namespace) -> None:
     """Stop the cluster and leave nothing on the host"""
     with step("Stopped the cluster"):
         LocalCluster().down(purge=arguments.purge)
+        image_store.release(purge=arguments.purge)
 
 
 def status(_: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from hack.cluster.host import run, succeeds
 from hack.cluster.pins import load_pins
 from hack.cluster.progress import step
+from hack.images.store import buildah
 
 PACKAGES = ("ca-certificates", "python3", "python3-venv", "usr-is-merged")
 # Nobody reads these in a container. Copyright files stay, as their licences ask.
@@ -54,10 +55,10 @@ def name() -> str:
 def build() -> str:
     """Make the base image unless it is there, and return its name."""
     image = name()
-    if succeeds("buildah", "inspect", "--type", "image", image):
+    if succeeds(*buildah("inspect", "--type", "image", image)):
         return image
     with step("Made the base image"), tempfile.TemporaryDirectory() as folder:
         run(*debootstrap_command(Path(folder) / "base.tar"))
         (Path(folder) / "Dockerfile").write_text(DOCKERFILE)
-        run("buildah", "bud", "--quiet", "--isolation", "chroot", "--tag", image, folder)
+        run(*buildah("bud", "--quiet", "--isolation", "chroot", "--tag", image, folder))
     return image

@@ -14,6 +14,7 @@ from hack.cluster.host import attempt, run
 from hack.cluster.places import REPOSITORY
 from hack.cluster.progress import elapsed, say, step
 from hack.images import base, content
+from hack.images.store import alone, buildah
 
 TARGETS = ("control", "runtime")
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -32,27 +33,29 @@ def build_packages(*, slim_torch: bool) -> None:
 
     Beside the build of the cluster's servers this costs little; after it, minutes.
     """
-    made_from = base.build()
-    for target in TARGETS:
-        stage = f"{target}-packages"
-        local = f"localhost/mizzen/{stage}:latest"
-        _build(stage, local, made_from=made_from, slim_torch=slim_torch)
-        _push(target, local, f"{registry.address()}/mizzen/{stage}:latest")
+    with alone():
+        made_from = base.build()
+        for target in TARGETS:
+            stage = f"{target}-packages"
+            local = f"localhost/mizzen/{stage}:latest"
+            _build(stage, local, made_from=made_from, slim_torch=slim_torch)
+            _push(target, local, f"{registry.address()}/mizzen/{stage}:latest")
 
 
 def build_and_push(*, slim_torch: bool) -> dict[str, str]:
     """Build and push what the registry does not have; return the images' tags."""
-    made_from = base.build()
     wanted = tags(slim_torch=slim_torch)
-    for target, tag in wanted.items():
-        repository = f"mizzen/{target}"
-        name = f"{registry.address()}/{repository}:{tag}"
-        if compressed_bytes(repository, tag) is None:
-            local = f"localhost/{repository}:{tag}"
-            _build(target, local, made_from=made_from, slim_torch=slim_torch)
-            _push(target, local, name)
-            _forget_older(repository, keep=local)
-        say(f"{name} ({(compressed_bytes(repository, tag) or 0) / MB:.0f} MB compressed)")
+    with alone():
+        made_from = base.build()
+        for target, tag in wanted.items():
+            repository = f"mizzen/{target}"
+            name = f"{registry.address()}/{repository}:{tag}"
+            if compressed_bytes(repository, tag) is None:
+                local = f"localhost/{repository}:{tag}"
+                _build(target, local, made_from=made_from, slim_torch=slim_torch)
+                _push(target, local, name)
+                _forget_older(repository, keep=local)
+            say(f"{name} ({(compressed_bytes(repository, tag) or 0) / MB:.0f} MB compressed)")
     return wanted
 
 
@@ -73,7 +76,7 @@ def compressed_bytes(repository: str, tag: str) -> int | None:
 
 def build_command(target: str, image: str, *, made_from: str, slim_torch: bool) -> list[str]:
     """Return the buildah command for one target."""
-    command = ["buildah", "bud", "--layers", "--target", target, "--tag", image]
+    command = buildah("bud", "--layers", "--target", target, "--tag", image)
     # Needs no rights beyond root's own; with the host's network, its certificates are needed too.
     command += ["--isolation", "chroot", "--network", "host"]
     if CERTIFICATES.is_dir():
@@ -114,11 +117,11 @@ def _build(target: str, image: str, *, made_from: str, slim_torch: bool) -> None
 
 def _forget_older(repository: str, *, keep: str) -> None:
     """Remove earlier builds of an image here; the layers that the latest one shares stay."""
-    listing = run("buildah", "images", "--format", "{{.Name}}:{{.Tag}}")
+    listing = run(*buildah("images", "--format", "{{.Name}}:{{.Tag}}"))
     for image in listing.split():
         if image.startswith(f"localhost/{repository}:") and image != keep:
-            # Best effort: an image that a build beside us still uses goes the next time.
-            attempt(["buildah", "rmi", image])
+            attempt(buildah("rmi", image))
+    attempt(buildah("rmi", "--prune"))  # layers of earlier sources and pins
 
 
 def _push(target: str, image: str, name: str) -> None:
@@ -127,4 +130,4 @@ def _push(target: str, image: str, name: str) -> None:
         if target == "runtime":
             # Gigabytes that stay on this disk: the processor is the slow part, so the lightest.
             options += ["--compression-format=gzip", "--compression-level=1"]
-        run("buildah", "push", *options, image, f"docker://{name}")
+        run(*buildah("push", *options, image, f"docker://{name}"))
