@@ -121,7 +121,6 @@ def _forget_older(repository: str, *, keep: str) -> None:
     for image in listing.split():
         if image.startswith(f"localhost/{repository}:") and image != keep:
             attempt(buildah("rmi", image))
-    attempt(buildah("rmi", "--prune"))  # layers of earlier sources and pins
 
 
 def _push(target: str, image: str, name: str) -> None:
