@@ -37,7 +37,9 @@ beside-e2e: venv bin
 
 # --- development -----------------------------------------------------------------------------
 
-$(VENV)/.synced: requirements.lock pyproject.toml
+KERNELS := $(wildcard runtime/kernels/*.c runtime/kernels/*.h) runtime/kernels/compile.py
+
+$(VENV)/.synced: requirements.lock pyproject.toml hatch_build.py $(KERNELS)
 	@echo "== Python environment in $(VENV) (torch is large: about two minutes the first time)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@test -x $(VENV)/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check uv
