@@ -4,7 +4,8 @@
 
 Starts `mizzen serve` with a KV cache small enough that the requests write to all of it: pages
 that nothing was written to are not memory yet, and subtracting them would flatter. Then reads the
-PSS of all its processes while it waits, in which a page shared by several counts once.
+PSS of all its processes while it waits, in which a page shared by several counts once. Libraries
+that other programs use too count in part only: nothing else with torch should run meanwhile.
 """
 
 import argparse
@@ -13,12 +14,11 @@ import time
 from functools import partial
 from pathlib import Path
 
-from benchmarks.bandwidth import weight_bytes
+from benchmarks.checkpoint import kv_token_bytes, weight_bytes
 from benchmarks.load_generator import run_load
 from benchmarks.prompts import random_prompts
 from benchmarks.rows import Rows
 from benchmarks.servers import MODEL_NAME, serving, start_mizzen, vocab_size
-from mizzen.runtime.model.arch import ArchSpec
 
 _MB = 1e6
 _SETTLE_S = 2.0
@@ -35,10 +35,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     model, length = arguments.model.resolve(), arguments.input_tokens
-    spec = ArchSpec.from_dir(model)
-    token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_dim * 2  # keys, values, bfloat16
     kv_bytes = int(arguments.kv_cache_gib * 2**30)
-    written = arguments.requests * (length + arguments.output_tokens) * token_bytes
+    written = arguments.requests * (length + arguments.output_tokens) * kv_token_bytes(model)
     if written < kv_bytes:
         parser.error(f"the requests write {written} bytes of KV: lower --kv-cache-gib")
     start = partial(

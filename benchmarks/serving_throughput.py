@@ -20,7 +20,8 @@ import os
 import statistics
 from pathlib import Path
 
-from benchmarks.bandwidth import read_bandwidth, step_weight_bytes
+from benchmarks.bandwidth import read_bandwidth
+from benchmarks.checkpoint import step_weight_bytes
 from benchmarks.offline.contenders import NAMES, Contender, Cost, loaded
 from benchmarks.offline.protocol import Job
 from benchmarks.prompts import random_prompts
