@@ -44,29 +44,39 @@ class Disturbance:
         return quiet, during, every
 
 
-async def disturb(server: Server, prompts: list[list[int]], output_tokens: int) -> Disturbance:
+async def disturb(client: Client, prompts: list[list[int]], output_tokens: int) -> Disturbance:
     """Stream all prompts but the last; send that one once each stream has a quarter."""
-    async with open_session() as session:
-        client = Client(session, server.url, MODEL_NAME)
-        *short, long = prompts
-        waiting_for = set(range(len(short)))
-        all_run = asyncio.Event()
+    *short, long = prompts
+    waiting_for = set(range(len(short)))
+    all_run = asyncio.Event()
 
-        def on_event(count: int, index: int) -> None:
-            if count == output_tokens // 4:
-                waiting_for.discard(index)
-                if not waiting_for:
-                    all_run.set()
+    def on_event(count: int, index: int) -> None:
+        if count == output_tokens // 4:
+            waiting_for.discard(index)
+            if not waiting_for:
+                all_run.set()
 
+    async with asyncio.TaskGroup() as group:
         streams = [
-            asyncio.create_task(
+            group.create_task(
                 client.complete(prompt, output_tokens, partial(on_event, index=index))
             )
             for index, prompt in enumerate(short)
         ]
         await all_run.wait()
         late = await client.complete(long, 1)
-        return Disturbance(tuple(await asyncio.gather(*streams)), late)
+    return Disturbance(tuple(stream.result() for stream in streams), late)
+
+
+def run_disturbed(server: Server, prompts: list[list[int]], output_tokens: int) -> Disturbance:
+    """Do it from code that is not asynchronous."""
+
+    async def run() -> Disturbance:
+        async with open_session() as session:
+            client = Client(session, server.url, MODEL_NAME)
+            return await disturb(client, prompts, output_tokens)
+
+    return asyncio.run(run())
 
 
 def row(name: str, disturbances: list[Disturbance]) -> dict:
@@ -108,7 +118,7 @@ def main() -> None:
             prompts += random_prompts(1, shortest=long, longest=long, seed=round_, **ids)
             for server in servers:
                 with turn(server):
-                    found = asyncio.run(disturb(server, prompts, arguments.output_tokens))
+                    found = run_disturbed(server, prompts, arguments.output_tokens)
                 seen[server.name].append(found)
     rows = Rows(
         f"{arguments.streams} streams while a prompt of {long} tokens arrives: {model.name}"

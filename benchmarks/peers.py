@@ -69,7 +69,8 @@ def _unpack_tcmalloc(target: Path) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         command = ["apt-get", "download", "-qq", "libtcmalloc-minimal4"]
-        subprocess.run(command, cwd=folder, check=False, stdout=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run(command, cwd=folder, check=False, **quiet)
         for package in Path(folder).glob("*.deb"):
             subprocess.run(["dpkg-deb", "-x", str(package), folder], check=True)
         for library in Path(folder).glob("usr/lib/*/libtcmalloc_minimal.so.4"):
