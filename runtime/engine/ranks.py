@@ -30,7 +30,8 @@ from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import Adapter, load_adapter
 from mizzen.runtime.parallel.group import RankGroup
-from mizzen.runtime.parallel.ranks import Inbox, Ranks
+from mizzen.runtime.parallel.processes import Inbox
+from mizzen.runtime.parallel.ranks import Ranks
 
 
 class ModelRanks:
@@ -45,6 +46,7 @@ class ModelRanks:
         self._runner = _runner(config, decoder, blocks)
         self.last_hidden = self._runner.last_hidden
         self.check = ranks.check
+        self.serve = ranks.serve
         self.stop = ranks.stop
 
     def run(self, step: StepInput) -> Tensor | None:
@@ -129,8 +131,10 @@ def follow(
     group: RankGroup, inbox: Inbox, config: EngineConfig, device_type: str, threads: int
 ) -> None:
     """Be a rank above 0: do what rank 0 says until it says no more."""
-    device = torch.device(device_type, group.rank) if device_type == "cuda" else torch.device("cpu")
-    if device.type == "cpu":
+    if device_type == "cuda":
+        device = torch.device(device_type, torch.cuda.current_device())
+    else:
+        device = torch.device("cpu")
         torch.set_num_threads(threads)
     decoder = load_rank(config, device, group)
     messages = (decode(data) for data in inbox)
