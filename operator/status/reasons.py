@@ -124,6 +124,8 @@ class Reason(StrEnum):
     DATASET_DIGEST_MISMATCH = "DatasetDigestMismatch"
     DATASET_UNREACHABLE = "DatasetUnreachable"
     LOSS_NOT_FINITE = "LossNotFinite"
+    MEMORY_TOO_SMALL = "MemoryTooSmall"
+    TRAINER_HANGS = "TrainerHangs"
     CHECKPOINT_MISMATCH = "CheckpointMismatch"
     STORAGE_FULL = "StorageFull"
     STORAGE_NOT_WRITABLE = "StorageNotWritable"
