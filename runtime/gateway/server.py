@@ -22,6 +22,7 @@ from mizzen.runtime.gateway.lifecycle import Lifecycle
 from mizzen.runtime.gateway.limits import Accounts
 from mizzen.runtime.gateway.metrics import GatewayMetrics
 from mizzen.runtime.gateway.proxy import Proxy
+from mizzen.runtime.gateway.quiet import server_log
 from mizzen.runtime.gateway.reflector import Reflector
 from mizzen.runtime.gateway.sinks import DEPLOYMENT_LABEL, KeySink, ModelSink, SliceSink
 from mizzen.runtime.gateway.wake import Waker
@@ -88,6 +89,7 @@ class Gateway:
         self._api = web.AppRunner(
             build_app(self._parts(self._session)),
             access_log=None,
+            logger=server_log(),
             # A client that goes away cancels its request here, and with it the one upstream.
             handler_cancellation=True,
             shutdown_timeout=_CLEANUP_S,

@@ -48,11 +48,17 @@ _CODES = {
 }
 
 
+# A text that quotes the request may be as long as that; over the limit of a trailer (8 KiB, with
+# three bytes for each that is not ASCII) clients get an error of their own in its place.
+_MOST_DETAILS = 512
+
+
 async def abort_with(context: Context, error: ApiError) -> None:
     """End a call with an error's status."""
     if error.retry_after_s is not None:
         context.set_trailing_metadata((("retry-after", error.headers()["Retry-After"]),))
-    await context.abort(_CODES.get(error.status, grpc.StatusCode.INTERNAL), error.message)
+    code = _CODES.get(error.status, grpc.StatusCode.INTERNAL)
+    await context.abort(code, error.message[:_MOST_DETAILS])
 
 
 class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]

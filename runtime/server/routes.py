@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -144,7 +144,8 @@ async def read_body(request: Request, *, limit: int) -> bytes:
     """Return the body.
 
     Raises:
-        ApiError: it is, or says it is, over `limit` bytes; the rest is left unread.
+        ApiError: it is, or says it is, over `limit` bytes; the rest is left unread. Or it did not
+            come, or not to its end.
     """
     said = request.headers.get("content-length", "")
     if said.isdigit() and int(said) > limit:
@@ -154,6 +155,8 @@ async def read_body(request: Request, *, limit: int) -> bytes:
             return await _read_up_to(request, limit)
     except TimeoutError as error:
         raise ApiError(408, "The body did not arrive in time.", code="body_timeout") from error
+    except ClientDisconnect as error:
+        raise ApiError(400, "The body was cut short.", code="body_cut") from error
 
 
 _BODY_LIMIT_S = 60.0  # a request is counted, and a stop waits for it, while its body trickles in
