@@ -16,6 +16,7 @@ from mizzen.runtime.server.oip_tensors import Tensor
 from mizzen.runtime.server.prompts import encode_text
 from mizzen.runtime.server.schemas import Sampling
 from mizzen.runtime.server.service import Service
+from mizzen.runtime.tracing import current_span
 
 # name -> (datatype, optional)
 INPUTS: Mapping[str, tuple[str, bool]] = {
@@ -75,6 +76,7 @@ async def understand(service: Service, call: InferCall) -> Inference:
     Raises:
         ApiError: the model is not served, or the call's tensors are not what it takes.
     """
+    current_span.get().name("text_completion", call.model)
     adapter = service.resolve(call.model)
     check_version(call.version)
     _check_names(call)
