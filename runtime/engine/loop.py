@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from mizzen.runtime.engine.adapters import AdapterTable, SlotUse
@@ -208,6 +209,8 @@ class Loop:
             self._recorder.on_token(now - (live.last_token_at or now))
         live.last_token_at = now
         self.generation_tokens += len(output.token_ids)
+        if output.finish_reason is not None:
+            output = replace(output, finished=live.finished(output.finish_reason, now))
         self._outbox.put(live.stream, output)
         if output.finish_reason is not None:
             self.scheduler.finish(live.seq, output.finish_reason)
