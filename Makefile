@@ -87,6 +87,10 @@ crds: venv  ## Generate the CRDs, their reference pages and the chart's copies
 	@$(PY) -m hack.generate docs
 	@$(PY) -m hack.chart
 
+.PHONY: openapi
+openapi: venv  ## Generate the gateway's OpenAPI description from the runtime's
+	@$(PY) -m hack.generate openapi
+
 .PHONY: chart
 chart: venv bin  ## Generate and lint the Helm chart
 	@$(PY) -m hack.chart
