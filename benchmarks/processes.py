@@ -83,7 +83,9 @@ class ProcessTree:
         """End them: politely first, and what is left after half a minute by force."""
         everyone = list(self._living())
         self.resume()
-        if self.is_running():
+        if self._process.stdin is not None:
+            self._process.stdin.close()  # a worker ends with its input, and takes its own along
+        elif self.is_running():
             self._process.terminate()
         _, left = psutil.wait_procs(everyone, timeout=_STOP_S)
         for process in left:
