@@ -37,7 +37,9 @@ beside-e2e: venv bin
 
 # --- development -----------------------------------------------------------------------------
 
-$(VENV)/.synced: requirements.lock pyproject.toml
+KERNELS := $(wildcard runtime/kernels/*.c runtime/kernels/*.h) runtime/kernels/compile.py
+
+$(VENV)/.synced: requirements.lock pyproject.toml hatch_build.py $(KERNELS)
 	@echo "== Python environment in $(VENV) (torch is large: about two minutes the first time)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@test -x $(VENV)/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check uv
@@ -86,6 +88,10 @@ crds: venv  ## Generate the CRDs, their reference pages and the chart's copies
 	@$(PY) -m hack.generate crds
 	@$(PY) -m hack.generate docs
 	@$(PY) -m hack.chart
+
+.PHONY: openapi
+openapi: venv  ## Generate the gateway's OpenAPI description from the runtime's
+	@$(PY) -m hack.generate openapi
 
 .PHONY: chart
 chart: venv bin  ## Generate and lint the Helm chart

@@ -63,7 +63,9 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
     failure = await _open(gates, kube=kube, now=now) or failure
     # A failure is told too: status is where people look when nothing moves.
     try:
-        seen = what_is_seen(observed, groups, adapters, loading, facts=facts, failure=failure)
+        seen = what_is_seen(
+            observed, plan.course, groups, adapters, loading, facts=facts, failure=failure
+        )
         await report(observed, seen, kube=kube, now=now)
     except KubeError as error:
         failure = failure or error

@@ -191,7 +191,7 @@ def follow(
 
 
 def _runner(config: EngineConfig, decoder: Decoder, blocks: int) -> Runner:
-    return Runner(decoder, kv=own_kv(config, decoder, blocks=blocks), max_rows=config.max_num_seqs)
+    return Runner(decoder, kv=own_kv(config, decoder, blocks=blocks))
 
 
 def own_kv(config: EngineConfig, decoder: Decoder, *, blocks: int) -> KvShape:

@@ -6,6 +6,7 @@ import json
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.resources import files
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -31,7 +32,7 @@ from mizzen.runtime.gateway.tokens import TokenMeter, expected_tokens
 
 log = logging.getLogger(__name__)
 
-_PROXIED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+PROXIED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 _ID = web.RequestKey("request_id", str)
 _CLIENT = web.RequestKey("client", Client)
 _ACCOUNT = web.RequestKey("account", Account)
@@ -57,9 +58,10 @@ def build_app(parts: Parts) -> web.Application:
     routes = Routes(parts)
     app = web.Application(middlewares=[routes.answer_errors, routes.check_key])
     app.on_response_prepare.append(routes.finish_headers)
+    app.router.add_get("/openapi.json", routes.describe)
     app.router.add_get("/v1/models", routes.list_models)
     app.router.add_get("/v1/models/{model:.+}", routes.get_model)
-    for path in _PROXIED:
+    for path in PROXIED:
         app.router.add_post(path, routes.proxy, expect_handler=routes.allow_body)
     return app
 
@@ -140,6 +142,11 @@ class Routes:
         return None
 
     # Routes.
+
+    async def describe(self, request: web.Request) -> web.Response:
+        """GET /openapi.json: these routes in OpenAPI's words, generated from the runtime's."""
+        document = files("mizzen.runtime.gateway").joinpath("openapi.json").read_bytes()
+        return web.Response(body=document, content_type="application/json")
 
     async def list_models(self, request: web.Request) -> web.Response:
         """GET /v1/models: every model, and the adapters that are on some replica."""
@@ -230,7 +237,7 @@ def _model_entries(name: str, model: ServedModel) -> list[dict[str, object]]:
 def _plain_error(request: web.Request, error: web.HTTPException) -> web.Response:
     if error.status == 404:
         message = f"There is no {request.path} here; the gateway serves /v1/models and " + (
-            ", ".join(_PROXIED)
+            ", ".join(PROXIED)
         )
     elif error.status == 405:
         allowed = ", ".join(sorted(error.headers.get("Allow", "").split(",")))

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -25,11 +26,23 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class GuardedRoute(Route):
-    """A route with an access class; there is no way to make one without."""
+    """A route with an access class; there is no way to make one without.
 
-    def __init__(self, method: str, path: str, endpoint: Endpoint, access: Access) -> None:
+    `body` is the model of the JSON it takes, for the description of the port.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        endpoint: Endpoint,
+        access: Access,
+        *,
+        body: type[BaseModel] | None = None,
+    ) -> None:
         super().__init__(path, endpoint, methods=[method])
         self.access = access
+        self.body = body
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check who calls, then answer."""
