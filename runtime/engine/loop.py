@@ -168,6 +168,7 @@ class Loop:
         began_at = time.monotonic()
         sampling = [chunk for chunk in chunks if chunk.samples]
         rows = [chunk.seq for chunk in sampling for _ in range(1 + len(chunk.draft))]
+        self._ranks.guess(chunks)
         logits_NV = self._ranks.run(self._builder.build(chunks))
         sampled = None if logits_NV is None else self._sampler.sample(logits_NV, rows)
         now = time.monotonic()
