@@ -28,6 +28,7 @@ class Reason(StrEnum):
     # Work is under way.
     STARTING = "Starting"
     ROLLING_OUT = "RollingOut"
+    PAUSED = "Paused"
     DRAINING = "Draining"
     LOADING_ADAPTERS = "LoadingAdapters"
 
@@ -38,6 +39,9 @@ class Reason(StrEnum):
     SCALING_LIMITED = "ScalingLimited"
     SLO_UNREACHABLE = "SloUnreachable"
     REPLICAS_STUCK = "ReplicasStuck"
+
+    # A new revision was given up.
+    ROLLED_BACK = "RolledBack"
 
     # The spec or the cluster must change.
     INVALID_SPEC = "InvalidSpec"
