@@ -80,7 +80,12 @@ class ServeConfig(BaseSettings):
         512, ge=0, description="Requests that may wait; more are answered 429."
     )
     speculative_tokens: int = Field(
-        0, ge=0, le=16, description="Tokens guessed from the text itself in each step; 0 is off."
+        0, ge=0, le=16, description="Tokens guessed in each step and checked; 0 is off."
+    )
+    speculative_model: Path | None = Field(
+        None,
+        description="Small model of the same vocabulary that guesses: a directory or a .gguf file. "
+        "Default: guesses come from the text itself.",
     )
     max_loras: int = Field(8, ge=0, description="Adapters that can be loaded at once.")
     max_lora_rank: int = Field(64, ge=1, description="Largest rank an adapter may have.")
@@ -177,6 +182,7 @@ class ServeConfig(BaseSettings):
             kv_cache_gib=self.kv_cache_gib,
             max_waiting=self.max_waiting,
             speculative_tokens=self.speculative_tokens,
+            speculative_model=self.speculative_model,
             max_loras=self.max_loras,
             max_lora_rank=self.max_lora_rank,
         )

@@ -33,7 +33,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     cpu_threads: int | None = None  # per rank; None reads the cgroup's quota
     heartbeat_limit_s: float = 60.0  # a step may take this long before the loop counts as dead
-    speculative_tokens: int = 0  # guessed from the text and checked, in each step
+    speculative_tokens: int = 0  # guessed and checked, in each step
+    speculative_model: Path | None = None  # guesses; without, the text itself does
     seed: int = 0
     nodes: Nodes | None = None  # the pods the ranks are spread over, where there are several
 

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from mizzen.runtime.engine.adapters import AdapterTable, SlotUse
@@ -167,6 +168,7 @@ class Loop:
         began_at = time.monotonic()
         sampling = [chunk for chunk in chunks if chunk.samples]
         rows = [chunk.seq for chunk in sampling for _ in range(1 + len(chunk.draft))]
+        self._ranks.guess(chunks)
         logits_NV = self._ranks.run(self._builder.build(chunks))
         sampled = None if logits_NV is None else self._sampler.sample(logits_NV, rows)
         now = time.monotonic()
@@ -208,6 +210,8 @@ class Loop:
             self._recorder.on_token(now - (live.last_token_at or now))
         live.last_token_at = now
         self.generation_tokens += len(output.token_ids)
+        if output.finish_reason is not None:
+            output = replace(output, finished=live.finished(output.finish_reason, now))
         self._outbox.put(live.stream, output)
         if output.finish_reason is not None:
             self.scheduler.finish(live.seq, output.finish_reason)

@@ -12,6 +12,13 @@ from mizzen.runtime.engine.api import FinishedRequest, Recorder
 from mizzen.runtime.engine.batch import BatchBuilder, StepInput, dummy_step
 from mizzen.runtime.engine.blocks import BlockPool
 from mizzen.runtime.engine.config import EngineConfig
+from mizzen.runtime.engine.draft import (
+    DraftModel,
+    DraftUnfitError,
+    check_draft,
+    draft_kv,
+    load_draft,
+)
 from mizzen.runtime.engine.host import cpu_count, memory_available_bytes
 from mizzen.runtime.engine.loop import Loop
 from mizzen.runtime.engine.ranks import ModelRanks, follow, largest_kv, load_rank, own_kv
@@ -111,19 +118,33 @@ def _start_model(
     with _timed(seconds, "weights"):
         decoder = load_rank(config, device, ranks.group)
     model_len = choose_model_len(config, decoder.spec)
-    blocks = choose_blocks(config, decoder, model_len)
+    draft = _load_draft(config, decoder, model_len)
+    blocks = choose_blocks(config, decoder, model_len, draft=draft)
     step_tokens = max(
         config.max_num_batched_tokens or STEP_TOKENS[device.type], config.max_num_seqs
     )
-    model = ModelRanks(config, decoder, ranks, blocks)
-    with _timed(seconds, "warm_up"):
-        for step in warm_up_steps(step_tokens, config):
-            model.run(step)
     pool = BlockPool(
         num_blocks=blocks,
         block_size=config.block_size,
         enable_caching=config.enable_prefix_caching,
     )
+
+    def builder() -> BatchBuilder:
+        return BatchBuilder(
+            rows=config.max_num_seqs,
+            blocks_per_row=pool.blocks_for(model_len),
+            block_size=config.block_size,
+        )
+
+    guesser = None
+    if draft is not None:
+        guesser = DraftModel(
+            config, draft, builder=builder(), kv=draft_kv(config, draft.spec, blocks=blocks)
+        )
+    model = ModelRanks(config, decoder, ranks, blocks, draft=guesser)
+    with _timed(seconds, "warm_up"):
+        for step in warm_up_steps(step_tokens, config):
+            model.warm_up(step)
     limits = Limits(
         step_tokens=step_tokens,
         max_running=config.max_num_seqs,
@@ -135,11 +156,7 @@ def _start_model(
     eos_ids = frozenset((*tokenizer.eos_token_ids, *decoder.spec.eos_ids))
     loop = Loop(
         scheduler=Scheduler(pool, limits),
-        builder=BatchBuilder(
-            rows=config.max_num_seqs,
-            blocks_per_row=pool.blocks_for(model_len),
-            block_size=config.block_size,
-        ),
+        builder=builder(),
         ranks=model,
         sampler=Sampler(eos_token_ids=tuple(eos_ids)),
         adapters=AdapterTable(max_loras=config.max_loras),
@@ -191,8 +208,25 @@ def choose_model_len(config: EngineConfig, spec: ArchSpec) -> int:
     return config.max_model_len
 
 
-def choose_blocks(config: EngineConfig, decoder: Decoder, model_len: int) -> int:
+def _load_draft(config: EngineConfig, decoder: Decoder, model_len: int) -> Decoder | None:
+    if config.speculative_model is None:
+        return None
+    if config.speculative_tokens == 0:
+        raise DraftUnfitError(
+            "A draft model is given and no tokens for it to guess. Set --speculative-tokens, to 4 "
+            "for a start, or leave the draft model out."
+        )
+    draft = load_draft(config, decoder.place.device)
+    check_draft(draft.spec, decoder.spec, model_len=model_len)
+    return draft
+
+
+def choose_blocks(
+    config: EngineConfig, decoder: Decoder, model_len: int, *, draft: Decoder | None = None
+) -> int:
     """Return how many blocks each rank's KV cache has: as wanted, or a share of free memory.
+
+    A draft model's cache has as many, out of the same memory.
 
     Raises:
         KvCacheTooSmallError: they would not hold one sequence of `model_len` tokens.
@@ -200,6 +234,8 @@ def choose_blocks(config: EngineConfig, decoder: Decoder, model_len: int) -> int
     size, device = decoder.group.size, decoder.place.device
     largest = largest_kv(own_kv(config, decoder, blocks=1), decoder)
     block_bytes = largest.block_bytes(decoder.place.dtype)
+    if draft is not None:
+        block_bytes += draft_kv(config, draft.spec, blocks=1).block_bytes(draft.place.dtype)
     per_sequence = -(-model_len // config.block_size)
     if config.kv_cache_gib is not None:
         usable = int(config.kv_cache_gib * GIB) // size

@@ -148,6 +148,7 @@ class Server:
                 await grpc_server.stop(grace=grace_s)
                 await self._stop_engine()
                 await admin.stop(grace_s)
+                await asyncio.to_thread(self.service.tracing.close)
 
     async def _serve(self) -> None:
         loading = asyncio.create_task(self._load())
