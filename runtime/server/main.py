@@ -1,19 +1,21 @@
-"""`mizzen serve`: one process from its first port to its last answer."""
+"""`mizzen serve`: the server's process, from its first port to its last answer."""
 
 import asyncio
 import logging
-import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import uvloop
 
 from mizzen.runtime.config import ServeConfig
 from mizzen.runtime.engine.api import EngineApi, EngineDeadError
+from mizzen.runtime.engine.remote import RemoteEngine
+from mizzen.runtime.engine.spawn import EngineProcess
 from mizzen.runtime.errors import MizzenError, RankLostError, report_fatal
 from mizzen.runtime.server.access import Gate, SecretFile
 from mizzen.runtime.server.adapters import load_listed
@@ -41,46 +43,25 @@ class Ports:
     admin: int
 
 
-def serve(config: ServeConfig) -> int:
-    """Serve until told to stop; return the process's exit code."""
+def serve(config: ServeConfig, process: EngineProcess) -> int:
+    """Serve with the engine of `process` until told to stop; return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve_until_stopped(config))
+        with process, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(Server(config, partial(start_engine, process)).run())
     except (RankLostError, EngineDeadError) as error:
         # A crash, not a mistake in the configuration: starting again may help.
         log.critical("ending: %s", error)
-        return 1
+        return process.crash_code()
     except MizzenError as error:
         return report_fatal(error)
     return 0
 
 
-async def _serve_until_stopped(config: ServeConfig) -> None:
-    server = Server(config, start_engine)
-    await server.run()
-    if server.service.engine_or_none is None:
-        # Stopped while the model loads. A thread in the middle of reading weights cannot be
-        # ended, and waiting for it would outlast the pod's grace period.
-        logging.shutdown()
-        os._exit(0)
-
-
-async def start_engine(config: ServeConfig, metrics: Metrics) -> EngineApi:
-    """Load the model in a thread, so that the ports answer meanwhile."""
-    return await asyncio.to_thread(_load_engine, config, metrics)
-
-
-def _load_engine(config: ServeConfig, metrics: Metrics) -> EngineApi:
-    # Imported here because torch takes seconds, in which the ports already answer.
-    from mizzen.runtime.engine.engine import Engine  # noqa: PLC0415
-    from mizzen.runtime.model.arch import ArchSpec  # noqa: PLC0415
-
-    # What is wrong with the model itself comes before what its tokenizer lacks.
-    ArchSpec.from_dir(config.model_path)
-    engine = Engine.start(config.engine_config(), metrics)
-    return cast("EngineApi", engine)  # its attributes have narrower types than the protocol's
+async def start_engine(process: EngineProcess, config: ServeConfig, metrics: Metrics) -> EngineApi:
+    """Have the engine's process load the model; the ports answer meanwhile."""
+    return await RemoteEngine.start(process, config.engine_config(), metrics)
 
 
 class Server:

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running(folder: Path) -> AsyncIterator[Running]:
-    async with running_tiny_model(folder, adapter_root=[folder]) as running:
+    async with running_tiny_model(folder, own_process=True, adapter_root=[folder]) as running:
         yield running
 
 
