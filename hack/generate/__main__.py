@@ -1,13 +1,13 @@
-"""`python -m hack.generate crds|docs [--check]`: write the generated files, or fail on drift."""
+"""`python -m hack.generate TARGET [--check]`: write the generated files, or fail on drift."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from hack.generate import crds, docs
+from hack.generate import crds, docs, openapi
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = {"crds": crds.files, "docs": docs.files}
+TARGETS = {"crds": crds.files, "docs": docs.files, "openapi": openapi.files}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
             if target.exists() and target.read_text() == text:
                 continue
             if options.check:
-                print(f"{path} is out of date: run `make crds docs` and commit the result")
+                print(f"{path} is out of date: run `make crds docs openapi` and commit the result")
                 stale = 1
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 
 from mizzen.operator.crds.common import Json
-from mizzen.operator.crds.llmdeployment import KIND, LLMDeploymentSpec
+from mizzen.operator.crds.llmdeployment import KIND, NOT_IN_REVISION, LLMDeploymentSpec
 from mizzen.operator.desired import labels, pods
 from mizzen.operator.desired.adapters import (
     ADAPTERS_FILE,
@@ -54,6 +54,7 @@ class Serving:
     pull_policy: str = "IfNotPresent"
     pull_secrets: tuple[str, ...] = ()
     adapters: tuple[WantedAdapter, ...] = ()
+    otlp_endpoint: str = ""
 
     @property
     def owner(self) -> Json:
@@ -95,18 +96,25 @@ def pod_name(deployment: str, revision: str, *, slot: int, rank: int) -> str:
 def revision_of(serving: Serving) -> str:
     """Return the hash of all that makes pods differ.
 
+    Adapters are loaded while a pod runs, but the volumes they lie on are not.
+    """
+    made = made_from(serving)
+    places = [*serving.claims, *serving.adapter_folders]
+    traces = [serving.otlp_endpoint] if serving.otlp_endpoint else []
+    document = json.dumps([made["spec"], made["image"], places, *traces], sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()[:8]
+
+
+def made_from(serving: Serving) -> Json:
+    """Return what a revision is made from, enough to make its pods again later.
+
     Only what differs from the defaults counts, so a field that a later version adds changes no
-    revision. Adapters are loaded while a pod runs, but the volumes they lie on are not.
+    revision.
     """
     spec = serving.spec.model_dump(
-        mode="json",
-        by_alias=True,
-        exclude_defaults=True,
-        exclude={"replicas", "scaling", "adapters", "rollout"},
+        mode="json", by_alias=True, exclude_defaults=True, exclude=set(NOT_IN_REVISION)
     )
-    places = [*serving.claims, *serving.adapter_folders]
-    document = json.dumps([spec, serving.image, places], sort_keys=True)
-    return hashlib.sha256(document.encode()).hexdigest()[:8]
+    return {"spec": spec, "image": serving.image}
 
 
 def build_pod(serving: Serving, place: PodPlace) -> Json:
@@ -139,6 +147,12 @@ def _labels(serving: Serving, place: PodPlace) -> dict[str, str]:
 
 def _annotations(serving: Serving, place: PodPlace) -> dict[str, str]:
     annotations = {labels.GROUP_SIZE: str(serving.spec.parallelism.nodes)}
+    if place.rank == 0:
+        # The history is written from it once a second revision comes, so that a deployment which
+        # never changes costs no write for it.
+        annotations[labels.MADE_FROM] = json.dumps(
+            made_from(serving), sort_keys=True, separators=(",", ":")
+        )
     if place.restarts:
         annotations[labels.RESTARTS] = str(place.restarts)
     if place.last_failure:
@@ -193,7 +207,11 @@ def _container(serving: Serving) -> Json:
         "imagePullPolicy": serving.pull_policy,
         "command": ["mizzen"],
         "args": ["serve", serving.model.path, *_flags(serving)],
-        "env": [{"name": "HOME", "value": "/tmp"}, *credentials_env(spec.model)],
+        "env": [
+            {"name": "HOME", "value": "/tmp"},
+            *credentials_env(spec.model),
+            *_tracing_env(serving.otlp_endpoint),
+        ],
         "ports": [
             {"name": "http", "containerPort": labels.HTTP_PORT},
             {"name": "grpc", "containerPort": labels.GRPC_PORT},
@@ -210,6 +228,10 @@ def _container(serving: Serving) -> Json:
             *cache_mounts(spec.model),
         ],
     }
+
+
+def _tracing_env(endpoint: str) -> list[Json]:
+    return [{"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": endpoint}] if endpoint else []
 
 
 def _flags(serving: Serving) -> list[str]:

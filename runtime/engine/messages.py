@@ -102,8 +102,8 @@ class Started(msgspec.Struct, tag=True):
     model_len: int
 
 
-class Refused(msgspec.Struct, tag=True):
-    """The model cannot be served; the process ends."""
+class Ended(msgspec.Struct, tag=True):
+    """The model cannot be served, or the loop has failed; the process ends."""
 
     fault: Fault
 
@@ -138,7 +138,7 @@ class Returned(msgspec.Struct, tag=True):
 
 AnyCall = LoadAdapter | UnloadAdapter | Drain | Sleep | Wake | LoadWeights
 ToEngine = Start | Generate | Abort | AnyCall
-FromEngine = Started | Refused | Report | Returned
+FromEngine = Started | Ended | Report | Returned
 Read = TypeVar("Read")
 
 

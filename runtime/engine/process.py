@@ -21,12 +21,12 @@ from mizzen.runtime.engine.messages import (
     Abort,
     AnyCall,
     Drain,
+    Ended,
     Fault,
     Generate,
     Link,
     LoadAdapter,
     LoadWeights,
-    Refused,
     Report,
     Returned,
     Sleep,
@@ -40,7 +40,7 @@ from mizzen.runtime.engine.messages import (
     to_fault,
 )
 from mizzen.runtime.engine.streams import Item
-from mizzen.runtime.errors import MizzenError, RankLostError
+from mizzen.runtime.errors import MizzenError
 
 log = logging.getLogger(__name__)
 
@@ -100,13 +100,15 @@ class Host:
         self._link.send(Started(self._engine.model_len))
         self._report()
         listening = asyncio.create_task(self._listen())
-        while self._engine.failure is None and not listening.done():
+        while (death := self._engine.death()) is None and not listening.done():
             await asyncio.wait([listening], timeout=BEAT_S)
             self._report()
         _end_within(STOP_LIMIT_S)
         await self._engine.stop()
-        if (failure := self._engine.failure) is not None:
-            return failure.exit_code if isinstance(failure, RankLostError) else EXIT_CRASHED
+        if death is not None:
+            self._report()
+            self._link.send(Ended(to_fault(death)))
+            return death.exit_code
         listening.result()  # raises what was wrong with a message
         return 0
 
@@ -200,7 +202,7 @@ async def _serve(end: socket.socket, imports_s: float) -> int:
     try:
         engine = await asyncio.to_thread(Engine.start, first.config, timings)
     except MizzenError as error:
-        link.send(Refused(to_fault(error)))
+        link.send(Ended(to_fault(error)))
         await link.close()
         return error.exit_code
     engine.start_seconds["imports"] = imports_s

@@ -25,12 +25,12 @@ from mizzen.runtime.engine.messages import (
     Abort,
     AnyCall,
     Drain,
+    Ended,
     FromEngine,
     Generate,
     Link,
     LoadAdapter,
     LoadWeights,
-    Refused,
     Report,
     Returned,
     Sleep,
@@ -45,6 +45,7 @@ from mizzen.runtime.engine.messages import (
 from mizzen.runtime.engine.spawn import EngineProcess
 from mizzen.runtime.engine.streams import Item
 from mizzen.runtime.engine.tokenizer import Tokenizer
+from mizzen.runtime.errors import MizzenError
 
 TICK_S = 0.5
 # Counted in ticks of our own, so that a pause of the whole pod is not taken for silence.
@@ -76,7 +77,7 @@ class RemoteEngine:
         self._numbers = count()
         self._adapters: list[AdapterState] = []
         self._draining = False
-        self._death: EngineDeadError | None = None
+        self._death: MizzenError | None = None
         self._silent_ticks = 0
         self._heard_at = time.monotonic()
         self._report = first
@@ -102,7 +103,7 @@ class RemoteEngine:
         match answer:
             case Started(model_len):
                 first = await link.receive()
-            case Refused(fault):
+            case Ended(fault):
                 raise to_error(fault)
             case _:
                 first = None
@@ -185,6 +186,10 @@ class RemoteEngine:
         heard = self._death is None and self._silent_ticks < ALIVE_TICKS
         return heard and self._report.is_alive
 
+    def death(self) -> MizzenError | None:
+        """Return why it will never be alive again, None while it may."""
+        return self._death
+
     def is_ready(self) -> bool:
         """Whether it is alive, awake, heard of within the last seconds, and takes new requests."""
         return self._is_heard() and self._report.is_ready and not self._draining
@@ -196,7 +201,7 @@ class RemoteEngine:
             await asyncio.to_thread(self._process.kill)
         for task in self._tasks:
             task.cancel()
-        self._die(EngineDeadError("The engine has been stopped."))
+        self._die(EngineDeadError("It has been stopped."))
 
     async def _call(self, call: AnyCall) -> None:
         self._check_heard()
@@ -212,7 +217,7 @@ class RemoteEngine:
 
     def _check_heard(self) -> None:
         if self._death is not None:
-            raise self._death
+            raise self._dead_error()
         if not self._is_heard():
             raise EngineDeadError("The engine's process does not answer. Ask another replica.")
 
@@ -220,7 +225,7 @@ class RemoteEngine:
         while self._silent_ticks < ALIVE_TICKS:
             await asyncio.sleep(TICK_S)
             self._silent_ticks += 1
-        self._die(EngineDeadError("The engine's process does not answer; it is taken for dead."))
+        self._die(EngineDeadError("Its process does not answer and is taken for dead."))
 
     async def _listen(self) -> None:
         while (message := await self._link.receive()) is not None:
@@ -233,7 +238,11 @@ class RemoteEngine:
                 case Returned(number, adapters, fault):
                     self._adapters = adapters
                     self._answer(number, to_error(fault) if fault else None)
-        self._die(EngineDeadError("The engine's process has ended. See its log."))
+                case Ended(fault):
+                    error = to_error(fault)
+                    dead = EngineDeadError(str(error))
+                    self._die(error if isinstance(error, MizzenError) else dead)
+        self._die(EngineDeadError("Its process is gone. See its log."))
 
     def _hand_out(self, report: Report) -> None:
         items: list[tuple[str, Item]] = [*report.outputs]
@@ -251,12 +260,15 @@ class RemoteEngine:
         else:
             answer.set_exception(error)
 
-    def _die(self, death: EngineDeadError) -> None:
+    def _die(self, death: MizzenError) -> None:
         self._death = self._death or death
         for stream in self._streams.values():
-            stream.put_nowait(self._death)
+            stream.put_nowait(self._dead_error())
         for number in self._calls:
-            self._answer(number, self._death)
+            self._answer(number, self._dead_error())
+
+    def _dead_error(self) -> EngineDeadError:
+        return EngineDeadError(f"The engine has ended: {self._death}")
 
 
 def _replay(timings: Timings, recorder: Recorder) -> None:

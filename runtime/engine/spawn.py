@@ -8,7 +8,6 @@ import sys
 import time
 from types import TracebackType
 
-_EXIT_CRASHED = 1
 # Each thread that allocates gets an arena of its own otherwise, and none gives its pages back.
 _ENVIRONMENT = {"MALLOC_ARENA_MAX": "2"}
 
@@ -43,11 +42,6 @@ class EngineProcess:
         """End it at once, stopped or not."""
         self._process.kill()
         self._process.wait()
-
-    def crash_code(self) -> int:
-        """Return the exit code for a server whose engine has failed: the engine's if it has one."""
-        code = self._process.returncode
-        return code if code is not None and code > 0 else _EXIT_CRASHED
 
     def __enter__(self) -> "EngineProcess":
         """Have the process gone when the block ends."""

@@ -6,6 +6,7 @@ import json
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.resources import files
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -28,10 +29,11 @@ from mizzen.runtime.gateway.limits import Account, Accounts, Limits
 from mizzen.runtime.gateway.metrics import GatewayMetrics
 from mizzen.runtime.gateway.proxy import Call, Proxy
 from mizzen.runtime.gateway.tokens import TokenMeter, expected_tokens
+from mizzen.runtime.tracing import OPERATIONS, Tracing, current_span
 
 log = logging.getLogger(__name__)
 
-_PROXIED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+PROXIED = tuple(OPERATIONS)
 _ID = web.RequestKey("request_id", str)
 _CLIENT = web.RequestKey("client", Client)
 _ACCOUNT = web.RequestKey("account", Account)
@@ -50,6 +52,7 @@ class Parts:
     lifecycle: Lifecycle
     accounts: Accounts
     connections: Connections
+    tracing: Tracing
 
 
 def build_app(parts: Parts) -> web.Application:
@@ -57,9 +60,10 @@ def build_app(parts: Parts) -> web.Application:
     routes = Routes(parts)
     app = web.Application(middlewares=[routes.answer_errors, routes.check_key])
     app.on_response_prepare.append(routes.finish_headers)
+    app.router.add_get("/openapi.json", routes.describe)
     app.router.add_get("/v1/models", routes.list_models)
     app.router.add_get("/v1/models/{model:.+}", routes.get_model)
-    for path in _PROXIED:
+    for path in PROXIED:
         app.router.add_post(path, routes.proxy, expect_handler=routes.allow_body)
     return app
 
@@ -141,6 +145,11 @@ class Routes:
 
     # Routes.
 
+    async def describe(self, request: web.Request) -> web.Response:
+        """GET /openapi.json: these routes in OpenAPI's words, generated from the runtime's."""
+        document = files("mizzen.runtime.gateway").joinpath("openapi.json").read_bytes()
+        return web.Response(body=document, content_type="application/json")
+
     async def list_models(self, request: web.Request) -> web.Response:
         """GET /v1/models: every model, and the adapters that are on some replica."""
         entries = [
@@ -165,14 +174,21 @@ class Routes:
     async def proxy(self, request: web.Request) -> web.StreamResponse:
         """POST to a model: the body names it, its replicas answer."""
         account = request.get(_ACCOUNT)
-        with nullcontext() if account is None else account.request():
-            return await self._proxy(request, account)
+        tracing = self._parts.tracing
+        with (
+            tracing.request(f"POST {request.path}", request.headers) as span,
+            nullcontext() if account is None else account.request(),
+        ):
+            answer = await self._proxy(request, account)
+            span.answered(answer.status)
+            return answer
 
     async def _proxy(self, request: web.Request, account: Account | None) -> web.StreamResponse:
         config = self._parts.config
         body = await read_body(
             request, limit_bytes=self._limit_bytes, timeout_s=config.body_timeout_s
         )
+        current_span.get().name(OPERATIONS[request.path], body.model)
         route = self._resolve(body.model)
         request[_MODEL] = route.model
         metrics = self._parts.metrics
@@ -230,7 +246,7 @@ def _model_entries(name: str, model: ServedModel) -> list[dict[str, object]]:
 def _plain_error(request: web.Request, error: web.HTTPException) -> web.Response:
     if error.status == 404:
         message = f"There is no {request.path} here; the gateway serves /v1/models and " + (
-            ", ".join(_PROXIED)
+            ", ".join(PROXIED)
         )
     elif error.status == 405:
         allowed = ", ".join(sorted(error.headers.get("Allow", "").split(",")))

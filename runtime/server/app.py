@@ -12,32 +12,45 @@ from mizzen.runtime.server.openai_chat import chat_completions
 from mizzen.runtime.server.openai_completions import completions
 from mizzen.runtime.server.openai_embeddings import embeddings
 from mizzen.runtime.server.openai_models import get_model, list_models
+from mizzen.runtime.server.openai_request import post_route
+from mizzen.runtime.server.openapi import description_route
 from mizzen.runtime.server.routes import Envelope, GuardedRoute, build_http_app, json_response
+from mizzen.runtime.server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 from mizzen.runtime.server.service import Service
 from mizzen.runtime.server.tokens import detokenize, tokenize
 
 
 def user_routes(service: Service) -> list[GuardedRoute]:
     """Return every route of the users' port."""
-    return [
+    routes = [
         GuardedRoute("GET", "/health", partial(_health, service), Access.OPEN),
         GuardedRoute("GET", "/v1/models", partial(list_models, service), Access.USER),
         GuardedRoute("GET", "/v1/models/{model:path}", partial(get_model, service), Access.USER),
-        GuardedRoute(
-            "POST", "/v1/chat/completions", partial(chat_completions, service), Access.USER
-        ),
-        GuardedRoute("POST", "/v1/completions", partial(completions, service), Access.USER),
-        GuardedRoute("POST", "/v1/embeddings", partial(embeddings, service), Access.USER),
-        GuardedRoute("POST", "/tokenize", partial(tokenize, service), Access.USER),
-        GuardedRoute("POST", "/detokenize", partial(detokenize, service), Access.USER),
+        post_route("/v1/chat/completions", chat_completions, ChatRequest, service),
+        post_route("/v1/completions", completions, CompletionRequest, service),
+        post_route("/v1/embeddings", embeddings, EmbeddingRequest, service),
+        post_route("/tokenize", tokenize, TokenizeRequest, service),
+        post_route("/detokenize", detokenize, DetokenizeRequest, service),
         *oip_routes(service),
     ]
+    return [*routes, description_route(routes)]
 
 
 def build_user_app(service: Service, gate: Gate) -> ASGIApp:
     """Return the users' port as an ASGI app."""
     app = build_http_app(user_routes(service), gate=gate, render_error=_render_error)
-    return Envelope(app, on_open=service.open_request, on_close=service.close_request)
+    return Envelope(
+        app,
+        on_open=service.open_request,
+        on_close=service.close_request,
+        tracing=service.tracing,
+    )
 
 
 def _render_error(path: str, error: ApiError) -> dict[str, object]:

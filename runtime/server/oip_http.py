@@ -3,15 +3,18 @@
 import json
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
+from functools import partial, wraps
+from typing import TypeVar
 
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from mizzen.runtime.server.access import Access
 from mizzen.runtime.server.adapters import load_adapter, source_from_parameters, unload_adapter
-from mizzen.runtime.server.errors import ApiError, invalid
+from mizzen.runtime.server.errors import ApiError, from_validation, invalid
+from mizzen.runtime.server.oip_bodies import IndexBody, InferBody, InputTensor, RepositoryBody
 from mizzen.runtime.server.oip_infer import (
     InferCall,
     check_version,
@@ -35,9 +38,12 @@ from mizzen.runtime.server.routes import (
 )
 from mizzen.runtime.server.service import Service
 
+Asked = TypeVar("Asked", bound=BaseModel)
 _Call = Callable[[Service, Request], Awaitable[ASGIApp]]
+_PostCall = Callable[[Service, Request, Asked, bytes], Awaitable[ASGIApp]]
 
 _HEADER_LENGTH = "inference-header-content-length"
+_LENGTH_DIGITS = 16
 _WBITS = {"gzip": 31, "deflate": 15}
 
 
@@ -47,44 +53,59 @@ def oip_routes(service: Service) -> list[GuardedRoute]:
     def route(method: str, path: str, call: _Call, access: Access) -> GuardedRoute:
         return GuardedRoute(method, f"/v2{path}", partial(call, service), access)
 
+    def post(
+        path: str, call: _PostCall[Asked], kind: type[Asked], access: Access = Access.USER
+    ) -> GuardedRoute:
+        @wraps(call)
+        async def endpoint(request: Request) -> ASGIApp:
+            header, raw = await _read(service, request)
+            return await call(service, request, _parse(kind, header or b"{}"), raw)
+
+        return GuardedRoute("POST", f"/v2{path}", endpoint, access, body=kind)
+
+    repository = "/repository/models/{model:path}"
     fixed = [
         route("GET", "", _server_metadata, Access.USER),
         route("GET", "/health/live", _live, Access.OPEN),
         route("GET", "/health/ready", _ready, Access.OPEN),
         route("GET", "/models/stats", _statistics, Access.USER),
-        route("POST", "/repository/index", _index, Access.USER),
-        route("POST", "/repository/models/{model:path}/load", _load, Access.ADMIN),
-        route("POST", "/repository/models/{model:path}/unload", _unload, Access.ADMIN),
+        post("/repository/index", _index, IndexBody),
+        post(f"{repository}/load", _load, RepositoryBody, Access.ADMIN),
+        post(f"{repository}/unload", _unload, RepositoryBody, Access.ADMIN),
     ]
     # A model's name may hold slashes, so what follows it is matched first, the bare name last.
+    versions = [f"/models/{{model:path}}{version}" for version in ("/versions/{version}", "")]
+    infer = [post(f"{model}/infer", _infer, InferBody) for model in versions]
     models = [
-        route(method, f"/models/{{model:path}}{version}{end}", call, Access.USER)
-        for method, end, call in (
-            ("POST", "/infer", _infer),
-            ("GET", "/ready", _model_ready),
-            ("GET", "/config", _config),
-            ("GET", "/stats", _statistics),
-            ("GET", "", _model_metadata),
+        route("GET", f"{model}{end}", call, Access.USER)
+        for end, call in (
+            ("/ready", _model_ready),
+            ("/config", _config),
+            ("/stats", _statistics),
+            ("", _model_metadata),
         )
-        for version in ("/versions/{version}", "")
+        for model in versions
     ]
     unsupported = [
         route(method, f"/{area}{{rest:path}}", _unsupported, Access.USER)
         for area in ("systemsharedmemory", "cudasharedmemory", "trace", "logging")
         for method in ("GET", "POST")
     ]
-    return [*fixed, *models, *unsupported]
+    return [*fixed, *infer, *models, *unsupported]
 
 
 async def _live(service: Service, request: Request) -> ASGIApp:
+    """Whether a restart would not help."""
     return Response(status_code=200 if service.is_alive() else 503)
 
 
 async def _ready(service: Service, request: Request) -> ASGIApp:
+    """Whether new requests should come here."""
     return Response(status_code=200 if service.is_ready() else 503)
 
 
 async def _server_metadata(service: Service, request: Request) -> ASGIApp:
+    """Name, version and extensions."""
     return json_response(server_metadata())
 
 
@@ -96,64 +117,78 @@ def _model(service: Service, request: Request) -> str:
 
 
 async def _model_ready(service: Service, request: Request) -> ASGIApp:
+    """Whether a model can be asked now."""
     _model(service, request)
     return Response(status_code=200 if service.is_ready() else 503)
 
 
 async def _model_metadata(service: Service, request: Request) -> ASGIApp:
+    """Inputs and outputs of a model."""
     return json_response(model_metadata(_model(service, request)))
 
 
 async def _config(service: Service, request: Request) -> ASGIApp:
+    """The same, as a Triton model configuration."""
     return json_response(model_config(_model(service, request)))
 
 
 async def _statistics(service: Service, request: Request) -> ASGIApp:
+    """How often models were used."""
     named = "model" in request.path_params
     names = [_model(service, request)] if named else service.model_names()
     return json_response(model_statistics(service, names))
 
 
-async def _index(service: Service, request: Request) -> ASGIApp:
-    asked = _json(await _body(service, request) or b"{}")
-    return json_response(repository_index(service, ready_only=asked.get("ready") is True))
+async def _index(service: Service, request: Request, asked: IndexBody, raw: bytes) -> ASGIApp:
+    """The base model and its adapters."""
+    return json_response(repository_index(service, ready_only=asked.ready))
 
 
-async def _load(service: Service, request: Request) -> ASGIApp:
-    parameters = _json(await _body(service, request) or b"{}").get("parameters", {})
-    if not isinstance(parameters, dict):
-        raise invalid("parameters", "parameters is not an object.")
-    source = source_from_parameters(parameters)
+async def _load(service: Service, request: Request, asked: RepositoryBody, raw: bytes) -> ASGIApp:
+    """Load an adapter."""
+    source = source_from_parameters(asked.parameters)
     await load_adapter(service, request.path_params["model"], source)
     return Response(status_code=200)
 
 
-async def _unload(service: Service, request: Request) -> ASGIApp:
-    await _body(service, request)
+async def _unload(service: Service, request: Request, asked: RepositoryBody, raw: bytes) -> ASGIApp:
+    """Unload an adapter."""
     await unload_adapter(service, request.path_params["model"])
     return Response(status_code=200)
 
 
 async def _unsupported(service: Service, request: Request) -> ASGIApp:
+    """Answers that Triton's other extensions are not there."""
     raise ApiError(400, "Shared memory, trace and log settings are not supported here.")
 
 
-async def _infer(service: Service, request: Request) -> ASGIApp:
-    body = await _body(service, request)
-    header, raw = _split(body, request.headers.get(_HEADER_LENGTH))
-    asked = _json(header)
+async def _infer(service: Service, request: Request, asked: InferBody, raw: bytes) -> ASGIApp:
+    """Answer one prompt, whole."""
     call = InferCall(
         model=request.path_params["model"],
         version=request.path_params.get("version", ""),
-        call_id=str(asked.get("id", "")),
-        inputs=to_inputs(_input_tensors(_objects(asked, "inputs"), raw)),
-        outputs=tuple(str(output.get("name")) for output in _objects(asked, "outputs")),
-        parameters=_parameters(asked),
+        call_id=asked.id,
+        inputs=to_inputs(_input_tensors(asked.inputs, raw)),
+        outputs=tuple(output.name for output in asked.outputs),
+        parameters=asked.parameters,
     )
     understood = await understand(service, call)
     if understood.stream:
         raise invalid("stream", "HTTP infer cannot stream; use the gRPC stream or OpenAI's API.")
     return _answer(call, await run_whole(service, understood), _binary_outputs(asked))
+
+
+async def _read(service: Service, request: Request) -> tuple[bytes, bytes]:
+    """Return a body's JSON, and the tensors behind it."""
+    body = await _body(service, request)
+    return _split(body, request.headers.get(_HEADER_LENGTH))
+
+
+def _parse(kind: type[Asked], data: bytes) -> Asked:
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise from_validation(error) from error
 
 
 async def _body(service: Service, request: Request) -> bytes:
@@ -181,57 +216,37 @@ def _inflate(body: bytes, encoding: str, limit: int) -> bytes:
 def _split(body: bytes, length: str | None) -> tuple[bytes, bytes]:
     if length is None:
         return body, b""
-    if not length.isdigit() or int(length) > len(body):
+    # isdigit() alone takes other scripts' digits, and int() refuses thousands of them.
+    is_number = length.isascii() and length.isdigit() and len(length) < _LENGTH_DIGITS
+    if not is_number or int(length) > len(body):
         raise invalid(_HEADER_LENGTH, "Inference-Header-Content-Length is not within the body.")
     return body[: int(length)], body[int(length) :]
 
 
-def _json(data: bytes) -> dict[str, object]:
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise invalid(None, "The body is not valid JSON.", code="invalid_json") from error
-    if not isinstance(document, dict):
-        raise invalid(None, "The body is not a JSON object.", code="invalid_json")
-    return document
-
-
-def _objects(document: dict[str, object], name: str) -> list[dict[str, object]]:
-    found = document.get(name, [])
-    if isinstance(found, list) and all(isinstance(item, dict) for item in found):
-        return found
-    raise invalid(name, f"{name} is not a list of objects.")
-
-
-def _parameters(document: dict[str, object]) -> dict[str, object]:
-    found = document.get("parameters", {})
-    return found if isinstance(found, dict) else {}
-
-
-def _input_tensors(inputs: Sequence[dict[str, object]], raw: bytes) -> list[Tensor]:
+def _input_tensors(inputs: Sequence[InputTensor], raw: bytes) -> list[Tensor]:
     tensors, at = [], 0
     for given in inputs:
-        name, datatype = str(given.get("name")), str(given.get("datatype"))
-        size = _parameters(given).get("binary_data_size")
+        name, size = given.name, given.parameters.binary_data_size
         if size is None:
-            data = given.get("data")
-            if not isinstance(data, list):
-                raise invalid(name, f"{name}: data is missing or not a list.")
-            tensors.append(from_values(name, datatype, data))
+            if given.data is None:
+                raise invalid(name, f"{name}: data is missing.")
+            tensors.append(from_values(name, given.datatype, given.data))
             continue
-        if not isinstance(size, int) or not 0 <= size <= len(raw) - at:
+        if size > len(raw) - at:
             raise invalid(name, f"{name}: binary_data_size is not within the body.")
-        tensors.append(from_raw(name, datatype, raw[at : at + size]))
+        tensors.append(from_raw(name, given.datatype, raw[at : at + size]))
         at += size
     return tensors
 
 
-def _binary_outputs(asked: dict[str, object]) -> dict[str, bool]:
+def _binary_outputs(asked: InferBody) -> dict[str, bool]:
     """Return which outputs are wanted as bytes; the key "" stands for those not listed."""
-    default = _parameters(asked).get("binary_data_output") is True
+    default = asked.parameters.get("binary_data_output") is True
     wanted = {
-        str(output.get("name")): _parameters(output).get("binary_data", default) is True
-        for output in _objects(asked, "outputs")
+        output.name: default
+        if output.parameters.binary_data is None
+        else output.parameters.binary_data
+        for output in asked.outputs
     }
     return {"": default, **wanted}
 

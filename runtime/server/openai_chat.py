@@ -5,14 +5,12 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from mizzen.runtime.engine.api import FinishReason, TokenizerApi, TokenOutput
 from mizzen.runtime.server.choices import Choice, Outputs, Usage, run_choices
 from mizzen.runtime.server.openai_chunks import DONE, ChunkWriter, quoted
 from mizzen.runtime.server.openai_logprobs import chat_logprobs
-from mizzen.runtime.server.openai_request import parse
 from mizzen.runtime.server.prompts import encode_chat
 from mizzen.runtime.server.routes import EventStream, json_response
 from mizzen.runtime.server.schemas import ChatRequest
@@ -20,9 +18,8 @@ from mizzen.runtime.server.service import Service
 from mizzen.runtime.server.tools import ToolReader, read_tools
 
 
-async def chat_completions(service: Service, request: Request) -> ASGIApp:
+async def chat_completions(service: Service, asked: ChatRequest) -> ASGIApp:
     """Answer one conversation, whole or as a stream."""
-    asked = await parse(service, request, ChatRequest)
     adapter = service.resolve(asked.model)
     engine = service.engine
     prompt = await encode_chat(engine, asked)

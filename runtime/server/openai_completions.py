@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from mizzen.runtime.engine.api import TokenizerApi, TokenOutput
@@ -14,16 +13,14 @@ from mizzen.runtime.server.choices import Choice, Outputs, Usage, run_choices
 from mizzen.runtime.server.errors import invalid
 from mizzen.runtime.server.openai_chunks import DONE, ChunkWriter, quoted
 from mizzen.runtime.server.openai_logprobs import CompletionLogprobs
-from mizzen.runtime.server.openai_request import parse
 from mizzen.runtime.server.prompts import encode_prompts
 from mizzen.runtime.server.routes import EventStream, json_response
 from mizzen.runtime.server.schemas import MAX_CHOICES, CompletionRequest
 from mizzen.runtime.server.service import Service
 
 
-async def completions(service: Service, request: Request) -> ASGIApp:
+async def completions(service: Service, asked: CompletionRequest) -> ASGIApp:
     """Continue each prompt, whole or as a stream."""
-    asked = await parse(service, request, CompletionRequest)
     adapter = service.resolve(asked.model)
     engine = service.engine
     count = len(asked.prompts()) * asked.n

@@ -4,24 +4,24 @@ import asyncio
 import base64
 
 import numpy as np
-from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from mizzen.runtime.engine.api import SamplingParams
-from mizzen.runtime.server.openai_request import parse
 from mizzen.runtime.server.prompts import encode_prompts
 from mizzen.runtime.server.routes import json_response
 from mizzen.runtime.server.schemas import EmbeddingRequest
 from mizzen.runtime.server.service import Service
 
 
-async def embeddings(service: Service, request: Request) -> ASGIApp:
+async def embeddings(service: Service, asked: EmbeddingRequest) -> ASGIApp:
     """Embed each input; all of them run in the engine at once."""
-    asked = await parse(service, request, EmbeddingRequest)
     adapter = service.resolve(asked.model)
     prompts = await encode_prompts(service.engine, asked.inputs(), param="input")
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_embed(service, prompt, adapter)) for prompt in prompts]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_embed(service, prompt, adapter)) for prompt in prompts]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
     vectors = [task.result() for task in tasks]
     tokens = sum(len(prompt) for prompt in prompts)
     data = [

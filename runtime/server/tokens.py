@@ -1,19 +1,16 @@
 """POST /tokenize and /detokenize, in vLLM's shapes."""
 
-from starlette.requests import Request
 from starlette.types import ASGIApp
 
 from mizzen.runtime.server.errors import invalid
-from mizzen.runtime.server.openai_request import parse
 from mizzen.runtime.server.prompts import encode_off_loop
 from mizzen.runtime.server.routes import json_response
 from mizzen.runtime.server.schemas import DetokenizeRequest, TokenizeRequest
 from mizzen.runtime.server.service import Service
 
 
-async def tokenize(service: Service, request: Request) -> ASGIApp:
+async def tokenize(service: Service, asked: TokenizeRequest) -> ASGIApp:
     """Return the tokens of a text, or of a conversation in the model's chat format."""
-    asked = await parse(service, request, TokenizeRequest)
     if asked.model is not None:
         service.resolve(asked.model)
     tokenizer = service.engine.tokenizer
@@ -34,9 +31,8 @@ async def tokenize(service: Service, request: Request) -> ASGIApp:
     return json_response(body)
 
 
-async def detokenize(service: Service, request: Request) -> ASGIApp:
+async def detokenize(service: Service, asked: DetokenizeRequest) -> ASGIApp:
     """Return the text of tokens, special ones included."""
-    asked = await parse(service, request, DetokenizeRequest)
     if asked.model is not None:
         service.resolve(asked.model)
     tokenizer = service.engine.tokenizer

@@ -95,6 +95,30 @@ class LossNotFiniteError(JobError):
         )
 
 
+class MemoryTooSmallError(JobError):
+    """Not even one sample's step fits into the device or the host."""
+
+    reason = "MemoryTooSmall"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Memory runs out even with one sample at once. Lower processing.maxSeqLen or "
+            "adaptation.rank, or run on a device with more memory."
+        )
+
+
+class TrainerHangsError(MizzenError):
+    """No micro-batch ended for a long time; a new process may fare better."""
+
+    reason = "TrainerHangs"
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(
+            f"No micro-batch ended for {timeout_s:g} s, so the trainer was ended; its log shows "
+            "where it stood. Raise failure.hangTimeoutSeconds if its steps are that long."
+        )
+
+
 class CheckpointMismatchError(JobError):
     """The committed checkpoint belongs to a different job."""
 

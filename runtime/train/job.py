@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
@@ -29,16 +30,19 @@ from mizzen.runtime.train.device import choose_device, choose_dtype, use_own_cpu
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.evaluate import Examination, TallyStore, decide_verdict
 from mizzen.runtime.train.history import LossHistory
-from mizzen.runtime.train.loop import Loop, LoopParts, LossSum
-from mizzen.runtime.train.methods.sft import token_losses_sum
+from mizzen.runtime.train.loop import Loop, LoopParts
+from mizzen.runtime.train.methods.method import Method
+from mizzen.runtime.train.methods.registry import build_method
+from mizzen.runtime.train.notes import Ask, NoteStore, take_notes
 from mizzen.runtime.train.progress import ProgressBoard, Verdict, fit_termination_log
 from mizzen.runtime.train.publish import publish
+from mizzen.runtime.train.samples import Item
 from mizzen.runtime.train.sources import load_source
 from mizzen.runtime.train.stop import EXIT_DONE, EXIT_YIELDED, StopFlag, YieldRequested
+from mizzen.runtime.train.surroundings import Surroundings
+from mizzen.runtime.train.watchdog import watch
 
 log = logging.getLogger(__name__)
-
-METHODS: dict[str, LossSum] = {"sft": token_losses_sum}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +50,7 @@ class Stage:
     """A job that is ready to train: its data, its model and where its state is kept."""
 
     config: TrainConfig
+    method: Method
     data: Prepared
     tokenizer: Tokenizer
     decoder: Decoder
@@ -70,6 +75,7 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
     AdminServer(board, stop, token_file=environment.admin_token_file).start(config.admin_port)
     with stop.nothing_to_lose():
         stage = _prepare(config, environment, board, stop)
+    watch(stop, timeout_s=config.failure.hang_timeout_s)
     try:
         verdicts, step = _train_and_evaluate(stage)
     except YieldRequested:
@@ -90,23 +96,36 @@ def _prepare(
     config: TrainConfig, environment: TrainerEnvironment, board: ProgressBoard, stop: StopFlag
 ) -> Stage:
     checkpoint = find_checkpoint(config.base_model)
-    tokenizer = Tokenizer.load(checkpoint)
+    tokenizer, spec = Tokenizer.load(checkpoint), ArchSpec.from_dir(checkpoint)
+    device = choose_device(environment.device)
+    around = Surroundings(config=config, spec=spec, tokenizer=tokenizer, device=device, stop=stop)
+    method = build_method(around)
     sources = [
-        load_source(dataset, default_format=config.processing.format) for dataset in config.datasets
+        load_source(dataset, default_format=config.processing.format, shape=method.shape)
+        for dataset in config.datasets
     ]
-    data = prepare(sources, tokenizer, _within_context(config, ArchSpec.from_dir(checkpoint)))
+    data = prepare(sources, tokenizer, _within_context(config, spec))
     board.prepared(
         samples=data.samples,
         holdout=len(data.holdout),
         truncated=data.truncated,
         dropped=data.dropped,
     )
-    device = choose_device(environment.device)
     decoder = load_decoder(config.base_model, dtype=_load_dtype(config, device), device=device)
-    directory = config.checkpoint.directory
+    dtype = choose_dtype(config.hyperparameters.dtype, device)
+    adapted = adapt(decoder, config, heads=method.heads(), dtype=dtype)
+    directory, mark = config.checkpoint.directory, fingerprint(config, data)
+    if method.asks != "nobody":
+        data = take_notes(
+            data,
+            method,
+            NoteStore(directory, fingerprint=mark),
+            ask=lambda: _asker(method, decoder, adapted),
+            at_once=config.hyperparameters.micro_batch,
+        )
     store = CheckpointStore(
         directory,
-        fingerprint=fingerprint(config, data),
+        fingerprint=mark,
         generation=config.generation,
         keep=config.checkpoint.keep_last,
     )
@@ -116,16 +135,27 @@ def _prepare(
         log.info("Resuming from step %d.", restored[0].step)
     return Stage(
         config=config,
+        method=method,
         data=data,
         tokenizer=tokenizer,
         decoder=decoder,
-        adapted=adapt(decoder, config, dtype=choose_dtype(config.hyperparameters.dtype, device)),
+        adapted=adapted,
         store=store,
         state=restored[1] if restored else None,
-        tallies=TallyStore(directory, fingerprint=fingerprint(config, data)),
+        tallies=TallyStore(directory, fingerprint=mark),
         board=board,
         stop=stop,
     )
+
+
+def _asker(method: Method, decoder: Decoder, adapted: Adapted) -> Ask:
+    """Return what asks the base, which is what a decoder is until its state is restored."""
+
+    def ask(items: Sequence[Item], first: int) -> list[torch.Tensor]:
+        with adapted.precision():
+            return method.ask(decoder, items, first=first)
+
+    return ask
 
 
 def _train_and_evaluate(stage: Stage) -> tuple[list[Verdict], int]:
@@ -133,7 +163,8 @@ def _train_and_evaluate(stage: Stage) -> tuple[list[Verdict], int]:
     adapted, suites = stage.adapted, stage.config.evaluation.suites
     examination = Examination(
         decoder=stage.decoder,
-        loss_sum=adapted.loss_sum(METHODS[stage.config.method]),
+        method=stage.method,
+        precision=adapted.precision,
         holdout=stage.data.holdout,
         micro_batch=stage.config.hyperparameters.micro_batch,
         store=stage.tallies,
@@ -160,7 +191,8 @@ def _train_and_evaluate(stage: Stage) -> tuple[list[Verdict], int]:
         log.info("Yielding at step %d.", loop.counters.step)
         raise
     verdicts = [decide_verdict(suite, base=base, candidate=candidate) for suite in suites]
-    stage.board.evaluated(eval_loss=candidate.mean_loss, verdicts=verdicts)
+    is_loss = not stage.method.measure.is_higher_better
+    stage.board.evaluated(eval_loss=candidate.mean if is_loss else None, verdicts=verdicts)
     return verdicts, loop.counters.step
 
 
@@ -173,7 +205,8 @@ def _start_loop(stage: Stage) -> Loop:
     parts = LoopParts(
         decoder=stage.decoder,
         trainable=stage.adapted.trainable,
-        loss_sum=stage.adapted.loss_sum(METHODS[config.method]),
+        method=stage.method,
+        precision=stage.adapted.precision,
         order=SampleOrder(stage.data, seed=config.hyperparameters.seed),
         store=stage.store,
         history=LossHistory(config.checkpoint.directory, resumed_step=counters.step),
@@ -191,6 +224,8 @@ def _start_loop(stage: Stage) -> Loop:
 def _artifact_writer(stage: Stage) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         stage.adapted.write(folder, base_model=stage.config.base_model, tokenizer=stage.tokenizer)
+        for name, tensors in stage.method.files().items():
+            save_file(dict(tensors), folder / name, metadata={"format": "pt"})
 
     return write
 
@@ -201,7 +236,7 @@ def fingerprint(config: TrainConfig, data: Prepared) -> str:
     How many samples run at once is left out on purpose: it may change when memory is short.
     """
     document = config.model_dump(
-        mode="json", include={"method", "adaptation", "base_model", "processing"}
+        mode="json", include={"method", "adaptation", "base_model", "processing", config.method}
     )
     document["hyperparameters"] = config.hyperparameters.model_dump(exclude={"micro_batch"})
     document["weights"] = data.weights

@@ -5,13 +5,8 @@ from typing import Any
 import pytest
 
 from mizzen.operator.crds.finetunejob import FineTuneJobSpec
-from mizzen.operator.desired.jobs import (
-    Job,
-    artifact_uri,
-    build_config_map,
-    build_train_config,
-    build_trainer_pod,
-)
+from mizzen.operator.desired.jobs import artifact_uri, build_config_map, build_trainer_pod
+from mizzen.operator.desired.train_config import Job, build_train_config
 from mizzen.runtime.train.config import TrainConfig
 
 
@@ -39,6 +34,13 @@ SPECS: dict[str, dict[str, Any]] = {
     },
     "no clipping": {"hyperparameters": {"gradClip": 0, "maxSteps": 10, "microBatch": 1}},
     "the largest seed": {"hyperparameters": {"seed": 4294967295}},
+    "a preference with its settings": {
+        "method": "dpo",
+        "dpo": {"beta": 0.2, "labelSmoothing": 0.1},
+        "evaluation": {"suites": [{"name": "votes", "type": "preferenceLoss"}]},
+    },
+    "a reward model": {"method": "reward"},
+    "a patient watchdog": {"failure": {"hangTimeoutSeconds": 7200}},
     "results elsewhere": {"output": {"uri": "pvc://results/x"}},
 }
 
