@@ -185,7 +185,7 @@ def test_a_leader_whose_pods_do_not_come_says_which_and_what_to_look_at(
 
 
 def test_a_leader_that_does_not_come_is_given_up(leader: Nodes) -> None:
-    with pytest.raises(RankLostError, match="did not reach its leader at 127.0.0.1"):
+    with pytest.raises(RankLostError, match=r"did not reach its leader at 127\.0\.0\.1"):
         reach_leader(replace(leader, index=1, wait_s=0.2), ALIKE)
 
 
