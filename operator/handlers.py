@@ -30,6 +30,7 @@ CHILDREN = tuple(
         ("v1", "Service"),
         ("v1", "ConfigMap"),
         ("policy/v1", "PodDisruptionBudget"),
+        ("apps/v1", "ControllerRevision"),
         ("networking.k8s.io/v1", "NetworkPolicy"),
     )
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from mizzen.cli import rollout
 from mizzen.cli.plan import plan
 from mizzen.cli.simulate import simulate
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 keys = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+app.add_typer(rollout.app, name="rollout")
 app.command()(plan)
 app.command()(simulate)
 

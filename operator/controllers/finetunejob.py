@@ -9,12 +9,12 @@ from mizzen.operator.controllers.job_inputs import find_base_model, missing_inpu
 from mizzen.operator.crds.common import API_VERSION, Json
 from mizzen.operator.crds.llmdeployment import KIND as DEPLOYMENT_KIND
 from mizzen.operator.desired.jobs import (
-    Job,
     artifact_uri,
     build_config_map,
     build_trainer_pod,
     generation_name,
 )
+from mizzen.operator.desired.train_config import Job
 from mizzen.operator.engine.key import Key
 from mizzen.operator.engine.results import Done, Requeue, Result, Retryable
 from mizzen.operator.facts import Facts

@@ -5,8 +5,8 @@ from __future__ import annotations
 from mizzen.operator.crds.common import API_VERSION
 from mizzen.operator.crds.finetunejob import FineTuneJobSpec
 from mizzen.operator.crds.llmdeployment import KIND as DEPLOYMENT_KIND
-from mizzen.operator.desired.jobs import Job, config_map_of
 from mizzen.operator.desired.sources import locate_model
+from mizzen.operator.desired.train_config import Job, config_map_of
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.documents import Ref
 from mizzen.operator.kube.store import Store

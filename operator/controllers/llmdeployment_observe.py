@@ -32,7 +32,7 @@ class SpecRefusedError(Exception):
 
 
 # Of these kinds a deployment has children that it may come not to want any more.
-PRUNED_KINDS = ("PodDisruptionBudget", "ConfigMap")
+PRUNED_KINDS = ("PodDisruptionBudget", "ConfigMap", "ControllerRevision")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
 from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen
+from mizzen.operator.controllers.llmdeployment_history import build_history
 from mizzen.operator.controllers.llmdeployment_observe import Observed
 from mizzen.operator.controllers.llmdeployment_replicas import Group, failure_note
+from mizzen.operator.controllers.llmdeployment_rollout import Course, plan_course, plan_step
 from mizzen.operator.crds.common import Json
 from mizzen.operator.desired.children import build_children
 from mizzen.operator.desired.serving import PodPlace, Serving, build_pod
+from mizzen.operator.planning.canary import CanaryLook
 from mizzen.operator.planning.drain import Drain, is_drained
-from mizzen.operator.planning.rollout import Budget, Replica, Standing, Step, next_step
+from mizzen.operator.planning.rollout import Creation, Replica, Standing, soonest
 
 _POLL_DRAIN_S = 1.0
 
@@ -22,6 +25,7 @@ _POLL_DRAIN_S = 1.0
 class Plan:
     """The writes of one reconcile, in the order in which they are made."""
 
+    course: Course
     children: tuple[Json, ...]
     create: tuple[tuple[Json, ...], ...]  # groups of pods
     drain: tuple[Group, ...]
@@ -36,34 +40,35 @@ class Plan:
         return bool(self.drain or self.remove)
 
 
-def plan_deployment(observed: Observed, *, now: datetime) -> Plan:
+def plan_deployment(observed: Observed, canary: CanaryLook | None = None, *, now: datetime) -> Plan:
     """Return what brings the deployment closer to its spec."""
-    spec = observed.spec
-    step = next_step(
-        [group.replica for group in observed.groups],
-        revision=observed.revision,
-        desired=observed.desired,
-        budget=Budget(surge=spec.rollout.max_surge, unavailable=spec.rollout.max_unavailable),
-        now=now,
-    )
-    groups = {group.replica: group for group in observed.groups}
+    course = plan_course(observed, canary, now=now)
+    step = plan_step(observed, course, now=now)
+    groups = {group.replica.place: group for group in observed.groups}
     draining = [g for g in observed.groups if g.standing is Standing.DRAINING]
     drained = [g for g in draining if _is_drained(g, observed, now)]
     serves = any(group.standing is Standing.IN_SERVICE for group in observed.groups)
-    children = build_children(
-        observed.serving,
-        has_served=serves or observed.has_service,
-        replicas=observed.desired,
+    children = (
+        # First: of a past revision's pods the last may go with this plan.
+        *build_history(observed, in_use=course.servings),
+        *build_children(
+            observed.serving,
+            has_served=serves or observed.has_service,
+            replicas=observed.desired,
+        ),
     )
     return Plan(
+        course=course,
         children=children,
-        create=(*_incomplete(observed), *_new_groups(step, observed, groups)),
-        drain=tuple(groups[replica] for replica in step.drain),
+        create=(*_incomplete(observed, course), *_new_groups(step.create, course, groups)),
+        drain=tuple(groups[replica.place] for replica in step.drain),
         close=(*(g for g in draining if g.is_gate_open and g not in drained), *_held(observed)),
-        remove=(*(groups[replica] for replica in step.remove), *drained),
+        remove=(*(groups[replica.place] for replica in step.remove), *drained),
         prune=_prune(observed.children, children),
-        look_again_after_s=_soonest(
-            step.look_again_after_s, _POLL_DRAIN_S if draining or step.drain else None
+        look_again_after_s=soonest(
+            step.look_again_after_s,
+            course.look_again_after_s,
+            _POLL_DRAIN_S if draining or step.drain else None,
         ),
     )
 
@@ -78,15 +83,15 @@ def gates_to_open(
     while no operator runs. One adapter that no replica accepts must not keep the base model from
     its users, so only an adapter that could still be loaded holds the gate.
     """
-    leaving = {_place(group) for group in (*plan.drain, *plan.remove)}
+    leaving = {group.replica.place for group in (*plan.drain, *plan.remove)}
     if observed.is_holding:
         return []
     return [
         group
         for group in groups
         if group.standing in (Standing.STARTING, Standing.UNREADY)
-        and group.replica.revision == observed.revision
-        and _place(group) not in leaving
+        and group.replica.revision in plan.course.servings
+        and group.replica.place not in leaving
         and not group.is_gate_open
         and (not observed.serving.adapters or _has_adapters(group, adapters))
     ]
@@ -99,10 +104,6 @@ def _held(observed: Observed) -> list[Group]:
     return [g for g in observed.groups if g.standing is Standing.IN_SERVICE and g.is_gate_open]
 
 
-def _place(group: Group) -> tuple[str, int]:
-    return group.replica.revision, group.replica.slot
-
-
 def _has_adapters(group: Group, adapters: AdaptersSeen) -> bool:
     return group.has_loaded and group.address not in adapters.incomplete
 
@@ -113,29 +114,32 @@ def _is_drained(group: Group, observed: Observed, now: datetime) -> bool:
     return is_drained(drain, max_s=observed.spec.drain.max_seconds, now=now)
 
 
-def _incomplete(observed: Observed) -> list[tuple[Json, ...]]:
+def _incomplete(observed: Observed, course: Course) -> list[tuple[Json, ...]]:
     """Return the pods that a new group still lacks, because the operator was interrupted."""
     return [
-        _pods(observed.serving, group.replica, "", ranks=group.missing_ranks)
+        _pods(course.servings[group.replica.revision], group.replica, "", ranks=group.missing_ranks)
         for group in observed.groups
         if group.missing_ranks
         and group.standing is Standing.STARTING
-        and group.replica.revision == observed.revision
+        and group.replica.revision in course.servings
     ]
 
 
 def _new_groups(
-    step: Step, observed: Observed, groups: dict[Replica, Group]
+    creations: Iterable[Creation], course: Course, groups: Mapping[tuple[str, int], Group]
 ) -> list[tuple[Json, ...]]:
     created: list[tuple[Json, ...]] = []
-    for creation in step.create:
-        failed = groups.get(creation.replaces) if creation.replaces else None
+    for creation in creations:
+        serving = course.servings.get(creation.revision)
+        if serving is None:
+            continue  # of a revision that nothing tells how to make again
+        failed = groups.get(creation.replaces.place) if creation.replaces else None
         replica = Replica(
-            creation.slot, observed.revision, Standing.STARTING, restarts=creation.restarts
+            creation.slot, creation.revision, Standing.STARTING, restarts=creation.restarts
         )
         note = failure_note(failed.cause if failed else None)
-        ranks = range(observed.spec.parallelism.nodes)
-        created.append(_pods(observed.serving, replica, note, ranks=ranks))
+        ranks = range(serving.spec.parallelism.nodes)
+        created.append(_pods(serving, replica, note, ranks=ranks))
     return created
 
 
@@ -162,7 +166,3 @@ def _prune(present: Iterable[Json], wanted: Iterable[Json]) -> tuple[Json, ...]:
     return tuple(
         child for child in present if (child["kind"], child["metadata"]["name"]) not in kept
     )
-
-
-def _soonest(*waits: float | None) -> float | None:
-    return min((wait for wait in waits if wait is not None), default=None)

@@ -132,7 +132,14 @@ def _read_group(revision: str, slot: int, pods: list[Json], now: datetime) -> Gr
     if failed_at and _ran_long(pods[0]):
         restarts = 0
     return Group(
-        replica=Replica(slot, revision, standing, restarts=restarts, failed_at=failed_at),
+        replica=Replica(
+            slot,
+            revision,
+            standing,
+            restarts=restarts,
+            failed_at=failed_at,
+            unplaced_since=_unplaced_since(pods) if standing is Standing.STARTING else None,
+        ),
         pods=tuple(pods),
         missing_ranks=missing,
         draining_since=parse_rfc3339(since) if since else None,
@@ -186,6 +193,19 @@ def _failed_at(pods: list[Json], now: datetime) -> datetime:
         return max(map(parse_rfc3339, ends))
     created = pods[0]["metadata"].get("creationTimestamp")
     return parse_rfc3339(created) if created else now
+
+
+def _unplaced_since(pods: list[Json]) -> datetime | None:
+    """Return since when the scheduler finds no place for one of the pods."""
+    refusals = [
+        parse_rfc3339(condition["lastTransitionTime"])
+        for pod in pods
+        if (condition := _condition(pod, "PodScheduled")) is not None
+        and condition.get("status") == "False"
+        and condition.get("reason") == "Unschedulable"
+        and condition.get("lastTransitionTime")
+    ]
+    return min(refusals, default=None)
 
 
 def _has_started(leader: Json) -> bool:

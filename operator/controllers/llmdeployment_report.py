@@ -9,6 +9,7 @@ from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen
 from mizzen.operator.controllers.llmdeployment_loading import LoadingSeen
 from mizzen.operator.controllers.llmdeployment_observe import Observed
 from mizzen.operator.controllers.llmdeployment_replicas import Group
+from mizzen.operator.controllers.llmdeployment_rollout import Course
 from mizzen.operator.crds.common import Json
 from mizzen.operator.desired import labels
 from mizzen.operator.facts import Facts
@@ -87,6 +88,7 @@ async def report_refusal(resource: Json, why: str, kube: Kube, *, now: datetime)
 
 def what_is_seen(
     observed: Observed,
+    course: Course,
     groups: list[Group],
     adapters: AdaptersSeen,
     loading: LoadingSeen,
@@ -98,7 +100,9 @@ def what_is_seen(
     serving, spec, domain = observed.serving, observed.spec, facts.config.cluster_domain
     return Seen(
         generation=observed.generation,
-        revision=observed.revision,
+        revision=course.target,
+        rollout=course.rollout,
+        note=course.note,
         desired=observed.desired,
         max_unavailable=spec.rollout.max_unavailable,
         scaling=scaling_seen(observed.status) if spec.scaling else None,

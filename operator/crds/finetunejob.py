@@ -15,6 +15,17 @@ from mizzen.operator.crds.common import (
     rules,
 )
 from mizzen.operator.crds.finetunejob_status import FineTuneJobStatus
+from mizzen.operator.crds.training_methods import (
+    METHOD_SECTIONS,
+    Distill,
+    Dpo,
+    Evaluation,
+    Merge,
+    Method,
+    Prune,
+    Quantize,
+    method_rules,
+)
 
 KIND = "FineTuneJob"
 PLURAL = "finetunejobs"
@@ -76,7 +87,7 @@ class Dataset(ApiModel):
             min_length=1,
             max_length=1024,
             description="configMap://NAME/KEY, pvc://CLAIM/PATH or an http(s) address of a JSONL "
-            "file.",
+            "file. Methods dpo and reward read {prompt, chosen, rejected}.",
             json_schema_extra=rules(
                 cel(
                     r"self.matches('^(configMap://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[-._a-zA-Z0-9]+"
@@ -189,41 +200,14 @@ class Failure(ApiModel):
             description="Crashes in a row without a new checkpoint before the job fails.",
         ),
     ] = 6
-
-
-class EvaluationSuite(ApiModel):
-    """One test the result must pass."""
-
-    name: Annotated[DnsLabel, Field(description="Name of the suite in status.")]
-    type: Annotated[
-        Literal["perplexity"],
-        Field(description="perplexity: on the held-out examples, result against base model."),
-    ] = "perplexity"
-    max_regression_ratio: Annotated[
-        float,
+    hang_timeout_seconds: Annotated[
+        int,
         Field(
-            ge=-1,
-            le=10,
-            description="How much worse than the base model the result may be: 0.02 allows 2 "
-            "percent, -0.05 demands 5 percent better.",
+            ge=1,
+            description="A trainer that ends no micro-batch for this long is ended and started "
+            "again.",
         ),
-    ] = 0.0
-
-
-class Evaluation(ApiModel):
-    """The gate between training and publication."""
-
-    suites: Annotated[
-        list[EvaluationSuite],
-        Field(
-            max_length=16,
-            description="Tests the result must pass before it is promoted.",
-            json_schema_extra={
-                "x-kubernetes-list-type": "map",
-                "x-kubernetes-list-map-keys": ["name"],
-            },
-        ),
-    ]
+    ] = 1800
 
 
 class Output(ApiModel):
@@ -289,7 +273,8 @@ class FineTuneJobSpec(ApiModel):
     rules = (
         *_unchanged("method", "adaptation", "baseModel", "dataset", "processing"),
         *_unchanged("hyperparameters", "checkpoint", "resources", "failure", "evaluation"),
-        *_unchanged("output", "promotion", "podTemplatePatch"),
+        *_unchanged("output", "promotion", "podTemplatePatch", *METHOD_SECTIONS),
+        *method_rules(),
         cel(
             "!has(self.promotion) || self.promotion.strategy != 'HotLoadAdapter' || "
             "self.adaptation.type == 'lora'",
@@ -310,9 +295,12 @@ class FineTuneJobSpec(ApiModel):
         ),
     )
 
-    method: Annotated[
-        Literal["sft"], Field(description="sft: supervised fine-tuning on example answers.")
-    ] = "sft"
+    method: Method = "sft"
+    dpo: Annotated[Dpo | None, Field(description="Settings of method dpo.")] = None
+    distill: Annotated[Distill | None, Field(description="Settings of method distill.")] = None
+    merge: Annotated[Merge | None, Field(description="Settings of method merge.")] = None
+    quantize: Annotated[Quantize | None, Field(description="Settings of method quantize.")] = None
+    prune: Annotated[Prune | None, Field(description="Settings of method prune.")] = None
     adaptation: Annotated[Adaptation, Field(description="Which weights are trained.")] = (
         Adaptation()
     )
@@ -320,9 +308,10 @@ class FineTuneJobSpec(ApiModel):
     dataset: Annotated[
         list[Dataset],
         Field(
-            min_length=1,
+            default_factory=list,
             max_length=32,
-            description="The examples to learn from.",
+            description="The examples to learn from, or to calibrate and measure with. Only merge, "
+            "quantize and prune can do without.",
             json_schema_extra={
                 "x-kubernetes-list-type": "map",
                 "x-kubernetes-list-map-keys": ["name"],

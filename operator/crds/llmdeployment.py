@@ -13,11 +13,14 @@ from mizzen.operator.crds.common import (
     PodTemplatePatch,
     cel,
 )
+from mizzen.operator.crds.rollout import Rollout, RolloutStatus
 from mizzen.operator.crds.scaling import Scaling, ScalingStatus
 from mizzen.operator.crds.served_model import Model
 
 KIND = "LLMDeployment"
 PLURAL = "llmdeployments"
+# Changes of these fields leave the pods as they are; all others make a new revision.
+NOT_IN_REVISION = ("replicas", "scaling", "adapters", "rollout")
 
 
 class Parallelism(ApiModel):
@@ -107,24 +110,6 @@ class Drain(ApiModel):
             description="How long a leaving replica may take to finish its requests.",
         ),
     ] = 120
-
-
-class Rollout(ApiModel):
-    """How replicas are replaced when the pods' definition changes."""
-
-    rules = (
-        cel(
-            "self.maxSurge + self.maxUnavailable >= 1",
-            "rollout.maxSurge and rollout.maxUnavailable must not both be 0: nothing could move.",
-        ),
-    )
-
-    max_surge: Annotated[
-        int, Field(ge=0, le=1000, description="Replicas above the wanted number meanwhile.")
-    ] = 1
-    max_unavailable: Annotated[
-        int, Field(ge=0, le=1000, description="Replicas that may be missing meanwhile.")
-    ] = 0
 
 
 class LLMDeploymentSpec(ApiModel):
@@ -337,6 +322,10 @@ class LLMDeploymentStatus(ApiModel):
                 "x-kubernetes-list-map-keys": ["name"],
             },
         ),
+    ] = None
+    rollout: Annotated[
+        RolloutStatus | None,
+        Field(description="The change under way or rolled back; not there at rest."),
     ] = None
     scaling: Annotated[
         ScalingStatus | None,

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 
 from mizzen.operator.crds.common import Json
-from mizzen.operator.crds.llmdeployment import KIND, LLMDeploymentSpec
+from mizzen.operator.crds.llmdeployment import KIND, NOT_IN_REVISION, LLMDeploymentSpec
 from mizzen.operator.desired import labels, pods
 from mizzen.operator.desired.adapters import (
     ADAPTERS_FILE,
@@ -96,19 +96,25 @@ def pod_name(deployment: str, revision: str, *, slot: int, rank: int) -> str:
 def revision_of(serving: Serving) -> str:
     """Return the hash of all that makes pods differ.
 
-    Only what differs from the defaults counts, so a field that a later version adds changes no
-    revision. Adapters are loaded while a pod runs, but the volumes they lie on are not.
+    Adapters are loaded while a pod runs, but the volumes they lie on are not.
     """
-    spec = serving.spec.model_dump(
-        mode="json",
-        by_alias=True,
-        exclude_defaults=True,
-        exclude={"replicas", "scaling", "adapters", "rollout"},
-    )
+    made = made_from(serving)
     places = [*serving.claims, *serving.adapter_folders]
     traces = [serving.otlp_endpoint] if serving.otlp_endpoint else []
-    document = json.dumps([spec, serving.image, places, *traces], sort_keys=True)
+    document = json.dumps([made["spec"], made["image"], places, *traces], sort_keys=True)
     return hashlib.sha256(document.encode()).hexdigest()[:8]
+
+
+def made_from(serving: Serving) -> Json:
+    """Return what a revision is made from, enough to make its pods again later.
+
+    Only what differs from the defaults counts, so a field that a later version adds changes no
+    revision.
+    """
+    spec = serving.spec.model_dump(
+        mode="json", by_alias=True, exclude_defaults=True, exclude=set(NOT_IN_REVISION)
+    )
+    return {"spec": spec, "image": serving.image}
 
 
 def build_pod(serving: Serving, place: PodPlace) -> Json:
@@ -141,6 +147,12 @@ def _labels(serving: Serving, place: PodPlace) -> dict[str, str]:
 
 def _annotations(serving: Serving, place: PodPlace) -> dict[str, str]:
     annotations = {labels.GROUP_SIZE: str(serving.spec.parallelism.nodes)}
+    if place.rank == 0:
+        # The history is written from it once a second revision comes, so that a deployment which
+        # never changes costs no write for it.
+        annotations[labels.MADE_FROM] = json.dumps(
+            made_from(serving), sort_keys=True, separators=(",", ":")
+        )
     if place.restarts:
         annotations[labels.RESTARTS] = str(place.restarts)
     if place.last_failure:

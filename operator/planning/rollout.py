@@ -8,12 +8,14 @@ Must not know pods: what makes a replica ready or lost is decided in `planning/r
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import IntEnum
 
 _FIRST_WAIT_S = 10
 _LONGEST_WAIT_S = 300
+# A scheduler that found no place for so long will find none before another replica has gone.
+_NO_ROOM_AFTER_S = 60
 
 
 class Standing(IntEnum):
@@ -42,6 +44,12 @@ class Replica:
     standing: Standing
     restarts: int = 0  # failures in a row before this one was made
     failed_at: datetime | None = None
+    unplaced_since: datetime | None = None  # no node has room for it
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """What names it, wherever it stands."""
+        return self.revision, self.slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,7 @@ class Creation:
     """A replica to make; it may take the place of a failed one."""
 
     slot: int
+    revision: str
     replaces: Replica | None = None
 
     @property
@@ -83,8 +92,15 @@ class Step:
 def next_step(
     replicas: Iterable[Replica], *, revision: str, desired: int, budget: Budget, now: datetime
 ) -> Step:
-    """Return the most that `budget` allows now."""
+    """Return the most that `budget` allows now.
+
+    Where a new replica finds no place for a while, the surge gives way: one old replica goes first,
+    unless it is the only one.
+    """
     everyone = sorted(replicas, key=lambda r: (r.slot, r.revision))
+    unplaced_s = _unplaced_s(everyone, revision=revision, now=now) if desired > 1 else None
+    if unplaced_s is not None and unplaced_s >= _NO_ROOM_AFTER_S:
+        budget = replace(budget, unavailable=max(1, budget.unavailable))
     lost = [r for r in everyone if r.standing is Standing.LOST]
     counted, due = _current(everyone, revision=revision, now=now)
     excess, kept = _split_excess(counted, len(counted) - desired)
@@ -99,8 +115,16 @@ def next_step(
         create=_creations(create, everyone, revision=revision, due=due),
         drain=tuple(r for r in go if r.standing in _MAY_HAVE_REQUESTS),
         remove=tuple(r for r in go if r.standing not in _MAY_HAVE_REQUESTS),
-        look_again_after_s=_next_retry_s(kept, now=now),
+        look_again_after_s=soonest(
+            _next_retry_s(kept, now=now),
+            None if unplaced_s is None or not old else max(0.0, _NO_ROOM_AFTER_S - unplaced_s),
+        ),
     )
+
+
+def soonest(*waits_s: float | None) -> float | None:
+    """Return the shortest of the waits, None where there is none."""
+    return min((wait_s for wait_s in waits_s if wait_s is not None), default=None)
 
 
 def retry_wait_s(restarts: int) -> int:
@@ -148,12 +172,22 @@ def _creations(
     taken = {r.slot for r in everyone if r.revision == revision}
     free = [slot for slot in range(len(taken) + count) if slot not in taken]
     predecessors = [*due, *([None] * count)]
-    return tuple(Creation(free[i], predecessors[i]) for i in range(count))
+    return tuple(Creation(free[i], revision, predecessors[i]) for i in range(count))
 
 
 def _next_retry_s(kept: Sequence[Replica], *, now: datetime) -> float | None:
     waits = [_retry_in_s(r, now) for r in kept if r.standing is Standing.FAILED]
     return min(waits, default=None)
+
+
+def _unplaced_s(everyone: Sequence[Replica], *, revision: str, now: datetime) -> float | None:
+    """Return how long a new replica has waited for a place, None where none waits."""
+    waits = [
+        (now - r.unplaced_since).total_seconds()
+        for r in everyone
+        if r.revision == revision and r.standing is Standing.STARTING and r.unplaced_since
+    ]
+    return max(waits, default=None)
 
 
 def _retry_in_s(replica: Replica, now: datetime) -> float:

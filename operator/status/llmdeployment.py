@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from mizzen.operator.planning.course import Rollout
 from mizzen.operator.planning.rollout import Standing
 from mizzen.operator.status.causes import Cause, first_cause
 from mizzen.operator.status.conditions import (
@@ -23,6 +24,7 @@ from mizzen.operator.status.conditions import (
 )
 from mizzen.operator.status.loading import Loading, slowest
 from mizzen.operator.status.reasons import Reason
+from mizzen.operator.status.rollout import ROLLOUT, read_rollout, rollback_cause, rollout_document
 from mizzen.operator.status.scaling import ScalingSeen
 
 _THERE = (Standing.FAILED, Standing.STARTING, Standing.UNREADY, Standing.IN_SERVICE)
@@ -98,6 +100,8 @@ class Seen:
     devices_per_pod: int
     replicas: tuple[ReplicaSeen, ...] = ()
     adapters: tuple[AdapterSeen, ...] = ()
+    rollout: Rollout | None = None
+    note: str = ""  # what the rollout waits for
     refusal: Cause | None = None  # why the spec cannot be followed at all
     failure: Cause | None = None  # why the last writes did not succeed
 
@@ -131,9 +135,9 @@ class Seen:
     def cause(self) -> Cause | None:
         """What keeps the wanted replicas from serving, where anything does."""
         if self.refusal or self.is_complete:
-            return self.refusal
+            return self.refusal or rollback_cause(self.rollout)
         causes = [r.cause for r in self.current if r.cause and not r.serves]
-        return self.failure or first_cause(causes)
+        return self.failure or first_cause(causes) or rollback_cause(self.rollout)
 
 
 def next_status(previous: Mapping[str, object], seen: Seen, *, now: datetime) -> Document:
@@ -158,6 +162,8 @@ def next_status(previous: Mapping[str, object], seen: Seen, *, now: datetime) ->
     }
     if seen.revision:
         status["revision"] = seen.revision
+    if seen.rollout:
+        status[ROLLOUT] = rollout_document(seen.rollout)
     if pods:
         status["pods"] = pods
     if seen.adapters:
@@ -176,6 +182,8 @@ def news(previous: Mapping[str, object], status: Document) -> list[Flip]:
     has_fault = condition_status(after, ConditionType.DEGRADED) != "False"
     is_first_start = previous.get("phase") == "Starting" and not previous.get("readyReplicas")
     told: dict[tuple[str, str], Flip] = {}
+    if (rollback := _rollback(previous, status)) is not None:
+        told[rollback.reason, rollback.message] = rollback
     for flip in flips(before, after, of=_EVENT_CONDITIONS):
         is_over = flip.type is ConditionType.DEGRADED and flip.status == "False"
         has_started = flip.type is ConditionType.READY and flip.status == "True" and is_first_start
@@ -187,8 +195,18 @@ def news(previous: Mapping[str, object], status: Document) -> list[Flip]:
     return list(told.values())
 
 
+def _rollback(previous: Mapping[str, object], status: Document) -> Flip | None:
+    """Return the news of a revision that was given up: the trouble may be told already."""
+    cause = rollback_cause(read_rollout(status))
+    if cause is None or rollback_cause(read_rollout(previous)) is not None:
+        return None
+    return Flip(ConditionType.DEGRADED, "True", cause.reason.value, cause.message, is_warning=True)
+
+
 def _phase(seen: Seen) -> str:
     cause = seen.cause
+    if cause and cause.reason is Reason.ROLLED_BACK:
+        return "RolledBack"
     if seen.desired == 0 and not cause:
         return "Stopping" if any(r.is_there for r in seen.replicas) else "Stopped"
     if seen.is_complete:
@@ -199,7 +217,9 @@ def _phase(seen: Seen) -> str:
         return "Pending"
     if cause and cause.needs_change:
         return "Failed"
-    return "Updating" if seen.has_old else "Starting"
+    if not seen.has_old:
+        return "Starting"
+    return "Paused" if seen.rollout and seen.rollout.is_paused else "Updating"
 
 
 def _pods(replica: ReplicaSeen) -> list[Document]:
@@ -259,7 +279,9 @@ def _progress(seen: Seen) -> tuple[Reason, str]:
     if seen.is_complete:
         return Reason.DRAINING, "Replicas that are not wanted any more finish their requests."
     if seen.has_old:
-        return Reason.ROLLING_OUT, f"{how_many} in service with the new revision."
+        is_paused = seen.rollout is not None and seen.rollout.is_paused
+        reason = Reason.PAUSED if is_paused else Reason.ROLLING_OUT
+        return reason, seen.note or f"{how_many} in service with the new revision."
     return Reason.STARTING, f"{how_many} in service; the rest is starting."
 
 
@@ -296,7 +318,9 @@ def _available(seen: Seen, progress: tuple[Reason, str]) -> Condition:
 def _progressing(seen: Seen, progress: tuple[Reason, str], *, is_stalled: bool) -> Condition:
     type_ = ConditionType.PROGRESSING
     if seen.cause and is_stalled:
-        return Condition(type_, False, seen.cause.reason, "Nothing moves until this is mended.")
+        is_back = seen.cause.reason is Reason.ROLLED_BACK
+        message = seen.cause.message if is_back else "Nothing moves until this is mended."
+        return Condition(type_, False, seen.cause.reason, message)
     reason, message = progress
     if loading := slowest(pod.loading for r in seen.current for pod in r.pods if pod.loading):
         message = f"{message} {loading.sentence}"

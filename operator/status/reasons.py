@@ -28,6 +28,7 @@ class Reason(StrEnum):
     # Work is under way.
     STARTING = "Starting"
     ROLLING_OUT = "RollingOut"
+    PAUSED = "Paused"
     DRAINING = "Draining"
     LOADING_ADAPTERS = "LoadingAdapters"
 
@@ -38,6 +39,9 @@ class Reason(StrEnum):
     SCALING_LIMITED = "ScalingLimited"
     SLO_UNREACHABLE = "SloUnreachable"
     REPLICAS_STUCK = "ReplicasStuck"
+
+    # A new revision was given up.
+    ROLLED_BACK = "RolledBack"
 
     # The spec or the cluster must change.
     INVALID_SPEC = "InvalidSpec"
@@ -120,6 +124,9 @@ class Reason(StrEnum):
     DATASET_DIGEST_MISMATCH = "DatasetDigestMismatch"
     DATASET_UNREACHABLE = "DatasetUnreachable"
     LOSS_NOT_FINITE = "LossNotFinite"
+    TEACHER_TOKENIZER_DIFFERS = "TeacherTokenizerDiffers"
+    MEMORY_TOO_SMALL = "MemoryTooSmall"
+    TRAINER_HANGS = "TrainerHangs"
     CHECKPOINT_MISMATCH = "CheckpointMismatch"
     STORAGE_FULL = "StorageFull"
     STORAGE_NOT_WRITABLE = "StorageNotWritable"

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from mizzen.runtime.attention.base import NO_BIAS, AttentionBias, PagedBatch
 
-_ROWS = 16  # the least that tensor cores multiply; also enough programs for most prompts
+_ROWS = 16  # the least that tensor cores multiply
+# A long prompt's keys are read once for this many rows; wider heads leave no registers for them.
+_PROMPT_ROWS, _PROMPT_DIMS = 64, 128
 _TILE = 32  # keys read at once: with 256 dimensions more would not stay in registers
 _MAX_PARTS = 16
 _ENOUGH_PROGRAMS = 256  # some for each of an H100's 132 processors
@@ -34,9 +36,17 @@ _ENOUGH_PROGRAMS = 256  # some for each of an H100's 132 processors
 class PagedTriton:
     """An `Attend` for one step: stores new keys and values in the cache and attends over it."""
 
-    def __init__(self, cache: Tensor, batch: PagedBatch) -> None:
+    def __init__(
+        self, cache: Tensor, batch: PagedBatch, *, pieces_P4: Tensor | None = None
+    ) -> None:
+        """Attend over `pieces_P4` instead of what the batch's lengths say, if it is given.
+
+        A captured graph's lengths change without the graph: they stand in its own buffer.
+        """
         self._cache = cache
         self._batch = batch
+        self._longest = max(batch.query_lens)
+        self._given_P4 = pieces_P4
         self._pieces_of: dict[int, Tensor] = {}
 
     def __call__(
@@ -54,8 +64,9 @@ class PagedTriton:
         values.index_copy_(0, self._batch.slots_T, v_TKd)
         (tokens, heads, head_dim), kv_heads = q_THd.shape, keys.shape[1]
         group = heads // kv_heads
-        rows = max(_ROWS, triton.next_power_of_2(group))
-        pieces_P4 = self._pieces(rows // group)
+        is_long = self._longest * group >= _PROMPT_ROWS and head_dim <= _PROMPT_DIMS
+        rows = max(_PROMPT_ROWS if is_long else _ROWS, triton.next_power_of_2(group))
+        pieces_P4 = self._pieces(rows // group) if self._given_P4 is None else self._given_P4
         programs = len(pieces_P4) * kv_heads
         parts = 1 if programs >= _ENOUGH_PROGRAMS else min(_MAX_PARTS, _ENOUGH_PROGRAMS // programs)
         out_XTHd = q_THd.new_empty((parts, tokens, heads, head_dim), dtype=torch.float32)

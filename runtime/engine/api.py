@@ -347,6 +347,9 @@ class EngineApi(Protocol):
     def is_alive(self) -> bool:
         """Whether the loop's heartbeat is fresh or the loop has nothing to do."""
 
+    def death(self) -> MizzenError | None:
+        """Why it will never be alive again, None while it may."""
+
     def is_ready(self) -> bool:
         """Whether it is warm, alive and takes new requests."""
 

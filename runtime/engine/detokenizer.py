@@ -74,7 +74,8 @@ class ByteDecoder(TokenDecoder):
 
     def push(self, token_id: int) -> str:
         """Return the text that is whole now."""
-        return self._utf8.decode(self._bytes_of[token_id])
+        # Models have more rows than their tokenizer has tokens, and any of them can be drawn.
+        return self._utf8.decode(self._bytes_of[token_id]) if token_id < len(self._bytes_of) else ""
 
     def finish(self) -> str:
         """Return what is left, broken or not."""

@@ -29,10 +29,10 @@ from mizzen.runtime.engine.grammar import GrammarCompiler, GrammarState
 from mizzen.runtime.engine.live import Live
 from mizzen.runtime.engine.sampler import is_edited
 from mizzen.runtime.engine.sequence import Sequence
-from mizzen.runtime.engine.speculation import NgramIndex
+from mizzen.runtime.engine.speculation import DraftPlaces, Guesser, NgramIndex
 from mizzen.runtime.engine.startup import Parts, start_parts
 from mizzen.runtime.engine.streams import Stream
-from mizzen.runtime.errors import BadAdapterError, BadModelError
+from mizzen.runtime.errors import BadAdapterError, BadModelError, MizzenError, RankLostError
 from mizzen.runtime.model.lora import load_adapter
 
 DRAIN_RETRY_S = 1.0
@@ -233,6 +233,13 @@ class Engine:
         age_s = time.monotonic() - self._loop.heartbeat_at
         return self._loop.is_running() and age_s < self._config.heartbeat_limit_s
 
+    def death(self) -> MizzenError | None:
+        """Return why it will never be alive again, None while it may."""
+        why = self._loop.death
+        if why is None or isinstance(why, RankLostError):
+            return why
+        return EngineDeadError(f"The engine's loop has failed: {why!r}. See its log.")
+
     def is_ready(self) -> bool:
         """Whether it is alive, awake, and takes new requests."""
         return self.is_alive() and not self._draining and not self._asleep
@@ -292,13 +299,16 @@ class Engine:
             max_tokens=min(sampling.max_tokens or room, room),
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
             grammar=grammar,
-            ngrams=NgramIndex() if self._may_guess(sampling) else None,
+            guesser=self._guesser(sampling),
         )
 
-    def _may_guess(self, sampling: SamplingParams) -> bool:
+    def _guesser(self, sampling: SamplingParams) -> Guesser | None:
         # Where each token changes what the next may be, a guess cannot be checked in one step.
-        free = not (is_edited(sampling) or sampling.grammar or sampling.embed)
-        return free and self._config.speculative_tokens > 0
+        if is_edited(sampling) or sampling.grammar or sampling.embed:
+            return None
+        if self._config.speculative_tokens == 0:
+            return None
+        return DraftPlaces() if self._config.speculative_model else NgramIndex()
 
     async def _clear(self, slot: int | None) -> None:
         if slot is not None:

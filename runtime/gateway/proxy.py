@@ -101,6 +101,7 @@ class Proxy:
             if search.last is not None:
                 self._metrics.on_retry(model, search.last.kind.value)
             self._metrics.on_pick(model, endpoint.url)
+            sent_at = self._clock()
             span.note({"server.address": endpoint.url})
             span.add({"mizzen.attempts": 1})
             with self._lease(model, endpoint):
@@ -111,6 +112,7 @@ class Proxy:
                     continue
                 except ReplicaTimeoutError:
                     self._balancer.outliers.note_failure(endpoint.url)
+                    self._count(model, endpoint, is_failure=True)
                     raise ReplicaSilentError(
                         f"A replica of {model.name!r} took the request and did not answer "
                         f"within {self._config.read_timeout_s:g} seconds."
@@ -119,12 +121,14 @@ class Proxy:
                 self._metrics.on_first_byte(model, took_s)
                 span.note({"gen_ai.response.time_to_first_chunk": took_s})
                 if isinstance(answer, Refusal):
-                    self._judge(endpoint, answer)
+                    self._judge(model, endpoint, answer)
                     return await reply.refuse(answer)
                 self._balancer.outliers.note_success(endpoint.url)
+                self._count(model, endpoint)
+                self._metrics.canary.on_first_byte(model, endpoint, self._clock() - sent_at)
                 return await reply.relay(
                     answer,
-                    on_cut=partial(self._on_cut, model),
+                    on_cut=partial(self._on_cut, model, endpoint),
                     on_chunk=None if call.meter is None else call.meter.feed,
                 )
 
@@ -148,6 +152,8 @@ class Proxy:
             self._balancer.note_busy(endpoint.url)
         else:
             self._balancer.outliers.note_failure(endpoint.url)
+        if failure.kind in (FailureKind.UNREACHABLE, FailureKind.LOST):
+            self._count(search.route.model, endpoint, is_failure=True)
         log.info(
             "model=%s/%s endpoint=%s not answered: %s (%s)",
             *search.route.model.key,
@@ -156,15 +162,23 @@ class Proxy:
             failure,
         )
 
-    def _judge(self, endpoint: Endpoint, refusal: Refusal) -> None:
+    def _judge(self, model: ServedModel, endpoint: Endpoint, refusal: Refusal) -> None:
         """An error that the request has earned is an answer; one of the replica's own is not."""
+        self._count(model, endpoint, is_failure=refusal.status >= 500)
         if refusal.status >= 500:
             self._balancer.outliers.note_error(endpoint.url)
         else:
             self._balancer.outliers.note_success(endpoint.url)
 
-    def _on_cut(self, model: ServedModel, error: Exception) -> None:
+    def _count(self, model: ServedModel, endpoint: Endpoint, *, is_failure: bool = False) -> None:
+        """Count a request for the revision that answered it or did not."""
+        self._metrics.canary.on_request(model, endpoint)
+        if is_failure:
+            self._metrics.canary.on_failure(model, endpoint)
+
+    def _on_cut(self, model: ServedModel, endpoint: Endpoint, error: Exception) -> None:
         self._metrics.on_cut(model)
+        self._metrics.canary.on_failure(model, endpoint)
         current_span.get().failed("answer_cut")
         log.warning("model=%s/%s: an answer ended early: %s", *model.key, error)
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.decoder import Decoder
-from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.lora import PATHS, LoraConfig, TrainableLora, save_adapter
-from mizzen.runtime.train.batches import PackedBatch
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.export import check_exportable, published_dtype, write_model
-from mizzen.runtime.train.loop import LossSum
 from mizzen.runtime.train.trainable import NamedView, Trainable, full_views
 
 
@@ -25,8 +24,8 @@ class Adapted(Protocol):
 
     trainable: Trainable
 
-    def loss_sum(self, method: LossSum) -> LossSum:
-        """Return the method's loss as this adaptation computes it."""
+    def precision(self) -> AbstractContextManager[object]:
+        """Return what the decoder computes inside of, forwards."""
         ...
 
     def set_training(self, is_training: bool) -> None:
@@ -45,24 +44,26 @@ class Adapted(Protocol):
 class FullAdaptation:
     """Every weight moves. They stay float32; bfloat16 is for the matrix products alone."""
 
-    def __init__(self, decoder: Decoder, *, weight_decay: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        heads: Sequence[NamedView],
+        weight_decay: float,
+        dtype: torch.dtype,
+    ) -> None:
         check_exportable(decoder.spec)
-        self.trainable = Trainable(full_views(decoder), lora=None, weight_decay=weight_decay)
+        self.trainable = Trainable(
+            full_views(decoder), heads=heads, lora=None, weight_decay=weight_decay
+        )
         self._decoder = decoder
         self._dtype = dtype
 
-    def loss_sum(self, method: LossSum) -> LossSum:
-        """Return the method's loss, under autocast where products are in bfloat16."""
+    def precision(self) -> AbstractContextManager[object]:
+        """Return autocast where products are in bfloat16."""
         if self._dtype == torch.float32:
-            return method
-
-        def in_low_precision(
-            decoder: Decoder, batch: PackedBatch, lora: LoraDelta | None
-        ) -> Tensor:
-            with torch.autocast(decoder.place.device.type, dtype=self._dtype):
-                return method(decoder, batch, lora)
-
-        return in_low_precision
+            return nullcontext()
+        return torch.autocast(self._decoder.place.device.type, dtype=self._dtype)
 
     def set_training(self, is_training: bool) -> None:
         """Tell the decoder."""
@@ -89,7 +90,9 @@ class FullAdaptation:
 class LoraAdaptation:
     """A low-rank addition moves, in float32, whatever type the frozen weights are kept in."""
 
-    def __init__(self, lora: TrainableLora, *, weight_decay: float) -> None:
+    def __init__(
+        self, lora: TrainableLora, *, heads: Sequence[NamedView], weight_decay: float
+    ) -> None:
         self._lora = lora
         views = [
             NamedView(site.tensor_name(side), matrix, matrix)
@@ -97,11 +100,11 @@ class LoraAdaptation:
             for side, matrix in zip("AB", pair, strict=True)
             if isinstance(matrix, nn.Parameter)
         ]
-        self.trainable = Trainable(views, lora=lora, weight_decay=weight_decay)
+        self.trainable = Trainable(views, heads=heads, lora=lora, weight_decay=weight_decay)
 
-    def loss_sum(self, method: LossSum) -> LossSum:
-        """Return the method's loss as it is: the decoder's own type decides."""
-        return method
+    def precision(self) -> AbstractContextManager[object]:
+        """Return nothing special: the decoder's own type decides."""
+        return nullcontext()
 
     def set_training(self, is_training: bool) -> None:
         """Tell the adapter: dropout is its own."""
@@ -115,15 +118,17 @@ class LoraAdaptation:
         save_adapter(folder, self._lora.adapter(), base_model=str(base_model))
 
 
-def adapt(decoder: Decoder, config: TrainConfig, *, dtype: torch.dtype) -> Adapted:
-    """Make a decoder trainable in the way the job asks for.
+def adapt(
+    decoder: Decoder, config: TrainConfig, *, heads: Sequence[NamedView], dtype: torch.dtype
+) -> Adapted:
+    """Make a decoder trainable in the way the job asks for, and a method's heads with it.
 
     Raises:
         JobConfigError: the job names linears there are not, or its result could not be written.
     """
     adaptation, hyper = config.adaptation, config.hyperparameters
     if adaptation.type == "full":
-        return FullAdaptation(decoder, weight_decay=hyper.weight_decay, dtype=dtype)
+        return FullAdaptation(decoder, heads=heads, weight_decay=hyper.weight_decay, dtype=dtype)
     targets = tuple(PATHS) if adaptation.targets == "all-linear" else adaptation.targets
     if unknown := sorted(set(targets) - PATHS.keys()):
         raise JobConfigError(
@@ -137,4 +142,4 @@ def adapt(decoder: Decoder, config: TrainConfig, *, dtype: torch.dtype) -> Adapt
         targets=targets,
     )
     lora = TrainableLora(decoder, rules, seed=hyper.seed)
-    return LoraAdaptation(lora, weight_decay=hyper.weight_decay)
+    return LoraAdaptation(lora, heads=heads, weight_decay=hyper.weight_decay)

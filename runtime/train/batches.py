@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mizzen.runtime.train.data import Prepared, Sample
+from mizzen.runtime.train.data import Prepared
+from mizzen.runtime.train.samples import Item, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class PackedBatch:
     lengths: tuple[int, ...]
     source_N: Tensor  # where the hidden state stands that predicts target_N
     target_N: Tensor
+    label_counts: tuple[int, ...]  # of each segment: the first ones of N are the first segment's
 
     @property
     def labels(self) -> int:
@@ -48,7 +50,13 @@ def pack(samples: Sequence[Sample], device: torch.device) -> PackedBatch:
         lengths=tuple(len(sample) for sample in samples),
         source_N=torch.from_numpy(labels_N - 1).to(device),
         target_N=torch.from_numpy(token_ids_T[labels_N].astype(np.int64)).to(device),
+        label_counts=tuple(sample.labels for sample in samples),
     )
+
+
+def sum_by_sample(batch: PackedBatch, values_N: Tensor) -> Tensor:
+    """Return the sum of each sample's values, one for each scored token, differentiable."""
+    return torch.stack([part.sum() for part in values_N.split(list(batch.label_counts))])
 
 
 class SampleOrder:
@@ -65,11 +73,11 @@ class SampleOrder:
         self._epoch = -1
         self._epoch_order: list[tuple[int, int]] = []
 
-    def take(self, counter: int, count: int) -> list[Sample]:
+    def take(self, counter: int, count: int) -> list[Item]:
         """Return `count` samples, from the one at `counter` on."""
         return [self._at(counter + offset) for offset in range(count)]
 
-    def _at(self, counter: int) -> Sample:
+    def _at(self, counter: int) -> Item:
         epoch, place = divmod(counter, self.epoch_samples)
         if epoch != self._epoch:
             self._epoch, self._epoch_order = epoch, self._shuffled(epoch)
@@ -105,6 +113,6 @@ def total_steps(
     return max(1, math.ceil(epoch_samples * epochs / batch_size))
 
 
-def split_micro(samples: Sequence[Sample], micro_batch: int) -> list[Sequence[Sample]]:
-    """Return a step's samples in groups that run at once."""
-    return [samples[i : i + micro_batch] for i in range(0, len(samples), micro_batch)]
+def split_micro(items: Sequence[Item], micro_batch: int) -> list[Sequence[Item]]:
+    """Return a step's items in groups that run at once."""
+    return [items[i : i + micro_batch] for i in range(0, len(items), micro_batch)]

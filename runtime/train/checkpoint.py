@@ -40,6 +40,7 @@ class Counters:
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    skipped: int = 0  # of the samples, those whose gradient was not finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

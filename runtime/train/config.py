@@ -9,20 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mizzen.runtime.train.errors import JobConfigError
+from mizzen.runtime.train.measures import SuiteType
+from mizzen.runtime.train.options import Distill, Dpo, Merge, Part, Prune, Quantize
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Sha256 = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{64}$")]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Adaptation(_Part):
+class Adaptation(Part):
     """Which weights move; rank, alpha, dropout and targets only matter to LoRA."""
 
     type: Literal["full", "lora"] = "lora"
@@ -32,7 +30,7 @@ class Adaptation(_Part):
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
-class Dataset(_Part):
+class Dataset(Part):
     """One file of conversations; `weight` 2.0 shows each sample twice per epoch."""
 
     name: str = Field(min_length=1)
@@ -49,7 +47,7 @@ class Dataset(_Part):
         return self
 
 
-class Processing(_Part):
+class Processing(Part):
     """How conversations become labelled tokens."""
 
     loss_on: Literal["assistant", "all"] = "assistant"
@@ -59,7 +57,7 @@ class Processing(_Part):
     format: Literal["auto", "messages", "promptCompletion"] = "auto"
 
 
-class Hyperparameters(_Part):
+class Hyperparameters(Part):
     """How the weights move. `batch_size` samples make one step, `micro_batch` run at once."""
 
     epochs: float = Field(default=1.0, gt=0)
@@ -75,7 +73,7 @@ class Hyperparameters(_Part):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
-class Checkpointing(_Part):
+class Checkpointing(Part):
     """Where and how often a state is committed; whichever of steps and seconds comes first."""
 
     directory: Path
@@ -84,40 +82,57 @@ class Checkpointing(_Part):
     keep_last: int = Field(default=2, ge=1)
 
 
-class Output(_Part):
+class Failure(Part):
+    """When a process that stands still is ended, so that the next one can go on."""
+
+    hang_timeout_s: float = Field(default=1800.0, gt=0)
+
+
+class Output(Part):
     """Where the artifact goes: into a folder of its own, named by its digest."""
 
     directory: Path
     kind: Literal["adapter", "model"] = "adapter"
 
 
-class Suite(_Part):
+class Suite(Part):
     """One question the gate asks; a candidate may be worse than its base by this ratio.
 
     A negative ratio demands that it is better.
     """
 
     name: str = Field(min_length=1)
-    type: Literal["perplexity"] = "perplexity"
+    type: SuiteType = "perplexity"
     max_regression_ratio: float = Field(default=0.0, gt=-1.0)
 
 
-class Evaluation(_Part):
+class Evaluation(Part):
     """What a result must pass before it is published; no suite, no gate."""
 
     suites: tuple[Suite, ...] = ()
 
 
-class TrainConfig(_Part):
+TRANSFORMS = frozenset({"merge", "quantize", "prune"})
+_NEED_SECTION = TRANSFORMS | {"distill"}
+_MEASURE_OF: dict[str, SuiteType] = {"dpo": "preferenceLoss", "reward": "preferenceLoss"}
+
+
+class TrainConfig(Part):
     """One generation of one job."""
 
     job: str = Field(min_length=1)
-    method: Literal["sft"] = "sft"
+    method: Literal["sft", "dpo", "reward", "distill", "merge", "quantize", "prune"] = "sft"
     adaptation: Adaptation = Adaptation()
     base_model: Path
-    datasets: tuple[Dataset, ...] = Field(min_length=1)
+    datasets: tuple[Dataset, ...] = ()
     processing: Processing = Processing()
     hyperparameters: Hyperparameters = Hyperparameters()
+    dpo: Dpo = Dpo()
+    distill: Distill | None = None
+    merge: Merge | None = None
+    quantize: Quantize | None = None
+    prune: Prune | None = None
+    failure: Failure = Failure()
     checkpoint: Checkpointing
     output: Output
     evaluation: Evaluation = Evaluation()
@@ -127,12 +142,35 @@ class TrainConfig(_Part):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> TrainConfig:
+        if self.method in _NEED_SECTION and getattr(self, self.method) is None:
+            raise ValueError(f"method {self.method} needs a section {self.method}")
+        if self.needs_data and not self.datasets:
+            raise ValueError(f"method {self.method} needs datasets here")
         if self.evaluation.suites and self.processing.holdout_ratio == 0:
             raise ValueError("evaluation.suites need processing.holdout_ratio above 0")
-        wanted = "adapter" if self.adaptation.type == "lora" else "model"
+        measure = _MEASURE_OF.get(self.method, "perplexity")
+        if any(suite.type != measure for suite in self.evaluation.suites):
+            raise ValueError(f"method {self.method} is measured by suites of type {measure}")
+        is_adapter = self.is_trained and self.adaptation.type == "lora"
+        wanted = "adapter" if is_adapter else "model"
         if self.output.kind != wanted:
-            raise ValueError(f"adaptation {self.adaptation.type} makes output.kind {wanted}")
+            maker = f"adaptation {self.adaptation.type}" if self.is_trained else self.method
+            raise ValueError(f"{maker} makes output.kind {wanted}")
         return self
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether weights learn, instead of being computed from those that are there."""
+        return self.method not in TRANSFORMS
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether there is nothing to do without samples."""
+        if self.is_trained or self.evaluation.suites:
+            return True
+        if self.quantize is not None and self.method == "quantize":
+            return self.quantize.algorithm == "gptq"
+        return self.method == "prune" and self.prune is not None and self.prune.kind != "nm24"
 
 
 class TrainerEnvironment(BaseSettings):

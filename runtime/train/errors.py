@@ -83,6 +83,19 @@ class DatasetUnreachableError(MizzenError):
         super().__init__(f"dataset {dataset}: {what}")
 
 
+class TeacherTokenizerError(JobError):
+    """The teacher's token ids mean other tokens than the student's."""
+
+    reason = "TeacherTokenizerDiffers"
+
+    def __init__(self, *, student: str, teacher: str) -> None:
+        super().__init__(
+            f"The teacher's vocabulary has the digest {teacher} and the student's {student}. "
+            "Use a teacher with the same tokenizer, or let it write answers and train on them "
+            "with method sft."
+        )
+
+
 class LossNotFiniteError(JobError):
     """Training ran away; the same step would run away again."""
 
@@ -92,6 +105,30 @@ class LossNotFiniteError(JobError):
         super().__init__(
             f"The loss or its gradient stopped being finite at step {step}. "
             "Lower hyperparameters.learningRate or raise hyperparameters.warmupRatio."
+        )
+
+
+class MemoryTooSmallError(JobError):
+    """Not even one sample's step fits into the device or the host."""
+
+    reason = "MemoryTooSmall"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Memory runs out even with one sample at once. Lower processing.maxSeqLen or "
+            "adaptation.rank, or run on a device with more memory."
+        )
+
+
+class TrainerHangsError(MizzenError):
+    """No micro-batch ended for a long time; a new process may fare better."""
+
+    reason = "TrainerHangs"
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(
+            f"No micro-batch ended for {timeout_s:g} s, so the trainer was ended; its log shows "
+            "where it stood. Raise failure.hangTimeoutSeconds if its steps are that long."
         )
 
 

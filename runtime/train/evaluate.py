@@ -7,8 +7,8 @@ that is asked to yield goes on where it stopped.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,15 +16,13 @@ import torch
 
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
-from mizzen.runtime.train.batches import pack
 from mizzen.runtime.train.config import Suite
-from mizzen.runtime.train.data import Sample
 from mizzen.runtime.train.durable import write_durably
-from mizzen.runtime.train.loop import LossSum
+from mizzen.runtime.train.measures import MEASURES
+from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.progress import Verdict
+from mizzen.runtime.train.samples import Item
 from mizzen.runtime.train.stop import StopFlag
-
-_EXP_LIMIT = 700.0  # beyond it a perplexity is no number any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,18 +30,13 @@ class Tally:
     """What is known after the first `samples` of the holdout."""
 
     samples: int = 0
-    tokens: int = 0
-    loss_sum: float = 0.0
+    weight: float = 0.0
+    total: float = 0.0
 
     @property
-    def mean_loss(self) -> float:
-        """Mean loss of the tokens counted so far."""
-        return self.loss_sum / max(1, self.tokens)
-
-    @property
-    def perplexity(self) -> float:
-        """The usual name of the exponential of that mean."""
-        return math.exp(min(self.mean_loss, _EXP_LIMIT))
+    def mean(self) -> float:
+        """Mean of what was counted so far."""
+        return self.total / max(1.0, self.weight)
 
 
 class TallyStore:
@@ -83,8 +76,9 @@ class Examination:
     """Asks a model about the holdout, a few samples at a time."""
 
     decoder: Decoder
-    loss_sum: LossSum
-    holdout: Sequence[Sample]
+    method: Method
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext
+    holdout: Sequence[Item]
     micro_batch: int
     store: TallyStore
     stop: StopFlag
@@ -106,22 +100,27 @@ class Examination:
 
     @torch.no_grad()
     def _count(self, tally: Tally, lora: LoraDelta | None) -> Tally:
-        samples = self.holdout[tally.samples : tally.samples + self.micro_batch]
-        batch = pack(samples, self.decoder.place.device)
+        items = self.holdout[tally.samples : tally.samples + self.micro_batch]
+        with self.precision():
+            total, weight = self.method.count(self.decoder, items, lora)
         return Tally(
-            samples=tally.samples + len(samples),
-            tokens=tally.tokens + batch.labels,
-            loss_sum=tally.loss_sum + self.loss_sum(self.decoder, batch, lora).item(),
+            samples=tally.samples + len(items),
+            weight=tally.weight + weight,
+            total=tally.total + total,
         )
 
 
 def decide_verdict(suite: Suite, *, base: Tally, candidate: Tally) -> Verdict:
-    """Return whether the candidate's perplexity stays within the suite's limit."""
-    ratio = candidate.perplexity / base.perplexity - 1.0
+    """Return whether the candidate stays within the suite's limit."""
+    measure = MEASURES[suite.type]
+    figures = {
+        "base": measure.value(base.total, base.weight),
+        "candidate": measure.value(candidate.total, candidate.weight),
+    }
+    ratio = measure.regression_ratio(**figures)
     return Verdict(
         suite=suite.name,
-        base=base.perplexity,
-        candidate=candidate.perplexity,
+        **figures,
         regression_ratio=ratio,
         passed=ratio <= suite.max_regression_ratio,
     )

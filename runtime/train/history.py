@@ -7,7 +7,7 @@ curve of one that was not.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mizzen.runtime.train.durable import sync_path, write_durably
@@ -22,6 +22,7 @@ class StepRecord:
     lr: float
     grad_norm: float
     tokens: int
+    measured: dict[str, float] = field(default_factory=dict)  # what only some methods know
 
 
 class LossHistory:
@@ -30,7 +31,8 @@ class LossHistory:
     def __init__(self, directory: Path, *, resumed_step: int) -> None:
         self.path = directory / "metrics.jsonl"
         directory.mkdir(parents=True, exist_ok=True)
-        self.last = self._truncate(resumed_step)
+        self.last: StepRecord | None = None
+        self.cut(resumed_step)
 
     def append(self, record: StepRecord) -> None:
         """Add one step's line."""
@@ -42,14 +44,14 @@ class LossHistory:
         if self.path.exists():
             sync_path(self.path)
 
-    def _truncate(self, resumed_step: int) -> StepRecord | None:
-        """Cut what will be repeated; return the last step that stays."""
+    def cut(self, step: int) -> None:
+        """Cut off the steps after `step`: they will be repeated."""
         if not self.path.exists():
-            return None
-        kept = [record for record in read_history(self.path) if record.step <= resumed_step]
+            return
+        kept = [record for record in read_history(self.path) if record.step <= step]
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in kept)
         write_durably(self.path, lines.encode())
-        return kept[-1] if kept else None
+        self.last = kept[-1] if kept else None
 
 
 def read_history(path: Path) -> list[StepRecord]:

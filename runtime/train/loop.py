@@ -7,28 +7,33 @@ hold for a resumed run to repeat the undisturbed one bit by bit.
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from mizzen.runtime.model.decoder import Decoder
-from mizzen.runtime.model.layers import LoraDelta
-from mizzen.runtime.train.batches import PackedBatch, SampleOrder, pack, split_micro, total_steps
+from mizzen.runtime.train.batches import SampleOrder, split_micro, total_steps
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
 from mizzen.runtime.train.config import Checkpointing, Hyperparameters
-from mizzen.runtime.train.data import Sample
-from mizzen.runtime.train.errors import LossNotFiniteError
+from mizzen.runtime.train.errors import LossNotFiniteError, MemoryTooSmallError
 from mizzen.runtime.train.history import LossHistory, StepRecord
+from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.progress import ProgressBoard
+from mizzen.runtime.train.samples import Item
 from mizzen.runtime.train.schedule import learning_rate
 from mizzen.runtime.train.stop import StopFlag, YieldRequested
 from mizzen.runtime.train.trainable import Trainable
 
-LossSum = Callable[[Decoder, PackedBatch, LoraDelta | None], Tensor]
+log = logging.getLogger(__name__)
+
+# So many batches in a row that give no finite gradient are not the batches' fault.
+_BAD_IN_A_ROW = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +42,17 @@ class LoopParts:
 
     decoder: Decoder
     trainable: Trainable
-    loss_sum: LossSum
+    method: Method
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext
     order: SampleOrder
     store: CheckpointStore
     history: LossHistory
     board: ProgressBoard
     stop: StopFlag
+
+
+class _NotFinite(Exception):
+    """A batch whose loss or gradient is no number; the weights have not moved."""
 
 
 class Loop:
@@ -61,6 +71,9 @@ class Loop:
         self._checkpointing = checkpointing
         self._device = parts.decoder.place.device
         self._committed_at_s = time.monotonic()
+        self._micro_batch = hyper.micro_batch
+        self._bad_in_a_row = 0
+        self._is_rolled_back = False
         self.counters = counters
         self.total_steps = total_steps(
             epoch_samples=parts.order.epoch_samples,
@@ -78,12 +91,21 @@ class Loop:
     def run(self) -> None:
         """Make the steps that are left and commit the last one.
 
+        A batch without a finite gradient is skipped; several in a row mean that the weights
+        themselves went astray, so the last committed ones are taken, once.
+
         Raises:
             YieldRequested: somebody asked to stop; the last whole step is the state to commit.
             LossNotFiniteError: the job diverged.
+            MemoryTooSmallError: not even one sample fits.
         """
         while self.counters.step < self.total_steps:
-            self._step()
+            try:
+                self._step()
+            except _NotFinite:
+                self._skip()
+                continue
+            self._bad_in_a_row = 0
             if self._is_commit_due():
                 self.commit()
         self.commit()
@@ -101,10 +123,6 @@ class Loop:
         parts, hyper, done = self._parts, self._hyper, self.counters
         step = done.step + 1
         samples = parts.order.take(done.samples, hyper.batch_size)
-        loss = self._accumulate(samples, step)
-        norm = _clip(parts.trainable.parameters, hyper.grad_clip)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise LossNotFiniteError(step)
         rate = learning_rate(
             step,
             total=self.total_steps,
@@ -112,28 +130,90 @@ class Loop:
             warmup_ratio=hyper.warmup_ratio,
             shape=hyper.scheduler,
         )
-        parts.trainable.step(learning_rate=rate)
-        self.counters = Counters(
-            step=step,
-            samples=done.samples + len(samples),
-            tokens=done.tokens + sum(map(len, samples)),
+        losses, norm, tokens = [], 0.0, 0
+        self._check_stop()
+        seed = _random_seed(hyper.seed, step, 0)
+        updates = parts.method.updates(parts.decoder, samples, parts.trainable.lora, seed=seed)
+        for number, items in enumerate(updates):
+            # Between two updates no checkpoint could be taken, so only the first can be stopped.
+            loss = self._accumulate(items, step, can_stop=number == 0)
+            norm = _clip(parts.trainable.parameters, hyper.grad_clip)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                parts.trainable.drop_gradients()
+                raise _NotFinite
+            parts.trainable.step(learning_rate=rate)
+            losses.append(loss)
+            tokens += sum(map(len, items)) if number == 0 else 0
+        self.counters = replace(
+            done, step=step, samples=done.samples + len(samples), tokens=done.tokens + tokens
         )
         record = StepRecord(
-            step=step, loss=loss, lr=rate, grad_norm=norm, tokens=self.counters.tokens
+            step=step,
+            loss=sum(losses) / len(losses),
+            lr=rate,
+            grad_norm=norm,
+            tokens=self.counters.tokens,
+            measured=dict(parts.method.measured()),
         )
         parts.history.append(record)
         parts.board.advance(record, epoch=self._epoch())
 
-    def _accumulate(self, samples: Sequence[Sample], step: int) -> float:
-        """Add up the gradients of a step's micro-batches; return the mean loss of its tokens."""
+    def _skip(self) -> None:
+        """Go on with the samples after a bad batch, from the last committed weights if need be."""
+        self._bad_in_a_row += 1
+        step, batch = self.counters.step + 1, self._hyper.batch_size
+        self.counters = replace(
+            self.counters,
+            samples=self.counters.samples + batch,
+            skipped=self.counters.skipped + batch,
+        )
+        self._parts.board.skipped(self.counters)
+        log.warning("Step %d has no finite gradient; its samples are skipped.", step)
+        if self._bad_in_a_row < _BAD_IN_A_ROW:
+            return
+        restored = None if self._is_rolled_back else self._parts.store.restore()
+        if restored is None:
+            raise LossNotFiniteError(step)
+        committed, state = restored
+        log.warning("Going back to the weights of step %d.", committed.step)
         parts = self._parts
-        labels = sum(sample.labels for sample in samples)
+        parts.trainable.restore(state.tensors, steps=committed.step)
+        parts.history.cut(committed.step)
+        self.counters = replace(
+            state.counters, samples=self.counters.samples, skipped=self.counters.skipped
+        )
+        self._is_rolled_back, self._bad_in_a_row = True, 0
+
+    def _accumulate(self, items: Sequence[Item], step: int, *, can_stop: bool) -> float:
+        """Add up the gradients of an update's micro-batches; return the mean loss.
+
+        Memory that runs out is no reason to end: half as many samples run at once from then on.
+        """
+        while True:
+            try:
+                return self._accumulate_at_once(items, step, can_stop=can_stop)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if self._micro_batch == 1:
+                    raise MemoryTooSmallError from error
+            # Outside of the handler, whose traceback holds on to what did not fit.
+            self._parts.trainable.drop_gradients()
+            gc.collect()
+            self._micro_batch //= 2
+            log.warning("Memory ran out; going on with %d samples at once.", self._micro_batch)
+
+    def _accumulate_at_once(self, items: Sequence[Item], step: int, *, can_stop: bool) -> float:
+        parts = self._parts
+        labels = sum(item.labels for item in items)
         loss = 0.0
-        for index, micro in enumerate(split_micro(samples, self._hyper.micro_batch)):
-            self._check_stop()
+        for index, micro in enumerate(split_micro(items, self._micro_batch)):
+            if can_stop:
+                self._check_stop()
             torch.manual_seed(_random_seed(self._hyper.seed, step, index))
-            batch = pack(micro, self._device)
-            micro_loss = parts.loss_sum(parts.decoder, batch, parts.trainable.lora) / labels
+            with parts.precision():
+                micro_loss = parts.method.loss_sum(parts.decoder, micro, parts.trainable.lora)
+            micro_loss = micro_loss / labels
             micro_loss.backward()  # type: ignore[no-untyped-call]
             loss += micro_loss.item()
         return loss
@@ -159,6 +239,11 @@ class Loop:
 def _clip(parameters: Sequence[torch.nn.Parameter], limit: float) -> float:
     """Scale the gradients to at most `limit`, if there is one; return their norm before."""
     return torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the host had no room; torch has no class of its own for the host's."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def _random_seed(seed: int, step: int, micro: int) -> int:

@@ -24,7 +24,7 @@ _MEASURED_STEPS = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One suite's answer; base and candidate are perplexities."""
+    """One suite's answer; what base and candidate are depends on its measure."""
 
     suite: str
     base: float
@@ -58,6 +58,9 @@ class ProgressBoard:
             "loss": None,
             "evalLoss": None,
             "learningRate": None,
+            "reward": None,
+            "kl": None,
+            "skippedSamples": None,
             "tokens": None,
             "tokensPerSecond": None,
             "etaSeconds": None,
@@ -108,7 +111,13 @@ class ProgressBoard:
                 epoch=round(epoch, 4),
                 loss=last.loss if last else None,
                 learningRate=last.lr if last else None,
+                skippedSamples=counters.skipped,
             )
+
+    def skipped(self, counters: Counters) -> None:
+        """Note samples that were left out because their gradient was not finite."""
+        with self._lock:
+            self._document["skippedSamples"] = counters.skipped
 
     def advance(self, record: StepRecord, *, epoch: float) -> None:
         """Note a finished step, and what the last steps say about the rest."""
@@ -126,9 +135,10 @@ class ProgressBoard:
                 learningRate=record.lr,
                 tokensPerSecond=round((record.tokens - tokens_before) / elapsed_s, 1),
                 etaSeconds=round(steps_left * step_s),
+                **record.measured,
             )
 
-    def evaluated(self, *, eval_loss: float, verdicts: list[Verdict]) -> None:
+    def evaluated(self, *, eval_loss: float | None, verdicts: list[Verdict]) -> None:
         """Note the gate's answers."""
         with self._lock:
             self._document["evalLoss"] = eval_loss

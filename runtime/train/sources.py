@@ -1,7 +1,6 @@
-"""Bytes of a dataset become conversations. Knows nothing of tokens.
+"""A dataset's bytes, from a file or over HTTP, become conversations. Knows nothing of tokens.
 
-Two forms are read, told apart sample by sample: `{"messages": [{"role", "content"}, ...]}` and
-`{"prompt": "...", "completion": "..."}`; as JSON lines or as one JSON array.
+Read as JSON lines or as one JSON array; what an object means is `records`' affair.
 """
 
 from __future__ import annotations
@@ -14,32 +13,19 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mizzen.runtime.train.config import Dataset
 from mizzen.runtime.train.errors import (
     DatasetDigestMismatchError,
     DatasetEmptyError,
-    DatasetFormatUnknownError,
     DatasetNotFoundError,
     DatasetNotJsonError,
     DatasetUnreachableError,
 )
+from mizzen.runtime.train.records import Conversation, Format, RecordReader, Shape
 
-Message = dict[str, Any]
-
-ROLES = ("system", "user", "assistant", "tool")
 FETCH_ATTEMPTS = 4
 FETCH_TIMEOUT_S = 30
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """One sample; `key` is the hash of its content and decides whether it is held out."""
-
-    messages: tuple[Message, ...]
-    key: bytes
-    place: str  # in its file, as people count
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +35,13 @@ class Source:
     dataset: Dataset
     conversations: tuple[Conversation, ...]
     digest: str
+    shape: Shape
 
 
-def load_source(dataset: Dataset, *, default_format: str) -> Source:
-    """Read a dataset from its file or URL.
+def load_source(
+    dataset: Dataset, *, default_format: Format, shape: Shape = "conversation"
+) -> Source:
+    """Read a dataset from its file or URL, as samples of the shape a method learns from.
 
     Raises:
         DatasetError: the bytes are missing, are not those announced, or are no conversations.
@@ -66,14 +55,11 @@ def load_source(dataset: Dataset, *, default_format: str) -> Source:
             f"its sha256 is {digest} and the job expects {dataset.sha256}. "
             "Restore the file or correct dataset.sha256.",
         )
-    form = dataset.format or default_format
-    conversations = tuple(
-        _conversation(dataset.name, place, value, form)
-        for place, value in _parse(dataset.name, raw)
-    )
+    reader = RecordReader(dataset.name, shape=shape, form=dataset.format or default_format)
+    conversations = tuple(reader.read(place, value) for place, value in _parse(dataset.name, raw))
     if not conversations:
         raise DatasetEmptyError(dataset.name, "the file holds no sample.")
-    return Source(dataset, conversations, digest)
+    return Source(dataset, conversations, digest, shape)
 
 
 def _read_file(dataset: Dataset) -> bytes:
@@ -141,44 +127,3 @@ def _parse_line(name: str, number: int, line: bytes) -> object:
         ) from error
     except UnicodeDecodeError as error:
         raise DatasetNotJsonError(name, f"line {number} is not UTF-8.") from error
-
-
-def _conversation(name: str, place: str, value: object, form: str) -> Conversation:
-    if not isinstance(value, dict):
-        raise DatasetFormatUnknownError(name, f"{place} is not a JSON object.")
-    if form != "promptCompletion" and "messages" in value:
-        messages = _checked_messages(name, place, value["messages"])
-    elif form != "messages" and {"prompt", "completion"} <= value.keys():
-        messages = _prompt_and_completion(name, place, value)
-    else:
-        wanted = {
-            "auto": 'neither "messages" nor "prompt" and "completion"',
-            "messages": 'no "messages"',
-            "promptCompletion": 'no "prompt" and "completion"',
-        }[form]
-        raise DatasetFormatUnknownError(
-            name, f"{place} has {wanted}; its keys are {', '.join(map(str, value)) or 'none'}."
-        )
-    canonical = json.dumps(messages, sort_keys=True, ensure_ascii=False)
-    return Conversation(messages, hashlib.sha256(canonical.encode()).digest(), place)
-
-
-def _checked_messages(name: str, place: str, messages: object) -> tuple[Message, ...]:
-    if not isinstance(messages, list) or not messages:
-        raise DatasetFormatUnknownError(name, f'{place}: "messages" must be a non-empty list.')
-    for index, message in enumerate(messages):
-        where = f"{place}: messages[{index}]"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise DatasetFormatUnknownError(
-                name, f"{where} needs a role out of {', '.join(ROLES)}."
-            )
-        if not isinstance(message.get("content"), str):
-            raise DatasetFormatUnknownError(name, f"{where} needs its content as a string.")
-    return tuple(messages)
-
-
-def _prompt_and_completion(name: str, place: str, value: dict[str, object]) -> tuple[Message, ...]:
-    prompt, completion = value["prompt"], value["completion"]
-    if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise DatasetFormatUnknownError(name, f"{place}: prompt and completion must be strings.")
-    return {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +25,7 @@ class StopFlag:
     def __init__(self) -> None:
         self._asked = threading.Event()
         self._nothing_to_lose = False
+        self._seen_at_s = time.monotonic()
 
     def listen_to_signals(self) -> None:
         """Let SIGTERM, and Ctrl-C in a terminal, raise the flag."""
@@ -32,8 +34,14 @@ class StopFlag:
 
     @property
     def is_asked(self) -> bool:
-        """Whether the job should stop."""
+        """Whether the job should stop; to look is also to show that one is alive."""
+        self._seen_at_s = time.monotonic()
         return self._asked.is_set()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the job last looked; nobody need look where nothing can be lost."""
+        return 0.0 if self._nothing_to_lose else time.monotonic() - self._seen_at_s
 
     def ask(self) -> None:
         """Ask the job to stop at its next safe point, which may be now."""
@@ -59,6 +67,7 @@ class StopFlag:
                 leave(EXIT_YIELDED)
             yield
         finally:
+            self._seen_at_s = time.monotonic()
             self._nothing_to_lose = False
 
 

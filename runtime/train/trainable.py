@@ -7,7 +7,7 @@ views, so saving copies nothing and restoring is one copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +39,17 @@ class Trainable:
     """Moves the weights and lists what a checkpoint must hold."""
 
     def __init__(
-        self, views: list[NamedView], *, lora: LoraDelta | None, weight_decay: float
+        self,
+        views: Sequence[NamedView],
+        *,
+        lora: LoraDelta | None,
+        weight_decay: float,
+        heads: Sequence[NamedView] = (),
     ) -> None:
         self.lora = lora
-        self._views = views
-        self.parameters = list({id(v.parameter): v.parameter for v in views}.values())
+        self._model_views = views
+        self._views = [*views, *heads]
+        self.parameters = list({id(v.parameter): v.parameter for v in self._views}.values())
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         self._weight_decay = weight_decay
@@ -88,14 +94,14 @@ class Trainable:
             parameter.grad = None
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each moving tensor by its checkpoint name, detached."""
-        for view in self._views:
+        """Yield each moving tensor of the model by its checkpoint name, detached: no heads."""
+        for view in self._model_views:
             yield view.name, view.view.detach()
 
     def state_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Return everything a checkpoint must hold: views, copied only when written."""
         return {
-            WEIGHTS: dict(self.weights()),
+            WEIGHTS: {view.name: view.view.detach() for view in self._views},
             FIRST_MOMENT: self._moment_views(FIRST_MOMENT),
             SECOND_MOMENT: self._moment_views(SECOND_MOMENT),
         }

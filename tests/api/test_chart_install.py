@@ -119,7 +119,7 @@ OPERATOR_MAY = [
     *(("list", kind) for kind in ("llmdeployments", "finetunejobs", "pods", "services")),
     *(("watch", kind) for kind in ("llmdeployments", "poddisruptionbudgets", "networkpolicies")),
     *(("create", kind) for kind in ("pods", "services", "configmaps", "events")),
-    *(("delete", kind) for kind in ("pods", "services", "configmaps")),
+    *(("delete", kind) for kind in ("pods", "services", "configmaps", "controllerrevisions")),
     ("patch", "pods --subresource=status"),
     ("patch", "llmdeployments --subresource=status"),
     ("patch", "finetunejobs --subresource=status"),

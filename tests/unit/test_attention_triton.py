@@ -11,12 +11,15 @@ from mizzen.runtime.attention.triton_paged import PagedTriton, _attend
 # Per sequence, new tokens and all tokens.
 PREFILL = [(5, 5), (37, 37)]
 MIXED = [(1, 40), (19, 70), (1, 1), (7, 33)]
+LONG = [(1, 30), (70, 90)]  # computed in larger pieces
 DECODE = [(1, 97), (1, 16), (1, 17)]
 CASES: dict[str, tuple[list[tuple[int, int]], int, int, int, AttentionBias]] = {
     "prompts": (PREFILL, 4, 4, 16, AttentionBias()),
     "decodes": (DECODE, 4, 2, 64, AttentionBias()),
     "both in a step, nine heads over three": (MIXED, 9, 3, 24, AttentionBias()),
     "ALiBi on heads that are no power of two": (MIXED, 7, 7, 16, AttentionBias(alibi_slopes(7))),
+    "a long prompt, three heads over one": (LONG, 6, 2, 16, AttentionBias(None, 40)),
+    "a long prompt of wide heads": (LONG, 1, 1, 256, AttentionBias()),
     "a sliding window": (MIXED, 4, 1, 16, AttentionBias(None, 11)),
     "a window of one": (DECODE, 2, 2, 16, AttentionBias(None, 1)),
     "a window and ALiBi": (MIXED, 6, 2, 16, AttentionBias(alibi_slopes(6), 21)),

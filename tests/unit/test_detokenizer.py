@@ -47,8 +47,10 @@ def stream(detokenizer: Detokenizer, ids: list[int]) -> tuple[list[str], str | N
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.integers(0, BYTE_LEVEL.vocab_size - 1), max_size=40))
-def test_joined_deltas_are_the_one_shot_text_for_any_tokens(ids: list[int]) -> None:
+@given(st.lists(st.integers(0, BYTE_LEVEL.vocab_size + 40), max_size=40))
+def test_joined_deltas_are_the_one_shot_text_for_any_tokens_and_ids_beyond_the_vocabulary(
+    ids: list[int],
+) -> None:
     deltas, _ = stream(DetokenizerFactory(BYTE_LEVEL).make(), ids)
     assert "".join(deltas) == BYTE_LEVEL.decode(ids)
 

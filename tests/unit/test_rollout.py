@@ -27,6 +27,10 @@ NO_SURGE = Budget(surge=0, unavailable=1)
 S = Standing
 
 
+def make(slot: int, replaces: Replica | None = None) -> Creation:
+    return Creation(slot, "new", replaces)
+
+
 def old(slot: int, standing: Standing = S.IN_SERVICE) -> Replica:
     return Replica(slot, "old", standing)
 
@@ -40,19 +44,19 @@ FAILED_JUST_NOW = new(0, S.FAILED, restarts=2, failed_at=NOW)
 
 CASES: dict[str, tuple[list[Replica], int, Budget, Step]] = {
     "creates every replica at once at the start": (
-        [], 2, SURGE, Step(create=(Creation(0), Creation(1))),
+        [], 2, SURGE, Step(create=(make(0), make(1))),
     ),
     "does nothing when all wanted replicas serve": ([new(0), new(1)], 2, SURGE, Step()),
     "waits for a replica that is starting": ([new(0), new(1, S.STARTING)], 2, SURGE, Step()),
-    "takes the lowest free slot": ([new(1)], 2, SURGE, Step(create=(Creation(0),))),
+    "takes the lowest free slot": ([new(1)], 2, SURGE, Step(create=(make(0),))),
     "does not reuse the name of a replica that is still leaving": (
-        [new(0, S.LEAVING)], 1, SURGE, Step(create=(Creation(1),)),
+        [new(0, S.LEAVING)], 1, SURGE, Step(create=(make(1),)),
     ),
     "replaces a lost replica at once, under another name": (
-        [new(0, S.LOST)], 1, SURGE, Step(create=(Creation(1),), remove=(new(0, S.LOST),)),
+        [new(0, S.LOST)], 1, SURGE, Step(create=(make(1),), remove=(new(0, S.LOST),)),
     ),
     "surges by one while every old replica serves": (
-        [old(0), old(1), old(2)], 3, SURGE, Step(create=(Creation(0),)),
+        [old(0), old(1), old(2)], 3, SURGE, Step(create=(make(0),)),
     ),
     "waits until the new replica serves": (
         [old(0), old(1), old(2), new(0, S.STARTING)], 3, SURGE, Step(),
@@ -64,11 +68,11 @@ CASES: dict[str, tuple[list[Replica], int, Budget, Step]] = {
         [old(0), old(1), old(2, S.DRAINING), new(0)], 3, SURGE, Step(),
     ),
     "goes on when the drained one has been deleted": (
-        [old(0), old(1), old(2, S.LEAVING), new(0)], 3, SURGE, Step(create=(Creation(1),)),
+        [old(0), old(1), old(2, S.LEAVING), new(0)], 3, SURGE, Step(create=(make(1),)),
     ),
     "removes an old replica that never served, without waiting": (
         [old(0), old(1, S.STARTING), new(0, S.STARTING)], 2, SURGE,
-        Step(create=(Creation(1),), remove=(old(1, S.STARTING),)),
+        Step(create=(make(1),), remove=(old(1, S.STARTING),)),
     ),
     "drains an old replica that became unready, since it may have requests": (
         [old(0), old(1, S.UNREADY), new(0, S.STARTING)], 2, SURGE, Step(drain=(old(1, S.UNREADY),)),
@@ -77,10 +81,10 @@ CASES: dict[str, tuple[list[Replica], int, Budget, Step]] = {
         [old(0), old(1)], 2, NO_SURGE, Step(drain=(old(1),)),
     ),
     "creates into the gap where no surge is allowed": (
-        [old(0), old(1, S.LEAVING)], 2, NO_SURGE, Step(create=(Creation(0),)),
+        [old(0), old(1, S.LEAVING)], 2, NO_SURGE, Step(create=(make(0),)),
     ),
     "surges by one even where the budget allows nothing": (
-        [old(0)], 1, Budget(surge=0, unavailable=0), Step(create=(Creation(0),)),
+        [old(0)], 1, Budget(surge=0, unavailable=0), Step(create=(make(0),)),
     ),
     "scales down the replica that never served first": (
         [new(0, S.STARTING), new(1)], 1, SURGE, Step(remove=(new(0, S.STARTING),)),
@@ -98,7 +102,7 @@ CASES: dict[str, tuple[list[Replica], int, Budget, Step]] = {
     ),
     "a failed replica is replaced after its back-off, and the failures are counted": (
         [FAILED_LONG_AGO], 1, SURGE,
-        Step(create=(Creation(1, FAILED_LONG_AGO),), remove=(FAILED_LONG_AGO,)),
+        Step(create=(make(1, FAILED_LONG_AGO),), remove=(FAILED_LONG_AGO,)),
     ),
     "old replicas keep serving while the new one fails": (
         [old(0), FAILED_JUST_NOW], 1, SURGE, Step(look_again_after_s=40.0),
@@ -108,7 +112,7 @@ CASES: dict[str, tuple[list[Replica], int, Budget, Step]] = {
     ),
     "a failed old replica goes at once": (
         [old(0, S.FAILED)], 1, SURGE,
-        Step(create=(Creation(0),), remove=(old(0, S.FAILED),)),
+        Step(create=(make(0),), remove=(old(0, S.FAILED),)),
     ),
 }  # fmt: skip
 

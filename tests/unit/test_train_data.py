@@ -17,8 +17,9 @@ from hack.datasets import write_chatterbot
 from mizzen.runtime.train import sources
 from mizzen.runtime.train.batches import SampleOrder, pack, split_micro, total_steps
 from mizzen.runtime.train.config import Dataset, Processing
-from mizzen.runtime.train.data import Prepared, Sample, choose_holdout, prepare
+from mizzen.runtime.train.data import Prepared, choose_holdout, prepare
 from mizzen.runtime.train.errors import DatasetError, DatasetUnreachableError
+from mizzen.runtime.train.samples import Sample
 from mizzen.runtime.train.sources import Source, load_source
 
 END = 0

@@ -15,12 +15,12 @@ from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import LoraConfig, TrainableLora
 from mizzen.runtime.train.batches import PackedBatch, pack, split_micro
 from mizzen.runtime.train.config import Suite
-from mizzen.runtime.train.data import Sample
 from mizzen.runtime.train.device import read_cpu_quota
 from mizzen.runtime.train.evaluate import Tally, decide_verdict
 from mizzen.runtime.train.loop import _clip
-from mizzen.runtime.train.methods import sft
-from mizzen.runtime.train.methods.sft import token_losses_sum
+from mizzen.runtime.train.methods import token_loss
+from mizzen.runtime.train.methods.token_loss import token_losses_sum
+from mizzen.runtime.train.samples import Sample
 from mizzen.runtime.train.schedule import learning_rate
 from mizzen.runtime.train.trainable import NamedView, Trainable, full_views
 
@@ -52,7 +52,7 @@ def samples(*lengths: int) -> list[Sample]:
 def plain_loss(decoder: Decoder, sample: Sample, lora: TrainableLora | None = None) -> Tensor:
     """The textbook: all logits of one sample, shifted by one."""
     batch = pack([sample], CPU)
-    attend = sft.CausalAttention(batch.lengths)
+    attend = token_loss.CausalAttention(batch.lengths)
     hidden_TD = decoder(batch.token_ids_T, batch.positions_T, attend, lora)
     losses_T = F.cross_entropy(
         decoder.logits(hidden_TD[:-1]), batch.token_ids_T[1:], reduction="none"
@@ -76,7 +76,7 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def test_packed_loss_and_gradients_equal_the_samples_own(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch, logit_rows: int
 ) -> None:
-    monkeypatch.setattr(sft, "LOGIT_ROWS", logit_rows)
+    monkeypatch.setattr(token_loss, "LOGIT_ROWS", logit_rows)
     decoder.requires_grad_(True)
     data = samples(9, 2, 17, 30)
     plain = sum((plain_loss(decoder, sample) for sample in data), torch.zeros(()))
@@ -274,8 +274,8 @@ VERDICTS = {
 def test_verdict(base: float, candidate: float, allowed: float, passed: bool) -> None:
     verdict = decide_verdict(
         Suite(name="s", max_regression_ratio=allowed),
-        base=Tally(samples=1, tokens=10, loss_sum=10 * base),
-        candidate=Tally(samples=1, tokens=10, loss_sum=10 * candidate),
+        base=Tally(samples=1, weight=10, total=10 * base),
+        candidate=Tally(samples=1, weight=10, total=10 * candidate),
     )
     assert verdict.passed is passed
     assert verdict.regression_ratio == verdict.candidate / verdict.base - 1

@@ -1,1 +1,1 @@
-"""What is optimised: one module per training method."""
+"""One file for each way to learn; `registry` knows them by name."""

@@ -1,0 +1,166 @@
+"""`kubectl mizzen rollout`: a deployment's revisions, and the way back to one of them.
+
+It runs kubectl and changes nothing but the deployment's spec, so a user needs no rights but those
+to edit it, and the operator needs no word of a past command.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+Json = dict[str, Any]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The LLMDeployment.")]
+# Plugins get kubectl's own options only behind the command.
+Namespace = Annotated[str | None, typer.Option("-n", "--namespace", help="As kubectl has it.")]
+Context = Annotated[str | None, typer.Option("--context", help="As kubectl has it.")]
+
+app = typer.Typer(help="Revisions of an LLMDeployment.", no_args_is_help=True)
+
+
+class RolloutError(Exception):
+    """It cannot be done; the text says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kubectl:
+    """The kubectl beside this command, told which cluster and namespace."""
+
+    flags: tuple[str, ...] = ()
+
+    def __call__(self, *arguments: str) -> str:
+        """Run it; return what it printed.
+
+        Raises:
+            RolloutError: it is not there, or it refused.
+        """
+        try:
+            done = subprocess.run(
+                ["kubectl", *self.flags, *arguments], capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError as error:
+            raise RolloutError("kubectl is not on the PATH: install it.") from error
+        if done.returncode:
+            raise RolloutError(done.stderr.strip())
+        return done.stdout
+
+    def get(self, *what: str) -> Json:
+        """Return what `kubectl get` shows."""
+        document: Json = json.loads(self("get", *what, "-o", "json"))
+        return document
+
+
+@app.command()
+def history(name: Name, namespace: Namespace = None, context: Context = None) -> None:
+    """List the revisions, the oldest first."""
+    _run(_history, name, namespace, context)
+
+
+@app.command()
+def undo(
+    name: Name,
+    to_revision: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number in `history`; the one before the newest if left out."),
+    ] = None,
+    namespace: Namespace = None,
+    context: Context = None,
+) -> None:
+    """Go back to an earlier revision; replicas, scaling, adapters and rollout stay as they are."""
+    _run(partial(_undo, number=to_revision), name, namespace, context)
+
+
+@app.command()
+def pause(name: Name, namespace: Namespace = None, context: Context = None) -> None:
+    """Bring no further replica to the newest revision; size and repairs go on."""
+    _run(partial(_set_paused, paused=True), name, namespace, context)
+
+
+@app.command()
+def resume(name: Name, namespace: Namespace = None, context: Context = None) -> None:
+    """Go on with a paused rollout."""
+    _run(partial(_set_paused, paused=False), name, namespace, context)
+
+
+def _run(
+    command: Callable[[Kubectl, str], str], name: str, namespace: str | None, context: str | None
+) -> None:
+    given = {"--namespace": namespace, "--context": context}
+    kubectl = Kubectl(tuple(f"{flag}={value}" for flag, value in given.items() if value))
+    try:
+        typer.echo(command(kubectl, name))
+    except RolloutError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+
+
+def _set_paused(kubectl: Kubectl, name: str, *, paused: bool) -> str:
+    patch = {"spec": {"rollout": {"paused": paused}}}
+    kubectl("patch", "llmdeployment", name, "--type=merge", "-p", json.dumps(patch))
+    return f"{name} is paused." if paused else f"{name} goes on."
+
+
+def _history(kubectl: Kubectl, name: str) -> str:
+    resource = kubectl.get("llmdeployment", name)
+    revisions = _revisions(kubectl, resource)
+    if not revisions:
+        return f"{name} has had one revision so far."
+    rows = [("REVISION", "HASH", "MODEL", "IMAGE", "STATE")]
+    for number, revision in revisions.items():
+        spec = revision["data"]["spec"]
+        image = (spec.get("engine") or {}).get("image") or revision["data"]["image"]
+        hash_ = revision["metadata"]["labels"]["mizzen.dev/revision"]
+        rows.append((str(number), hash_, spec["model"]["source"], image, _state(resource, hash_)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _state(resource: Json, hash_: str) -> str:
+    return "current" if resource["status"].get("revision") == hash_ else ""
+
+
+def _undo(kubectl: Kubectl, name: str, *, number: int | None) -> str:
+    from mizzen.operator.crds.llmdeployment import NOT_IN_REVISION
+    from mizzen.operator.planning.history import restored_spec
+
+    resource = kubectl.get("llmdeployment", name)
+    revisions = _revisions(kubectl, resource)
+    if number is None:
+        if len(revisions) < 2:
+            raise RolloutError(f"{name} has no earlier revision to go back to.")
+        number = list(revisions)[-2]
+    if number not in revisions:
+        there = ", ".join(map(str, revisions)) or "none"
+        raise RolloutError(f"{name} has no revision {number}. There are: {there}.")
+    past = revisions[number]["data"]["spec"]
+    spec = restored_spec(resource["spec"], past, kept=NOT_IN_REVISION)
+    # Somebody else's change in between is not to be lost.
+    version = resource["metadata"]["resourceVersion"]
+    patch = [
+        {"op": "test", "path": "/metadata/resourceVersion", "value": version},
+        {"op": "replace", "path": "/spec", "value": spec},
+    ]
+    kubectl("patch", "llmdeployment", name, "--type=json", "-p", json.dumps(patch))
+    return f"{name} goes back to revision {number}."
+
+
+def _revisions(kubectl: Kubectl, resource: Json) -> Mapping[int, Json]:
+    """Return the ControllerRevisions by number, the oldest first."""
+    metadata = resource["metadata"]
+    selector = f"mizzen.dev/deployment={metadata['name']}"
+    found = kubectl.get("controllerrevisions.apps", "-l", selector)["items"]
+    own = [
+        one
+        for one in found
+        if any(o["uid"] == metadata["uid"] for o in one["metadata"].get("ownerReferences") or [])
+    ]
+    return {int(one["revision"]): one for one in sorted(own, key=lambda one: one["revision"])}

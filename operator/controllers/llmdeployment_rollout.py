@@ -1,0 +1,155 @@
+"""Where a deployment's replicas are to go: to the spec's revision, part of the way, or back.
+
+Pure: the rollout so far is read from the status, everything else from the replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from mizzen.operator.controllers.llmdeployment_canary import canary_rules
+from mizzen.operator.controllers.llmdeployment_history import known_revisions
+from mizzen.operator.controllers.llmdeployment_observe import Observed
+from mizzen.operator.desired.revisions import serving_at
+from mizzen.operator.desired.serving import Serving
+from mizzen.operator.planning.canary import CanaryLook, apply_decision, decide_canary
+from mizzen.operator.planning.course import Look, Rollout, Rules, begin, left_s, proceed
+from mizzen.operator.planning.rollout import (
+    Budget,
+    Replica,
+    Standing,
+    Step,
+    next_step,
+    soonest,
+)
+from mizzen.operator.planning.split import Split, canary_split, paused_split, split_step
+from mizzen.operator.status.causes import first_cause
+from mizzen.operator.status.rollout import read_rollout
+
+_POLL_CANARY_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """What the rollout, if there is one, means for the replicas."""
+
+    target: str  # the revision that all replicas should come to
+    servings: Mapping[str, Serving]  # of which revisions replicas are made, and from what
+    rollout: Rollout | None = None
+    split: Split | None = None  # two revisions stay side by side
+    note: str = ""  # what the canary waits for
+    look_again_after_s: float | None = None
+
+
+def plan_course(observed: Observed, canary: CanaryLook | None, *, now: datetime) -> Course:
+    """Return where the replicas are to go now."""
+    servings = {observed.revision: observed.serving}
+    rollout = read_rollout(observed.status)
+    for past in (rollout.stable if rollout else "", str(observed.status.get("revision") or "")):
+        if past and past not in servings and (serving := _past_serving(observed, past)):
+            servings[past] = serving
+    rollout = begin(
+        rollout,
+        wanted=observed.revision,
+        before=str(observed.status.get("revision") or ""),
+        known=servings,
+        has_canary=observed.spec.rollout.canary is not None,
+        now=now,
+    )
+    rules = Rules(
+        is_paused=observed.spec.rollout.paused,
+        deadline_s=observed.spec.rollout.progress_deadline_seconds,
+    )
+    if rollout is not None:
+        rollout = proceed(rollout, _look(observed, rollout), rules, now=now)
+    decision = None
+    if rollout is not None and rollout.canary is not None and canary is not None:
+        steps = canary_rules(observed.spec.rollout.canary)
+        decision = decide_canary(rollout.canary, canary, steps, now=now)
+        rollout = apply_decision(rollout, decision, steps, now=now)
+    if rollout is None:
+        return Course(target=observed.revision, servings={observed.revision: observed.serving})
+    return Course(
+        target=rollout.target,
+        servings={r: s for r, s in servings.items() if r in (rollout.target, rollout.stable)},
+        rollout=rollout,
+        split=_split(observed, rollout),
+        note=decision.why if decision is not None and rollout.canary is not None else "",
+        look_again_after_s=soonest(
+            left_s(rollout, rules, now=now),
+            _POLL_CANARY_S if rollout.canary is not None else None,
+        ),
+    )
+
+
+def plan_step(observed: Observed, course: Course, *, now: datetime) -> Step:
+    """Return which replicas to create, drain and remove."""
+    rollout = observed.spec.rollout
+    budget = Budget(surge=rollout.max_surge, unavailable=rollout.max_unavailable)
+    replicas = [group.replica for group in observed.groups]
+    if course.split is not None:
+        return split_step(
+            replicas, split=course.split, desired=observed.desired, budget=budget, now=now
+        )
+    return next_step(
+        _without_the_failed(replicas, course),
+        revision=course.target,
+        desired=observed.desired,
+        budget=budget,
+        now=now,
+    )
+
+
+def _past_serving(observed: Observed, revision: str) -> Serving | None:
+    recorded = known_revisions(observed).get(revision)
+    if recorded is None:
+        return None
+    try:
+        return serving_at(observed.serving, recorded)
+    except ValueError:  # this version of the operator does not understand it any more
+        return None
+
+
+def _look(observed: Observed, rollout: Rollout) -> Look:
+    there = [group for group in observed.groups if group.standing is not Standing.LEAVING]
+    own = [group for group in there if group.replica.revision == rollout.revision]
+    serving = sum(group.standing is Standing.IN_SERVICE for group in own)
+    cause = first_cause(group.cause for group in own if group.cause)
+    return Look(
+        serving=serving,
+        is_over=len(own) == len(there) and serving >= observed.desired,
+        trouble=cause.message if cause else "",
+    )
+
+
+def _split(observed: Observed, rollout: Rollout) -> Split | None:
+    if rollout.failure is not None:
+        return None
+    canary = observed.spec.rollout.canary
+    if rollout.canary is not None and canary is not None:
+        step = canary.steps[min(rollout.canary.step, len(canary.steps) - 1)]
+        return canary_split(
+            rollout.revision, rollout.stable, weight=step.weight, desired=observed.desired
+        )
+    if rollout.is_paused:
+        replicas = [group.replica for group in observed.groups]
+        return paused_split(replicas, rollout.revision, rollout.stable, desired=observed.desired)
+    return None
+
+
+def _without_the_failed(replicas: list[Replica], course: Course) -> list[Replica]:
+    """Count replicas of a revision that was given up as serving nobody, so that they go first."""
+    rollout = course.rollout
+    if rollout is None or rollout.failure is None:
+        return replicas
+    is_safe = any(
+        r.standing is Standing.IN_SERVICE and r.revision == course.target for r in replicas
+    )
+    return [
+        replace(r, standing=Standing.UNREADY)
+        if is_safe and r.revision == rollout.revision and r.standing is Standing.IN_SERVICE
+        else r
+        for r in replicas
+    ]

@@ -1,0 +1,177 @@
+"""What a job's trainer is told: a FineTuneJob as job.json. Pure.
+
+The trainer knows nothing of Kubernetes: addresses become paths of mounted volumes here, and the
+fields that need no such change keep their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mizzen.operator.crds.common import Json
+from mizzen.operator.crds.finetunejob import Dataset, FineTuneJobSpec
+from mizzen.operator.crds.training_methods import COMPUTED, METHOD_SECTIONS
+from mizzen.operator.desired.labels import ADMIN_PORT
+from mizzen.operator.desired.sources import CLAIM_ROOT, claims_of, locate
+
+CONFIG_MAP_ROOT = "/mnt/configmap"
+_TARGETS = {
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A FineTuneJob with its base model found: everything its pods follow from."""
+
+    namespace: str
+    name: str
+    uid: str
+    spec: FineTuneJobSpec
+    base_source: str
+
+    @property
+    def output_uri(self) -> str:
+        """The folder for results: as written, else beside the base model."""
+        if self.spec.output is not None:
+            return self.spec.output.uri
+        return f"pvc://{locate(self.base_source).claim}/{self.result}s/{self.name}"
+
+    @property
+    def result(self) -> str:
+        """What the job leaves behind: an `adapter` beside its base, or a whole `model`."""
+        is_trained = self.spec.method not in COMPUTED
+        return "adapter" if is_trained and self.spec.adaptation.type == "lora" else "model"
+
+    @property
+    def output_claim(self) -> str:
+        """The claim that results and checkpoints are written to."""
+        claim = locate(self.output_uri).claim
+        assert claim is not None, "the CRD lets only pvc:// outputs in"
+        return claim
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """Every claim the trainer mounts, sorted."""
+        datasets = (d.uri for d in self.spec.dataset if d.uri.startswith("pvc://"))
+        others = _addresses(method_options(self.spec))
+        return claims_of(map(locate, [self.base_source, self.output_uri, *datasets, *others]))
+
+    @property
+    def config_maps(self) -> tuple[str, ...]:
+        """Every ConfigMap that holds a dataset, sorted."""
+        return tuple(sorted({name for d in self.spec.dataset if (name := config_map_of(d)[0])}))
+
+
+def config_map_of(dataset: Dataset) -> tuple[str, str]:
+    """Return name and key of a dataset's ConfigMap, empty strings for any other source."""
+    if not dataset.uri.startswith("configMap://"):
+        return "", ""
+    name, _, key = dataset.uri.removeprefix("configMap://").partition("/")
+    return name, key
+
+
+def build_train_config(job: Job, generation: int) -> Json:
+    """Return job.json as the trainer's settings model reads it."""
+    spec = job.spec
+    targets = spec.adaptation.targets
+    return {
+        "job": f"{job.namespace}/{job.name}",
+        "method": spec.method,
+        "adaptation": {
+            "type": spec.adaptation.type,
+            "rank": spec.adaptation.rank,
+            "alpha": spec.adaptation.alpha,
+            "dropout": spec.adaptation.dropout,
+            "targets": _TARGETS.get(targets, targets),
+        },
+        "base_model": locate(job.base_source).path,
+        "datasets": [_dataset(dataset) for dataset in spec.dataset],
+        "processing": {
+            "loss_on": spec.processing.loss_on,
+            "max_seq_len": spec.processing.max_seq_len,
+            "holdout_ratio": spec.processing.holdout_ratio,
+        },
+        "hyperparameters": spec.hyperparameters.model_dump(exclude_none=True),
+        **_as_paths(method_options(spec)),
+        "failure": {"hang_timeout_s": spec.failure.hang_timeout_seconds},
+        "checkpoint": {
+            "directory": _checkpoint_folder(job),
+            "every_steps": spec.checkpoint.every_steps,
+            "every_seconds": spec.checkpoint.every_seconds,
+            "keep_last": spec.checkpoint.keep_last,
+        },
+        "output": {
+            "directory": locate(job.output_uri).path,
+            "kind": job.result,
+        },
+        "evaluation": {
+            "suites": [
+                {
+                    "name": suite.name,
+                    "type": suite.type,
+                    "max_regression_ratio": suite.max_regression_ratio,
+                }
+                for suite in (spec.evaluation.suites if spec.evaluation else [])
+            ]
+        },
+        "world_size": 1,
+        "generation": generation,
+        "admin_port": ADMIN_PORT,
+    }
+
+
+def method_options(spec: FineTuneJobSpec) -> Json:
+    """Return the settings that only some methods have, as they are written in the job."""
+    sections = ((name, getattr(spec, name)) for name in METHOD_SECTIONS)
+    return {
+        name: section.model_dump(exclude_none=True)
+        for name, section in sections
+        if section is not None
+    }
+
+
+def _is_address(value: object) -> bool:
+    return isinstance(value, str) and value.startswith(("pvc://", "file://"))
+
+
+def _as_paths(value: Any) -> Any:
+    """Return the same document with every model's address replaced by its path in the pod."""
+    if isinstance(value, dict):
+        return {name: _as_paths(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_as_paths(inner) for inner in value]
+    return locate(value).path if _is_address(value) else value
+
+
+def _addresses(value: Any) -> Iterator[str]:
+    """Yield every model's address in a document."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from _addresses(inner)
+    elif _is_address(value):
+        yield value
+
+
+def _checkpoint_folder(job: Job) -> str:
+    # The uid keeps a job of the same name from going on where a deleted one stopped.
+    return f"{CLAIM_ROOT}/{job.output_claim}/jobs/{job.namespace}-{job.name}-{job.uid[:8]}"
+
+
+def _dataset(dataset: Dataset) -> Json:
+    entry: Json = {"name": dataset.name, "weight": dataset.weight, "format": dataset.format}
+    if dataset.sha256:
+        entry["sha256"] = dataset.sha256
+    name, key = config_map_of(dataset)
+    if name:
+        entry["path"] = f"{CONFIG_MAP_ROOT}/{name}/{key}"
+    elif dataset.uri.startswith(("http://", "https://")):
+        entry["url"] = dataset.uri
+    else:
+        entry["path"] = locate(dataset.uri).path
+    return entry

@@ -1,0 +1,40 @@
+"""What a gate compares: how a candidate's figure stands to its base's. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+SuiteType = Literal["perplexity", "preferenceLoss", "reward"]
+
+_EXP_LIMIT = 700.0  # beyond it a perplexity is no number any more
+_SMALLEST_BASE = 1e-3  # a ratio to nothing at all would say nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """A figure made from a sum over the holdout."""
+
+    type: SuiteType
+    is_exponential: bool = False
+    is_higher_better: bool = False
+
+    def value(self, total: float, weight: float) -> float:
+        """Return the figure people read."""
+        mean = total / max(1.0, weight)
+        return math.exp(min(mean, _EXP_LIMIT)) if self.is_exponential else mean
+
+    def regression_ratio(self, *, base: float, candidate: float) -> float:
+        """Return how much worse the candidate is, as a share of its base; negative is better."""
+        if self.is_exponential:
+            return candidate / base - 1.0
+        worse_by = base - candidate if self.is_higher_better else candidate - base
+        return worse_by / max(abs(base), _SMALLEST_BASE)
+
+
+PERPLEXITY = Measure(type="perplexity", is_exponential=True)
+PREFERENCE_LOSS = Measure(type="preferenceLoss")
+REWARD = Measure(type="reward", is_higher_better=True)
+
+MEASURES = {measure.type: measure for measure in (PERPLEXITY, PREFERENCE_LOSS, REWARD)}

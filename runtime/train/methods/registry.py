@@ -1,0 +1,24 @@
+"""The methods by the names of `spec.method`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from mizzen.runtime.train.methods.distill import Distill
+from mizzen.runtime.train.methods.dpo import Dpo
+from mizzen.runtime.train.methods.method import Method
+from mizzen.runtime.train.methods.reward import Reward
+from mizzen.runtime.train.methods.sft import Sft
+from mizzen.runtime.train.surroundings import Surroundings
+
+_BUILDERS: Mapping[str, Callable[[Surroundings], Method]] = {
+    "sft": lambda _: Sft(),
+    "dpo": Dpo,
+    "reward": Reward,
+    "distill": Distill,
+}
+
+
+def build_method(around: Surroundings) -> Method:
+    """Return the job's method."""
+    return _BUILDERS[around.config.method](around)

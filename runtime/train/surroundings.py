@@ -1,0 +1,23 @@
+"""What a method is built from: its job, its model's shape, and where it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mizzen.runtime.engine.tokenizer import Tokenizer
+from mizzen.runtime.model.arch import ArchSpec
+from mizzen.runtime.train.config import TrainConfig
+from mizzen.runtime.train.stop import StopFlag
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a method may need to know."""
+
+    config: TrainConfig
+    spec: ArchSpec
+    tokenizer: Tokenizer
+    device: torch.device
+    stop: StopFlag

@@ -1,0 +1,92 @@
+"""The benchmarks' scripts run, on a tiny model and without their peers. No figure is checked."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.checkpoint import kv_token_bytes, step_weight_bytes, weight_bytes
+from benchmarks.peers import wanted_requirements
+from benchmarks.random_models import SHAPES, write_random_model
+from hack.tiny_model import write_tiny_model
+
+# What each is asked for, and what its last row must hold.
+IN_PROCESS = {
+    "prefix_cache": (["MODEL", "--prefix-tokens=64", "--rounds=1"], "on_over_off"),
+    "perplexity": (["MODEL", "--tokens=128", "--window=64"], "over_reference_pct"),
+    "decode_profile": (["MODEL", "--rows=2", "--context=20", "--steps=2", "--top=3"], "operator"),
+    "gpu_decode": (
+        ["--shape=tiny", "--device=cpu", "--contexts=16", "--output-tokens=4", "--rounds=1"],
+        "share_of_floor",
+    ),
+    "nano_bench": (
+        ["--shape=tiny", "--device=cpu", "--sequences=4", "--tokens", "4", "8", "--rounds=1"],
+        "tok_s",
+    ),
+}
+SHORT = ["--input-tokens", "8", "16", "--output-tokens=4", "--rounds=1", "--threads=1"]
+WITH_PROCESSES = {
+    "serving_throughput": (["MODEL", "--peers", "--concurrency", "1", "2", *SHORT], "mizzen_tok_s"),
+    "serving_http": (["MODEL", "--peers", "--concurrency", "2", *SHORT], "ttft_p50_ms"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("bench") / "tiny")
+
+
+@pytest.mark.parametrize("script", [*IN_PROCESS, *WITH_PROCESSES])
+def test_a_script_prints_a_json_line_per_row_and_a_table(
+    script: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked, column = (IN_PROCESS | WITH_PROCESSES)[script]
+    arguments = [str(model) if word == "MODEL" else word for word in asked]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    threads = torch.get_num_threads()
+    try:
+        importlib.import_module(f"benchmarks.{script}").main()
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert rows[-1][column]
+    assert column in printed.splitlines()[-len(rows) - 1]  # the table's first line
+
+
+def test_a_tied_table_is_read_in_a_step_and_one_that_only_looks_up_is_not(tmp_path: Path) -> None:
+    tied = write_tiny_model(tmp_path / "tied")
+    assert step_weight_bytes(tied) == weight_bytes(tied)
+    apart = tmp_path / "apart"
+    write_random_model(apart, SHAPES["tiny"])
+    assert step_weight_bytes(apart) == weight_bytes(apart) - 2 * 512 * 64
+    assert step_weight_bytes(apart, "int8") < 0.51 * step_weight_bytes(apart)
+    assert kv_token_bytes(apart) == 2 * 2 * 2 * 2 * 16  # K and V, bytes, layers, heads, head size
+
+
+def test_a_random_checkpoint_is_one_that_transformers_reads(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - seconds
+
+    write_random_model(tmp_path, SHAPES["tiny"])
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.isfinite(model(torch.arange(9)[None]).logits).all()
+
+
+def test_a_peers_extras_and_the_packages_that_break_it_are_left_out() -> None:
+    listed = [
+        'torch==2.13.0+cpu; platform_machine == "x86_64"',
+        'torchvision; platform_machine != "riscv64"',
+        "numpy",
+        'compressed-tensors==0.17.0; python_version > "3.10"',
+        'scipy; extra == "audio"',
+    ]
+    assert wanted_requirements(listed) == ["numpy", listed[3]]

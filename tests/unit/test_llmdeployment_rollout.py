@@ -1,0 +1,205 @@
+"""Rollouts that wait, give way and go back, by the controller and an API server in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mizzen.operator.engine.results import Requeue
+from tests.fixtures.serving_world import World
+
+Json = dict[str, Any]
+
+
+def revisions(world: World) -> dict[str, int]:
+    """Return how many replicas there are of each revision, by spec.engine.maxNumSeqs."""
+    found: dict[str, int] = {}
+    for pod in world.pods:
+        arguments = pod["spec"]["containers"][0]["args"]
+        at = arguments.index("--max-num-seqs") if "--max-num-seqs" in arguments else None
+        name = "first" if at is None else arguments[at + 1]
+        found[name] = found.get(name, 0) + 1
+    return found
+
+
+def serving(world: World) -> int:
+    return sum(
+        c["type"] == "Ready" and c["status"] == "True"
+        for pod in world.pods
+        for c in pod["status"].get("conditions", [])
+    )
+
+
+async def go_on(world: World, seconds: float, *, breaks: str = "") -> None:
+    """Let operator and kubelet work; pods of the revision `breaks` never become ready."""
+    for _ in range(int(seconds / 5)):
+        await world.look()
+        for pod in world.pods:
+            if breaks and breaks in pod["spec"]["containers"][0]["args"]:
+                world.set_status(pod["metadata"]["name"], stuck=True)
+        world.run_pods()
+        world.pass_time(5)
+
+
+# Pause.
+
+
+async def test_a_paused_deployment_gets_no_replica_of_a_new_revision() -> None:
+    world = World(replicas=2)
+    await world.settle()
+    world.change(engine={"maxNumSeqs": 4}, rollout={"paused": True})
+    await world.settle()
+    assert revisions(world) == {"first": 2}
+    assert world.status["phase"] == "Paused"
+    assert world.condition("Ready") == (
+        "False", "Paused", "0 of 2 replicas are in service with the new revision.",
+    )  # fmt: skip
+    assert world.condition("Available")[0] == "True"
+    world.change(rollout={})
+    await world.settle()
+    assert revisions(world) == {"4": 2}
+    assert "rollout" not in world.status
+
+
+async def test_a_rollout_paused_half_way_stays_there_and_still_scales_and_mends() -> None:
+    world = World(replicas=3)
+    await world.settle()
+    world.change(engine={"maxNumSeqs": 4})
+    while revisions(world) != {"first": 2, "4": 1}:
+        await go_on(world, 5)
+    world.change(rollout={"paused": True})
+    await world.settle()
+    assert revisions(world) == {"first": 2, "4": 1}
+    world.change(replicas=5)
+    await world.settle()
+    assert revisions(world) == {"first": 4, "4": 1}
+    lost = next(pod for pod in world.pods if "4" not in pod["spec"]["containers"][0]["args"])
+    world.api.drop(f"/api/v1/namespaces/team/pods/{lost['metadata']['name']}")
+    world.restart_operator()
+    await world.settle()
+    assert revisions(world) == {"first": 4, "4": 1}
+    world.change(rollout={"paused": False})
+    await world.settle()
+    assert revisions(world) == {"4": 5}
+
+
+# Back by itself.
+
+
+async def test_a_revision_that_never_becomes_ready_is_rolled_back_and_not_tried_again() -> None:
+    world = World(replicas=2, rollout={"progressDeadlineSeconds": 60})
+    await world.settle()
+    stable = world.status["revision"]
+    world.change(engine={"maxNumSeqs": 4})
+    await go_on(world, 50, breaks="4")
+    assert revisions(world) == {"first": 2, "4": 1}
+    await go_on(world, 30, breaks="4")
+    assert revisions(world) == {"first": 2}
+    failed = world.status["rollout"]
+    assert failed["failure"]["reason"] == "ProgressDeadlineExceeded"
+    assert (failed["stable"], world.status["revision"]) == (stable, stable)
+    why = (
+        f"Revision {failed['revision']} was rolled back to {stable}: No further replica came into "
+        "service within 60 seconds (spec.rollout.progressDeadlineSeconds). It is tried again when "
+        "the spec changes."
+    )
+    for type_, status in (("Ready", "False"), ("Progressing", "False"), ("Stalled", "True")):
+        assert world.condition(type_) == (status, "RolledBack", why)
+    assert world.condition("Available")[0] == "True"
+    events = [e for e in world.api.kind("Event").values() if e["reason"] == "RolledBack"]
+    assert [(event["type"], event["message"]) for event in events] == [("Warning", why)]
+    written = len(world.api.writes)
+    world.restart_operator()
+    await go_on(world, 600, breaks="4")
+    assert len(world.api.writes) == written
+    world.change(engine={"maxNumSeqs": 5})
+    await world.settle()
+    assert revisions(world) == {"5": 2}
+    assert world.condition("Ready")[0] == "True"
+    assert "rollout" not in world.status
+
+
+async def test_what_was_rolled_back_half_way_leaves_at_once_and_what_is_proven_is_made_again() -> (
+    None
+):
+    world = World(replicas=3, rollout={"progressDeadlineSeconds": 60})
+    await world.settle()
+    world.change(engine={"maxNumSeqs": 4})
+    while revisions(world).get("first") != 2:
+        await go_on(world, 5)
+    lowest = 3
+    for _ in range(40):
+        await go_on(world, 5, breaks="4")
+        lowest = min(lowest, serving(world))
+    assert revisions(world) == {"first": 3}
+    assert lowest >= 2  # the proven ones that were left
+    assert world.status["readyReplicas"] == 3
+
+
+async def test_the_spec_before_ends_a_rollback() -> None:
+    world = World(rollout={"progressDeadlineSeconds": 60})
+    await world.settle()
+    before = world.resource["spec"]
+    world.change(engine={"maxNumSeqs": 4})
+    await go_on(world, 90, breaks="4")
+    assert world.status["phase"] == "RolledBack"
+    world.write(before)
+    await world.settle()
+    assert world.status["phase"] == "Ready"
+    assert "rollout" not in world.status
+
+
+async def test_the_operator_looks_again_when_the_deadline_passes() -> None:
+    world = World(rollout={"progressDeadlineSeconds": 60})
+    await world.settle()
+    world.change(engine={"maxNumSeqs": 4})
+    await go_on(world, 10, breaks="4")
+    result = await world.look()
+    assert isinstance(result, Requeue) and result.after_s == 50
+
+
+# No room.
+
+
+def unplaced(world: World) -> None:
+    """Say of every pod that was not placed yet that no node has room."""
+    for pod in world.pods:
+        if pod["status"]["phase"] == "Pending" and "stuck" not in pod["status"]:
+            since = world.now.strftime("%Y-%m-%dT%H:%M:%SZ")
+            refusal = {
+                "type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+                "message": "0/1 nodes are available: 1 Insufficient cpu.",
+                "lastTransitionTime": since,
+            }  # fmt: skip
+            world.set_status(pod["metadata"]["name"], stuck=True, conditions=[refusal])
+
+
+async def test_a_surge_without_room_gives_way_to_replacing_one_at_a_time() -> None:
+    world = World(replicas=2)
+    await world.settle()
+    world.change(engine={"maxNumSeqs": 4})
+    lowest = 2
+    for _ in range(120):
+        await world.look()
+        if len(world.pods) > 2:
+            unplaced(world)
+        else:  # one has gone: the scheduler finds a place
+            for pod in world.pods:
+                if pod["status"].get("stuck"):
+                    world.start(pod["metadata"]["name"])
+        world.run_pods()
+        world.pass_time(5)
+        lowest = min(lowest, serving(world))
+    assert revisions(world) == {"4": 2}
+    assert lowest == 1
+
+
+async def test_the_only_replica_is_not_given_up_for_want_of_room() -> None:
+    world = World()
+    await world.settle()
+    world.change(engine={"maxNumSeqs": 4})
+    for _ in range(60):
+        await world.look()
+        unplaced(world)
+        world.pass_time(5)
+    assert revisions(world) == {"first": 1, "4": 1}
+    assert serving(world) == 1
