@@ -7,6 +7,7 @@ from datetime import datetime
 
 from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen, bring_adapters
 from mizzen.operator.controllers.llmdeployment_apply import apply, set_gate
+from mizzen.operator.controllers.llmdeployment_canary import look_at_canary
 from mizzen.operator.controllers.llmdeployment_loading import LoadingSeen, ask_loading
 from mizzen.operator.controllers.llmdeployment_observe import (
     Observed,
@@ -15,7 +16,12 @@ from mizzen.operator.controllers.llmdeployment_observe import (
     observe,
     read_serving,
 )
-from mizzen.operator.controllers.llmdeployment_plan import Plan, gates_to_open, plan_deployment
+from mizzen.operator.controllers.llmdeployment_plan import (
+    Plan,
+    gates_to_open,
+    groups_to_place,
+    plan_deployment,
+)
 from mizzen.operator.controllers.llmdeployment_replicas import Group, read_groups
 from mizzen.operator.controllers.llmdeployment_report import (
     report,
@@ -47,17 +53,20 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
         await report_refusal(resource, str(error), kube, now=now)
         return Terminal(error)
     observed = await observe(key, resource, serving, kube=kube, facts=facts, now=now)
-    plan = plan_deployment(observed, now=now)
+    canary = await look_at_canary(observed, facts)
+    plan = plan_deployment(observed, canary, now=now)
     if plan.takes_away:
         observed = await observe(
             key, resource, serving, kube=kube, facts=facts, now=now, ask_server=True
         )
-        plan = plan_deployment(observed, now=now)
+        plan = plan_deployment(observed, canary, now=now)
     failure = await _apply(key, plan, kube=kube, facts=facts, now=now)
     # As they stand after those writes, which the store has seen.
     groups = read_groups(facts.store.children(key, "Pod"), owner_uid=observed.serving.uid, now=now)
     adapters = await _bring_adapters(groups, observed, facts)
     loading = await ask_loading(groups, observed, facts, now=now)
+    placed = await _let_place(groups_to_place(groups, plan), kube=kube)
+    failure = placed or failure
     # Also after a failure: that one pod could not be made is no reason to keep another waiting.
     gates = gates_to_open(groups, observed, plan, adapters)
     failure = await _open(gates, kube=kube, now=now) or failure
@@ -91,6 +100,18 @@ async def _open(gates: Iterable[Group], *, kube: Kube, now: datetime) -> KubeErr
     try:
         for group in gates:
             await set_gate(group, is_open=True, kube=kube, now=now)
+    except KubeError as error:
+        return error
+    return None
+
+
+async def _let_place(groups: Iterable[Group], *, kube: Kube) -> KubeError | None:
+    """Have the scheduler place groups that are complete; return what stopped that, if anything."""
+    try:
+        for group in groups:
+            for pod in group.pods:
+                if pod["spec"].get("schedulingGates"):
+                    await kube.let_schedule(pod)
     except KubeError as error:
         return error
     return None

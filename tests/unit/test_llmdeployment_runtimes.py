@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mizzen.operator.runtimes import AdapterRefusedError, HttpRuntimes, LoadedAdapter
-from mizzen.runtime.train.publish import digest_of, hash_files
+from mizzen.runtime.train.digest import digest_of, hash_files
 from tests.fixtures.fake_engine import FakeEngine
 from tests.fixtures.runtime_server import Running, running_server
 
@@ -71,6 +71,18 @@ async def test_a_drain_refuses_new_requests_and_counts_those_left(token_file: Pa
             await asyncio.sleep(0.01)
         assert await runtimes.drain(HERE) == 0
         await runtimes.close()
+
+
+async def test_a_probe_prompt_is_continued_or_there_is_no_answer(token_file: Path) -> None:
+    async with running_server(FakeEngine(), admin_token_file=token_file) as running:
+        runtimes = client(running, token_file)
+        said = await runtimes.complete(HERE, "tiny", "Once upon", max_tokens=3)
+        assert said
+        assert await runtimes.complete(HERE, "another", "Once upon", max_tokens=3) is None
+        await runtimes.close()
+    runtimes = HttpRuntimes(token_file, http_port=1, admin_port=1)
+    assert await runtimes.complete(HERE, "tiny", "Once upon", max_tokens=3) is None
+    await runtimes.close()
 
 
 async def test_a_wrong_token_or_no_runtime_is_no_answer_rather_than_an_error(
