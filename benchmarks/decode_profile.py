@@ -43,7 +43,7 @@ class Decoding:
         width = -(-(context + steps) // _BLOCK)
         self._tables = 1 + np.arange(rows * width).reshape(rows, width)  # block 0 is nobody's
         kv = own_kv(config, decoder, blocks=1 + rows * width)
-        self._runner = Runner(decoder, kv=kv, max_rows=rows)
+        self._runner = Runner(decoder, kv=kv)
         self._rows, self._context = rows, context
 
     def step(self) -> None:
