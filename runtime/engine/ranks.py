@@ -11,6 +11,7 @@ from mizzen.runtime.attention.base import KvShape
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.draft import DraftModel
+from mizzen.runtime.engine.graphs import graph_rows
 from mizzen.runtime.engine.runner import Runner
 from mizzen.runtime.engine.scheduler import Chunk
 from mizzen.runtime.engine.wire import (
@@ -56,7 +57,6 @@ class ModelRanks:
         self._draft = draft
         self.last_hidden = self._runner.last_hidden
         self.check = ranks.check
-        self.stop = ranks.stop
 
     def warm_up(self, step: StepInput) -> None:
         """Compute a step on the block nobody reads, with every model there is."""
@@ -135,6 +135,12 @@ class ModelRanks:
         if self._draft is not None:
             self._draft.release()
 
+    def stop(self) -> None:
+        """End the other ranks; nothing is computed any more."""
+        # Captured collectives must go before their group: its end would wait for them.
+        self._runner.release()
+        self._ranks.stop()
+
     def _tell(self, message: Message) -> None:
         if self._ranks.group.size > 1:
             self._ranks.send(encode(message))
@@ -188,10 +194,15 @@ def follow(
                 prepared = Future()
             case Release():
                 runner.release()
+    runner.release()  # captured collectives go before their group
 
 
 def _runner(config: EngineConfig, decoder: Decoder, blocks: int) -> Runner:
-    return Runner(decoder, kv=own_kv(config, decoder, blocks=blocks))
+    return Runner(
+        decoder,
+        kv=own_kv(config, decoder, blocks=blocks),
+        graph_rows=graph_rows(config, decoder.place.device),
+    )
 
 
 def own_kv(config: EngineConfig, decoder: Decoder, *, blocks: int) -> KvShape:
