@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from mizzen.operator.config import OperatorConfig
 from mizzen.operator.kube.store import Store
+from mizzen.operator.metrics.source import MetricsSource
 from mizzen.operator.namespaces import Namespaces
 from mizzen.operator.nodes import NodeSizes
 from mizzen.operator.runtimes import Runtimes
@@ -22,3 +23,6 @@ class Facts:
     nodes: NodeSizes
     runtimes: Runtimes
     trainers: TrainerClient
+    # For canaries: an instance of its own, because one remembers of each process what it was
+    # asked for last.
+    metrics: MetricsSource

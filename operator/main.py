@@ -97,6 +97,7 @@ def assemble(config: OperatorConfig, transport: Transport) -> Parts:
         trainers=TrainerClient(config.admin_token_file),
         namespaces=Namespaces(config),
         nodes=NodeSizes(),
+        metrics=metrics_source(config, kube),
     )
     metrics = metrics_source(config, kube)
     autoscaler = Autoscaler(kube=kube, facts=facts, source=metrics, on_change=queue.add)
@@ -267,6 +268,7 @@ async def run(config: OperatorConfig) -> None:
             await parts.facts.runtimes.close()
             await parts.facts.trainers.close()
             await parts.metrics.close()
+            await parts.facts.metrics.close()
             await runner.cleanup()
 
 

@@ -17,6 +17,7 @@ import aiohttp
 ADMIN_PORT = 8002
 HTTP_PORT = 8000
 _LOAD_TIMEOUT_S = 120.0
+_ANSWER_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ class Runtimes(Protocol):
 
     async def loading(self, pod_ip: str) -> Mapping[str, object] | None:
         """Return how far its model's files have come, None where none come or for no answer."""
+
+    async def complete(
+        self, pod_ip: str, model: str, prompt: str, *, max_tokens: int
+    ) -> str | None:
+        """Return the greedy continuation of a prompt, None for no answer."""
 
     async def load_adapter(self, pod_ip: str, name: str, *, path: str, digest: str | None) -> bool:
         """Load an adapter, or its newer content; return whether it was done.
@@ -76,13 +82,13 @@ class HttpRuntimes:
 
     async def drain(self, pod_ip: str) -> int | None:
         """Have the runtime refuse new requests; return how many are left, None for no answer."""
-        answer = await self._ask("POST", pod_ip, "/drain")
+        answer = await self._ask_admin("POST", pod_ip, "/drain")
         left = (answer or {}).get("inFlight")
         return left if isinstance(left, int) else None
 
     async def adapters(self, pod_ip: str) -> tuple[LoadedAdapter, ...] | None:
         """Return the adapters it serves, None for no answer."""
-        answer = await self._ask("GET", pod_ip, "/adapters")
+        answer = await self._ask_admin("GET", pod_ip, "/adapters")
         entries = (answer or {}).get("adapters")
         if not isinstance(entries, list):
             return None
@@ -90,8 +96,20 @@ class HttpRuntimes:
 
     async def loading(self, pod_ip: str) -> Mapping[str, object] | None:
         """Return how far its model's files have come, None where none come or for no answer."""
-        document = ((await self._ask("GET", pod_ip, "/loading")) or {}).get("loading")
+        document = ((await self._ask_admin("GET", pod_ip, "/loading")) or {}).get("loading")
         return document if isinstance(document, dict) else None
+
+    async def complete(
+        self, pod_ip: str, model: str, prompt: str, *, max_tokens: int
+    ) -> str | None:
+        """Return the greedy continuation of a prompt, None for no answer."""
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        url = f"http://{_host(pod_ip)}:{self._http_port}/v1/completions"
+        answer = await self._ask("POST", url, body=body, timeout_s=_ANSWER_TIMEOUT_S)
+        try:
+            return str((answer or {})["choices"][0]["text"])  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
+            return None
 
     async def load_adapter(self, pod_ip: str, name: str, *, path: str, digest: str | None) -> bool:
         """Load an adapter, or its newer content; return whether it was done.
@@ -115,12 +133,24 @@ class HttpRuntimes:
         if self._session is not None:
             await self._session.close()
 
-    async def _ask(self, method: str, pod_ip: str, path: str) -> dict[str, object] | None:
+    async def _ask_admin(self, method: str, pod_ip: str, path: str) -> dict[str, object] | None:
+        return await self._ask(method, f"http://{_host(pod_ip)}:{self._admin_port}{path}")
+
+    async def _ask(
+        self,
+        method: str,
+        url: str,
+        *,
+        body: Mapping[str, object] | None = None,
+        timeout_s: float | None = None,
+    ) -> dict[str, object] | None:
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=self._timeout)
-        url = f"http://{_host(pod_ip)}:{self._admin_port}{path}"
+        timeout = self._timeout if timeout_s is None else aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with self._session.request(method, url, headers=self._headers()) as response:
+            async with self._session.request(
+                method, url, headers=self._headers(), json=body, timeout=timeout
+            ) as response:
                 if response.status >= 300:
                     return None
                 document = await response.json()

@@ -7,6 +7,7 @@ from datetime import datetime
 
 from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen, bring_adapters
 from mizzen.operator.controllers.llmdeployment_apply import apply, set_gate
+from mizzen.operator.controllers.llmdeployment_canary import look_at_canary
 from mizzen.operator.controllers.llmdeployment_loading import LoadingSeen, ask_loading
 from mizzen.operator.controllers.llmdeployment_observe import (
     Observed,
@@ -47,12 +48,13 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
         await report_refusal(resource, str(error), kube, now=now)
         return Terminal(error)
     observed = await observe(key, resource, serving, kube=kube, facts=facts, now=now)
-    plan = plan_deployment(observed, now=now)
+    canary = await look_at_canary(observed, facts)
+    plan = plan_deployment(observed, canary, now=now)
     if plan.takes_away:
         observed = await observe(
             key, resource, serving, kube=kube, facts=facts, now=now, ask_server=True
         )
-        plan = plan_deployment(observed, now=now)
+        plan = plan_deployment(observed, canary, now=now)
     failure = await _apply(key, plan, kube=kube, facts=facts, now=now)
     # As they stand after those writes, which the store has seen.
     groups = read_groups(facts.store.children(key, "Pod"), owner_uid=observed.serving.uid, now=now)

@@ -105,6 +105,7 @@ def read_serving(resource: Json, facts: Facts) -> Serving:
         image=config.runtime_image,
         pull_policy=config.image_pull_policy,
         pull_secrets=tuple(config.image_pull_secrets),
+        otlp_endpoint=config.otlp_endpoint,
         adapters=wanted_adapters(spec.adapters, promoted_artifacts(jobs)),
     )
 

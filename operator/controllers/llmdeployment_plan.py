@@ -14,6 +14,7 @@ from mizzen.operator.controllers.llmdeployment_rollout import Course, plan_cours
 from mizzen.operator.crds.common import Json
 from mizzen.operator.desired.children import build_children
 from mizzen.operator.desired.serving import PodPlace, Serving, build_pod
+from mizzen.operator.planning.canary import CanaryLook
 from mizzen.operator.planning.drain import Drain, is_drained
 from mizzen.operator.planning.rollout import Creation, Replica, Standing, soonest
 
@@ -39,9 +40,9 @@ class Plan:
         return bool(self.drain or self.remove)
 
 
-def plan_deployment(observed: Observed, *, now: datetime) -> Plan:
+def plan_deployment(observed: Observed, canary: CanaryLook | None = None, *, now: datetime) -> Plan:
     """Return what brings the deployment closer to its spec."""
-    course = plan_course(observed, now=now)
+    course = plan_course(observed, canary, now=now)
     step = plan_step(observed, course, now=now)
     groups = {group.replica.place: group for group in observed.groups}
     draining = [g for g in observed.groups if g.standing is Standing.DRAINING]

@@ -102,6 +102,7 @@ def what_is_seen(
         generation=observed.generation,
         revision=course.target,
         rollout=course.rollout,
+        note=course.note,
         desired=observed.desired,
         max_unavailable=spec.rollout.max_unavailable,
         scaling=scaling_seen(observed.status) if spec.scaling else None,

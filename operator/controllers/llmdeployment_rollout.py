@@ -9,15 +9,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from mizzen.operator.controllers.llmdeployment_canary import canary_rules
 from mizzen.operator.controllers.llmdeployment_history import known_revisions
 from mizzen.operator.controllers.llmdeployment_observe import Observed
 from mizzen.operator.desired.revisions import serving_at
 from mizzen.operator.desired.serving import Serving
+from mizzen.operator.planning.canary import CanaryLook, apply_decision, decide_canary
 from mizzen.operator.planning.course import Look, Rollout, Rules, begin, left_s, proceed
-from mizzen.operator.planning.rollout import Budget, Replica, Standing, Step, next_step
-from mizzen.operator.planning.split import Split, paused_split, split_step
+from mizzen.operator.planning.rollout import (
+    Budget,
+    Replica,
+    Standing,
+    Step,
+    next_step,
+    soonest,
+)
+from mizzen.operator.planning.split import Split, canary_split, paused_split, split_step
 from mizzen.operator.status.causes import first_cause
 from mizzen.operator.status.rollout import read_rollout
+
+_POLL_CANARY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +39,11 @@ class Course:
     servings: Mapping[str, Serving]  # of which revisions replicas are made, and from what
     rollout: Rollout | None = None
     split: Split | None = None  # two revisions stay side by side
+    note: str = ""  # what the canary waits for
     look_again_after_s: float | None = None
 
 
-def plan_course(observed: Observed, *, now: datetime) -> Course:
+def plan_course(observed: Observed, canary: CanaryLook | None, *, now: datetime) -> Course:
     """Return where the replicas are to go now."""
     servings = {observed.revision: observed.serving}
     rollout = read_rollout(observed.status)
@@ -43,6 +55,7 @@ def plan_course(observed: Observed, *, now: datetime) -> Course:
         wanted=observed.revision,
         before=str(observed.status.get("revision") or ""),
         known=servings,
+        has_canary=observed.spec.rollout.canary is not None,
         now=now,
     )
     rules = Rules(
@@ -51,6 +64,11 @@ def plan_course(observed: Observed, *, now: datetime) -> Course:
     )
     if rollout is not None:
         rollout = proceed(rollout, _look(observed, rollout), rules, now=now)
+    decision = None
+    if rollout is not None and rollout.canary is not None and canary is not None:
+        steps = canary_rules(observed.spec.rollout.canary)
+        decision = decide_canary(rollout.canary, canary, steps, now=now)
+        rollout = apply_decision(rollout, decision, steps, now=now)
     if rollout is None:
         return Course(target=observed.revision, servings={observed.revision: observed.serving})
     return Course(
@@ -58,7 +76,11 @@ def plan_course(observed: Observed, *, now: datetime) -> Course:
         servings={r: s for r, s in servings.items() if r in (rollout.target, rollout.stable)},
         rollout=rollout,
         split=_split(observed, rollout),
-        look_again_after_s=left_s(rollout, rules, now=now),
+        note=decision.why if decision is not None and rollout.canary is not None else "",
+        look_again_after_s=soonest(
+            left_s(rollout, rules, now=now),
+            _POLL_CANARY_S if rollout.canary is not None else None,
+        ),
     )
 
 
@@ -105,6 +127,12 @@ def _look(observed: Observed, rollout: Rollout) -> Look:
 def _split(observed: Observed, rollout: Rollout) -> Split | None:
     if rollout.failure is not None:
         return None
+    canary = observed.spec.rollout.canary
+    if rollout.canary is not None and canary is not None:
+        step = canary.steps[min(rollout.canary.step, len(canary.steps) - 1)]
+        return canary_split(
+            rollout.revision, rollout.stable, weight=step.weight, desired=observed.desired
+        )
     if rollout.is_paused:
         replicas = [group.replica for group in observed.groups]
         return paused_split(replicas, rollout.revision, rollout.stable, desired=observed.desired)

@@ -1,16 +1,86 @@
 """How a deployment's replicas come to a new revision: spec.rollout."""
 
+import re
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from mizzen.operator.crds.common import ApiModel, cel
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
+    return pattern
+
+
+class CanaryStep(ApiModel):
+    """A share of the requests, for a while."""
+
+    weight: Annotated[int, Field(ge=1, le=99, description="Percent of the requests.")]
+    hold_seconds: Annotated[
+        int, Field(ge=0, le=604800, description="How long, before the next step.")
+    ] = 60
+
+
+class Probe(ApiModel):
+    """A prompt whose answer tells whether a canary replica talks sense."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=4096, description="Text to continue.")]
+    expect: Annotated[
+        str,
+        AfterValidator(_compiles),
+        Field(
+            min_length=1,
+            max_length=1024,
+            description="Regular expression that must be found in the greedy answer.",
+        ),
+    ]
+    max_tokens: Annotated[int, Field(ge=1, le=256, description="Length of the answer.")] = 32
+
+
+class RollbackOn(ApiModel):
+    """What ends a canary; nothing that is left out does."""
+
+    error_ratio: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            le=1,
+            description="More of its requests failing than at the revision before, by this share.",
+        ),
+    ] = None
+    ttft_factor: Annotated[
+        float | None,
+        Field(ge=1.25, le=100, description="A TTFT p90 of more than so many times the one before."),
+    ] = None
+    min_requests: Annotated[
+        int, Field(ge=1, le=1000000, description="With fewer requests neither is judged.")
+    ] = 10
+    probe: Annotated[
+        Probe | None, Field(description="Asked of a canary replica before every step.")
+    ] = None
+
+
+class CanaryRollout(ApiModel):
+    """A new revision gets a growing share of the requests first."""
+
+    steps: Annotated[
+        list[CanaryStep], Field(min_length=1, max_length=20, description="One after the other.")
+    ]
+    rollback_on: Annotated[RollbackOn, Field(description="What ends it early.")] = RollbackOn()
 
 
 class Rollout(ApiModel):
     """How replicas are replaced when the pods' definition changes."""
 
     rules = (
+        cel(
+            "!has(self.canary) || self.maxSurge >= 1",
+            "rollout.canary needs rollout.maxSurge of at least 1: its first replica comes on top.",
+        ),
         cel(
             "self.maxSurge + self.maxUnavailable >= 1",
             "rollout.maxSurge and rollout.maxUnavailable must not both be 0: nothing could move.",
@@ -23,6 +93,10 @@ class Rollout(ApiModel):
     max_unavailable: Annotated[
         int, Field(ge=0, le=1000, description="Replicas that may be missing meanwhile.")
     ] = 0
+    canary: Annotated[
+        CanaryRollout | None,
+        Field(description="Steps before the new revision replaces the one before."),
+    ] = None
     paused: Annotated[
         bool,
         Field(
@@ -49,6 +123,23 @@ class Rollout(ApiModel):
             "`kubectl mizzen rollout undo` goes back to one of them.",
         ),
     ] = 10
+
+
+class CanaryStatus(ApiModel):
+    """How far a canary is."""
+
+    step: Annotated[int, Field(description="Steps that it has passed.")]
+    weight: Annotated[int, Field(description="Percent of the requests that it gets.")]
+    since: Annotated[
+        str | None,
+        Field(
+            description="When the step took effect; not there while its replicas start.",
+            json_schema_extra={"format": "date-time"},
+        ),
+    ] = None
+    passed: Annotated[
+        str | None, Field(max_length=512, description="How the last step's requests fared.")
+    ] = None
 
 
 class RolloutFailure(ApiModel):
@@ -78,6 +169,7 @@ class RolloutStatus(ApiModel):
         int, Field(description="The most of its replicas that have served at the same time.")
     ] = 0
     paused: Annotated[bool | None, Field(description="Whether it waits to be resumed.")] = None
+    canary: Annotated[CanaryStatus | None, Field(description="While there is one.")] = None
     failure: Annotated[
         RolloutFailure | None,
         Field(description="Why it was rolled back. It is not tried again until the spec changes."),

@@ -54,6 +54,7 @@ class Serving:
     pull_policy: str = "IfNotPresent"
     pull_secrets: tuple[str, ...] = ()
     adapters: tuple[WantedAdapter, ...] = ()
+    otlp_endpoint: str = ""
 
     @property
     def owner(self) -> Json:
@@ -99,7 +100,8 @@ def revision_of(serving: Serving) -> str:
     """
     made = made_from(serving)
     places = [*serving.claims, *serving.adapter_folders]
-    document = json.dumps([made["spec"], made["image"], places], sort_keys=True)
+    traces = [serving.otlp_endpoint] if serving.otlp_endpoint else []
+    document = json.dumps([made["spec"], made["image"], places, *traces], sort_keys=True)
     return hashlib.sha256(document.encode()).hexdigest()[:8]
 
 
@@ -205,7 +207,11 @@ def _container(serving: Serving) -> Json:
         "imagePullPolicy": serving.pull_policy,
         "command": ["mizzen"],
         "args": ["serve", serving.model.path, *_flags(serving)],
-        "env": [{"name": "HOME", "value": "/tmp"}, *credentials_env(spec.model)],
+        "env": [
+            {"name": "HOME", "value": "/tmp"},
+            *credentials_env(spec.model),
+            *_tracing_env(serving.otlp_endpoint),
+        ],
         "ports": [
             {"name": "http", "containerPort": labels.HTTP_PORT},
             {"name": "grpc", "containerPort": labels.GRPC_PORT},
@@ -222,6 +228,10 @@ def _container(serving: Serving) -> Json:
             *cache_mounts(spec.model),
         ],
     }
+
+
+def _tracing_env(endpoint: str) -> list[Json]:
+    return [{"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": endpoint}] if endpoint else []
 
 
 def _flags(serving: Serving) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 
+from mizzen.operator.planning.canary import Answers
 from mizzen.operator.planning.scale_rules import Slo
 from mizzen.operator.planning.signals import UNKNOWN, Engines, Signal, Traffic
 
@@ -49,6 +50,20 @@ HELD = Figure("mizzen_gateway_held_requests", Kind.SUM, Origin.GATEWAY)
 # There for every deployment the gateway knows, also one without a replica or a request.
 KNOWN = Figure("mizzen_gateway_endpoints_ready", Kind.SUM, Origin.GATEWAY)
 
+# By revision, there only while a deployment has a canary, and counted from its beginning.
+CANARY_REQUESTS = Figure(
+    "mizzen_gateway_canary_requests_total", Kind.SUM, Origin.GATEWAY, by=("revision",)
+)
+CANARY_FAILURES = Figure(
+    "mizzen_gateway_canary_failures_total", Kind.SUM, Origin.GATEWAY, by=("revision",)
+)
+FIRST_BYTES = Figure(
+    "mizzen_gateway_canary_first_byte_seconds_bucket",
+    Kind.SUM,
+    Origin.GATEWAY,
+    by=("revision", "le"),
+)
+
 RUNNING = Figure("vllm:num_requests_running", Kind.SUM)
 WAITING = Figure("vllm:num_requests_waiting", Kind.SUM)
 KV_USED = Figure("vllm:kv_cache_usage_perc", Kind.MEAN)
@@ -66,6 +81,7 @@ ITL = Figure("vllm:inter_token_latency_seconds_bucket", Kind.SLOW_RATE, by=("le"
 
 ALL = (
     *(ARRIVALS, IN_FLIGHT, HELD, KNOWN),
+    *(CANARY_REQUESTS, CANARY_FAILURES, FIRST_BYTES),
     *(RUNNING, WAITING, KV_USED, CACHE),
     *(STEPS, STEP_SECONDS, COMPUTED, DECODED, PROMPTED),
     *(FINISHED, PROMPT_LENGTHS, OUTPUT_LENGTHS, TTFT, ITL),
@@ -113,12 +129,20 @@ class Measured:
 
     traffic: Traffic = field(default_factory=Traffic)
     engines: Engines = field(default_factory=Engines)
+    answers: Mapping[str, Answers] | None = None  # by revision; None: not known
+    answers_age_s: float = 0.0
 
 
 def measured(raw: Raw, target: Target) -> Measured:
     """Return the signals of one deployment."""
     runtime = _Signals(raw, raw.runtime_age_s if raw.reporting >= target.settled else None)
-    return Measured(traffic=_traffic(raw, target, runtime), engines=_engines(raw, runtime))
+    is_known = raw.gateway_age_s is not None and raw.number(KNOWN) is not None
+    return Measured(
+        traffic=_traffic(raw, target, runtime),
+        engines=_engines(raw, runtime),
+        answers=_answers(raw) if is_known else None,
+        answers_age_s=raw.gateway_age_s or 0.0,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +198,22 @@ def _engines(raw: Raw, runtime: _Signals) -> Engines:
         prefilled_per_s=runtime.of(prefilled),
         prompted_per_s=runtime.number(PROMPTED),
     )
+
+
+def _answers(raw: Raw) -> dict[str, Answers]:
+    """Return what was counted of each revision that was sent any request."""
+    requests, failures = raw.parts(CANARY_REQUESTS), raw.parts(CANARY_FAILURES)
+    buckets = raw.parts(FIRST_BYTES)
+    return {
+        revision: Answers(
+            requests=count,
+            failures=failures.get((revision,), 0.0),
+            first_bytes={
+                float(edge): within for (name, edge), within in buckets.items() if name == revision
+            },
+        )
+        for (revision,), count in requests.items()
+    }
 
 
 def _kv_tokens(raw: Raw) -> float | None:

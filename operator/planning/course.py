@@ -16,6 +16,9 @@ class GivenUp(StrEnum):
     """Why a revision is not brought in after all."""
 
     LATE = "ProgressDeadlineExceeded"
+    ERRORS = "CanaryErrors"
+    SLOW = "CanarySlow"
+    PROBE = "CanaryProbeFailed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,16 @@ class Failure:
     at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """How far the new revision's share of the requests has grown."""
+
+    step: int = 0
+    weight: int = 0  # percent that it gets now
+    since: datetime | None = None  # when the step's weight took effect; None: not yet
+    passed: str = ""  # the figures that the last step was passed with
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """A new revision on its way in, or given up."""
@@ -36,6 +49,7 @@ class Rollout:
     moved_at: datetime  # when it began or last came further
     serving: int = 0  # the most of its replicas that have served at once
     is_paused: bool = False
+    canary: Canary | None = None  # None: there is none, or it has passed
     failure: Failure | None = None
 
     @property
@@ -62,7 +76,13 @@ class Rules:
 
 
 def begin(
-    previous: Rollout | None, *, wanted: str, before: str, known: Collection[str], now: datetime
+    previous: Rollout | None,
+    *,
+    wanted: str,
+    before: str,
+    known: Collection[str],
+    has_canary: bool = False,
+    now: datetime,
 ) -> Rollout | None:
     """Return the rollout that the spec asks for: the one under way, another, or none.
 
@@ -75,7 +95,10 @@ def begin(
     stable = before if previous is None else previous.stable
     if wanted == stable:
         return None  # back to where the last rollout came from
-    return Rollout(revision=wanted, stable=stable if stable in known else "", moved_at=now)
+    if stable not in known:
+        return Rollout(revision=wanted, stable="", moved_at=now)
+    canary = Canary() if has_canary else None
+    return Rollout(revision=wanted, stable=stable, moved_at=now, canary=canary)
 
 
 def proceed(rollout: Rollout, look: Look, rules: Rules, *, now: datetime) -> Rollout | None:
@@ -99,12 +122,14 @@ def left_s(rollout: Rollout, rules: Rules, *, now: datetime) -> float | None:
     """Return how long it may go on standing still, None where it may for ever."""
     if rollout.is_paused or rollout.failure is not None or not rollout.stable:
         return None
+    if rollout.canary is not None and rollout.canary.since is not None:
+        return None  # it stands still on purpose
     return (rollout.moved_at + timedelta(seconds=rules.deadline_s) - now).total_seconds()
 
 
 def give_up(rollout: Rollout, reason: GivenUp, message: str, *, now: datetime) -> Rollout:
     """Return the rollout on its way back; it is not tried again until the spec changes."""
-    return replace(rollout, failure=Failure(reason, message, now))
+    return replace(rollout, canary=None, failure=Failure(reason, message, now))
 
 
 def _lateness(rules: Rules, look: Look) -> str:

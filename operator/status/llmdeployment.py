@@ -101,6 +101,7 @@ class Seen:
     replicas: tuple[ReplicaSeen, ...] = ()
     adapters: tuple[AdapterSeen, ...] = ()
     rollout: Rollout | None = None
+    note: str = ""  # what the rollout waits for
     refusal: Cause | None = None  # why the spec cannot be followed at all
     failure: Cause | None = None  # why the last writes did not succeed
 
@@ -280,7 +281,7 @@ def _progress(seen: Seen) -> tuple[Reason, str]:
     if seen.has_old:
         is_paused = seen.rollout is not None and seen.rollout.is_paused
         reason = Reason.PAUSED if is_paused else Reason.ROLLING_OUT
-        return reason, f"{how_many} in service with the new revision."
+        return reason, seen.note or f"{how_many} in service with the new revision."
     return Reason.STARTING, f"{how_many} in service; the rest is starting."
 
 

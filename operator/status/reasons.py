@@ -124,6 +124,7 @@ class Reason(StrEnum):
     DATASET_DIGEST_MISMATCH = "DatasetDigestMismatch"
     DATASET_UNREACHABLE = "DatasetUnreachable"
     LOSS_NOT_FINITE = "LossNotFinite"
+    TEACHER_TOKENIZER_DIFFERS = "TeacherTokenizerDiffers"
     MEMORY_TOO_SMALL = "MemoryTooSmall"
     TRAINER_HANGS = "TrainerHangs"
     CHECKPOINT_MISMATCH = "CheckpointMismatch"

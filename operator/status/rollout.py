@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mizzen.operator.planning.course import Failure, GivenUp, Rollout
+from mizzen.operator.crds.common import Json
+from mizzen.operator.planning.course import Canary, Failure, GivenUp, Rollout
 from mizzen.operator.status.causes import Cause
 from mizzen.operator.status.conditions import Document, parse_rfc3339, rfc3339
 from mizzen.operator.status.reasons import Reason
@@ -21,6 +22,8 @@ def rollout_document(rollout: Rollout) -> Document:
         document["serving"] = rollout.serving
     if rollout.is_paused:
         document["paused"] = True
+    if canary := rollout.canary:
+        document["canary"] = _canary_document(canary)
     if failure := rollout.failure:
         document["failure"] = {
             "reason": failure.reason.value,
@@ -35,17 +38,43 @@ def read_rollout(status: Mapping[str, object]) -> Rollout | None:
     document = status.get(ROLLOUT)
     if not isinstance(document, dict):
         return None
-    failure = document.get("failure")
     return Rollout(
         revision=document["revision"],
         stable=document.get("stable", ""),
         moved_at=parse_rfc3339(document["movedAt"]),
         serving=document.get("serving", 0),
         is_paused=document.get("paused", False),
-        failure=None
-        if failure is None
-        else Failure(GivenUp(failure["reason"]), failure["message"], parse_rfc3339(failure["at"])),
+        canary=_read_canary(document.get("canary")),
+        failure=_read_failure(document.get("failure")),
     )
+
+
+def _canary_document(canary: Canary) -> Document:
+    document: Document = {"step": canary.step, "weight": canary.weight}
+    if canary.since:
+        document["since"] = rfc3339(canary.since)
+    if canary.passed:
+        document["passed"] = canary.passed[:512]
+    return document
+
+
+def _read_canary(document: Json | None) -> Canary | None:
+    if document is None:
+        return None
+    since = document.get("since")
+    return Canary(
+        document["step"],
+        document["weight"],
+        parse_rfc3339(since) if since else None,
+        document.get("passed", ""),
+    )
+
+
+def _read_failure(document: Json | None) -> Failure | None:
+    if document is None:
+        return None
+    at = parse_rfc3339(document["at"])
+    return Failure(GivenUp(document["reason"]), document["message"], at)
 
 
 def rollback_cause(rollout: Rollout | None) -> Cause | None:

@@ -1,8 +1,11 @@
 """The engine's settings. Checked here once, trusted everywhere else."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from mizzen.runtime.parallel.nodes import Nodes
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -34,3 +37,15 @@ class EngineConfig:
     speculative_tokens: int = 0  # guessed and checked, in each step
     speculative_model: Path | None = None  # guesses; without, the text itself does
     seed: int = 0
+    nodes: Nodes | None = None  # the pods the ranks are spread over, where there are several
+
+    @property
+    def ranks_per_pod(self) -> int:
+        """How many ranks share this pod's processors and memory."""
+        return self.tensor_parallel_size // (self.nodes.count if self.nodes else 1)
+
+    @property
+    def agreement(self) -> str:
+        """A digest of what must be equal in all pods of a group."""
+        alike = replace(self, model=Path(), cpu_threads=None, nodes=None)
+        return hashlib.sha256(repr(alike).encode()).hexdigest()

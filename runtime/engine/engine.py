@@ -32,7 +32,7 @@ from mizzen.runtime.engine.sequence import Sequence
 from mizzen.runtime.engine.speculation import DraftPlaces, Guesser, NgramIndex
 from mizzen.runtime.engine.startup import Parts, start_parts
 from mizzen.runtime.engine.streams import Stream
-from mizzen.runtime.errors import BadAdapterError, BadModelError
+from mizzen.runtime.errors import BadAdapterError, BadModelError, MizzenError, RankLostError
 from mizzen.runtime.model.lora import load_adapter
 
 DRAIN_RETRY_S = 1.0
@@ -232,6 +232,13 @@ class Engine:
         """Whether the loop still turns; an idle one stamps its heartbeat too."""
         age_s = time.monotonic() - self._loop.heartbeat_at
         return self._loop.is_running() and age_s < self._config.heartbeat_limit_s
+
+    def death(self) -> MizzenError | None:
+        """Return why it will never be alive again, None while it may."""
+        why = self._loop.death
+        if why is None or isinstance(why, RankLostError):
+            return why
+        return EngineDeadError(f"The engine's loop has failed: {why!r}. See its log.")
 
     def is_ready(self) -> bool:
         """Whether it is alive, awake, and takes new requests."""

@@ -1,6 +1,7 @@
 """How the loop reaches the model: this rank, and the others of its group if there are any."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,13 +28,14 @@ from mizzen.runtime.engine.wire import (
     decode,
     encode,
 )
-from mizzen.runtime.errors import WeightShapeError
+from mizzen.runtime.errors import RankLostError, WeightShapeError
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import Adapter, load_adapter
 from mizzen.runtime.parallel.group import RankGroup
-from mizzen.runtime.parallel.ranks import Inbox, Ranks
+from mizzen.runtime.parallel.processes import Inbox
+from mizzen.runtime.parallel.ranks import Ranks
 
 
 class ModelRanks:
@@ -57,6 +59,7 @@ class ModelRanks:
         self._draft = draft
         self.last_hidden = self._runner.last_hidden
         self.check = ranks.check
+        self.serve = ranks.serve
 
     def warm_up(self, step: StepInput) -> None:
         """Compute a step on the block nobody reads, with every model there is."""
@@ -137,8 +140,11 @@ class ModelRanks:
 
     def stop(self) -> None:
         """End the other ranks; nothing is computed any more."""
-        # Captured collectives must go before their group: its end would wait for them.
-        self._runner.release()
+        # Captured collectives go before their group, whose end would wait for them. With a rank
+        # lost one may hang, and so would giving back its memory: the process must end as it is.
+        with suppress(RankLostError):
+            self._ranks.check()
+            self._runner.release()
         self._ranks.stop()
 
     def _tell(self, message: Message) -> None:
@@ -163,8 +169,10 @@ def follow(
     group: RankGroup, inbox: Inbox, config: EngineConfig, device_type: str, threads: int
 ) -> None:
     """Be a rank above 0: do what rank 0 says until it says no more."""
-    device = torch.device(device_type, group.rank) if device_type == "cuda" else torch.device("cpu")
-    if device.type == "cpu":
+    if device_type == "cuda":
+        device = torch.device(device_type, torch.cuda.current_device())
+    else:
+        device = torch.device("cpu")
         torch.set_num_threads(threads)
     decoder = load_rank(config, device, group)
     messages = (decode(data) for data in inbox)

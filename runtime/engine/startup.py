@@ -29,6 +29,7 @@ from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import BadModelError
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.parallel.follower import Follower
 from mizzen.runtime.parallel.ranks import Ranks
 
 # A step of this many tokens is the longest pause a prompt can put between two tokens of others.
@@ -92,8 +93,14 @@ def start_parts(config: EngineConfig, recorder: Recorder | None = None) -> Parts
     with _timed(seconds, "tokenizer"):
         tokenizer = Tokenizer.load(config.model)
     with _timed(seconds, "ranks"):
-        arguments = (config, device.type, threads)
-        ranks = Ranks(config.tensor_parallel_size, follow, arguments, device=device.type)
+        ranks = Ranks(
+            config.tensor_parallel_size,
+            follow,
+            (config, device.type, threads),
+            device=device.type,
+            nodes=config.nodes,
+            agreement=config.agreement,
+        )
     try:
         return _start_model(config, ranks, tokenizer, device, recorder, seconds)
     except BaseException:
@@ -157,7 +164,22 @@ def _start_model(
         eos_ids=eos_ids,
         recorder=recorder or NullRecorder(),
     )
+    model.serve(loop.fail)
     return Parts(tokenizer, decoder.spec, model_len, model, loop, seconds)
+
+
+def build_follower(config: EngineConfig) -> Follower:
+    """Return the ranks of a pod that follows another; they load and warm up as it says."""
+    assert config.nodes is not None, "only pods of a group follow"
+    device = choose_device(config)
+    return Follower(
+        config.nodes,
+        config.tensor_parallel_size,
+        follow,
+        (config, device.type, threads_per_rank(config)),
+        device=device.type,
+        agreement=config.agreement,
+    )
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -169,7 +191,7 @@ def choose_device(config: EngineConfig) -> torch.device:
 
 def threads_per_rank(config: EngineConfig) -> int:
     """Return how many threads a rank computes with."""
-    return config.cpu_threads or max(1, cpu_count() // config.tensor_parallel_size)
+    return config.cpu_threads or max(1, cpu_count() // config.ranks_per_pod)
 
 
 def choose_model_len(config: EngineConfig, spec: ArchSpec) -> int:
@@ -220,7 +242,8 @@ def choose_blocks(
     if config.kv_cache_gib is not None:
         usable = int(config.kv_cache_gib * GIB) // size
     else:
-        sharing = size if device.type == "cpu" else 1  # each GPU has memory of its own
+        # Each GPU has memory of its own.
+        sharing = config.ranks_per_pod if device.type == "cpu" else 1
         usable = int(_free_bytes(device) * KV_SHARE[device.type]) // sharing
         usable = min(usable, config.max_num_seqs * per_sequence * block_bytes)
     blocks = usable // block_bytes

@@ -12,6 +12,7 @@ from typing import Literal
 
 from mizzen.runtime.gateway.attempt import AttemptError, FailureKind
 from mizzen.runtime.gateway.balancer import Balancer
+from mizzen.runtime.gateway.canary import CanaryTurns, sides
 from mizzen.runtime.gateway.config import GatewayConfig
 from mizzen.runtime.gateway.directory import Directory, Endpoint, ObjectKey, Route
 from mizzen.runtime.gateway.errors import BusyError, NoReplicaError
@@ -39,6 +40,8 @@ class Search:
     give_up_at: float = 0.0
     wait_until: float | None = None
     is_told_at: float = 0.0
+    # Whether it is the canary's, once there was a choice.
+    is_canarys: bool | None = None
 
 
 class Admission:
@@ -57,6 +60,7 @@ class Admission:
         self._balancer = balancer
         self._clock = clock
         self._starts = Starts(clock)
+        self._turns = CanaryTurns()
         self.waker: Waker | None = None
         self.room = WaitingRoom(
             max_requests=config.max_waiting, max_bytes=config.max_waiting_mib * 2**20
@@ -87,9 +91,35 @@ class Admission:
     def _pick(self, search: Search) -> Endpoint | None:
         if not self.room.may_go(search.route.model.key, search.place):
             return None
-        return self._balancer.choose(
-            self._directory.candidates(search.route), key=search.key, without=search.tried
+        for endpoints in self._sides(search):
+            chosen = self._balancer.choose(endpoints, key=search.key, without=search.tried)
+            if chosen is not None:
+                return chosen
+        return None
+
+    def _sides(self, search: Search) -> tuple[tuple[Endpoint, ...], ...]:
+        """Return the replicas that may be asked, those to be asked first before the others.
+
+        What the canary cannot answer, what is proven does. The other way round only what failed
+        goes: were a busy replica enough, the canary would get more than its share under load.
+        """
+        everyone = self._directory.candidates(search.route)
+        model = self._directory.model(search.route.model.key)
+        if model is None or model.canary is None:
+            return (everyone,)
+        canary, proven = sides(everyone, model)
+        if not canary or not proven:
+            return (everyone,)
+        if search.is_canarys is None:
+            search.is_canarys = self._turns.take(model)
+        if search.is_canarys:
+            return canary, proven
+        have_failed = (
+            search.last is not None
+            and search.last.kind is not FailureKind.BUSY
+            and all(endpoint.url in search.tried for endpoint in proven)
         )
+        return (proven, canary) if have_failed and model.canary.weight else (proven,)
 
     def _is_retrying(self, search: Search) -> bool:
         """Whether replicas are there and the request has failed at them, not for want of room."""
@@ -196,5 +226,6 @@ class Admission:
     def forget(self, key: ObjectKey) -> None:
         """Drop what is known of a model that is gone."""
         self._starts.forget(key)
+        self._turns.forget(key)
         if self.waker is not None:
             self.waker.forget(key)

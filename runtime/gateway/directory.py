@@ -29,6 +29,15 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Canary:
+    """A new revision that is tried with a part of the requests."""
+
+    revision: str
+    stable: str
+    weight: int  # percent
+
+
+@dataclass(frozen=True, slots=True)
 class ServedModel:
     """One LLMDeployment as clients see it."""
 
@@ -43,11 +52,18 @@ class ServedModel:
     """Whether its number of replicas follows its load, so that a wake is of use."""
     is_off: bool = False
     """Whether its spec asks for no replica at all."""
+    canary: Canary | None = None
 
     @property
     def key(self) -> ObjectKey:
         """Key of the LLMDeployment."""
         return self.namespace, self.deployment
+
+    def is_canary(self, endpoint: Endpoint) -> bool:
+        """Whether the replica is of the revision that is tried: its pod is named after it."""
+        return self.canary is not None and endpoint.pod.startswith(
+            f"{self.deployment}-{self.canary.revision}-"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from mizzen.runtime.gateway.canary import CanaryCounts
 from mizzen.runtime.gateway.directory import Directory, ServedModel
 from mizzen.runtime.gateway.room import WaitingRoom
 
@@ -62,6 +63,8 @@ class GatewayMetrics:
         self._picked: dict[str, set[tuple[str, str]]] = {}
         self.registry.register(_ByModel(directory, room))
         self.registry.register(_Arrivals(directory, self._arrivals))
+        self.canary = CanaryCounts(directory)
+        self.registry.register(self.canary)
 
     def on_start(self, model: ServedModel) -> None:
         """A request for a known model begins."""

@@ -32,6 +32,7 @@ from mizzen.runtime.gateway.metrics import GatewayMetrics
 from mizzen.runtime.gateway.reply import Reply
 from mizzen.runtime.gateway.room import Place
 from mizzen.runtime.gateway.tokens import TokenMeter
+from mizzen.runtime.tracing import current_span
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class Proxy:
     async def _forward(self, call: Call, search: Search, reply: Reply) -> web.StreamResponse:
         started_at = self._clock()
         outgoing = self._outgoing(call)
-        model = call.route.model
+        model, span = call.route.model, current_span.get()
         while True:
             endpoint = await self._admission.next_endpoint(search, reply)
             if endpoint is None:
@@ -100,6 +101,9 @@ class Proxy:
             if search.last is not None:
                 self._metrics.on_retry(model, search.last.kind.value)
             self._metrics.on_pick(model, endpoint.url)
+            sent_at = self._clock()
+            span.note({"server.address": endpoint.url})
+            span.add({"mizzen.attempts": 1})
             with self._lease(model, endpoint):
                 try:
                     answer = await open_answer(self._session, endpoint.url, outgoing)
@@ -108,18 +112,23 @@ class Proxy:
                     continue
                 except ReplicaTimeoutError:
                     self._balancer.outliers.note_failure(endpoint.url)
+                    self._count(model, endpoint, is_failure=True)
                     raise ReplicaSilentError(
                         f"A replica of {model.name!r} took the request and did not answer "
                         f"within {self._config.read_timeout_s:g} seconds."
                     ) from None
-                self._metrics.on_first_byte(model, self._clock() - started_at)
+                took_s = self._clock() - started_at
+                self._metrics.on_first_byte(model, took_s)
+                span.note({"gen_ai.response.time_to_first_chunk": took_s})
                 if isinstance(answer, Refusal):
-                    self._judge(endpoint, answer)
+                    self._judge(model, endpoint, answer)
                     return await reply.refuse(answer)
                 self._balancer.outliers.note_success(endpoint.url)
+                self._count(model, endpoint)
+                self._metrics.canary.on_first_byte(model, endpoint, self._clock() - sent_at)
                 return await reply.relay(
                     answer,
-                    on_cut=partial(self._on_cut, model),
+                    on_cut=partial(self._on_cut, model, endpoint),
                     on_chunk=None if call.meter is None else call.meter.feed,
                 )
 
@@ -143,6 +152,8 @@ class Proxy:
             self._balancer.note_busy(endpoint.url)
         else:
             self._balancer.outliers.note_failure(endpoint.url)
+        if failure.kind in (FailureKind.UNREACHABLE, FailureKind.LOST):
+            self._count(search.route.model, endpoint, is_failure=True)
         log.info(
             "model=%s/%s endpoint=%s not answered: %s (%s)",
             *search.route.model.key,
@@ -151,25 +162,37 @@ class Proxy:
             failure,
         )
 
-    def _judge(self, endpoint: Endpoint, refusal: Refusal) -> None:
+    def _judge(self, model: ServedModel, endpoint: Endpoint, refusal: Refusal) -> None:
         """An error that the request has earned is an answer; one of the replica's own is not."""
+        self._count(model, endpoint, is_failure=refusal.status >= 500)
         if refusal.status >= 500:
             self._balancer.outliers.note_error(endpoint.url)
         else:
             self._balancer.outliers.note_success(endpoint.url)
 
-    def _on_cut(self, model: ServedModel, error: Exception) -> None:
+    def _count(self, model: ServedModel, endpoint: Endpoint, *, is_failure: bool = False) -> None:
+        """Count a request for the revision that answered it or did not."""
+        self._metrics.canary.on_request(model, endpoint)
+        if is_failure:
+            self._metrics.canary.on_failure(model, endpoint)
+
+    def _on_cut(self, model: ServedModel, endpoint: Endpoint, error: Exception) -> None:
         self._metrics.on_cut(model)
+        self._metrics.canary.on_failure(model, endpoint)
+        current_span.get().failed("answer_cut")
         log.warning("model=%s/%s: an answer ended early: %s", *model.key, error)
 
     def _outgoing(self, call: Call) -> Outgoing:
+        headers = request_headers(
+            call.request.headers,
+            request_id=call.request_id,
+            with_authorization=self._config.auth == "off",
+        )
+        # What the client said of its trace goes on as it came where there is no span here.
+        headers.update(current_span.get().headers())
         return Outgoing(
             path=call.request.rel_url.raw_path_qs,
-            headers=request_headers(
-                call.request.headers,
-                request_id=call.request_id,
-                with_authorization=self._config.auth == "off",
-            ),
+            headers=headers,
             body=call.body.for_model(call.route.upstream_name),
             connect_timeout_s=self._config.connect_timeout_s,
             read_timeout_s=self._config.read_timeout_s,

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from mizzen.runtime.gateway.directory import (
+    Canary,
     Directory,
     Endpoint,
     EndpointState,
@@ -59,7 +60,16 @@ def parse_model(item: KubeObject) -> ServedModel:
             for pod in _mappings(status.get("pods"))
             for adapter in _list(pod.get("adapters"))
         ),
+        canary=_canary(_mapping(status.get("rollout"))),
     )
+
+
+def _canary(rollout: dict[str, Any]) -> Canary | None:
+    """Read the revision that is tried; one that was given up gets no request at all."""
+    weight = 0 if rollout.get("failure") else _mapping(rollout.get("canary")).get("weight")
+    if not isinstance(weight, int) or not rollout.get("stable"):
+        return None
+    return Canary(str(rollout.get("revision")), str(rollout["stable"]), weight)
 
 
 def parse_slice(item: KubeObject) -> tuple[ObjectKey, tuple[Endpoint, ...]]:

@@ -87,12 +87,15 @@ def checked_path(path: str, roots: Sequence[Path]) -> Path:
     given = Path(os.path.normpath(path))
     if not any(given.is_relative_to(root) for root in roots):
         raise outside
-    real = given.resolve()
-    if not any(real.is_relative_to(root.resolve()) for root in roots):
-        raise outside
-    if not real.is_dir():
-        raise invalid("path", f"{given} is not a directory.", code="path_not_found")
-    return real
+    try:
+        real = given.resolve()
+        if not any(real.is_relative_to(root.resolve()) for root in roots):
+            raise outside
+        if real.is_dir():
+            return real
+    except (OSError, ValueError):
+        pass  # over the longest name there can be, or a NUL in it: no directory either
+    raise invalid("path", f"{str(given)[:200]!r} is not a directory.", code="path_not_found")
 
 
 async def load_adapter(service: Service, name: str, source: AdapterSource) -> None:

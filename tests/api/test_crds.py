@@ -187,7 +187,37 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(baseModel={}),
         "Set exactly one of baseModel.deployment and baseModel.source.",
     ),
-    "a job without data": (job(dataset=[]), "should have at least 1 items"),
+    "a job without data": (job(dataset=[]), "this method learns from examples"),
+    "a gate without data": (
+        job(
+            method="merge",
+            merge={"kind": "adapter", "parts": [{"source": "pvc://models/a"}]},
+            dataset=[],
+            evaluation={"suites": [{"name": "holdout"}]},
+        ),
+        "evaluation.suites needs a dataset to measure on",
+    ),
+    "calibration without data": (
+        job(method="quantize", quantize={"scheme": "int4", "algorithm": "gptq"}, dataset=[]),
+        "need a dataset to see what is used",
+    ),
+    "a method without its settings": (job(method="distill"), "Method distill needs spec.distill."),
+    "the settings of another method": (
+        job(prune={"kind": "depth"}),
+        "spec.prune is only for method prune.",
+    ),
+    "a preference measured by perplexity": (
+        job(method="dpo", evaluation={"suites": [{"name": "votes"}]}),
+        "need type preferenceLoss for methods dpo and reward",
+    ),
+    "a reward model that shall answer": (
+        job(method="reward", promotion={"deployment": "smollm2"}),
+        "needs a method that makes an adapter which answers: sft, dpo, distill",
+    ),
+    "a group size no kernel has": (
+        job(method="quantize", quantize={"scheme": "int4", "groupSize": 48}),
+        "spec.quantize.groupSize: Unsupported value: 48",
+    ),
     "a dataset of a kind we do not have": (
         job(dataset=[{"name": "a", "uri": "s3://bucket/data.jsonl"}]),
         "A dataset's uri must look like configMap://NAME/KEY, pvc://CLAIM/PATH",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 from hack.cluster import gobuild
 from hack.cluster.api_only import ApiCluster
 from tests.api.test_llmdeployment import Namespace, operator, runtimes, team, wait_until
+from tests.fixtures.serving_world import FakeRuntimes
 
 __all__ = ("operator", "runtimes", "team")  # fixtures
 pytestmark = pytest.mark.api
@@ -75,3 +77,29 @@ def test_a_revision_that_finds_no_place_is_rolled_back(team: Namespace) -> None:
     team.apply(rollout=pace)
     team.wait_ready()
     assert team.uids() == before
+
+
+def test_a_canary_goes_step_by_step_and_a_wrong_answer_ends_it(
+    team: Namespace, runtimes: FakeRuntimes
+) -> None:
+    steps = [{"weight": 10, "holdSeconds": 2}, {"weight": 50, "holdSeconds": 2}]
+    probe = {"prompt": "2 + 2 =", "expect": "4"}
+    pace = {"canary": {"steps": steps, "rollbackOn": {"probe": probe}}}
+    team.apply(replicas=2, rollout=pace)
+    team.wait_ready()
+    runtimes.answer = " 4."
+    team.apply(replicas=2, rollout=pace, engine={"maxNumSeqs": 8})
+    seen: set[int] = set()
+    while team.ready()[0] != "True":
+        rollout = team.llmd()["status"].get("rollout") or {}
+        seen.add(rollout.get("canary", {}).get("weight", 0))
+        time.sleep(0.1)
+    assert {0, 10, 50} <= seen
+    assert "rollout" not in team.llmd()["status"]
+    proven, before = revision(team), team.uids()
+    runtimes.answer = " fish"
+    team.apply(replicas=2, rollout=pace, engine={"maxNumSeqs": 9})
+    wait_until(lambda: team.ready() == ("False", "RolledBack"))
+    wait_until(lambda: team.uids() == before)
+    assert revision(team) == proven
+    assert "' fish'" in team.message()

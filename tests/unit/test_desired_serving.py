@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,15 @@ def test_the_revision_changes_with(change: Json) -> None:
 def test_the_revision_of_a_spec_stays_the_same_from_version_to_version() -> None:
     """An upgrade of the operator that changed this would restart every model in the cluster."""
     assert revision_of(serving()) == "858acb29"
+
+
+def test_a_collector_of_traces_is_told_to_the_pods_and_part_of_their_revision() -> None:
+    traced = replace(serving(), otlp_endpoint="http://otel:4318")
+    assert revision_of(traced) != revision_of(serving())
+    told = {"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://otel:4318"}
+    for wanted, expected in ((traced, True), (serving(), False)):
+        built = build_pod(wanted, PodPlace(revision="r1", slot=0, rank=0))
+        assert (told in built["spec"]["containers"][0]["env"]) is expected
 
 
 def test_a_replica_asks_for_one_device_per_rank_and_cannot_be_patched_to_fewer() -> None:

@@ -73,6 +73,18 @@ async def test_a_drain_refuses_new_requests_and_counts_those_left(token_file: Pa
         await runtimes.close()
 
 
+async def test_a_probe_prompt_is_continued_or_there_is_no_answer(token_file: Path) -> None:
+    async with running_server(FakeEngine(), admin_token_file=token_file) as running:
+        runtimes = client(running, token_file)
+        said = await runtimes.complete(HERE, "tiny", "Once upon", max_tokens=3)
+        assert said
+        assert await runtimes.complete(HERE, "another", "Once upon", max_tokens=3) is None
+        await runtimes.close()
+    runtimes = HttpRuntimes(token_file, http_port=1, admin_port=1)
+    assert await runtimes.complete(HERE, "tiny", "Once upon", max_tokens=3) is None
+    await runtimes.close()
+
+
 async def test_a_wrong_token_or_no_runtime_is_no_answer_rather_than_an_error(
     token_file: Path, tmp_path: Path
 ) -> None:

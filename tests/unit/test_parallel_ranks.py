@@ -44,7 +44,8 @@ def test_three_ranks_sum_and_gather_on_each_message() -> None:
 
 def test_a_dead_rank_breaks_the_collective_and_takes_the_group_down() -> None:
     lost = threading.Event()
-    with started(3, rank_work.die_on_message, on_lost=lambda _: lost.set()) as ranks:
+    with started(3, rank_work.die_on_message) as ranks:
+        ranks.serve(lambda _: lost.set())
         ranks.send(b"die")
         with pytest.raises(RankLostError):
             ranks.group.all_reduce(torch.ones(1))
@@ -53,7 +54,7 @@ def test_a_dead_rank_breaks_the_collective_and_takes_the_group_down() -> None:
             ranks.check()
         with pytest.raises(RankLostError):
             ranks.send(b"more")
-        assert not any(process.is_alive() for process in ranks._processes)
+        assert not any(map(psutil.pid_exists, ranks.pids))
 
 
 def test_a_silent_rank_is_a_lost_rank() -> None:
@@ -70,7 +71,7 @@ def test_ranks_end_when_rank_0_is_killed() -> None:
         "from tests.fixtures import rank_work\n"
         "if __name__ == '__main__':\n"
         "    ranks = Ranks(3, rank_work.echo_sum)\n"
-        "    print(*(process.pid for process in ranks._processes), flush=True)\n"
+        "    print(*ranks.pids, flush=True)\n"
         "    input()\n"
     )
     command = [sys.executable, "-c", program]

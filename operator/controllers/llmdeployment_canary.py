@@ -1,0 +1,103 @@
+"""A look at a canary: what the gateways counted of it, and what it says to the probe prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from mizzen.operator.controllers.llmdeployment_observe import Observed
+from mizzen.operator.crds.rollout import CanaryRollout
+from mizzen.operator.facts import Facts
+from mizzen.operator.metrics.figures import Target
+from mizzen.operator.planning.canary import (
+    Answers,
+    CanaryLook,
+    CanaryRules,
+    CanaryStep,
+    Probe,
+)
+from mizzen.operator.planning.rollout import Standing
+from mizzen.operator.planning.split import canary_split
+from mizzen.operator.status.rollout import read_rollout
+
+_SHOWN_CHARS = 200
+# Older than three scrapes is unknown, as for the autoscaler.
+_FRESH_SCRAPES = 3
+
+
+def canary_rules(canary: CanaryRollout | None) -> CanaryRules:
+    """Return what the spec says of canaries; without it no step is left."""
+    if canary is None:
+        return CanaryRules(steps=())
+    on = canary.rollback_on
+    return CanaryRules(
+        steps=tuple(CanaryStep(step.weight, step.hold_seconds) for step in canary.steps),
+        error_ratio=on.error_ratio,
+        ttft_factor=on.ttft_factor,
+        min_requests=on.min_requests,
+        has_probe=on.probe is not None,
+    )
+
+
+async def look_at_canary(observed: Observed, facts: Facts) -> CanaryLook | None:
+    """Return what is seen of the canary, None where there is none."""
+    rollout, canary = read_rollout(observed.status), observed.spec.rollout.canary
+    if rollout is None or rollout.canary is None or rollout.revision != observed.revision:
+        return None
+    if canary is None or rollout.canary.step >= len(canary.steps):
+        return CanaryLook(serving=0, wanted=0)
+    serving = [
+        group
+        for group in observed.groups
+        if group.replica.revision == rollout.revision and group.standing is Standing.IN_SERVICE
+    ]
+    split = canary_split(
+        rollout.revision,
+        rollout.stable,
+        weight=canary.steps[rollout.canary.step].weight,
+        desired=observed.desired,
+    )
+    probe, said = None, ""
+    if rollout.canary.since is None and len(serving) >= split.new and canary.rollback_on.probe:
+        probe, said = await _probe(serving[0].address, observed, canary, facts)
+    counted = await _answers(observed, facts)
+    return CanaryLook(
+        serving=len(serving),
+        wanted=split.new,
+        canary=_of(counted, rollout.revision),
+        stable=_of(counted, rollout.stable),
+        probe=probe,
+        said=said,
+    )
+
+
+async def _probe(
+    address: str, observed: Observed, canary: CanaryRollout, facts: Facts
+) -> tuple[Probe, str]:
+    """Ask the probe prompt of one replica; return what came of it, and what was said."""
+    probe = canary.rollback_on.probe
+    assert probe is not None
+    said = await facts.runtimes.complete(
+        address,
+        observed.spec.model.served_name or observed.serving.name,
+        probe.prompt,
+        max_tokens=probe.max_tokens,
+    )
+    if said is None:
+        return Probe.NO_ANSWER, ""
+    if re.search(probe.expect, said):
+        return Probe.PASSED, ""
+    return Probe.UNEXPECTED, said[:_SHOWN_CHARS]
+
+
+async def _answers(observed: Observed, facts: Facts) -> Mapping[str, Answers] | None:
+    name = observed.serving.namespace, observed.serving.name
+    measured = (await facts.metrics.collect([Target(name=name, settled=0)]))[name]
+    if measured.answers_age_s > _FRESH_SCRAPES * facts.config.metrics_interval_s:
+        return None
+    return measured.answers
+
+
+def _of(counted: Mapping[str, Answers] | None, revision: str) -> Answers | None:
+    """Return what was counted of one revision; nothing counted is zero, not unknown."""
+    return None if counted is None else counted.get(revision, Answers())
