@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mizzen.runtime.errors import QuantizationUnsupportedError
+from mizzen.runtime.model.panels import PanelWeight
 
 Quantization = Literal["none", "int8", "int4", "fp8"]
 
@@ -167,6 +168,8 @@ def pack(weight_OI: Tensor, quantization: Quantization) -> PackedWeight:
         from mizzen.runtime.model.packed_gpu import pack_on_gpu  # noqa: PLC0415
 
         return pack_on_gpu(weight_OI, quantization)
+    if quantization != "int4" and PanelWeight.suits(weight_OI):
+        return PanelWeight(weight_OI, has_8_bits=quantization == "int8")
     if quantization == "none":
         return OneDnnWeight(weight_OI)
     if quantization == "int8":
