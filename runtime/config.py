@@ -63,7 +63,7 @@ class ServeConfig(BaseSettings):
     device: Device = Field("auto", description="Where the model runs.")
     quantization: Quantization = Field(
         "none",
-        description="Fewer bits per weight, on a CPU: faster, less exact.",
+        description="Fewer bits per weight: faster, less exact. fp8 is for GPUs that multiply it.",
     )
     max_model_len: int | None = Field(
         None, ge=2, description="Longest prompt plus answer, in tokens; default: the model's."
@@ -78,6 +78,9 @@ class ServeConfig(BaseSettings):
     )
     max_waiting: int = Field(
         512, ge=0, description="Requests that may wait; more are answered 429."
+    )
+    enforce_eager: bool = Field(
+        False, description="Launch every kernel of a step singly on a GPU: no CUDA graphs."
     )
     speculative_tokens: int = Field(
         0, ge=0, le=16, description="Tokens guessed in each step and checked; 0 is off."
@@ -181,6 +184,7 @@ class ServeConfig(BaseSettings):
             block_size=self.block_size,
             kv_cache_gib=self.kv_cache_gib,
             max_waiting=self.max_waiting,
+            enforce_eager=self.enforce_eager,
             speculative_tokens=self.speculative_tokens,
             speculative_model=self.speculative_model,
             max_loras=self.max_loras,

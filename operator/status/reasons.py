@@ -83,6 +83,7 @@ class Reason(StrEnum):
     UNKNOWN_TOKENIZER = "UnknownTokenizer"
     CONTEXT_TOO_LONG = "ContextTooLong"
     KV_CACHE_TOO_SMALL = "KvCacheTooSmall"
+    DRAFT_UNFIT = "DraftUnfit"
     PORT_TAKEN = "PortTaken"
     ENGINE_DEAD = "EngineDead"
     BAD_ADAPTER = "BadAdapter"

@@ -26,7 +26,7 @@ from torch import Tensor
 from mizzen.runtime.attention.base import NO_BIAS, AttentionBias, PagedBatch
 
 _ROWS = 16  # the least that tensor cores multiply
-# A long prompt's keys are read once for this many rows; wider heads leave no registers for them.
+# A long prompt's keys are read once for this many rows; wider heads or numbers leave no registers.
 _PROMPT_ROWS, _PROMPT_DIMS = 64, 128
 _TILE = 32  # keys read at once: with 256 dimensions more would not stay in registers
 _MAX_PARTS = 16
@@ -64,7 +64,8 @@ class PagedTriton:
         values.index_copy_(0, self._batch.slots_T, v_TKd)
         (tokens, heads, head_dim), kv_heads = q_THd.shape, keys.shape[1]
         group = heads // kv_heads
-        is_long = self._longest * group >= _PROMPT_ROWS and head_dim <= _PROMPT_DIMS
+        is_narrow = head_dim <= _PROMPT_DIMS and q_THd.itemsize == 2
+        is_long = is_narrow and self._longest * group >= _PROMPT_ROWS
         rows = max(_PROMPT_ROWS if is_long else _ROWS, triton.next_power_of_2(group))
         pieces_P4 = self._pieces(rows // group) if self._given_P4 is None else self._given_P4
         programs = len(pieces_P4) * kv_heads

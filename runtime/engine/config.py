@@ -9,7 +9,7 @@ from mizzen.runtime.parallel.nodes import Nodes
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "fp8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     dtype: Dtype = "auto"
     device: Device = "auto"
-    quantization: Quantization = "none"  # CPU only
+    quantization: Quantization = "none"
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None  # token budget of a step
@@ -33,6 +33,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     cpu_threads: int | None = None  # per rank; None reads the cgroup's quota
     heartbeat_limit_s: float = 60.0  # a step may take this long before the loop counts as dead
+    enforce_eager: bool = False  # no CUDA graphs
     speculative_tokens: int = 0  # guessed and checked, in each step
     speculative_model: Path | None = None  # guesses; without, the text itself does
     seed: int = 0

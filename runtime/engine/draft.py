@@ -17,6 +17,7 @@ from torch import Tensor
 from mizzen.runtime.attention.base import KvShape
 from mizzen.runtime.engine.batch import BatchBuilder, StepInput
 from mizzen.runtime.engine.config import EngineConfig
+from mizzen.runtime.engine.graphs import graph_rows
 from mizzen.runtime.engine.runner import Runner
 from mizzen.runtime.engine.scheduler import Chunk
 from mizzen.runtime.errors import BadModelError
@@ -86,7 +87,7 @@ class DraftModel:
         self._config = config
         self._device = decoder.place.device
         self._builder = builder
-        self._runner = Runner(decoder, kv=kv, max_rows=config.max_num_seqs)
+        self._runner = Runner(decoder, kv=kv, graph_rows=graph_rows(config, self._device))
         self._is_asleep = False
 
     def warm_up(self, step: StepInput) -> None:

@@ -1,6 +1,7 @@
 """How the loop reaches the model: this rank, and the others of its group if there are any."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from mizzen.runtime.attention.base import KvShape
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.draft import DraftModel
+from mizzen.runtime.engine.graphs import graph_rows
 from mizzen.runtime.engine.runner import Runner
 from mizzen.runtime.engine.scheduler import Chunk
 from mizzen.runtime.engine.wire import (
@@ -26,7 +28,7 @@ from mizzen.runtime.engine.wire import (
     decode,
     encode,
 )
-from mizzen.runtime.errors import WeightShapeError
+from mizzen.runtime.errors import RankLostError, WeightShapeError
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
@@ -58,7 +60,6 @@ class ModelRanks:
         self.last_hidden = self._runner.last_hidden
         self.check = ranks.check
         self.serve = ranks.serve
-        self.stop = ranks.stop
 
     def warm_up(self, step: StepInput) -> None:
         """Compute a step on the block nobody reads, with every model there is."""
@@ -137,6 +138,15 @@ class ModelRanks:
         if self._draft is not None:
             self._draft.release()
 
+    def stop(self) -> None:
+        """End the other ranks; nothing is computed any more."""
+        # Captured collectives go before their group, whose end would wait for them. With a rank
+        # lost one may hang, and so would giving back its memory: the process must end as it is.
+        with suppress(RankLostError):
+            self._ranks.check()
+            self._runner.release()
+        self._ranks.stop()
+
     def _tell(self, message: Message) -> None:
         if self._ranks.group.size > 1:
             self._ranks.send(encode(message))
@@ -192,10 +202,15 @@ def follow(
                 prepared = Future()
             case Release():
                 runner.release()
+    runner.release()  # captured collectives go before their group
 
 
 def _runner(config: EngineConfig, decoder: Decoder, blocks: int) -> Runner:
-    return Runner(decoder, kv=own_kv(config, decoder, blocks=blocks))
+    return Runner(
+        decoder,
+        kv=own_kv(config, decoder, blocks=blocks),
+        graph_rows=graph_rows(config, decoder.place.device),
+    )
 
 
 def own_kv(config: EngineConfig, decoder: Decoder, *, blocks: int) -> KvShape:

@@ -8,6 +8,7 @@ from torch import Tensor
 from mizzen.runtime.attention.base import KvShape, PagedBatch
 from mizzen.runtime.attention.select import paged_attention
 from mizzen.runtime.engine.batch import StepInput
+from mizzen.runtime.engine.graphs import CudaCapture, DecodeGraphs
 from mizzen.runtime.engine.memory import zeros_when_touched
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.lora import Adapter, LoraSlots
@@ -16,8 +17,11 @@ from mizzen.runtime.model.lora import Adapter, LoraSlots
 class Runner:
     """One rank's share of the model, with its share of the KV cache."""
 
-    def __init__(self, decoder: Decoder, *, kv: KvShape) -> None:
+    def __init__(self, decoder: Decoder, *, kv: KvShape, graph_rows: int = 0) -> None:
+        """Allocate the KV cache; decodes of up to `graph_rows` sequences become CUDA graphs."""
         self._kv = kv
+        self._graph_rows = graph_rows
+        self._graphs: DecodeGraphs | None = None
         self._device = decoder.place.device
         self._lora = LoraSlots(decoder)
         self._hidden_ND: Tensor | None = None  # what the last logits were made of
@@ -29,10 +33,19 @@ class Runner:
         self._decoder: Decoder | None = decoder
         if self._cache is None:
             self._cache = _allocate(self._kv, decoder.place.dtype, self._device)
+        if self._graph_rows:
+            # Those of earlier weights are of no more use: a graph holds addresses.
+            self._graphs = DecodeGraphs(
+                decoder,
+                self._cache,
+                max_rows=self._graph_rows,
+                max_blocks=min(self._kv.blocks, -(-decoder.spec.max_len // self._kv.block_tokens)),
+                capture=CudaCapture(),
+            )
 
     def release(self) -> None:
         """Give back the memory of weights and KV cache until `use`."""
-        self._decoder = self._cache = self._hidden_ND = None
+        self._decoder = self._cache = self._graphs = self._hidden_ND = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -44,6 +57,8 @@ class Runner:
         """
         decoder, cache = self._decoder, self._cache
         assert decoder is not None and cache is not None, "asleep"
+        if self._graphs is not None and self._graphs.can_run(step):
+            return self._pick(step, *self._graphs.run(step))
         batch = PagedBatch(
             query_lens=step.query_lens,
             context_lens=step.context_lens,
@@ -62,6 +77,15 @@ class Runner:
             hidden_TD = hidden_TD.index_select(0, self._to_device(step.sample_at_N))
         self._hidden_ND = hidden_TD
         return decoder.logits(hidden_TD)
+
+    def _pick(self, step: StepInput, hidden_SD: Tensor, logits_SV: Tensor) -> Tensor | None:
+        if not len(step.sample_at_N):
+            return None
+        if len(step.sample_at_N) < len(hidden_SD):
+            at_N = self._to_device(step.sample_at_N)
+            hidden_SD, logits_SV = hidden_SD.index_select(0, at_N), logits_SV.index_select(0, at_N)
+        self._hidden_ND = hidden_SD
+        return logits_SV
 
     def last_hidden(self, row: int) -> list[float]:
         """Return the hidden state behind a row of the last step's logits."""

@@ -5,7 +5,6 @@ on its neighbours in the batch.
 """
 
 # Shapes: N rows that sample, V vocabulary, C candidates kept of it, best first.
-import math
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -52,7 +51,8 @@ class _Plan:
     top_p_N1: Tensor
     top_k_N: Tensor
     log_min_p_N1: Tensor
-    is_cut_N: Tensor  # rows with top-p or top-k
+    cut: Tensor  # which rows have top-p or top-k
+    whole: Tensor  # and which have not
     has_min_p: bool
     seeds_N: np.ndarray
     offsets_N: np.ndarray  # a sequence that guesses has several rows, for places one after another
@@ -81,15 +81,16 @@ class Sampler:
             forbid_ends(logits_NV, rows, self._eos)
         failures = _apply_grammars(logits_NV, plan.grammars)
         chosen_N = _argmax(logits_NV)
-        best_N = logits_NV.gather(-1, chosen_N[:, None])[:, 0]
-        if not math.isfinite(best_N.sum().item()):
-            # A row's maximum is NaN or infinite where any of its numbers is.
-            for index in (~best_N.isfinite()).nonzero()[:, 0].tolist():
-                failures.setdefault(index, GenerationFailedError(NOT_FINITE))
-                logits_NV[index] = 0
+        # A row's maximum is NaN or infinite where any of its numbers is.
+        is_finite_N = logits_NV.gather(-1, chosen_N[:, None])[:, 0].isfinite()
         if plan.greedy_N is not None and logits_NV.device.type != "cpu":
+            logits_NV.masked_fill_(~is_finite_N[:, None], 0)
             chosen_N = torch.where(plan.greedy_N, chosen_N, _draw(logits_NV, plan))
-        token_ids = chosen_N.tolist()
+        # One transfer: each would wait for the device.
+        token_ids, is_finite = torch.stack((chosen_N, is_finite_N.long())).tolist()
+        for index in [i for i, good in enumerate(is_finite) if not good]:
+            failures.setdefault(index, GenerationFailedError(NOT_FINITE))
+            logits_NV[index] = 0
         if plan.greedy_N is not None and logits_NV.device.type == "cpu":
             _draw_rows(token_ids, logits_NV.numpy(), plan)
         logprobs: list[TokenLogprob | None] = [None] * len(rows)
@@ -122,6 +123,12 @@ def _make_plan(rows: list[Sequence], device: torch.device) -> _Plan:
 
     greedy = [p.temperature == 0 for p in params]
     drawn = [p for p in params if p.temperature > 0]
+    is_cut = [p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params]
+
+    def rows_where(wanted: bool) -> Tensor:
+        at = [i for i, cut in enumerate(is_cut) if cut == wanted]
+        return torch.tensor(at, dtype=torch.int64, device=device)
+
     return _Plan(
         rows=list(rows),
         greedy_N=torch.tensor(greedy, device=device) if drawn else None,
@@ -129,9 +136,8 @@ def _make_plan(rows: list[Sequence], device: torch.device) -> _Plan:
         top_p_N1=column([p.top_p for p in params]),
         top_k_N=torch.tensor([p.top_k for p in params], device=device),
         log_min_p_N1=column([p.min_p for p in params]).log(),
-        is_cut_N=torch.tensor(
-            [p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params], device=device
-        ),
+        cut=rows_where(True),
+        whole=rows_where(False),
         has_min_p=any(p.min_p > 0 for p in drawn),
         offsets_N=np.array(_offsets(rows), dtype=np.uint64),
         seeds_N=np.array([seq.seed & (2**64 - 1) for seq in rows], dtype=np.uint64),
@@ -198,13 +204,12 @@ def _draw(logits_NV: Tensor, plan: _Plan) -> Tensor:
     if plan.has_min_p:
         floor_N1 = scaled_NV.amax(-1, keepdim=True) + plan.log_min_p_N1
         scaled_NV = scaled_NV.masked_fill(scaled_NV < floor_N1, -torch.inf)
-    is_cut_N = plan.is_cut_N
-    if not bool(is_cut_N.any()):
+    cut, whole = plan.cut, plan.whole
+    if not len(cut):
         return _invert(scaled_NV.softmax(-1), uniform_N1)
-    if bool(is_cut_N.all()):
+    if not len(whole):
         return _draw_cut(scaled_NV, uniform_N1, plan.top_k_N, plan.top_p_N1)
     drawn_N = torch.empty(len(plan.rows), dtype=torch.int64, device=logits_NV.device)
-    cut, whole = is_cut_N.nonzero()[:, 0], (~is_cut_N).nonzero()[:, 0]
     drawn_N[whole] = _invert(scaled_NV[whole].softmax(-1), uniform_N1[whole])
     drawn_N[cut] = _draw_cut(scaled_NV[cut], uniform_N1[cut], plan.top_k_N[cut], plan.top_p_N1[cut])
     return drawn_N

@@ -19,6 +19,7 @@ from mizzen.runtime.engine.draft import (
     draft_kv,
     load_draft,
 )
+from mizzen.runtime.engine.graphs import graph_rows, rows_at_start
 from mizzen.runtime.engine.host import cpu_count, memory_available_bytes
 from mizzen.runtime.engine.loop import Loop
 from mizzen.runtime.engine.ranks import ModelRanks, follow, largest_kv, load_rank, own_kv
@@ -145,7 +146,7 @@ def _start_model(
         )
     model = ModelRanks(config, decoder, ranks, blocks, draft=guesser)
     with _timed(seconds, "warm_up"):
-        for step in warm_up_steps(step_tokens, config):
+        for step in warm_up_steps(step_tokens, config, device):
             model.warm_up(step)
     limits = Limits(
         step_tokens=step_tokens,
@@ -256,13 +257,16 @@ def choose_blocks(
     return blocks + 1  # and the one that is written to but never read
 
 
-def warm_up_steps(step_tokens: int, config: EngineConfig) -> list[StepInput]:
+def warm_up_steps(step_tokens: int, config: EngineConfig, device: torch.device) -> list[StepInput]:
     """Return steps on the block nobody reads: a prompt, one decode, several.
 
-    Kernels are chosen and memory is grown by these, and not under the first request.
+    Kernels are chosen, memory is grown and graphs are captured by these, and not under the first
+    request.
     """
     prompt = min(step_tokens, WARM_UP_PROMPT)
-    shapes = [[prompt], [1], [1] * min(WARM_UP_ROWS, config.max_num_seqs)]
+    captured = rows_at_start(graph_rows(config, device))
+    decodes = captured or [1, min(WARM_UP_ROWS, config.max_num_seqs)]
+    shapes = [[prompt], *([1] * rows for rows in decodes)]
     return [dummy_step(lens, block_size=config.block_size) for lens in shapes]
 
 

@@ -286,8 +286,8 @@ class Decoder(nn.Module):
         """Pack a part if it is a matrix that multiplies; one that is packed stays as it is."""
         if not isinstance(part, Linear) or (part is self.embedding and not self.spec.tied):
             return
-        # Every token's score hangs on the head alone, so it keeps at least 8 bits.
+        # Every token's score hangs on the head alone, so it keeps 8 bits, all of them digits.
         kind: Quantization = (
-            "int8" if part is self.head and quantization == "int4" else quantization
+            "int8" if part is self.head and quantization in ("int4", "fp8") else quantization
         )
         part.pack(kind, keep_weight=part is self.embedding)

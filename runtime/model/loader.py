@@ -4,14 +4,14 @@ from pathlib import Path
 
 import torch
 
-from mizzen.runtime.errors import QuantizationUnsupportedError, WeightShapeError
+from mizzen.runtime.errors import WeightShapeError
 from mizzen.runtime.model.arch import ArchSpec, find_checkpoint, read_json
 from mizzen.runtime.model.compressed import open_compressed
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.families import family_named
 from mizzen.runtime.model.layers import Placement, TensorShard
 from mizzen.runtime.model.names import NamedSource, WeightSource
-from mizzen.runtime.model.packed import Quantization
+from mizzen.runtime.model.packed import Quantization, check_device
 from mizzen.runtime.model.safetensors_dir import SafetensorsDir
 from mizzen.runtime.parallel.group import RankGroup
 
@@ -34,10 +34,7 @@ def load_decoder(
         BadModelError: the checkpoint is not one we can use; the message says what to change.
     """
     device = torch.device(device)
-    if quantization != "none" and device.type != "cpu":
-        raise QuantizationUnsupportedError(
-            f"Quantization {quantization} is done on CPUs only. Set it to none for {device.type}."
-        )
+    check_device(quantization, device)
     checkpoint = find_checkpoint(path)
     spec, source = open_checkpoint(checkpoint)
     place = Placement(choose_dtype(dtype, spec, device), device, group or RankGroup())

@@ -1,6 +1,7 @@
-"""Linear layers' weights in the forms that CPU kernels want: faster, and smaller if quantized.
+"""Linear layers' weights in the forms that kernels want: faster, and smaller if quantized.
 
-The kernels are torch's. Norms, biases, positions and the table of token vectors stay as they are.
+The kernels for CPUs are torch's, those for GPUs stand beside. Norms, biases, positions and the
+table of token vectors stay as they are.
 """
 
 # torch leaves these operators untyped.
@@ -16,10 +17,10 @@ from torch import Tensor
 from mizzen.runtime.errors import QuantizationUnsupportedError
 from mizzen.runtime.model.panels import PanelWeight
 
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "fp8"]
 
-_TINY = torch.finfo(torch.float32).tiny
-_GROUP = 32  # inputs that share an int4 scale
+TINY = torch.finfo(torch.float32).tiny
+GROUP = 32  # inputs that share an int4 scale
 _INT4_OUTPUTS = 16  # the int4 kernel's outputs come in such blocks
 # How far to shrink a group's range before rounding: clipping outliers can lower the squared error.
 _SHRINKS = tuple(1 - 0.04 * i for i in range(8))
@@ -64,7 +65,7 @@ class Int8Weight:
 
     def __init__(self, weight_OI: Tensor) -> None:
         weight = weight_OI.detach().float()
-        scales_O = weight.abs().amax(1).clamp_(min=_TINY) / 127
+        scales_O = weight.abs().amax(1).clamp_(min=TINY) / 127
         zeros_O = torch.zeros_like(scales_O, dtype=torch.int64)
         with warnings.catch_warnings():
             # The tensor type is on its way out, not the kernel, and it is the way to the kernel.
@@ -80,7 +81,7 @@ class Int8Weight:
         # The kernel has one scale for all tokens, and a prompt's first token has inputs a thousand
         # times the others': each is brought to the same size first. A token that is not finite
         # becomes zeros for the kernel, which refuses NaN, and NaN again after it.
-        size_T1 = x.abs().amax(-1, keepdim=True).clamp_(min=_TINY)
+        size_T1 = x.abs().amax(-1, keepdim=True).clamp_(min=TINY)
         even = (x / size_T1).nan_to_num_(0)
         out = torch.ops.quantized.linear_dynamic(even, self._packed, self._has_7_bits)
         out.mul_(size_T1)
@@ -98,22 +99,22 @@ class Int4Weight:
     def suits(weight_OI: Tensor) -> bool:
         """Does the matrix divide into groups?"""
         rows, columns = weight_OI.shape
-        return rows % _INT4_OUTPUTS == 0 and columns % _GROUP == 0
+        return rows % _INT4_OUTPUTS == 0 and columns % GROUP == 0
 
     def __init__(self, weight_OI: Tensor) -> None:
-        levels_OI, scales_NO2 = _round_to_4_bits(weight_OI.detach().float())
+        levels_OI, scales_NO2 = round_to_4_bits(weight_OI.detach().float())
         self._packed = torch._convert_weight_to_int4pack_for_cpu(levels_OI, 1)
         self._scales = scales_NO2.to(weight_OI.dtype)
 
     def __call__(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """Return out_TO."""
-        out = torch._weight_int4pack_mm_for_cpu(x_TI, self._packed, _GROUP, self._scales)
+        out = torch._weight_int4pack_mm_for_cpu(x_TI, self._packed, GROUP, self._scales)
         return out if bias_O is None else out + bias_O
 
 
-def _round_to_4_bits(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+def round_to_4_bits(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """Return each weight's level from 0 to 15, and per group its scale and the value of level 8."""
-    groups_ONG = weight_OI.unflatten(1, (-1, _GROUP))
+    groups_ONG = weight_OI.unflatten(1, (-1, GROUP))
     low, high = groups_ONG.amin(-1, keepdim=True), groups_ONG.amax(-1, keepdim=True)
     best = torch.full_like(low, torch.inf)
     scale, middle = torch.zeros_like(low), torch.zeros_like(low)
@@ -133,12 +134,40 @@ def _levels(groups_ONG: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
     return ((groups_ONG - middle) / scale + 8).round_().clamp_(0, 15)
 
 
+def check_device(quantization: Quantization, device: torch.device) -> None:
+    """Raise QuantizationUnsupportedError if this device cannot store weights so."""
+    if quantization == "fp8":
+        is_gpu = device.type == "cuda"
+        check_fp8(torch.cuda.get_device_capability(device) if is_gpu else None)
+
+
+def check_fp8(capability: tuple[int, int] | None) -> None:
+    """Raise QuantizationUnsupportedError unless a GPU of this compute capability multiplies fp8.
+
+    torch's kernel with a scale per row is not there for 12.0 (pytorch issue 192707).
+    """
+    if capability is None:
+        raise QuantizationUnsupportedError(
+            "The quantization fp8 needs a GPU, and the model runs on a CPU. Set it to int8."
+        )
+    if not (8, 9) <= capability < (12, 0):
+        raise QuantizationUnsupportedError(
+            "The quantization fp8 needs a GPU of compute capability 8.9 to 11 and this one has "
+            f"{capability[0]}.{capability[1]}. Set it to int8, or take another GPU."
+        )
+
+
 def pack(weight_OI: Tensor, quantization: Quantization) -> PackedWeight:
-    """Return the weight in the form asked for.
+    """Return the weight in the form asked for, which `check_device` has let pass.
 
     Raises:
-        QuantizationUnsupportedError: the matrix does not divide into int4's groups.
+        QuantizationUnsupportedError: the matrix does not divide as that form needs.
     """
+    if weight_OI.is_cuda:
+        # Imported here: torch's builds for CPUs bring no Triton.
+        from mizzen.runtime.model.packed_gpu import pack_on_gpu  # noqa: PLC0415
+
+        return pack_on_gpu(weight_OI, quantization)
     if quantization != "int4" and PanelWeight.suits(weight_OI):
         return PanelWeight(weight_OI, has_8_bits=quantization == "int8")
     if quantization == "none":
@@ -149,7 +178,7 @@ def pack(weight_OI: Tensor, quantization: Quantization) -> PackedWeight:
         rows, columns = weight_OI.shape
         raise QuantizationUnsupportedError(
             f"A matrix with {columns} inputs and {rows} outputs on one rank cannot be stored as "
-            f"int4, which needs multiples of {_GROUP} and {_INT4_OUTPUTS}. Set the quantization to "
+            f"int4, which needs multiples of {GROUP} and {_INT4_OUTPUTS}. Set the quantization to "
             "int8, or change the tensor-parallel size."
         )
     return Int4Weight(weight_OI)

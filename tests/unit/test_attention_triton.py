@@ -18,8 +18,6 @@ CASES: dict[str, tuple[list[tuple[int, int]], int, int, int, AttentionBias]] = {
     "decodes": (DECODE, 4, 2, 64, AttentionBias()),
     "both in a step, nine heads over three": (MIXED, 9, 3, 24, AttentionBias()),
     "ALiBi on heads that are no power of two": (MIXED, 7, 7, 16, AttentionBias(alibi_slopes(7))),
-    "a long prompt, three heads over one": (LONG, 6, 2, 16, AttentionBias(None, 40)),
-    "a long prompt of wide heads": (LONG, 1, 1, 256, AttentionBias()),
     "a sliding window": (MIXED, 4, 1, 16, AttentionBias(None, 11)),
     "a window of one": (DECODE, 2, 2, 16, AttentionBias(None, 1)),
     "a window and ALiBi": (MIXED, 6, 2, 16, AttentionBias(alibi_slopes(6), 21)),
@@ -83,8 +81,19 @@ def test_the_number_of_parts_changes_nothing(
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_half_precision_is_as_close_as_it_can_be() -> None:
+@pytest.mark.parametrize(
+    ("lens", "heads", "kv_heads", "head_dim", "bias"),
+    [
+        (MIXED, 4, 2, 64, AttentionBias()),
+        (LONG, 6, 2, 16, AttentionBias(None, 40)),
+        (LONG, 1, 1, 256, AttentionBias()),
+    ],
+    ids=["both in a step", "a long prompt, three heads over one", "a long prompt of wide heads"],
+)
+def test_half_precision_is_as_close_as_it_can_be(
+    lens: list[tuple[int, int]], heads: int, kv_heads: int, head_dim: int, bias: AttentionBias
+) -> None:
     # The interpreter multiplies bfloat16 as if it were integers, so float16 stands in.
-    found, expected = attend_both(MIXED, 4, 2, 64, AttentionBias(), torch.float16)
+    found, expected = attend_both(lens, heads, kv_heads, head_dim, bias, torch.float16)
     assert found.dtype == torch.float16
     torch.testing.assert_close(found, expected, atol=0.003, rtol=0.003)

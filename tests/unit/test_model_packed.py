@@ -189,10 +189,11 @@ def test_a_rank_whose_part_does_not_divide_is_refused(tmp_path: Path) -> None:
         load_decoder(tmp_path, quantization="int4", group=RankGroup(1, 2))
 
 
-def test_no_device_but_a_cpu_quantizes(tmp_path: Path) -> None:
-    message = r"on CPUs only\. Set it to none"
-    with pytest.raises(QuantizationUnsupportedError, match=message) as raised:
-        load_decoder(tmp_path, device="cuda", quantization="int8")
+def test_fp8_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    with pytest.raises(
+        QuantizationUnsupportedError, match=r"needs a GPU.*Set it to int8"
+    ) as raised:
+        load_decoder(tmp_path, quantization="fp8")
     assert raised.value.reason == "QuantizationUnsupported"
 
 
