@@ -179,7 +179,6 @@ def build_follower(config: EngineConfig) -> Follower:
         follow,
         (config, device.type, threads_per_rank(config)),
         device=device.type,
-        agreement=config.agreement,
     )
 
 

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 
 from mizzen.runtime.config import ServeConfig
 from mizzen.runtime.errors import MizzenError, RankLostError, report_fatal
+from mizzen.runtime.parallel.nodes import reach_leader
 from mizzen.runtime.server.access import Access, Gate
 from mizzen.runtime.server.errors import ApiError
 from mizzen.runtime.server.files import ModelFiles
@@ -57,6 +58,7 @@ class FollowerServer:
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         self._follower: Follower | None = None
+        self._has_joined = False
         self._stop_asked = asyncio.Event()
 
     async def run(self) -> bool:
@@ -86,7 +88,7 @@ class FollowerServer:
 
     def _ask_to_stop(self) -> None:
         """Stop at once before the group is there; afterwards the leader has to finish first."""
-        if self._follower and self._follower.has_joined:
+        if self._has_joined:
             log.info("asked to stop: going on until the leader has finished its requests")
         else:
             self._stop_asked.set()
@@ -96,11 +98,15 @@ class FollowerServer:
         await asyncio.to_thread(self._run, config)
 
     def _run(self, config: ServeConfig) -> None:
+        engine = config.engine_config()
+        assert engine.nodes is not None, "only pods of a group follow"
+        line = reach_leader(engine.nodes, engine.agreement)
+        self._has_joined = True
         # Imported here because torch takes seconds, in which the port already answers.
         from mizzen.runtime.engine.startup import build_follower  # noqa: PLC0415
 
-        self._follower = build_follower(config.engine_config())
-        self._follower.run()
+        self._follower = build_follower(engine)
+        self._follower.run(line)
 
     async def _healthz(self, request: Request) -> ASGIApp:
         return json_response({"alive": True, "phase": self._phase})

@@ -93,7 +93,7 @@ class Group:
         )
 
     async def wait_until_ready(self) -> None:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(400):
             await self.leader.wait_until_ready()
             await self.follower.wait_until_ready()
 
