@@ -19,6 +19,7 @@ REVISION = "mizzen.dev/revision"
 SLOT = "mizzen.dev/slot"
 RANK = "mizzen.dev/rank"
 GENERATION = "mizzen.dev/generation"
+RANKS_OF = "mizzen.dev/ranks-of"  # in DEPLOYMENT's place on what names ranks that take no requests
 
 DRAINING_SINCE = "mizzen.dev/draining-since"
 GROUP_SIZE = "mizzen.dev/group-size"  # pods that make up the replica
