@@ -10,11 +10,15 @@ ARG BASE_IMAGE=python:3.11-slim
 
 # The project alone, as a wheel, in the environment that all images have.
 FROM ${BASE_IMAGE} AS project
+# For the CPU kernels, which are part of the wheel.
+RUN apt-get update -q && \
+    apt-get install -q -y --no-install-recommends gcc libc6-dev && \
+    rm -rf /var/lib/apt/lists/*
 COPY requirements/build.lock /opt/build.lock
 RUN python3 -m venv /opt/tools && \
     /opt/tools/bin/pip install --quiet --no-cache-dir --disable-pip-version-check \
         --require-hashes -r /opt/build.lock
-COPY pyproject.toml README.md LICENSE /src/
+COPY pyproject.toml hatch_build.py README.md LICENSE /src/
 COPY mizzen /src/mizzen
 COPY operator /src/operator
 COPY runtime /src/runtime
@@ -26,7 +30,9 @@ RUN cd /src && /opt/tools/bin/hatchling build -t wheel -d /wheels && cd / && \
     /opt/mizzen/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/mizzen/lib && \
     # The wheel follows two links; without them it would be an empty shell that still installs.
     /opt/mizzen/bin/python -c "from importlib.util import find_spec as find; \
-        assert all(map(find, ('mizzen.cli', 'mizzen.operator.crds', 'mizzen.runtime.gateway')))"
+        assert all(map(find, ('mizzen.cli', 'mizzen.operator.crds', 'mizzen.runtime.gateway')))" && \
+    # A wheel is made without its kernels too, where there is no compiler.
+    ls /opt/mizzen/lib/python3*/site-packages/mizzen/runtime/kernels/*.so
 
 
 # What both images share: who runs, and where nothing needs to be written.

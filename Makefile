@@ -37,7 +37,9 @@ beside-e2e: venv bin
 
 # --- development -----------------------------------------------------------------------------
 
-$(VENV)/.synced: requirements.lock pyproject.toml
+KERNELS := $(wildcard runtime/kernels/*.c runtime/kernels/*.h) runtime/kernels/compile.py
+
+$(VENV)/.synced: requirements.lock pyproject.toml hatch_build.py $(KERNELS)
 	@echo "== Python environment in $(VENV) (torch is large: about two minutes the first time)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@test -x $(VENV)/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check uv
@@ -104,9 +106,26 @@ scale: venv bin  ## 1,000 LLMDeployments on simulated nodes, beside their peers
 autoscaling: venv  ## Our autoscaler beside seven others on recorded traffic ($$MIZZEN_TRACES)
 	@$(PY) -m benchmarks.autoscaler
 
+# Each script starts what it measures; nothing else should compute meanwhile. About 50 minutes on two
+# cores, of which ten go into building and compiling the peers the first time.
 .PHONY: bench
-bench: venv  ## Serving throughput beside its peer
-	@$(PY) -m benchmarks.serving_throughput
+bench: venv  ## The runtime's figures on a CPU, each beside its peer in the same run
+	@$(PY) -m benchmarks.peers vllm
+	@$(PY) -m benchmarks.peers llama-cpp
+	@set -e; \
+	smollm2=$$($(PY) -m hack.models to-safetensors); \
+	gpt2=$$($(PY) -m benchmarks.random_models gpt2-124m); \
+	run() { echo "== $$*"; $(PY) -m benchmarks.$$@; }; \
+	run start_to_first_token $$smollm2; \
+	run serving_http $$smollm2; \
+	run serving_throughput $$smollm2 --peers vllm vllm-auto llama-cpp; \
+	run serving_throughput $$smollm2 --quantization int8 --peers vllm llama-cpp; \
+	run serving_throughput $$gpt2 --peers transformers transformers-batch --rounds 2; \
+	run inter_token_latency $$smollm2; \
+	run prefix_cache $$smollm2; \
+	run memory $$smollm2; \
+	run perplexity $$smollm2; \
+	run decode_profile $$smollm2
 
 # --- the local cluster -----------------------------------------------------------------------
 

@@ -77,25 +77,24 @@ def _unpack_tcmalloc(target: Path) -> None:
             shutil.copy(library, target)
 
 
-def vllm_environment(threads: int | None) -> dict[str, str]:
-    """Return the variables that vLLM's guide for CPUs recommends.
+def vllm_environment(threads: int | None) -> dict[str, str | None]:
+    """Return the variables that vLLM's guide for CPUs recommends; None takes one away.
 
     By itself vLLM computes with one thread per core but leaves one core to its server, which is
     half of a machine of two; `threads` makes it use as many as the others do.
     """
     libraries = peer_python("vllm").parent.parent / "lib"
     preload = [libraries / "libiomp5.so", libraries / "libtcmalloc_minimal.so.4"]
-    chosen = {
+    chosen: dict[str, str | None] = {
         "LD_PRELOAD": ":".join(str(path) for path in preload if path.exists()),
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "",  # its own workers set it; an empty one counts as not set
+        "OMP_NUM_THREADS": None,  # it counts the cores of each worker itself
     }
     if threads is not None:
         cores = first_cores(threads)
         chosen["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in cores)
-        chosen["OMP_NUM_THREADS"] = str(threads)
     return chosen
 
 

@@ -28,13 +28,14 @@ class ProcessTree:
         log: Path,
         *,
         cores: int,
-        environment: Mapping[str, str],
+        environment: Mapping[str, str | None],
         stdin: int | None = None,
         stdout: int | None = None,
     ) -> None:
         """Start it on the first `cores` of those that this process may use."""
         self.log = log
         self.started_at = time.perf_counter()
+        wanted = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
         with log.open("wb") as sink:
             self._process = subprocess.Popen(
                 command,
@@ -42,7 +43,7 @@ class ProcessTree:
                 stdout=sink if stdout is None else stdout,
                 stderr=sink,
                 cwd=REPOSITORY,
-                env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
+                env={name: value for name, value in wanted.items() if value is not None},
                 text=stdin is not None,
                 preexec_fn=partial(os.sched_setaffinity, 0, first_cores(cores)),
             )
@@ -82,7 +83,9 @@ class ProcessTree:
         """End them: politely first, and what is left after half a minute by force."""
         everyone = list(self._living())
         self.resume()
-        if self.is_running():
+        if self._process.stdin is not None:
+            self._process.stdin.close()  # a worker ends with its input, and takes its own along
+        elif self.is_running():
             self._process.terminate()
         _, left = psutil.wait_procs(everyone, timeout=_STOP_S)
         for process in left:

@@ -43,6 +43,11 @@ class OperatorConfig(BaseSettings):
     metrics_interval_s: float = Field(
         5.0, gt=0, description="Between two scrapes of a target; three missed ones are unknown."
     )
+    otlp_endpoint: str = Field(
+        "",
+        description="Collector that runtimes send traces to by OTLP over HTTP, such as "
+        "http://otel-collector:4318; empty: none.",
+    )
     health_host: str = "0.0.0.0"
     health_port: int = Field(8002, ge=0, description="/healthz, /readyz and /metrics.")
     stuck_after_s: float = Field(

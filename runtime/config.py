@@ -2,13 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 from urllib.parse import unquote, urlsplit
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 
 from mizzen.runtime.engine.config import Device, Dtype, EngineConfig, Quantization
+from mizzen.runtime.parallel.nodes import Nodes, read_secret
 from mizzen.runtime.sources.address import Address, parse_address
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -47,6 +48,17 @@ class ServeConfig(BaseSettings):
         description="Most the cache may hold; unused models make room. Default: what the disk has.",
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks the model is split over.")
+    nnodes: int = Field(
+        1, ge=1, description="Pods or machines the ranks are spread over, equally many on each."
+    )
+    node_rank: int = Field(0, ge=0, description="Place of this one among them; 0 takes requests.")
+    master_addr: str | None = Field(
+        None, min_length=1, description="Name or address at which all of them reach the first."
+    )
+    master_port: Port = Field(8003, description="Port of the first on which the others join it.")
+    join_seconds: float = Field(
+        600.0, gt=0, description="How long they wait for each other once they have their model."
+    )
     dtype: Dtype = Field("auto", description="Number format of weights and activations.")
     device: Device = Field("auto", description="Where the model runs.")
     quantization: Quantization = Field(
@@ -68,7 +80,12 @@ class ServeConfig(BaseSettings):
         512, ge=0, description="Requests that may wait; more are answered 429."
     )
     speculative_tokens: int = Field(
-        0, ge=0, le=16, description="Tokens guessed from the text itself in each step; 0 is off."
+        0, ge=0, le=16, description="Tokens guessed in each step and checked; 0 is off."
+    )
+    speculative_model: Path | None = Field(
+        None,
+        description="Small model of the same vocabulary that guesses: a directory or a .gguf file. "
+        "Default: guesses come from the text itself.",
     )
     max_loras: int = Field(8, ge=0, description="Adapters that can be loaded at once.")
     max_lora_rank: int = Field(64, ge=1, description="Largest rank an adapter may have.")
@@ -100,6 +117,22 @@ class ServeConfig(BaseSettings):
         description="How long new requests are still served after readiness fell at a stop.",
     )
     max_body_mib: float = Field(8.0, gt=0, description="Largest request body; more gets 413.")
+
+    @model_validator(mode="after")
+    def _spans_nodes(self) -> Self:
+        if self.nnodes > 1:
+            if self.tensor_parallel_size % self.nnodes:
+                raise ValueError("--tensor-parallel-size must be a multiple of --nnodes")
+            if self.node_rank >= self.nnodes:
+                raise ValueError("--node-rank must be less than --nnodes")
+            if not (self.master_addr and self.admin_token_file):
+                raise ValueError(
+                    "--nnodes above 1 needs --master-addr, where the first is reached, and "
+                    "--admin-token-file, by which they know each other"
+                )
+        elif self.node_rank:
+            raise ValueError("--node-rank needs --nnodes above 1")
+        return self
 
     @property
     def remote(self) -> Address | None:
@@ -138,6 +171,7 @@ class ServeConfig(BaseSettings):
         return EngineConfig(
             model=self.model_path,
             tensor_parallel_size=self.tensor_parallel_size,
+            nodes=self._nodes(),
             dtype=self.dtype,
             device=self.device,
             quantization=self.quantization,
@@ -148,8 +182,23 @@ class ServeConfig(BaseSettings):
             kv_cache_gib=self.kv_cache_gib,
             max_waiting=self.max_waiting,
             speculative_tokens=self.speculative_tokens,
+            speculative_model=self.speculative_model,
             max_loras=self.max_loras,
             max_lora_rank=self.max_lora_rank,
+        )
+
+    def _nodes(self) -> Nodes | None:
+        if self.nnodes == 1:
+            return None
+        assert self.master_addr and self.admin_token_file, "checked above"
+        return Nodes(
+            count=self.nnodes,
+            index=self.node_rank,
+            leader=self.master_addr,
+            port=self.master_port,
+            host=self.host,
+            secret=read_secret(self.admin_token_file),
+            wait_s=self.join_seconds,
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 EXIT_BAD_CONFIGURATION = 42
+EXIT_RANK_LOST = 76
 # kubelet keeps 4096 bytes, and a character may need four.
 _TERMINATION_LOG_CHARACTERS = 1000
 
@@ -95,6 +96,7 @@ class RankLostError(MizzenError):
     """A rank of the group died or stayed silent; the group cannot go on."""
 
     reason = "RankLost"
+    exit_code = EXIT_RANK_LOST  # not a mistake in the configuration: starting again may help
 
 
 def report_fatal(error: MizzenError) -> int:

@@ -82,9 +82,9 @@ class Contender:
         raise ContenderFailedError(f"{self.name} has ended:\n{self._tree.last_words()}")
 
 
-def _command(name: str, job: Job) -> tuple[str, str, dict[str, str]]:
+def _command(name: str, job: Job) -> tuple[str, str, dict[str, str | None]]:
     """Return a contender's Python, module and variables."""
-    ours = {"OMP_NUM_THREADS": str(job.threads)}
+    ours: dict[str, str | None] = {"OMP_NUM_THREADS": str(job.threads)}
     match name:
         case "mizzen":
             return sys.executable, "mizzen_engine", ours

@@ -73,6 +73,9 @@ def load(job: Job) -> Generate:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = 0
         params.use_mmap = False  # the file goes away
+        # On x86 these are layouts for AMX (and of formats not used here), whose kernels end with an
+        # illegal instruction on some virtual machines. The AVX-512 kernels stay.
+        params.use_extra_bufts = False
         model = lib.llama_model_load_from_file(str(path).encode(), params)
     batch = Batch(model, job)
 

@@ -255,6 +255,17 @@ class Metrics(Values):
     )
 
 
+class Tracing(Values):
+    """Traces of requests, by OpenTelemetry."""
+
+    endpoint: str = Field(
+        "",
+        pattern=r"^(https?://.+)?$",
+        description="Collector that gateways and runtimes send spans to by OTLP over HTTP, such as "
+        "http://otel-collector.monitoring:4318; empty: none. A change rolls out every model.",
+    )
+
+
 class Test(Values):
     """`helm test`: tokens from a model on the CPU, or a message that says what to set."""
 
@@ -307,6 +318,7 @@ class ChartValues(Values):
         description="What node drains may do to the chart's pods.",
     )
     metrics: Metrics = Field(default_factory=Metrics, description="Metrics.")
+    tracing: Tracing = Field(default_factory=Tracing, description="Traces of requests.")
     test: Test = Field(default_factory=Test, description="What `helm test` does.")
 
 

@@ -6,7 +6,11 @@ from pathlib import Path
 
 from hack.cluster.places import REPOSITORY
 
-PROJECT = ("Dockerfile", "LICENSE", "README.md", "mizzen", "operator", "pyproject.toml", "runtime")
+PROJECT = (
+    *("Dockerfile", "LICENSE", "README.md", "hatch_build.py", "pyproject.toml"),
+    *("mizzen", "operator", "runtime"),
+)
+LEFT_OUT = {".pyc", ".so"}  # made anew in the image
 INSTALL = ("hack/images/install.sh", "requirements/build.lock", "requirements/uv.lock")
 LOCKS = {
     "control": ("requirements/control.lock",),
@@ -31,5 +35,5 @@ def _files(path: Path) -> Iterator[Path]:
         return
     # rglob does not follow mizzen's links to operator and runtime, which are listed themselves.
     for found in sorted(path.rglob("*")):
-        if found.is_file() and "__pycache__" not in found.parts and found.suffix != ".pyc":
+        if found.is_file() and "__pycache__" not in found.parts and found.suffix not in LEFT_OUT:
             yield found

@@ -33,11 +33,12 @@ def compile_lock(
 
 def main() -> None:
     """Write all of them."""
-    compile_lock("control.lock", PYPROJECT)
+    compile_lock("control.lock", PYPROJECT, "--extra=tracing")
     compile_lock("torch.lock", "-", stdin="torch")
     # PyTorch's closure is a layer of its own, which only its own pin changes.
     torch = set(pins(FOLDER / "torch.lock"))
-    compile_lock("runtime.lock", PYPROJECT, "--extra=runtime", leave_out=torch)
+    extras = ("--extra=runtime", "--extra=tracing")
+    compile_lock("runtime.lock", PYPROJECT, *extras, leave_out=torch)
     compile_lock("build.lock", "-", stdin="hatchling\nuv")
     compile_lock("uv.lock", "-", stdin="uv")
 

@@ -32,7 +32,10 @@ class SpecRefusedError(Exception):
 
 
 # Of these kinds a deployment has children that it may come not to want any more.
-PRUNED_KINDS = ("PodDisruptionBudget", "ConfigMap", "ControllerRevision")
+PRUNED_KINDS = (
+    *("PodDisruptionBudget", "ConfigMap", "ControllerRevision"),
+    *("Service", "NetworkPolicy"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +108,7 @@ def read_serving(resource: Json, facts: Facts) -> Serving:
         image=config.runtime_image,
         pull_policy=config.image_pull_policy,
         pull_secrets=tuple(config.image_pull_secrets),
+        otlp_endpoint=config.otlp_endpoint,
         adapters=wanted_adapters(spec.adapters, promoted_artifacts(jobs)),
     )
 

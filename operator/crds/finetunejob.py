@@ -17,9 +17,13 @@ from mizzen.operator.crds.common import (
 from mizzen.operator.crds.finetunejob_status import FineTuneJobStatus
 from mizzen.operator.crds.training_methods import (
     METHOD_SECTIONS,
+    Distill,
     Dpo,
     Evaluation,
+    Merge,
     Method,
+    Prune,
+    Quantize,
     method_rules,
 )
 
@@ -293,6 +297,10 @@ class FineTuneJobSpec(ApiModel):
 
     method: Method = "sft"
     dpo: Annotated[Dpo | None, Field(description="Settings of method dpo.")] = None
+    distill: Annotated[Distill | None, Field(description="Settings of method distill.")] = None
+    merge: Annotated[Merge | None, Field(description="Settings of method merge.")] = None
+    quantize: Annotated[Quantize | None, Field(description="Settings of method quantize.")] = None
+    prune: Annotated[Prune | None, Field(description="Settings of method prune.")] = None
     adaptation: Annotated[Adaptation, Field(description="Which weights are trained.")] = (
         Adaptation()
     )
@@ -300,9 +308,10 @@ class FineTuneJobSpec(ApiModel):
     dataset: Annotated[
         list[Dataset],
         Field(
-            min_length=1,
+            default_factory=list,
             max_length=32,
-            description="The examples to learn from.",
+            description="The examples to learn from, or to calibrate and measure with. Only merge, "
+            "quantize and prune can do without.",
             json_schema_extra={
                 "x-kubernetes-list-type": "map",
                 "x-kubernetes-list-map-keys": ["name"],

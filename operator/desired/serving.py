@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mizzen.operator.crds.common import Json
 from mizzen.operator.crds.llmdeployment import KIND, NOT_IN_REVISION, LLMDeploymentSpec
@@ -20,6 +20,7 @@ from mizzen.operator.desired.adapters import (
     WantedAdapter,
     adapters_name,
 )
+from mizzen.operator.desired.groups import group_flags, group_spec, ranks_name
 from mizzen.operator.desired.model_cache import (
     cache_flags,
     cache_mounts,
@@ -54,6 +55,7 @@ class Serving:
     pull_policy: str = "IfNotPresent"
     pull_secrets: tuple[str, ...] = ()
     adapters: tuple[WantedAdapter, ...] = ()
+    otlp_endpoint: str = ""
 
     @property
     def owner(self) -> Json:
@@ -99,7 +101,8 @@ def revision_of(serving: Serving) -> str:
     """
     made = made_from(serving)
     places = [*serving.claims, *serving.adapter_folders]
-    document = json.dumps([made["spec"], made["image"], places], sort_keys=True)
+    traces = [serving.otlp_endpoint] if serving.otlp_endpoint else []
+    document = json.dumps([made["spec"], made["image"], places, *traces], sort_keys=True)
     return hashlib.sha256(document.encode()).hexdigest()[:8]
 
 
@@ -117,12 +120,11 @@ def made_from(serving: Serving) -> Json:
 
 def build_pod(serving: Serving, place: PodPlace) -> Json:
     """Return one pod of a replica."""
-    name = pod_name(serving.name, place.revision, slot=place.slot, rank=place.rank)
     pod: Json = {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {
-            "name": name,
+            "name": _pod_name(serving, place),
             "namespace": serving.namespace,
             "labels": _labels(serving, place),
             "annotations": _annotations(serving, place),
@@ -178,7 +180,7 @@ def _pod_spec(serving: Serving, place: PodPlace) -> Json:
             }
             for trouble in ("not-ready", "unreachable")
         ],
-        "containers": [_container(serving)],
+        "containers": [_container(serving, place)],
         "volumes": [
             *pods.scratch_volumes(),
             pods.admin_token_volume(),
@@ -194,22 +196,34 @@ def _pod_spec(serving: Serving, place: PodPlace) -> Json:
         pod_spec["imagePullSecrets"] = [{"name": name} for name in serving.pull_secrets]
     if place.rank == 0:
         pod_spec["readinessGates"] = [{"conditionType": labels.IN_SERVICE_GATE}]
+    if is_group:
+        subdomain = ranks_name(serving.name, serving.uid)
+        pod_spec |= group_spec(name=_pod_name(serving, place), subdomain=subdomain)
     return pod_spec
 
 
-def _container(serving: Serving) -> Json:
+def _pod_name(serving: Serving, place: PodPlace) -> str:
+    return pod_name(serving.name, place.revision, slot=place.slot, rank=place.rank)
+
+
+def _container(serving: Serving, place: PodPlace) -> Json:
     spec = serving.spec
     return {
         "name": CONTAINER,
         "image": spec.engine.image or serving.image,
         "imagePullPolicy": serving.pull_policy,
         "command": ["mizzen"],
-        "args": ["serve", serving.model.path, *_flags(serving)],
-        "env": [{"name": "HOME", "value": "/tmp"}, *credentials_env(spec.model)],
+        "args": ["serve", serving.model.path, *_flags(serving), *_group_flags(serving, place)],
+        "env": [
+            {"name": "HOME", "value": "/tmp"},
+            *credentials_env(spec.model),
+            *_tracing_env(serving.otlp_endpoint),
+        ],
         "ports": [
             {"name": "http", "containerPort": labels.HTTP_PORT},
             {"name": "grpc", "containerPort": labels.GRPC_PORT},
             {"name": "admin", "containerPort": labels.ADMIN_PORT},
+            *_group_ports(spec),
         ],
         "resources": _resources(spec),
         "securityContext": pods.container_security(),
@@ -222,6 +236,10 @@ def _container(serving: Serving) -> Json:
             *cache_mounts(spec.model),
         ],
     }
+
+
+def _tracing_env(endpoint: str) -> list[Json]:
+    return [{"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": endpoint}] if endpoint else []
 
 
 def _flags(serving: Serving) -> list[str]:
@@ -243,6 +261,24 @@ def _flags(serving: Serving) -> list[str]:
     given = [(flag, str(value)) for flag, value in flags.items() if value is not None]
     given += [("--adapter-root", folder) for folder in serving.adapter_folders]
     return [word for pair in given for word in pair]
+
+
+def _group_flags(serving: Serving, place: PodPlace) -> list[str]:
+    nodes = serving.spec.parallelism.nodes
+    if nodes == 1:
+        return []
+    return group_flags(
+        nodes=nodes,
+        rank=place.rank,
+        leader=_pod_name(serving, replace(place, rank=0)),
+        subdomain=ranks_name(serving.name, serving.uid),
+        namespace=serving.namespace,
+    )
+
+
+def _group_ports(spec: LLMDeploymentSpec) -> list[Json]:
+    is_group = spec.parallelism.nodes > 1
+    return [{"name": "ranks", "containerPort": labels.RANKS_PORT}] if is_group else []
 
 
 def _resources(spec: LLMDeploymentSpec) -> Json:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mizzen.operator.crds.common import Json
 from mizzen.operator.crds.finetunejob import Dataset, FineTuneJobSpec
-from mizzen.operator.crds.training_methods import METHOD_SECTIONS
+from mizzen.operator.crds.training_methods import COMPUTED, METHOD_SECTIONS
 from mizzen.operator.desired.labels import ADMIN_PORT
 from mizzen.operator.desired.sources import CLAIM_ROOT, claims_of, locate
 
@@ -38,8 +38,13 @@ class Job:
         """The folder for results: as written, else beside the base model."""
         if self.spec.output is not None:
             return self.spec.output.uri
-        kind = "adapters" if self.spec.adaptation.type == "lora" else "models"
-        return f"pvc://{locate(self.base_source).claim}/{kind}/{self.name}"
+        return f"pvc://{locate(self.base_source).claim}/{self.result}s/{self.name}"
+
+    @property
+    def result(self) -> str:
+        """What the job leaves behind: an `adapter` beside its base, or a whole `model`."""
+        is_trained = self.spec.method not in COMPUTED
+        return "adapter" if is_trained and self.spec.adaptation.type == "lora" else "model"
 
     @property
     def output_claim(self) -> str:
@@ -101,7 +106,7 @@ def build_train_config(job: Job, generation: int) -> Json:
         },
         "output": {
             "directory": locate(job.output_uri).path,
-            "kind": "adapter" if spec.adaptation.type == "lora" else "model",
+            "kind": job.result,
         },
         "evaluation": {
             "suites": [

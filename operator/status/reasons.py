@@ -87,6 +87,7 @@ class Reason(StrEnum):
     ENGINE_DEAD = "EngineDead"
     BAD_ADAPTER = "BadAdapter"
     RANK_LOST = "RankLost"
+    NODES_DISAGREE = "NodesDisagree"
     INTERNAL_ERROR = "InternalError"
 
     # Fine-tune jobs.
@@ -124,6 +125,7 @@ class Reason(StrEnum):
     DATASET_DIGEST_MISMATCH = "DatasetDigestMismatch"
     DATASET_UNREACHABLE = "DatasetUnreachable"
     LOSS_NOT_FINITE = "LossNotFinite"
+    TEACHER_TOKENIZER_DIFFERS = "TeacherTokenizerDiffers"
     MEMORY_TOO_SMALL = "MemoryTooSmall"
     TRAINER_HANGS = "TrainerHangs"
     CHECKPOINT_MISMATCH = "CheckpointMismatch"

@@ -1,4 +1,4 @@
-"""Paged attention with torch's own kernels: gather the pages, then attend. CPU, and reference.
+"""Paged attention with torch's own kernels: gather the pages, then attend. The reference.
 
 What depends on lengths alone is worked out once per step and used by every layer. Decoding
 sequences of similar length become one padded batch; a prefill is attended by itself.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mizzen.runtime.attention.base import NO_BIAS, AttentionBias, PagedBatch
-from mizzen.runtime.attention.causal import attend_causal
+from mizzen.runtime.attention.prefill import plan_prefills
 
 # Padding a short context to the longest of its batch costs reads; a batch of its own costs calls.
 # A sequence joins while the longest is at most this much longer, or both are short.
@@ -31,16 +31,6 @@ class _Decodes:
     hidden_S11C: Tensor | None  # True where the query must not look; None when it sees all
 
 
-@dataclass(frozen=True, slots=True)
-class _Prefill:
-    """One sequence with several queries."""
-
-    rows: slice
-    blocks_B: Tensor
-    context_len: int
-    is_whole: bool  # the queries are the whole context: no page need be read
-
-
 class PagedSdpa:
     """An `Attend` for one step: stores new keys and values in the cache and attends over it."""
 
@@ -49,7 +39,7 @@ class PagedSdpa:
         self._batch = batch
         self._block_tokens = cache.shape[3]
         self._starts = [0, *accumulate(batch.query_lens)]
-        self._prefills = self._plan_prefills()
+        self._prefills = plan_prefills(batch, self._block_tokens, above=1)
         self._decodes_of: dict[int | None, list[_Decodes]] = {}
 
     def __call__(
@@ -76,13 +66,8 @@ class PagedSdpa:
             out_SHd = _attend_decodes(plan, q_SHd, keys, values, bias)
             out_THd.index_copy_(0, plan.rows_S, out_SHd)
         for prefill in self._prefills:
-            rows, k_CKd, v_CKd = prefill.rows, k_TKd[prefill.rows], v_TKd[prefill.rows]
-            if not prefill.is_whole:
-                k_CKd, v_CKd = (
-                    side.index_select(0, prefill.blocks_B).flatten(0, 1)[: prefill.context_len]
-                    for side in (keys, values)
-                )
-            out_THd[rows] = attend_causal(q_THd[rows], k_CKd, v_CKd, bias)
+            packed = q_THd, k_TKd, v_TKd
+            out_THd[prefill.rows] = prefill.attend(packed, (keys, values), bias)
         return out_THd
 
     def _plan_decodes(self, window: int | None) -> list[_Decodes]:
@@ -119,21 +104,6 @@ class PagedSdpa:
             distances_SC=at_SC - lens_S1 + 1,
             hidden_S11C=hidden_SC[:, None, None, :] if bool(hidden_SC.any()) else None,
         )
-
-    def _plan_prefills(self) -> list[_Prefill]:
-        batch = self._batch
-        return [
-            _Prefill(
-                rows=slice(self._starts[i], self._starts[i + 1]),
-                blocks_B=batch.block_tables_SB[i, : -(-context_len // self._block_tokens)],
-                context_len=context_len,
-                is_whole=query_len == context_len,
-            )
-            for i, (query_len, context_len) in enumerate(
-                zip(batch.query_lens, batch.context_lens, strict=True)
-            )
-            if query_len > 1
-        ]
 
 
 def _attend_decodes(

@@ -1,11 +1,10 @@
 """Checks a request before it becomes a sequence, so that no request can stop the loop."""
 
-import math
-
 from mizzen.runtime.engine.api import GenerationRequest, InvalidRequestError, SamplingParams
 
 MAX_LOGPROBS = 100
 MAX_STOPS = 64
+MOST = 2**31 - 1  # of any count: the loop's tensors hold no more, and failing there ends them all
 
 
 def check_request(request: GenerationRequest, *, vocab_size: int) -> None:
@@ -21,13 +20,13 @@ def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
     _check_range("temperature", params.temperature, 0, 100)
     _check_range("top_p", params.top_p, 0, 1)
     _check_range("min_p", params.min_p, 0, 1)
-    _check_range("top_k", params.top_k, 0, math.inf)
+    _check_range("top_k", params.top_k, 0, MOST)
     _check_range("presence_penalty", params.presence_penalty, -2, 2)
     _check_range("frequency_penalty", params.frequency_penalty, -2, 2)
     _check_range("repetition_penalty", params.repetition_penalty, 0.01, 100)
-    _check_range("min_tokens", params.min_tokens, 0, math.inf)
+    _check_range("min_tokens", params.min_tokens, 0, MOST)
     if params.max_tokens is not None:
-        _check_range("max_tokens", params.max_tokens, 1, math.inf)
+        _check_range("max_tokens", params.max_tokens, 1, MOST)
         _check_range("min_tokens", params.min_tokens, 0, params.max_tokens)
     if params.logprobs is not None:
         _check_range("logprobs", params.logprobs, 0, MAX_LOGPROBS)
@@ -41,5 +40,4 @@ def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # false for NaN too
-        limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-        raise InvalidRequestError(f"{name} is {value}; it must be {limit}.")
+        raise InvalidRequestError(f"{name} is {value}; it must be between {low} and {high}.")

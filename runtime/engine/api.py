@@ -3,12 +3,9 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import Any, ClassVar, Literal, Protocol, TypedDict
 
 from mizzen.runtime.errors import MizzenError
-
-if TYPE_CHECKING:
-    from mizzen.runtime.model.arch import ArchSpec
 
 FinishReason = Literal["stop", "length", "abort"]
 Message = Mapping[str, Any]
@@ -83,6 +80,20 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRequest:
+    """A request's life in figures, for metrics and traces."""
+
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    e2e_s: float
+    queue_s: float  # arrival to first scheduled
+    prefill_s: float  # first scheduled to first token
+    decode_s: float  # first token to last token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenOutput:
     """What one step added. The last output of a request carries its `finish_reason`.
 
@@ -99,6 +110,7 @@ class TokenOutput:
     cached_tokens: int = 0
     output_tokens: int = 0
     embedding: tuple[float, ...] | None = None  # the prompt's last hidden state, where asked for
+    finished: FinishedRequest | None = None  # with the last output of an answer that was not cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,20 +146,6 @@ class EngineStats:
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
     start_seconds: Mapping[str, float] = field(default_factory=dict)  # start-up phase -> seconds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinishedRequest:
-    """A request's life in figures, for metrics and access logs."""
-
-    finish_reason: FinishReason
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    e2e_s: float
-    queue_s: float  # arrival to first scheduled
-    prefill_s: float  # first scheduled to first token
-    decode_s: float  # first token to last token
 
 
 class Recorder(Protocol):
@@ -235,6 +233,7 @@ class EngineDeadError(MizzenError):
     """The loop has stopped; only a new process helps."""
 
     reason = "EngineDead"
+    exit_code: ClassVar[int] = 1
 
 
 class TokenizerApi(Protocol):
@@ -276,14 +275,16 @@ class TokenizerApi(Protocol):
 
 
 class EngineApi(Protocol):
-    """The engine as the server sees it; `engine.Engine` is the real one.
+    """The engine as the server sees it.
 
-    `Engine.start(config: EngineConfig, recorder: Recorder | None = None)` builds it.
+    `engine.Engine` is the real one, `remote.RemoteEngine` the same in a process of its own.
     """
 
-    tokenizer: TokenizerApi
-    arch: "ArchSpec"
     model_len: int
+
+    @property
+    def tokenizer(self) -> TokenizerApi:
+        """The model's tokenizer."""
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
         """Yield the answer as it grows. Closing or cancelling the iterator aborts the sequence.
@@ -345,6 +346,9 @@ class EngineApi(Protocol):
 
     def is_alive(self) -> bool:
         """Whether the loop's heartbeat is fresh or the loop has nothing to do."""
+
+    def death(self) -> MizzenError | None:
+        """Why it will never be alive again, None while it may."""
 
     def is_ready(self) -> bool:
         """Whether it is warm, alive and takes new requests."""

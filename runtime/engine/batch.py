@@ -107,7 +107,7 @@ def _sample_at(chunks: Items[Chunk], ends: Ints) -> Ints:
 def _token_ids(chunks: Items[Chunk]) -> Ints:
     ids: list[int] = []
     for chunk in chunks:
-        if chunk.size == 1:
+        if chunk.size == chunk.count == 1:
             ids.append(chunk.seq.token_ids[chunk.start])
         else:
             ids += chunk.seq.token_ids[chunk.start : chunk.start + chunk.count]

@@ -1,8 +1,11 @@
 """The engine's settings. Checked here once, trusted everywhere else."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from mizzen.runtime.parallel.nodes import Nodes
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -30,5 +33,18 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     cpu_threads: int | None = None  # per rank; None reads the cgroup's quota
     heartbeat_limit_s: float = 60.0  # a step may take this long before the loop counts as dead
-    speculative_tokens: int = 0  # guessed from the text and checked, in each step
+    speculative_tokens: int = 0  # guessed and checked, in each step
+    speculative_model: Path | None = None  # guesses; without, the text itself does
     seed: int = 0
+    nodes: Nodes | None = None  # the pods the ranks are spread over, where there are several
+
+    @property
+    def ranks_per_pod(self) -> int:
+        """How many ranks share this pod's processors and memory."""
+        return self.tensor_parallel_size // (self.nodes.count if self.nodes else 1)
+
+    @property
+    def agreement(self) -> str:
+        """A digest of what must be equal in all pods of a group."""
+        alike = replace(self, model=Path(), cpu_threads=None, nodes=None)
+        return hashlib.sha256(repr(alike).encode()).hexdigest()

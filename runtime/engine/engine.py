@@ -29,10 +29,10 @@ from mizzen.runtime.engine.grammar import GrammarCompiler, GrammarState
 from mizzen.runtime.engine.live import Live
 from mizzen.runtime.engine.sampler import is_edited
 from mizzen.runtime.engine.sequence import Sequence
-from mizzen.runtime.engine.speculation import NgramIndex
+from mizzen.runtime.engine.speculation import DraftPlaces, Guesser, NgramIndex
 from mizzen.runtime.engine.startup import Parts, start_parts
-from mizzen.runtime.engine.streams import Stream
-from mizzen.runtime.errors import BadAdapterError, BadModelError
+from mizzen.runtime.engine.streams import Item, Stream
+from mizzen.runtime.errors import BadAdapterError, BadModelError, MizzenError, RankLostError
 from mizzen.runtime.model.lora import load_adapter
 
 DRAIN_RETRY_S = 1.0
@@ -45,8 +45,8 @@ class Engine:
         self.tokenizer = parts.tokenizer
         self.arch = parts.arch
         self.model_len = parts.model_len
+        self.start_seconds = parts.start_seconds
         self._config = config
-        self._parts = parts
         self._loop = parts.loop
         self._ranks = parts.ranks
         self._detokenizers = DetokenizerFactory(parts.tokenizer)
@@ -74,14 +74,12 @@ class Engine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
         """Yield the answer as it grows; see `api.EngineApi.generate`."""
-        check_request(request, vocab_size=self.arch.vocab_size)
-        wanted = request.sampling.grammar
-        grammar = await self._grammars.start(wanted) if wanted else None
-        stream = self._submit(request, grammar)
+        outputs: asyncio.Queue[Item] = asyncio.Queue()
+        await self.submit(request, outputs.put_nowait)
         ended = False
         try:
             while not ended:
-                item = await stream.queue.get()
+                item = await outputs.get()
                 ended = isinstance(item, Exception) or item.finish_reason is not None
                 if isinstance(item, Exception):
                     raise item
@@ -89,6 +87,16 @@ class Engine:
         finally:
             if not ended:
                 self._loop.abort(request.request_id)
+
+    async def submit(self, request: GenerationRequest, deliver: Callable[[Item], None]) -> None:
+        """Queue a request; `deliver` is called on this event loop with what comes of it.
+
+        The last is an output with a `finish_reason`, or an error. Raises as `generate` does.
+        """
+        check_request(request, vocab_size=self.arch.vocab_size)
+        wanted = request.sampling.grammar
+        grammar = await self._grammars.start(wanted) if wanted else None
+        self._submit(request, grammar, Stream(asyncio.get_running_loop(), deliver))
 
     async def abort(self, request_id: str) -> None:
         """End a request with finish_reason "abort"."""
@@ -225,13 +233,20 @@ class Engine:
                 max_loras=self._adapters.max_loras,
                 running_adapters=_adapter_names(scheduler.running),
                 waiting_adapters=_adapter_names(scheduler.waiting),
-                start_seconds=self._parts.start_seconds,
+                start_seconds=self.start_seconds,
             )
 
     def is_alive(self) -> bool:
         """Whether the loop still turns; an idle one stamps its heartbeat too."""
         age_s = time.monotonic() - self._loop.heartbeat_at
         return self._loop.is_running() and age_s < self._config.heartbeat_limit_s
+
+    def death(self) -> MizzenError | None:
+        """Return why it will never be alive again, None while it may."""
+        why = self._loop.death
+        if why is None or isinstance(why, RankLostError):
+            return why
+        return EngineDeadError(f"The engine's loop has failed: {why!r}. See its log.")
 
     def is_ready(self) -> bool:
         """Whether it is alive, awake, and takes new requests."""
@@ -241,7 +256,9 @@ class Engine:
         """End every request, the loop and the other ranks."""
         await asyncio.to_thread(self._loop.stop)
 
-    def _submit(self, request: GenerationRequest, grammar: GrammarState | None) -> Stream:
+    def _submit(
+        self, request: GenerationRequest, grammar: GrammarState | None, stream: Stream
+    ) -> None:
         if self._draining:
             raise DrainingError(
                 "This replica is draining. Send the request again: another will take it.",
@@ -253,7 +270,6 @@ class Engine:
             raise EngineDeadError("The engine's loop has ended. See its log.")
         if request.request_id in self._loop.live:
             raise InvalidRequestError(f"Request id {request.request_id!r} is in use.")
-        stream = Stream(asyncio.get_running_loop())
         with self._loop.lock:
             use = self._adapters.acquire(request.adapter) if request.adapter else None
         live = Live(
@@ -269,7 +285,6 @@ class Engine:
             if use is not None:
                 self._loop.release_adapter(use)
             raise
-        return stream
 
     def _sequence(
         self, request: GenerationRequest, use: SlotUse | None, grammar: GrammarState | None
@@ -292,13 +307,16 @@ class Engine:
             max_tokens=min(sampling.max_tokens or room, room),
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
             grammar=grammar,
-            ngrams=NgramIndex() if self._may_guess(sampling) else None,
+            guesser=self._guesser(sampling),
         )
 
-    def _may_guess(self, sampling: SamplingParams) -> bool:
+    def _guesser(self, sampling: SamplingParams) -> Guesser | None:
         # Where each token changes what the next may be, a guess cannot be checked in one step.
-        free = not (is_edited(sampling) or sampling.grammar or sampling.embed)
-        return free and self._config.speculative_tokens > 0
+        if is_edited(sampling) or sampling.grammar or sampling.embed:
+            return None
+        if self._config.speculative_tokens == 0:
+            return None
+        return DraftPlaces() if self._config.speculative_model else NgramIndex()
 
     async def _clear(self, slot: int | None) -> None:
         if slot is not None:

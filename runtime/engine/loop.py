@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from mizzen.runtime.engine.adapters import AdapterTable, SlotUse
@@ -26,6 +27,7 @@ from mizzen.runtime.engine.ranks import ModelRanks
 from mizzen.runtime.engine.sampler import Sampled, Sampler
 from mizzen.runtime.engine.scheduler import Chunk, Scheduler
 from mizzen.runtime.engine.streams import Outbox
+from mizzen.runtime.errors import RankLostError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -118,8 +120,15 @@ class Loop:
         with self._work:
             self._stopping = True
             self._work.notify()
-        if self._thread.ident is not None:
+        # A lost rank may hold the thread in a collective; the process ends without it.
+        if self._thread.ident is not None and not isinstance(self.death, RankLostError):
             self._thread.join()
+
+    def fail(self, error: BaseException) -> None:
+        """End every request from outside: the loop may wait for a rank that is gone."""
+        with self.lock:
+            self.death = self.death or error
+        self._end_everything()
 
     def _run(self) -> None:
         try:
@@ -131,8 +140,9 @@ class Loop:
                 self._outbox.flush()
         except BaseException as error:
             log.exception("The engine's loop has failed; every request ends now.")
-            self.death = error
+            self.death = self.death or error
         finally:
+            self._outbox.flush()
             self._end_everything()
             self._ranks.stop()
 
@@ -158,6 +168,7 @@ class Loop:
         began_at = time.monotonic()
         sampling = [chunk for chunk in chunks if chunk.samples]
         rows = [chunk.seq for chunk in sampling for _ in range(1 + len(chunk.draft))]
+        self._ranks.guess(chunks)
         logits_NV = self._ranks.run(self._builder.build(chunks))
         sampled = None if logits_NV is None else self._sampler.sample(logits_NV, rows)
         now = time.monotonic()
@@ -199,6 +210,8 @@ class Loop:
             self._recorder.on_token(now - (live.last_token_at or now))
         live.last_token_at = now
         self.generation_tokens += len(output.token_ids)
+        if output.finish_reason is not None:
+            output = replace(output, finished=live.finished(output.finish_reason, now))
         self._outbox.put(live.stream, output)
         if output.finish_reason is not None:
             self.scheduler.finish(live.seq, output.finish_reason)
@@ -245,17 +258,20 @@ class Loop:
                 future.set_exception(error)
 
     def _end_everything(self) -> None:
+        outbox = Outbox()  # another than the loop's, which may be at work with that one
         with self.lock:
             self._stopping = True
             for live in self.live.values():
-                self._outbox.put(live.stream, self._dead_error())
+                outbox.put(live.stream, self._dead_error())
             self.live.clear()
             self._work.notify_all()
             while self._calls:
                 self._calls.popleft()[1].set_exception(self._dead_error())
-            self._outbox.flush()
+        outbox.flush()
 
     def _dead_error(self) -> EngineDeadError:
         if self.death is None:
             return EngineDeadError("The engine has been stopped.")
+        if isinstance(self.death, RankLostError):
+            return EngineDeadError(f"{self.death} The engine goes down.")
         return EngineDeadError(f"The engine's loop has failed: {self.death!r}. See its log.")

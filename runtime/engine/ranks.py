@@ -10,7 +10,9 @@ from torch import Tensor
 from mizzen.runtime.attention.base import KvShape
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.config import EngineConfig
+from mizzen.runtime.engine.draft import DraftModel
 from mizzen.runtime.engine.runner import Runner
+from mizzen.runtime.engine.scheduler import Chunk
 from mizzen.runtime.engine.wire import (
     Allocate,
     Clear,
@@ -30,22 +32,44 @@ from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import Adapter, load_adapter
 from mizzen.runtime.parallel.group import RankGroup
-from mizzen.runtime.parallel.ranks import Inbox, Ranks
+from mizzen.runtime.parallel.processes import Inbox
+from mizzen.runtime.parallel.ranks import Ranks
 
 
 class ModelRanks:
     """Every rank of the model, driven as one: tells the others what it does, then does it."""
 
-    def __init__(self, config: EngineConfig, decoder: Decoder, ranks: Ranks, blocks: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        decoder: Decoder,
+        ranks: Ranks,
+        blocks: int,
+        *,
+        draft: DraftModel | None = None,
+    ) -> None:
         self._config = config
         self._ranks = ranks
         self._place = decoder.place
         self._spec = decoder.spec
         self._tell(Allocate(blocks))
         self._runner = _runner(config, decoder, blocks)
+        self._draft = draft
         self.last_hidden = self._runner.last_hidden
         self.check = ranks.check
+        self.serve = ranks.serve
         self.stop = ranks.stop
+
+    def warm_up(self, step: StepInput) -> None:
+        """Compute a step on the block nobody reads, with every model there is."""
+        self.run(step)
+        if self._draft is not None:
+            self._draft.warm_up(step)
+
+    def guess(self, chunks: list[Chunk]) -> None:
+        """Have the draft model fill the places that were kept for its guesses, if there is one."""
+        if self._draft is not None:
+            self._draft.guess(chunks)
 
     def run(self, step: StepInput) -> Tensor | None:
         """Compute a step; return float32 logits_NV of the tokens to sample from."""
@@ -67,6 +91,8 @@ class ModelRanks:
         """Make every number in these KV blocks finite, on every rank."""
         self._tell(Scrub(blocks))
         self._runner.scrub(blocks)
+        if self._draft is not None:
+            self._draft.scrub(blocks)
 
     def check_same_model(self, path: Path) -> None:
         """Look at the description beside the weights; may be called from any thread.
@@ -101,11 +127,15 @@ class ModelRanks:
         """Compute with the prepared weights from now on, on every rank."""
         self._tell(Swap())
         self._runner.use(decoder)
+        if self._draft is not None:
+            self._draft.wake()
 
     def release(self) -> None:
         """Give back the memory of weights and KV cache, on every rank, until `swap`."""
         self._tell(Release())
         self._runner.release()
+        if self._draft is not None:
+            self._draft.release()
 
     def _tell(self, message: Message) -> None:
         if self._ranks.group.size > 1:
@@ -129,8 +159,10 @@ def follow(
     group: RankGroup, inbox: Inbox, config: EngineConfig, device_type: str, threads: int
 ) -> None:
     """Be a rank above 0: do what rank 0 says until it says no more."""
-    device = torch.device(device_type, group.rank) if device_type == "cuda" else torch.device("cpu")
-    if device.type == "cpu":
+    if device_type == "cuda":
+        device = torch.device(device_type, torch.cuda.current_device())
+    else:
+        device = torch.device("cpu")
         torch.set_num_threads(threads)
     decoder = load_rank(config, device, group)
     messages = (decode(data) for data in inbox)
@@ -163,7 +195,7 @@ def follow(
 
 
 def _runner(config: EngineConfig, decoder: Decoder, blocks: int) -> Runner:
-    return Runner(decoder, kv=own_kv(config, decoder, blocks=blocks), max_rows=config.max_num_seqs)
+    return Runner(decoder, kv=own_kv(config, decoder, blocks=blocks))
 
 
 def own_kv(config: EngineConfig, decoder: Decoder, *, blocks: int) -> KvShape:

@@ -6,29 +6,22 @@ import torch
 from torch import Tensor
 
 from mizzen.runtime.attention.base import KvShape, PagedBatch
-from mizzen.runtime.attention.sdpa import PagedSdpa
+from mizzen.runtime.attention.select import paged_attention
 from mizzen.runtime.engine.batch import StepInput
-from mizzen.runtime.engine.decode_window import DecodeWindow, WindowAttend
 from mizzen.runtime.engine.memory import zeros_when_touched
-from mizzen.runtime.model.decoder import Attend, Decoder
+from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.lora import Adapter, LoraSlots
-
-# The dense copy of what decodes may take this much, and this share of the cache's own size.
-WINDOW_BYTES, WINDOW_SHARE = 1 << 30, 0.5
 
 
 class Runner:
     """One rank's share of the model, with its share of the KV cache."""
 
-    def __init__(self, decoder: Decoder, *, kv: KvShape, max_rows: int) -> None:
+    def __init__(self, decoder: Decoder, *, kv: KvShape) -> None:
         self._kv = kv
-        self._max_rows = max_rows
         self._device = decoder.place.device
-        self._is_plain_causal = decoder.spec.is_plain_causal  # the window knows nothing else
         self._lora = LoraSlots(decoder)
         self._hidden_ND: Tensor | None = None  # what the last logits were made of
         self._cache: Tensor | None = None
-        self._window: DecodeWindow | None = None
         self.use(decoder)
 
     def use(self, decoder: Decoder) -> None:
@@ -36,18 +29,12 @@ class Runner:
         self._decoder: Decoder | None = decoder
         if self._cache is None:
             self._cache = _allocate(self._kv, decoder.place.dtype, self._device)
-            self._open_window(self._cache)
 
     def release(self) -> None:
         """Give back the memory of weights and KV cache until `use`."""
-        self._decoder = self._cache = self._window = self._hidden_ND = None
+        self._decoder = self._cache = self._hidden_ND = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _open_window(self, cache: Tensor) -> None:
-        if self._device.type == "cpu" and self._is_plain_causal:
-            limit = min(WINDOW_BYTES, int(cache.nbytes * WINDOW_SHARE))
-            self._window = DecodeWindow(cache, max_rows=self._max_rows, max_bytes=limit)
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> Tensor | None:
@@ -63,15 +50,12 @@ class Runner:
             block_tables_SB=self._to_device(step.block_tables_SB),
             slots_T=self._to_device(step.slots_T),
         )
-        attend = self._attend(cache, batch, step.sequence_ids_S)
         hidden_TD = decoder(
             self._to_device(step.token_ids_T),
             self._to_device(step.positions_T),
-            attend,
+            paged_attention(cache, batch),
             self._lora.batch(step.lora_slots_S, step.query_lens),
         )
-        if isinstance(attend, WindowAttend):
-            attend.finish()
         if not len(step.sample_at_N):
             return None
         if len(step.sample_at_N) < hidden_TD.shape[0]:
@@ -84,11 +68,6 @@ class Runner:
         assert self._hidden_ND is not None, "a step comes first"
         values: list[float] = self._hidden_ND[row].float().tolist()
         return values
-
-    def _attend(self, cache: Tensor, batch: PagedBatch, sequence_ids: list[int]) -> Attend:
-        if self._window is None:
-            return PagedSdpa(cache, batch)
-        return self._window.attend(batch, sequence_ids)
 
     def load_adapter(self, slot: int, adapter: Adapter) -> None:
         """Put an adapter into a slot; raises BadAdapterError if it does not fit."""
@@ -104,7 +83,6 @@ class Runner:
         assert self._cache is not None, "asleep"
         ids = torch.tensor(blocks, device=self._device)
         self._cache[:, :, ids] = self._cache[:, :, ids].nan_to_num(0.0, 0.0, 0.0)
-        self._open_window(self._cache)  # its copies are gathered anew
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)

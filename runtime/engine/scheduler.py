@@ -13,7 +13,7 @@ from operator import attrgetter
 from mizzen.runtime.engine.api import EngineBusyError, FinishReason, PromptTooLongError
 from mizzen.runtime.engine.blocks import BlockPool, next_hash
 from mizzen.runtime.engine.sequence import Sequence, State
-from mizzen.runtime.engine.speculation import MAX_RUNNING, NgramIndex
+from mizzen.runtime.engine.speculation import MAX_RUNNING, Guesser
 
 ORDER = attrgetter("order")
 RETRY_MIN_S, RETRY_MAX_S = 1.0, 60.0
@@ -185,19 +185,19 @@ class Scheduler:
             if missing > 0:
                 seq.blocks += self.pool.allocate(missing)
             chunk = Chunk(seq, seq.computed, count)
-            if seq.ngrams is not None and chunk.samples:
-                chunk.draft = self._draft(seq, seq.ngrams, budget - behind - count)
+            if seq.guesser is not None and chunk.samples:
+                chunk.draft = self._draft(seq, seq.guesser, budget - behind - count)
             chunks.append(chunk)
             budget -= chunk.size
             position += 1
         return chunks, preempted
 
-    def _draft(self, seq: Sequence, ngrams: NgramIndex, room: int) -> list[int]:
+    def _draft(self, seq: Sequence, guesser: Guesser, room: int) -> list[int]:
         """Return guesses, with blocks for them; guessing takes nothing from anybody else."""
         if len(self.running) > MAX_RUNNING or self.waiting:
             return []
         room = min(room, self.limits.draft_tokens, seq.max_tokens - seq.output_tokens - 1)
-        draft = ngrams.propose(seq.token_ids, room) if room > 0 else []
+        draft = guesser.propose(seq.token_ids, room) if room > 0 else []
         missing = self.pool.blocks_for(len(seq.token_ids) + len(draft)) - len(seq.blocks)
         if missing > self.pool.free:
             return []

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from mizzen.runtime.engine.api import FinishReason, SamplingParams
 from mizzen.runtime.engine.grammar import GrammarState
-from mizzen.runtime.engine.speculation import NgramIndex
+from mizzen.runtime.engine.speculation import Guesser
 
 
 class State(enum.Enum):
@@ -35,7 +35,7 @@ class Sequence:
     max_tokens: int = 0  # of output, never beyond the context
     seed: int = 0
     grammar: GrammarState | None = None
-    ngrams: NgramIndex | None = None  # where tokens may be guessed
+    guesser: Guesser | None = None  # where tokens may be guessed
     prompt_tokens: int = 0
     computed: int = 0
     cached: int = 0  # prompt tokens found in the prefix cache when first scheduled

@@ -1,13 +1,32 @@
-"""Guesses the next tokens from the text itself: what followed the last few tokens before.
+"""Guesses the next tokens, or keeps places for a draft model's guesses.
+
+Without a draft model they come from the text itself: what followed the last few tokens before.
 
 Source: Saxena, "Prompt lookup decoding" (2023). A guess costs little to check, because a step that
 reads all weights for one token reads them for a few more at once.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 LENGTH = 3  # of the n-gram; shorter ones recur too often by chance
 MAX_RUNNING = 4  # beyond, a step is busy enough with tokens that are no guesses
+
+
+class Guesser(Protocol):
+    """Proposes what may follow."""
+
+    def propose(self, token_ids: Sequence[int], count: int) -> list[int]:
+        """Return up to `count` tokens that may come next; `token_ids` only ever grows."""
+        ...
+
+
+class DraftPlaces:
+    """Proposes nothing in particular: the draft model fills these places before the step."""
+
+    def propose(self, token_ids: Sequence[int], count: int) -> list[int]:
+        """Return `count` places."""
+        return [0] * count
 
 
 class NgramIndex:

@@ -12,6 +12,13 @@ from mizzen.runtime.engine.api import FinishedRequest, Recorder
 from mizzen.runtime.engine.batch import BatchBuilder, StepInput, dummy_step
 from mizzen.runtime.engine.blocks import BlockPool
 from mizzen.runtime.engine.config import EngineConfig
+from mizzen.runtime.engine.draft import (
+    DraftModel,
+    DraftUnfitError,
+    check_draft,
+    draft_kv,
+    load_draft,
+)
 from mizzen.runtime.engine.host import cpu_count, memory_available_bytes
 from mizzen.runtime.engine.loop import Loop
 from mizzen.runtime.engine.ranks import ModelRanks, follow, largest_kv, load_rank, own_kv
@@ -21,6 +28,7 @@ from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import BadModelError
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.parallel.follower import Follower
 from mizzen.runtime.parallel.ranks import Ranks
 
 # A step of this many tokens is the longest pause a prompt can put between two tokens of others.
@@ -81,11 +89,19 @@ def start_parts(config: EngineConfig, recorder: Recorder | None = None) -> Parts
     threads = threads_per_rank(config)
     if device.type == "cpu":
         torch.set_num_threads(threads)
+    # What is wrong with the model itself comes before what its tokenizer lacks.
+    ArchSpec.from_dir(config.model)
     with _timed(seconds, "tokenizer"):
         tokenizer = Tokenizer.load(config.model)
     with _timed(seconds, "ranks"):
-        arguments = (config, device.type, threads)
-        ranks = Ranks(config.tensor_parallel_size, follow, arguments, device=device.type)
+        ranks = Ranks(
+            config.tensor_parallel_size,
+            follow,
+            (config, device.type, threads),
+            device=device.type,
+            nodes=config.nodes,
+            agreement=config.agreement,
+        )
     try:
         return _start_model(config, ranks, tokenizer, device, recorder, seconds)
     except BaseException:
@@ -104,19 +120,33 @@ def _start_model(
     with _timed(seconds, "weights"):
         decoder = load_rank(config, device, ranks.group)
     model_len = choose_model_len(config, decoder.spec)
-    blocks = choose_blocks(config, decoder, model_len)
+    draft = _load_draft(config, decoder, model_len)
+    blocks = choose_blocks(config, decoder, model_len, draft=draft)
     step_tokens = max(
         config.max_num_batched_tokens or STEP_TOKENS[device.type], config.max_num_seqs
     )
-    model = ModelRanks(config, decoder, ranks, blocks)
-    with _timed(seconds, "warm_up"):
-        for step in warm_up_steps(step_tokens, config):
-            model.run(step)
     pool = BlockPool(
         num_blocks=blocks,
         block_size=config.block_size,
         enable_caching=config.enable_prefix_caching,
     )
+
+    def builder() -> BatchBuilder:
+        return BatchBuilder(
+            rows=config.max_num_seqs,
+            blocks_per_row=pool.blocks_for(model_len),
+            block_size=config.block_size,
+        )
+
+    guesser = None
+    if draft is not None:
+        guesser = DraftModel(
+            config, draft, builder=builder(), kv=draft_kv(config, draft.spec, blocks=blocks)
+        )
+    model = ModelRanks(config, decoder, ranks, blocks, draft=guesser)
+    with _timed(seconds, "warm_up"):
+        for step in warm_up_steps(step_tokens, config):
+            model.warm_up(step)
     limits = Limits(
         step_tokens=step_tokens,
         max_running=config.max_num_seqs,
@@ -128,18 +158,28 @@ def _start_model(
     eos_ids = frozenset((*tokenizer.eos_token_ids, *decoder.spec.eos_ids))
     loop = Loop(
         scheduler=Scheduler(pool, limits),
-        builder=BatchBuilder(
-            rows=config.max_num_seqs,
-            blocks_per_row=pool.blocks_for(model_len),
-            block_size=config.block_size,
-        ),
+        builder=builder(),
         ranks=model,
         sampler=Sampler(eos_token_ids=tuple(eos_ids)),
         adapters=AdapterTable(max_loras=config.max_loras),
         eos_ids=eos_ids,
         recorder=recorder or NullRecorder(),
     )
+    model.serve(loop.fail)
     return Parts(tokenizer, decoder.spec, model_len, model, loop, seconds)
+
+
+def build_follower(config: EngineConfig) -> Follower:
+    """Return the ranks of a pod that follows another; they load and warm up as it says."""
+    assert config.nodes is not None, "only pods of a group follow"
+    device = choose_device(config)
+    return Follower(
+        config.nodes,
+        config.tensor_parallel_size,
+        follow,
+        (config, device.type, threads_per_rank(config)),
+        device=device.type,
+    )
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -151,7 +191,7 @@ def choose_device(config: EngineConfig) -> torch.device:
 
 def threads_per_rank(config: EngineConfig) -> int:
     """Return how many threads a rank computes with."""
-    return config.cpu_threads or max(1, cpu_count() // config.tensor_parallel_size)
+    return config.cpu_threads or max(1, cpu_count() // config.ranks_per_pod)
 
 
 def choose_model_len(config: EngineConfig, spec: ArchSpec) -> int:
@@ -170,8 +210,25 @@ def choose_model_len(config: EngineConfig, spec: ArchSpec) -> int:
     return config.max_model_len
 
 
-def choose_blocks(config: EngineConfig, decoder: Decoder, model_len: int) -> int:
+def _load_draft(config: EngineConfig, decoder: Decoder, model_len: int) -> Decoder | None:
+    if config.speculative_model is None:
+        return None
+    if config.speculative_tokens == 0:
+        raise DraftUnfitError(
+            "A draft model is given and no tokens for it to guess. Set --speculative-tokens, to 4 "
+            "for a start, or leave the draft model out."
+        )
+    draft = load_draft(config, decoder.place.device)
+    check_draft(draft.spec, decoder.spec, model_len=model_len)
+    return draft
+
+
+def choose_blocks(
+    config: EngineConfig, decoder: Decoder, model_len: int, *, draft: Decoder | None = None
+) -> int:
     """Return how many blocks each rank's KV cache has: as wanted, or a share of free memory.
+
+    A draft model's cache has as many, out of the same memory.
 
     Raises:
         KvCacheTooSmallError: they would not hold one sequence of `model_len` tokens.
@@ -179,11 +236,14 @@ def choose_blocks(config: EngineConfig, decoder: Decoder, model_len: int) -> int
     size, device = decoder.group.size, decoder.place.device
     largest = largest_kv(own_kv(config, decoder, blocks=1), decoder)
     block_bytes = largest.block_bytes(decoder.place.dtype)
+    if draft is not None:
+        block_bytes += draft_kv(config, draft.spec, blocks=1).block_bytes(draft.place.dtype)
     per_sequence = -(-model_len // config.block_size)
     if config.kv_cache_gib is not None:
         usable = int(config.kv_cache_gib * GIB) // size
     else:
-        sharing = size if device.type == "cpu" else 1  # each GPU has memory of its own
+        # Each GPU has memory of its own.
+        sharing = config.ranks_per_pod if device.type == "cpu" else 1
         usable = int(_free_bytes(device) * KV_SHARE[device.type]) // sharing
         usable = min(usable, config.max_num_seqs * per_sequence * block_bytes)
     blocks = usable // block_bytes

@@ -29,10 +29,11 @@ from mizzen.runtime.gateway.limits import Account, Accounts, Limits
 from mizzen.runtime.gateway.metrics import GatewayMetrics
 from mizzen.runtime.gateway.proxy import Call, Proxy
 from mizzen.runtime.gateway.tokens import TokenMeter, expected_tokens
+from mizzen.runtime.tracing import OPERATIONS, Tracing, current_span
 
 log = logging.getLogger(__name__)
 
-PROXIED = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+PROXIED = tuple(OPERATIONS)
 _ID = web.RequestKey("request_id", str)
 _CLIENT = web.RequestKey("client", Client)
 _ACCOUNT = web.RequestKey("account", Account)
@@ -51,6 +52,7 @@ class Parts:
     lifecycle: Lifecycle
     accounts: Accounts
     connections: Connections
+    tracing: Tracing
 
 
 def build_app(parts: Parts) -> web.Application:
@@ -172,14 +174,21 @@ class Routes:
     async def proxy(self, request: web.Request) -> web.StreamResponse:
         """POST to a model: the body names it, its replicas answer."""
         account = request.get(_ACCOUNT)
-        with nullcontext() if account is None else account.request():
-            return await self._proxy(request, account)
+        tracing = self._parts.tracing
+        with (
+            tracing.request(f"POST {request.path}", request.headers) as span,
+            nullcontext() if account is None else account.request(),
+        ):
+            answer = await self._proxy(request, account)
+            span.answered(answer.status)
+            return answer
 
     async def _proxy(self, request: web.Request, account: Account | None) -> web.StreamResponse:
         config = self._parts.config
         body = await read_body(
             request, limit_bytes=self._limit_bytes, timeout_s=config.body_timeout_s
         )
+        current_span.get().name(OPERATIONS[request.path], body.model)
         route = self._resolve(body.model)
         request[_MODEL] = route.model
         metrics = self._parts.metrics

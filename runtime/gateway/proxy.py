@@ -32,6 +32,7 @@ from mizzen.runtime.gateway.metrics import GatewayMetrics
 from mizzen.runtime.gateway.reply import Reply
 from mizzen.runtime.gateway.room import Place
 from mizzen.runtime.gateway.tokens import TokenMeter
+from mizzen.runtime.tracing import current_span
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class Proxy:
     async def _forward(self, call: Call, search: Search, reply: Reply) -> web.StreamResponse:
         started_at = self._clock()
         outgoing = self._outgoing(call)
-        model = call.route.model
+        model, span = call.route.model, current_span.get()
         while True:
             endpoint = await self._admission.next_endpoint(search, reply)
             if endpoint is None:
@@ -101,6 +102,8 @@ class Proxy:
                 self._metrics.on_retry(model, search.last.kind.value)
             self._metrics.on_pick(model, endpoint.url)
             sent_at = self._clock()
+            span.note({"server.address": endpoint.url})
+            span.add({"mizzen.attempts": 1})
             with self._lease(model, endpoint):
                 try:
                     answer = await open_answer(self._session, endpoint.url, outgoing)
@@ -114,7 +117,9 @@ class Proxy:
                         f"A replica of {model.name!r} took the request and did not answer "
                         f"within {self._config.read_timeout_s:g} seconds."
                     ) from None
-                self._metrics.on_first_byte(model, self._clock() - started_at)
+                took_s = self._clock() - started_at
+                self._metrics.on_first_byte(model, took_s)
+                span.note({"gen_ai.response.time_to_first_chunk": took_s})
                 if isinstance(answer, Refusal):
                     self._judge(model, endpoint, answer)
                     return await reply.refuse(answer)
@@ -174,16 +179,20 @@ class Proxy:
     def _on_cut(self, model: ServedModel, endpoint: Endpoint, error: Exception) -> None:
         self._metrics.on_cut(model)
         self._metrics.canary.on_failure(model, endpoint)
+        current_span.get().failed("answer_cut")
         log.warning("model=%s/%s: an answer ended early: %s", *model.key, error)
 
     def _outgoing(self, call: Call) -> Outgoing:
+        headers = request_headers(
+            call.request.headers,
+            request_id=call.request_id,
+            with_authorization=self._config.auth == "off",
+        )
+        # What the client said of its trace goes on as it came where there is no span here.
+        headers.update(current_span.get().headers())
         return Outgoing(
             path=call.request.rel_url.raw_path_qs,
-            headers=request_headers(
-                call.request.headers,
-                request_id=call.request_id,
-                with_authorization=self._config.auth == "off",
-            ),
+            headers=headers,
             body=call.body.for_model(call.route.upstream_name),
             connect_timeout_s=self._config.connect_timeout_s,
             read_timeout_s=self._config.read_timeout_s,

@@ -22,9 +22,11 @@ from mizzen.runtime.gateway.lifecycle import Lifecycle
 from mizzen.runtime.gateway.limits import Accounts
 from mizzen.runtime.gateway.metrics import GatewayMetrics
 from mizzen.runtime.gateway.proxy import Proxy
+from mizzen.runtime.gateway.quiet import server_log
 from mizzen.runtime.gateway.reflector import Reflector
 from mizzen.runtime.gateway.sinks import DEPLOYMENT_LABEL, KeySink, ModelSink, SliceSink
 from mizzen.runtime.gateway.wake import Waker
+from mizzen.runtime.tracing import start_tracing
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Gateway:
             stall_timeout_s=config.stall_timeout_s,
         )
         self.directory.on_endpoint_gone = self._forget_endpoint
+        self._tracing = start_tracing("mizzen-gateway")
         self._session: ClientSession | None = None
         self._kube: KubeClient | None = None
         self._api: web.AppRunner | None = None
@@ -88,6 +91,7 @@ class Gateway:
         self._api = web.AppRunner(
             build_app(self._parts(self._session)),
             access_log=None,
+            logger=server_log(),
             # A client that goes away cancels its request here, and with it the one upstream.
             handler_cancellation=True,
             shutdown_timeout=_CLEANUP_S,
@@ -151,6 +155,7 @@ class Gateway:
             await self._session.close()
         if self._kube is not None:
             await self._kube.close()
+        await asyncio.to_thread(self._tracing.close)
 
     def _parts(self, session: ClientSession) -> Parts:
         proxy = Proxy(
@@ -170,6 +175,7 @@ class Gateway:
             lifecycle=self.lifecycle,
             accounts=self.accounts,
             connections=self.connections,
+            tracing=self._tracing,
         )
 
     def _learn_upstreams(self) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mizzen.runtime.attention.base import NO_BIAS, AttentionBias, alibi_slopes
+from mizzen.runtime.kernels import ops
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.layers import (
     ACTIVATIONS,
@@ -32,7 +33,7 @@ from mizzen.runtime.model.layers import (
     sum_shares,
 )
 from mizzen.runtime.model.packed import Quantization, can_pack
-from mizzen.runtime.model.rope import inverse_frequencies, rope_tables, rotate
+from mizzen.runtime.model.rope import inverse_frequencies, rope_tables
 from mizzen.runtime.parallel.shard import HeadShard, Span, even_span, head_shard
 
 
@@ -90,13 +91,12 @@ class Attention(nn.Module):
         lora: LoraDelta | None,
     ) -> Tensor:
         """Return this rank's share of the addition to the residual stream."""
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x_TD, self.layer, lora)
-        )
+        tokens, d = x_TD.shape[0], self.head_dim
+        q, k, v = (part.view(tokens, -1, d) for part in self.qkv(x_TD, self.layer, lora))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if tables is not None:
-            q, k = (rotate(x, *tables, is_interleaved=self._is_interleaved) for x in (q, k))
+            q, k = (ops.rotate(x, *tables, is_interleaved=self._is_interleaved) for x in (q, k))
         if self._query_scale != 1.0:
             q = q * self._query_scale
         if self._bias is NO_BIAS:
@@ -131,13 +131,18 @@ class FeedForward(nn.Module):
         down = Part("down_proj", "mlp.down_proj", span, total)
         self.up = ColumnLinear(prefix, parts, spec.hidden_size, bias=spec.mlp_bias, place=place)
         self.down = RowLinear(prefix, down, spec.hidden_size, bias=spec.mlp_bias, place=place)
-        self.activation = ACTIVATIONS[spec.act]
+        self._act = spec.act
 
     def forward(self, x_TD: Tensor, lora: LoraDelta | None) -> Tensor:
         """Return this rank's share of the addition to the residual stream."""
-        first, *rest = self.up(x_TD, self.layer, lora)
-        hidden = self.activation(first)
-        return self.down(hidden * rest[0] if rest else hidden, self.layer, lora)
+        match self.up(x_TD, self.layer, lora):
+            case [gate, up] if self._act == "silu":
+                hidden = ops.silu_gate(gate, up)
+            case [gate, up]:
+                hidden = ACTIVATIONS[self._act](gate) * up
+            case [up]:
+                hidden = ACTIVATIONS[self._act](up)
+        return self.down(hidden, self.layer, lora)
 
 
 class Block(nn.Module):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mizzen.runtime.kernels import ops
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.packed import PackedWeight, Quantization, pack
 from mizzen.runtime.parallel.group import RankGroup
@@ -240,7 +241,7 @@ class Norm(Replicated):
         """Normalise the last dimension."""
         if self.bias is not None:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

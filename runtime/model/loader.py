@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from mizzen.runtime.errors import QuantizationUnsupportedError, WeightShapeError
-from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
+from mizzen.runtime.model.arch import ArchSpec, find_checkpoint, read_json
+from mizzen.runtime.model.compressed import open_compressed
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.families import family_named
 from mizzen.runtime.model.layers import Placement, TensorShard
@@ -38,7 +39,7 @@ def load_decoder(
             f"Quantization {quantization} is done on CPUs only. Set it to none for {device.type}."
         )
     checkpoint = find_checkpoint(path)
-    spec, source = _open(checkpoint)
+    spec, source = open_checkpoint(checkpoint)
     place = Placement(choose_dtype(dtype, spec, device), device, group or RankGroup())
     decoder = Decoder(spec, place)
     for part in decoder.parts():
@@ -71,12 +72,18 @@ def choose_dtype(dtype: torch.dtype | str, spec: ArchSpec, device: torch.device)
     return torch.bfloat16 if is_half else spec.dtype
 
 
-def _open(checkpoint: Path) -> tuple[ArchSpec, WeightSource]:
+def open_checkpoint(checkpoint: Path) -> tuple[ArchSpec, WeightSource]:
+    """Return what a model is and its tensors by our names, decompressed where need be.
+
+    Raises:
+        BadModelError: the checkpoint is not one we can use.
+    """
     if checkpoint.suffix == ".gguf":
         from mizzen.runtime.model.gguf_file import GgufFile  # noqa: PLC0415 - only if needed
 
         file = GgufFile(checkpoint)
         return file.spec(), NamedSource(file, file.names(), head_dim=file.spec().head_dim)
-    spec = ArchSpec.from_dir(checkpoint)
-    source = SafetensorsDir(checkpoint)
+    config = read_json(checkpoint / "config.json")
+    spec = ArchSpec.from_config(config)
+    source = open_compressed(config, SafetensorsDir(checkpoint))
     return spec, NamedSource(source, family_named(spec.family).names, head_dim=spec.head_dim)

@@ -41,7 +41,7 @@ def _llama3_speeds(speeds: Tensor, rope: RopeSpec) -> Tensor:
 def rope_tables(
     positions_T: Tensor, speeds: Tensor, rope: RopeSpec, *, head_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of shape [T, 1, d], as `rotate` wants them: every other sin negated.
+    """Return cos and sin of shape [T, 1, d], as `ops.rotate` wants them: every other sin negated.
 
     Dimensions that do not turn have an angle of zero.
     """
@@ -52,12 +52,3 @@ def rope_tables(
     rest = (0, head_dim - 2 * speeds.numel())
     cos = F.pad(cos.repeat_interleave(2, dim=-1), rest, value=1.0)
     return cos, F.pad(torch.stack((-sin, sin), dim=-1).flatten(-2), rest)
-
-
-def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool = False) -> Tensor:
-    """Turn the pairs (i, i + d/2) of each head, or (i, i + 1), as Hugging Face lays them out."""
-    if is_interleaved:
-        partners = x_THd.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    else:
-        partners = x_THd.roll(x_THd.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x_THd * cos, partners, sin)

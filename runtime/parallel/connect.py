@@ -5,6 +5,7 @@ process, and nothing listens on an interface that nobody named.
 """
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,44 +23,71 @@ dist: Any = torch.distributed
 LOOPBACK = "127.0.0.1"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Meeting:
-    """Where and how the ranks of one host meet."""
+    """Where and how ranks meet, as those of one pod see it."""
 
-    size: int
-    directory: Path  # private to us: who may write there may join
+    size: int  # ranks of all pods
+    first: int = 0  # rank of this pod
+    # A file in a folder that is private to us: who may write there may join. Over several pods
+    # the address and the port of a store in the leader's pod.
+    store: Path | tuple[str, int]
+    address: str = LOOPBACK  # by which the others reach this pod
     device: torch.device
     timeout_s: float
 
 
 def connect(rank: int, meeting: Meeting) -> RankGroup:
-    """Join the others; when this returns, every rank has come and the directory may go.
+    """Join the others; when this returns, every rank has come and a store's file may go.
 
     Raises:
         RankLostError: not every rank came in time.
     """
-    size, timeout = meeting.size, timedelta(seconds=meeting.timeout_s)
     build = _nccl if meeting.device.type == "cuda" else _gloo
     try:
-        store = dist.FileStore(str(meeting.directory / "store"), size)
-        group = RankGroup(rank, size, build(store, rank, size, timeout))
+        group = RankGroup(rank, meeting.size, build(_store(meeting), rank, meeting))
     except RuntimeError as error:
-        raise RankLostError(f"Not all of {size} ranks met in {meeting.timeout_s:g} s.") from error
+        raise RankLostError(
+            f"Not all of {meeting.size} ranks met in {meeting.timeout_s:g} s."
+        ) from error
     first = torch.cuda.current_device() if meeting.device.type == "cuda" else "cpu"
     group.all_reduce(torch.zeros(1, device=first))
     return group
 
 
-def _gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+def open_store(address: str, timeout_s: float) -> Any:
+    """Return a store that listens on this address alone, on a free port (`store.port`)."""
+    # Left to itself torch listens on every interface.
+    listening = socket.create_server((address, 0))
+    port = listening.getsockname()[1]
+    return dist.TCPStore(
+        address,
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )
+
+
+def _store(meeting: Meeting) -> Any:
+    if isinstance(meeting.store, Path):
+        return dist.FileStore(str(meeting.store), meeting.size)
+    host, port = meeting.store
+    return dist.TCPStore(host, port, timeout=timedelta(seconds=meeting.timeout_s))
+
+
+def _gloo(store: Any, rank: int, meeting: Meeting) -> Any:
     options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
-    options._timeout = timeout
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=meeting.address)]
+    options._timeout = timedelta(seconds=meeting.timeout_s)
+    return dist.ProcessGroupGloo(store, rank, meeting.size, options)
 
 
-def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    torch.cuda.set_device(rank)
+def _nccl(store: Any, rank: int, meeting: Meeting) -> Any:
+    if meeting.address == LOOPBACK:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    torch.cuda.set_device(rank - meeting.first)
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return dist.ProcessGroupNCCL(store, rank, size, options)
+    options._timeout = timedelta(seconds=meeting.timeout_s)
+    return dist.ProcessGroupNCCL(store, rank, meeting.size, options)

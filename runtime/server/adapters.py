@@ -12,6 +12,7 @@ from mizzen.runtime.engine.api import AdapterLoadError, EngineDeadError
 from mizzen.runtime.errors import MizzenError
 from mizzen.runtime.server.errors import ApiError, invalid, to_api_error
 from mizzen.runtime.server.service import Service
+from mizzen.runtime.train.digest import digest_of, hash_files
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +88,15 @@ def checked_path(path: str, roots: Sequence[Path]) -> Path:
     given = Path(os.path.normpath(path))
     if not any(given.is_relative_to(root) for root in roots):
         raise outside
-    real = given.resolve()
-    if not any(real.is_relative_to(root.resolve()) for root in roots):
-        raise outside
-    if not real.is_dir():
-        raise invalid("path", f"{given} is not a directory.", code="path_not_found")
-    return real
+    try:
+        real = given.resolve()
+        if not any(real.is_relative_to(root.resolve()) for root in roots):
+            raise outside
+        if real.is_dir():
+            return real
+    except (OSError, ValueError):
+        pass  # over the longest name there can be, or a NUL in it: no directory either
+    raise invalid("path", f"{str(given)[:200]!r} is not a directory.", code="path_not_found")
 
 
 async def load_adapter(service: Service, name: str, source: AdapterSource) -> None:
@@ -123,9 +127,6 @@ async def load_adapter(service: Service, name: str, source: AdapterSource) -> No
 
 
 def _check_digest(path: Path, wanted: str) -> None:
-    # The trainer's own definition, imported late: it brings torch, which the ports do not wait for.
-    from mizzen.runtime.train.publish import digest_of, hash_files  # noqa: PLC0415
-
     found = f"sha256:{digest_of(hash_files(path))}"
     if found != wanted:
         raise AdapterLoadError(

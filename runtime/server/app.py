@@ -45,7 +45,12 @@ def user_routes(service: Service) -> list[GuardedRoute]:
 def build_user_app(service: Service, gate: Gate) -> ASGIApp:
     """Return the users' port as an ASGI app."""
     app = build_http_app(user_routes(service), gate=gate, render_error=_render_error)
-    return Envelope(app, on_open=service.open_request, on_close=service.close_request)
+    return Envelope(
+        app,
+        on_open=service.open_request,
+        on_close=service.close_request,
+        tracing=service.tracing,
+    )
 
 
 def _render_error(path: str, error: ApiError) -> dict[str, object]:

@@ -76,6 +76,7 @@ def run_choices(
             adapter=adapter,
             priority=request.priority,
             cache_salt=request.cache_salt,
+            place=place,
         )
         for prompt in prompts
         for place in range(request.n)

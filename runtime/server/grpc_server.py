@@ -54,24 +54,27 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
-        """Return the method's handler with the check before it."""
+        """Return the method's handler with the checks before it."""
         handler = await continuation(handler_call_details)
-        access = METHOD_ACCESS.get(handler_call_details.method)
-        if handler is None or access is Access.OPEN:
+        if handler is None:
             return handler
-        return self._guarded(handler, access)
+        return self._guarded(handler, METHOD_ACCESS.get(handler_call_details.method))
 
     def _guarded(
         self, handler: grpc.RpcMethodHandler, access: Access | None
     ) -> grpc.RpcMethodHandler:
-        codec = (handler.request_deserializer, handler.response_serializer)
+        codec = (_forgiving(handler.request_deserializer), handler.response_serializer)
         if handler.response_streaming:
 
             async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
                 await self._check(access, context)
+                given = _Given(request) if handler.request_streaming else request
                 method = handler.stream_stream or handler.unary_stream
-                async for response in method(request, context):
-                    yield response
+                if given is not _UNREADABLE:
+                    async for response in method(given, context):
+                        yield response
+                if given is _UNREADABLE or (handler.request_streaming and given.is_broken):
+                    await abort_with(context, _not_a_message())
 
             make = (
                 grpc.stream_stream_rpc_method_handler
@@ -82,6 +85,8 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         async def unary(request: Any, context: Context) -> Any:
             await self._check(access, context)
+            if request is _UNREADABLE:
+                await abort_with(context, _not_a_message())
             return await handler.unary_unary(request, context)
 
         return grpc.unary_unary_rpc_method_handler(unary, *codec)
@@ -98,6 +103,39 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         )
         if refusal:
             await abort_with(context, ApiError(refusal.status, refusal.message))
+
+
+# grpc answers what its deserializer raises with UNKNOWN, as if the server had failed.
+_UNREADABLE = object()
+
+
+def _forgiving(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def read_or_not(data: bytes) -> Any:
+        try:
+            return read(data)
+        except Exception:
+            return _UNREADABLE
+
+    return read_or_not
+
+
+class _Given:
+    """A client's stream of messages up to the first that cannot be read."""
+
+    def __init__(self, messages: AsyncIterator[Any]) -> None:
+        self._messages = messages
+        self.is_broken = False
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        async for message in self._messages:
+            if message is _UNREADABLE:
+                self.is_broken = True
+                return
+            yield message
+
+
+def _not_a_message() -> ApiError:
+    return ApiError(400, "The bytes sent are not a message of this method.")
 
 
 def _peer_address(peer: str) -> str:

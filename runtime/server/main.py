@@ -1,20 +1,20 @@
-"""`mizzen serve`: one process from its first port to its last answer."""
+"""`mizzen serve`: the server's process, from its first port to its last answer."""
 
 import asyncio
 import logging
-import os
-import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import uvloop
 
 from mizzen.runtime.config import ServeConfig
 from mizzen.runtime.engine.api import EngineApi, EngineDeadError
-from mizzen.runtime.errors import MizzenError, RankLostError, report_fatal
+from mizzen.runtime.engine.remote import RemoteEngine
+from mizzen.runtime.engine.spawn import EngineProcess
+from mizzen.runtime.errors import MizzenError, report_fatal
 from mizzen.runtime.server.access import Gate, SecretFile
 from mizzen.runtime.server.adapters import load_listed
 from mizzen.runtime.server.admin import build_admin_app
@@ -24,10 +24,13 @@ from mizzen.runtime.server.grpc_server import build_grpc_server
 from mizzen.runtime.server.listen import HttpServer, bind_port, port_taken
 from mizzen.runtime.server.metrics import Metrics
 from mizzen.runtime.server.service import Phase, Service
+from mizzen.runtime.server.stopping import first_of, set_up_logging, stop_signals
 
 log = logging.getLogger(__name__)
 
 _GRACE_S = 2  # after the drain only answers that a client does not read are left
+
+_LAST_WORDS_S = 1.0
 
 StartEngine = Callable[[ServeConfig, Metrics], Awaitable[EngineApi]]
 
@@ -41,46 +44,24 @@ class Ports:
     admin: int
 
 
-def serve(config: ServeConfig) -> int:
-    """Serve until told to stop; return the process's exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+def serve(config: ServeConfig, process: EngineProcess) -> int:
+    """Serve with the engine of `process` until told to stop; return the exit code."""
+    set_up_logging()
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve_until_stopped(config))
-    except (RankLostError, EngineDeadError) as error:
+        with process, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(Server(config, partial(start_engine, process)).run())
+    except EngineDeadError as error:
         # A crash, not a mistake in the configuration: starting again may help.
         log.critical("ending: %s", error)
-        return 1
+        return error.exit_code
     except MizzenError as error:
         return report_fatal(error)
     return 0
 
 
-async def _serve_until_stopped(config: ServeConfig) -> None:
-    server = Server(config, start_engine)
-    await server.run()
-    if server.service.engine_or_none is None:
-        # Stopped while the model loads. A thread in the middle of reading weights cannot be
-        # ended, and waiting for it would outlast the pod's grace period.
-        logging.shutdown()
-        os._exit(0)
-
-
-async def start_engine(config: ServeConfig, metrics: Metrics) -> EngineApi:
-    """Load the model in a thread, so that the ports answer meanwhile."""
-    return await asyncio.to_thread(_load_engine, config, metrics)
-
-
-def _load_engine(config: ServeConfig, metrics: Metrics) -> EngineApi:
-    # Imported here because torch takes seconds, in which the ports already answer.
-    from mizzen.runtime.engine.engine import Engine  # noqa: PLC0415
-    from mizzen.runtime.model.arch import ArchSpec  # noqa: PLC0415
-
-    # What is wrong with the model itself comes before what its tokenizer lacks.
-    ArchSpec.from_dir(config.model_path)
-    engine = Engine.start(config.engine_config(), metrics)
-    return cast("EngineApi", engine)  # its attributes have narrower types than the protocol's
+async def start_engine(process: EngineProcess, config: ServeConfig, metrics: Metrics) -> EngineApi:
+    """Have the engine's process load the model; the ports answer meanwhile."""
+    return await RemoteEngine.start(process, config.engine_config(), metrics)
 
 
 class Server:
@@ -124,7 +105,7 @@ class Server:
         users = HttpServer(build_user_app(self.service, gate), http_socket)
         await grpc_server.start()
         self.bound.set()
-        with _signals(self.ask_to_stop):
+        with stop_signals(self.ask_to_stop):
             try:
                 await self._serve()
             finally:
@@ -133,22 +114,25 @@ class Server:
                 await grpc_server.stop(grace=grace_s)
                 await self._stop_engine()
                 await admin.stop(grace_s)
+                await asyncio.to_thread(self.service.tracing.close)
 
     async def _serve(self) -> None:
         loading = asyncio.create_task(self._load())
         try:
-            await _first_of(loading, self._stop_asked.wait())
+            await first_of(loading, self._stop_asked.wait())
             if loading.done():
                 loading.result()
             died = asyncio.create_task(self._wait_until_dead())
-            await _first_of(self._stop_asked.wait(), died)
+            await first_of(self._stop_asked.wait(), died)
             if died.done():
-                raise EngineDeadError("The engine is dead, and only a new process helps.")
+                # Running requests get their error, and new ones theirs until endpoints are told.
+                await asyncio.sleep(_LAST_WORDS_S)
+                raise died.result()
             died.cancel()
             # A stop during loading has nobody to be polite to.
             if self.service.engine_or_none:
                 self.drain.begin(self._config.drain_seconds)
-                await _first_of(self.drain.wait(), self._hurry.wait())
+                await first_of(self.drain.wait(), self._hurry.wait())
         finally:
             loading.cancel()
 
@@ -166,13 +150,16 @@ class Server:
         log.info("serving %s on %s", self._config.served_name, self.ports)
         self.started.set()
 
-    async def _wait_until_dead(self) -> None:
+    async def _wait_until_dead(self) -> MizzenError:
         # A liveness probe would end the process too, a minute later or, outside a cluster, never.
         seen_alive_at = time.monotonic()
         while time.monotonic() - seen_alive_at < self._dead_for_s:
             await asyncio.sleep(self._dead_for_s / 10)
+            if death := self.service.engine.death():
+                return death
             if self.service.is_alive():
                 seen_alive_at = time.monotonic()
+        return EngineDeadError("The engine is dead, and only a new process helps.")
 
     def _enter(self, phase: Phase) -> None:
         # A drain may have begun meanwhile, and nothing goes back from there.
@@ -192,32 +179,8 @@ class Server:
             raise port_taken(host, port, error) from error
 
 
-async def _first_of(*waits: Awaitable[object]) -> None:
-    """Wait until one of `waits` is over; the coroutines among them end with it."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task, wait in zip(tasks, waits, strict=True):
-            if task is not wait:
-                task.cancel()
-
-
 def _build_gate(config: ServeConfig) -> Gate:
     return Gate(
         admin_token=SecretFile(config.admin_token_file) if config.admin_token_file else None,
         api_keys=SecretFile(config.api_key_file) if config.api_key_file else None,
     )
-
-
-@contextmanager
-def _signals(ask_to_stop: Callable[[], None]) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    wanted = (signal.SIGTERM, signal.SIGINT)
-    for each in wanted:
-        loop.add_signal_handler(each, ask_to_stop)
-    try:
-        yield
-    finally:
-        for each in wanted:
-            loop.remove_signal_handler(each)

@@ -31,6 +31,7 @@ from mizzen.runtime.server.oip_models import (
 )
 from mizzen.runtime.server.oip_tensors import Tensor, from_raw, from_values, to_raw
 from mizzen.runtime.server.service import Service
+from mizzen.runtime.tracing import Span
 
 # Neither grpc nor the generated messages bring types.
 Context: TypeAlias = Any
@@ -48,11 +49,17 @@ _CODES = {
 }
 
 
+# A text that quotes the request may be as long as that; over the limit of a trailer (8 KiB, with
+# three bytes for each that is not ASCII) clients get an error of their own in its place.
+_MOST_DETAILS = 512
+
+
 async def abort_with(context: Context, error: ApiError) -> None:
     """End a call with an error's status."""
     if error.retry_after_s is not None:
         context.set_trailing_metadata((("retry-after", error.headers()["Retry-After"]),))
-    await context.abort(_CODES.get(error.status, grpc.StatusCode.INTERNAL), error.message)
+    code = _CODES.get(error.status, grpc.StatusCode.INTERNAL)
+    await context.abort(code, error.message[:_MOST_DETAILS])
 
 
 class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -122,15 +129,19 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
 
     async def ModelInfer(self, request: Message, context: Context) -> Message:
         """Answer one prompt, whole."""
-        with self._counted():
+        with self._inference(context) as span:
             try:
                 call = _call(request)
                 asked = await understand(self._service, call)
                 if asked.stream:
                     raise ApiError(400, "ModelInfer cannot stream; use ModelStreamInfer.")
-                return _response(call, await run_whole(self._service, asked))
+                tensors = await run_whole(self._service, asked)
+                span.answered(200)
+                return _response(call, tensors)
             except Exception as error:
-                await abort_with(context, to_api_error(error))
+                answer = to_api_error(error)
+                span.answered(answer.status)
+                await abort_with(context, answer)
         raise AssertionError("abort raises")
 
     async def ModelStreamInfer(
@@ -138,7 +149,7 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
     ) -> AsyncIterator[Message]:
         """Answer prompts as they come, each with as many responses as it has pieces."""
         ready: asyncio.Queue[Message | None] = asyncio.Queue()
-        reader = asyncio.create_task(self._read(requests, ready))
+        reader = asyncio.create_task(self._read(requests, ready, context))
         try:
             while (response := await ready.get()) is not None:
                 yield response
@@ -147,17 +158,22 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
             await asyncio.wait((reader,))
 
     async def _read(
-        self, requests: AsyncIterator[Message], ready: asyncio.Queue[Message | None]
+        self,
+        requests: AsyncIterator[Message],
+        ready: asyncio.Queue[Message | None],
+        context: Context,
     ) -> None:
         try:
             async with asyncio.TaskGroup() as answers:
                 async for request in requests:
-                    answers.create_task(self._answer(request, ready))
+                    answers.create_task(self._answer(request, ready, context))
         finally:
             ready.put_nowait(None)
 
-    async def _answer(self, request: Message, ready: asyncio.Queue[Message | None]) -> None:
-        with self._counted():
+    async def _answer(
+        self, request: Message, ready: asyncio.Queue[Message | None], context: Context
+    ) -> None:
+        with self._inference(context) as span:
             try:
                 call = _call(request)
                 asked = await understand(self._service, call)
@@ -165,7 +181,11 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
                     await self._respond(call, asked, ready)
             except Exception as error:
                 error = timed_out() if isinstance(error, TimeoutError) else error
-                ready.put_nowait(_failure(request, to_api_error(error)))
+                answer = to_api_error(error)
+                span.answered(answer.status)
+                ready.put_nowait(_failure(request, answer))
+            else:
+                span.answered(200)
 
     async def _respond(
         self, call: InferCall, asked: Inference, ready: asyncio.Queue[Message | None]
@@ -190,10 +210,13 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
             await abort_with(context, error)
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _inference(self, context: Context) -> Iterator[Span]:
+        """Count a request, and have its span, until its answer is made."""
         self._service.open_request()
+        headers = {key: str(value) for key, value in context.invocation_metadata() or ()}
         try:
-            yield
+            with self._service.tracing.request("ModelInfer", headers) as span:
+                yield span
         finally:
             self._service.close_request()
 

@@ -16,6 +16,7 @@ from mizzen.runtime.server.oip_tensors import Tensor
 from mizzen.runtime.server.prompts import encode_text
 from mizzen.runtime.server.schemas import Sampling
 from mizzen.runtime.server.service import Service
+from mizzen.runtime.tracing import current_span
 
 # name -> (datatype, optional)
 INPUTS: Mapping[str, tuple[str, bool]] = {
@@ -75,6 +76,7 @@ async def understand(service: Service, call: InferCall) -> Inference:
     Raises:
         ApiError: the model is not served, or the call's tensors are not what it takes.
     """
+    current_span.get().name("text_completion", call.model)
     adapter = service.resolve(call.model)
     check_version(call.version)
     _check_names(call)
@@ -96,8 +98,8 @@ async def understand(service: Service, call: InferCall) -> Inference:
         stream=stream,
         prepend_input=not exclude,
         outputs=_wanted(call),
-        priority=_number(call.parameters, "priority"),
-        timeout_s=_number(call.parameters, "timeout") / 1e6 or None,  # sent in microseconds
+        priority=_number(call.parameters, "priority", least=-_MOST),
+        timeout_s=_number(call.parameters, "timeout", least=0) / 1e6 or None,  # microseconds
     )
 
 
@@ -136,11 +138,14 @@ def _flag(inputs: Mapping[str, Tensor], name: str, *, default: bool) -> bool:
     return bool(inputs[name].values[0]) if name in inputs else default
 
 
-def _number(parameters: Mapping[str, object], name: str) -> int:
+_MOST = 2**31 - 1
+
+
+def _number(parameters: Mapping[str, object], name: str, *, least: int) -> int:
     value = parameters.get(name, 0)
-    if isinstance(value, int) and abs(value) < 2**31:
+    if isinstance(value, int) and least <= value <= _MOST:
         return value
-    raise invalid(name, f"{name}: expected an integer below 2147483648.")
+    raise invalid(name, f"{name}: expected an integer between {least} and {_MOST}.")
 
 
 def _sampling(inputs: Mapping[str, Tensor]) -> InferSampling:

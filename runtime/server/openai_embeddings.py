@@ -17,8 +17,11 @@ async def embeddings(service: Service, asked: EmbeddingRequest) -> ASGIApp:
     """Embed each input; all of them run in the engine at once."""
     adapter = service.resolve(asked.model)
     prompts = await encode_prompts(service.engine, asked.inputs(), param="input")
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_embed(service, prompt, adapter)) for prompt in prompts]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_embed(service, prompt, adapter)) for prompt in prompts]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
     vectors = [task.result() for task in tasks]
     tokens = sum(len(prompt) for prompt in prompts)
     data = [

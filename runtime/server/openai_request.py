@@ -12,6 +12,7 @@ from mizzen.runtime.server.access import Access
 from mizzen.runtime.server.errors import from_validation
 from mizzen.runtime.server.routes import GuardedRoute, read_body
 from mizzen.runtime.server.service import Service
+from mizzen.runtime.tracing import OPERATIONS, current_span
 
 Asked = TypeVar("Asked", bound=BaseModel)
 
@@ -23,6 +24,7 @@ def post_route(
     service: Service,
 ) -> GuardedRoute:
     """Return the route of a call that takes a `kind`."""
+    operation = OPERATIONS.get(path)
 
     @wraps(call)
     async def endpoint(request: Request) -> ASGIApp:
@@ -31,6 +33,8 @@ def post_route(
             asked = kind.model_validate_json(body)
         except ValidationError as error:
             raise from_validation(error) from error
+        if operation is not None:
+            current_span.get().name(operation, asked.model)
         return await call(service, asked)
 
     return GuardedRoute("POST", path, endpoint, Access.USER, body=kind)

@@ -11,13 +11,14 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mizzen.runtime.server.access import Access, Gate
 from mizzen.runtime.server.errors import ApiError, to_api_error
+from mizzen.runtime.tracing import NO_TRACING, OPERATIONS, Span, Tracing, current_span
 
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]
 RenderError = Callable[[str, ApiError], Mapping[str, object]]  # path, error -> JSON body
@@ -144,7 +145,8 @@ async def read_body(request: Request, *, limit: int) -> bytes:
     """Return the body.
 
     Raises:
-        ApiError: it is, or says it is, over `limit` bytes; the rest is left unread.
+        ApiError: it is, or says it is, over `limit` bytes; the rest is left unread. Or it did not
+            come, or not to its end.
     """
     said = request.headers.get("content-length", "")
     if said.isdigit() and int(said) > limit:
@@ -154,6 +156,8 @@ async def read_body(request: Request, *, limit: int) -> bytes:
             return await _read_up_to(request, limit)
     except TimeoutError as error:
         raise ApiError(408, "The body did not arrive in time.", code="body_timeout") from error
+    except ClientDisconnect as error:
+        raise ApiError(400, "The body was cut short.", code="body_cut") from error
 
 
 _BODY_LIMIT_S = 60.0  # a request is counted, and a stop waits for it, while its body trickles in
@@ -228,11 +232,17 @@ class Envelope:
     """
 
     def __init__(
-        self, app: ASGIApp, *, on_open: Callable[[], None], on_close: Callable[[], None]
+        self,
+        app: ASGIApp,
+        *,
+        on_open: Callable[[], None],
+        on_close: Callable[[], None],
+        tracing: Tracing,
     ) -> None:
         self.app = app
         self._on_open = on_open
         self._on_close = on_close
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -245,9 +255,22 @@ class Envelope:
             return
         self._on_open()
         try:
-            await _until_client_goes(self.app, scope, receive, send)
+            is_inference = scope["path"] in OPERATIONS or scope["path"].endswith("/infer")
+            tracing = self._tracing if is_inference else NO_TRACING
+            with tracing.request(f"POST {scope['path']}", Request(scope).headers) as span:
+                send = _with_status(span, send)
+                await _until_client_goes(self.app, scope, receive, send)
         finally:
             self._on_close()
+
+
+def _with_status(span: Span, send: Send) -> Send:
+    async def send_and_note(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            span.answered(message["status"])
+        await send(message)
+
+    return send_and_note
 
 
 def _with_request_id(scope: Scope, send: Send) -> Send:
@@ -287,5 +310,7 @@ async def _until_client_goes(app: ASGIApp, scope: Scope, receive: Receive, send:
         if not answer.done():
             answer.cancel()
             await asyncio.wait((answer,))
-    if not answer.cancelled():
+    if answer.cancelled():
+        current_span.get().failed("client_gone", is_ours=False)
+    else:
         answer.result()

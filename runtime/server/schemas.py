@@ -3,11 +3,11 @@
 A field we know and cannot honour is refused with its name; silence would be taken for effect.
 """
 
-import json
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import from_json
 
 from mizzen.runtime.engine.api import Grammar, SamplingParams
 from mizzen.runtime.server.structured import ResponseFormat, StructuredOutputs
@@ -19,6 +19,8 @@ _MAX_STOPS = 16
 _MAX_STOP_CHARS = 1024
 _MAX_BIASES = 1024
 _MAX_PROMPTS = 64
+_MOST = 2**31 - 1
+_COLDEST = 1e-5  # below, logits divided by it leave float32; its limit is the best token
 
 StopText = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0)]
@@ -42,14 +44,14 @@ class Sampling(BaseModel):
 
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)  # vLLM's -1 and our 0 both keep all
+    top_k: int = Field(0, ge=-1, le=_MOST)  # vLLM's -1 and our 0 both keep all
     min_p: float = Field(0.0, ge=0, le=1)
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(None, ge=1)
-    min_tokens: int = Field(0, ge=0)
+    max_tokens: int | None = Field(None, ge=1, le=_MOST)
+    min_tokens: int = Field(0, ge=0, le=_MOST)
     stop: StopText | Annotated[list[StopText], Field(max_length=_MAX_STOPS)] | None = None
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=_MAX_STOPS)
     ignore_eos: bool = False
@@ -81,7 +83,7 @@ class Sampling(BaseModel):
         """Return the engine's form of these parameters."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return SamplingParams(
-            temperature=self.temperature,
+            temperature=self.temperature if self.temperature > _COLDEST else 0.0,
             top_p=self.top_p,
             top_k=max(0, self.top_k),
             min_p=self.min_p,
@@ -175,7 +177,8 @@ class CalledFunction(BaseModel):
     @field_validator("arguments")
     @classmethod
     def _is_an_object(cls, arguments: str) -> str:
-        if not isinstance(json.loads(arguments or "{}"), dict):
+        # json.loads takes what no tokenizer does (half a surrogate), and fails on what is deep.
+        if not isinstance(from_json(arguments or "{}"), dict):
             raise ValueError("arguments is not a JSON object")
         return arguments
 
@@ -192,7 +195,7 @@ class MadeCall(BaseModel):
     def to_template(self) -> dict[str, Any]:
         """Return the call as chat templates read it: arguments as an object."""
         function = self.function
-        arguments = json.loads(function.arguments or "{}")
+        arguments = from_json(function.arguments or "{}")
         return {
             "id": self.id,
             "type": "function",
@@ -238,7 +241,7 @@ class ChatRequest(OpenAIRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=2048)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MOST)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)

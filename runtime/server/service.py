@@ -23,6 +23,8 @@ from mizzen.runtime.engine.api import (
 from mizzen.runtime.server.errors import ApiError, not_ready, to_api_error, unknown_model
 from mizzen.runtime.server.files import ModelFiles
 from mizzen.runtime.server.metrics import Metrics
+from mizzen.runtime.server.traces import trace_asked, trace_finished
+from mizzen.runtime.tracing import Tracing, current_span, start_tracing
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class Service:
     metrics: Metrics
     phase: Phase = Phase.STARTING
     files: ModelFiles = field(default_factory=ModelFiles)
+    tracing: Tracing = field(default_factory=lambda: start_tracing("mizzen-runtime"))
     uses: dict[str, ModelUse] = field(default_factory=dict)
     started_at: int = field(default_factory=lambda: int(time.time()))
     change_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -156,8 +159,11 @@ class Service:
         adapter: str | None,
         priority: int = 0,
         cache_salt: str = "",
+        place: int = 0,
     ) -> AsyncGenerator[TokenOutput, None]:
         """Yield the answer to a prompt; closing the iterator frees what it holds.
+
+        `place` is the answer's among those to the same prompt, whose tokens count once.
 
         Raises:
             ApiError: whatever the engine had against it, or that it was cut by a stop.
@@ -171,6 +177,7 @@ class Service:
             cache_salt=cache_salt,
         )
         engine = self.engine
+        trace_asked(current_span.get(), request)
         began_ns, tokens, succeeded = time.monotonic_ns(), 0, False
         try:
             # The engine's iterators are generators; the protocol promises only the iterator.
@@ -186,6 +193,8 @@ class Service:
                         )
                     tokens = output.output_tokens
                     succeeded = output.finish_reason is not None
+                    if output.finished is not None:
+                        trace_finished(current_span.get(), output.finished, place=place)
                     yield output
         except Exception as error:
             raise self._refused(error) from error
@@ -194,6 +203,8 @@ class Service:
 
     def _refused(self, error: Exception) -> ApiError:
         answer = to_api_error(error)
+        kind = answer.code or str(answer.status)
+        current_span.get().failed(kind, is_ours=answer.status >= 500)
         if answer.status == 500:
             log.error("a request failed", exc_info=error)
         self.metrics.reject(answer)

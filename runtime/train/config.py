@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.measures import SuiteType
-from mizzen.runtime.train.options import Dpo, Part
+from mizzen.runtime.train.options import Distill, Dpo, Merge, Part, Prune, Quantize
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Sha256 = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{64}$")]
@@ -112,6 +112,8 @@ class Evaluation(Part):
     suites: tuple[Suite, ...] = ()
 
 
+TRANSFORMS = frozenset({"merge", "quantize", "prune"})
+_NEED_SECTION = TRANSFORMS | {"distill"}
 _MEASURE_OF: dict[str, SuiteType] = {"dpo": "preferenceLoss", "reward": "preferenceLoss"}
 
 
@@ -119,13 +121,17 @@ class TrainConfig(Part):
     """One generation of one job."""
 
     job: str = Field(min_length=1)
-    method: Literal["sft", "dpo", "reward"] = "sft"
+    method: Literal["sft", "dpo", "reward", "distill", "merge", "quantize", "prune"] = "sft"
     adaptation: Adaptation = Adaptation()
     base_model: Path
-    datasets: tuple[Dataset, ...] = Field(min_length=1)
+    datasets: tuple[Dataset, ...] = ()
     processing: Processing = Processing()
     hyperparameters: Hyperparameters = Hyperparameters()
     dpo: Dpo = Dpo()
+    distill: Distill | None = None
+    merge: Merge | None = None
+    quantize: Quantize | None = None
+    prune: Prune | None = None
     failure: Failure = Failure()
     checkpoint: Checkpointing
     output: Output
@@ -136,15 +142,35 @@ class TrainConfig(Part):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> TrainConfig:
+        if self.method in _NEED_SECTION and getattr(self, self.method) is None:
+            raise ValueError(f"method {self.method} needs a section {self.method}")
+        if self.needs_data and not self.datasets:
+            raise ValueError(f"method {self.method} needs datasets here")
         if self.evaluation.suites and self.processing.holdout_ratio == 0:
             raise ValueError("evaluation.suites need processing.holdout_ratio above 0")
         measure = _MEASURE_OF.get(self.method, "perplexity")
         if any(suite.type != measure for suite in self.evaluation.suites):
             raise ValueError(f"method {self.method} is measured by suites of type {measure}")
-        wanted = "adapter" if self.adaptation.type == "lora" else "model"
+        is_adapter = self.is_trained and self.adaptation.type == "lora"
+        wanted = "adapter" if is_adapter else "model"
         if self.output.kind != wanted:
-            raise ValueError(f"adaptation {self.adaptation.type} makes output.kind {wanted}")
+            maker = f"adaptation {self.adaptation.type}" if self.is_trained else self.method
+            raise ValueError(f"{maker} makes output.kind {wanted}")
         return self
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether weights learn, instead of being computed from those that are there."""
+        return self.method not in TRANSFORMS
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether there is nothing to do without samples."""
+        if self.is_trained or self.evaluation.suites:
+            return True
+        if self.quantize is not None and self.method == "quantize":
+            return self.quantize.algorithm == "gptq"
+        return self.method == "prune" and self.prune is not None and self.prune.kind != "nm24"
 
 
 class TrainerEnvironment(BaseSettings):

@@ -83,6 +83,19 @@ class DatasetUnreachableError(MizzenError):
         super().__init__(f"dataset {dataset}: {what}")
 
 
+class TeacherTokenizerError(JobError):
+    """The teacher's token ids mean other tokens than the student's."""
+
+    reason = "TeacherTokenizerDiffers"
+
+    def __init__(self, *, student: str, teacher: str) -> None:
+        super().__init__(
+            f"The teacher's vocabulary has the digest {teacher} and the student's {student}. "
+            "Use a teacher with the same tokenizer, or let it write answers and train on them "
+            "with method sft."
+        )
+
+
 class LossNotFiniteError(JobError):
     """Training ran away; the same step would run away again."""
 

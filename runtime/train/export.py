@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from mizzen.runtime.model.names import to_checkpoint
 from mizzen.runtime.train.errors import JobConfigError
 
 _COPIED = (
-    "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -49,13 +48,34 @@ def write_model(
     names = family_named(spec.family).names
     tensors = to_checkpoint(moved, names, head_dim=spec.head_dim)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_description(folder, spec=spec, base_model=base_model, tokenizer=tokenizer)
+
+
+def write_description(
+    folder: Path,
+    *,
+    spec: ArchSpec,
+    base_model: Path,
+    tokenizer: Tokenizer,
+    changes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write configuration, tokenizer and template; `changes` are what config.json says instead.
+
+    None takes a field away.
+    A base that was compressed is so no longer: only `changes` can say that the result is.
+    """
     base = find_checkpoint(base_model)
     if base.is_dir():
         for name in _COPIED:
             if (base / name).exists():
                 shutil.copyfile(base / name, folder / name)
+        config = json.loads((base / "config.json").read_text())
     else:
-        _write_description(folder, spec, dtype, tokenizer)
+        config = build_config(spec, published_dtype(spec))
+        _write_tokenizer(folder, tokenizer)
+    config.pop("quantization_config", None)
+    said = config | dict(changes or {})
+    _write_json(folder / "config.json", {k: v for k, v in said.items() if v is not None})
 
 
 def check_exportable(spec: ArchSpec) -> None:
@@ -76,11 +96,8 @@ def published_dtype(spec: ArchSpec) -> torch.dtype:
     return torch.float32 if spec.dtype == torch.float32 else torch.bfloat16
 
 
-def _write_description(
-    folder: Path, spec: ArchSpec, dtype: torch.dtype, tokenizer: Tokenizer
-) -> None:
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Write for a GGUF base what a Hugging Face base would have brought along."""
-    _write_json(folder / "config.json", build_config(spec, dtype))
     tokenizer.backend.save(str(folder / "tokenizer.json"))
     _write_json(
         folder / "tokenizer_config.json",

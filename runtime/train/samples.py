@@ -39,6 +39,22 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class TaughtSample:
+    """A sample with the ids that a teacher drew where each label is to be predicted."""
+
+    sample: Sample
+    drawn_NK: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    @property
+    def labels(self) -> int:
+        """Number of scored tokens."""
+        return self.sample.labels
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """A preference: two conversations of which people like the first one better."""
 

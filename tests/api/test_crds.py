@@ -146,10 +146,6 @@ REFUSED: dict[str, tuple[Document, str]] = {
         deployment(parallelism={"tensor": 3, "nodes": 2}),
         "parallelism.tensor must be a multiple of parallelism.nodes",
     ),
-    "a group of pods for a runtime that joins ranks inside one pod": (
-        deployment(parallelism={"tensor": 2, "nodes": 2}),
-        "parallelism.nodes above 1 needs engine.image",
-    ),
     "a number of devices without their name": (
         deployment(accelerator={"count": 2}),
         "accelerator.count needs accelerator.resource, such as nvidia.com/gpu.",
@@ -187,7 +183,37 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(baseModel={}),
         "Set exactly one of baseModel.deployment and baseModel.source.",
     ),
-    "a job without data": (job(dataset=[]), "should have at least 1 items"),
+    "a job without data": (job(dataset=[]), "this method learns from examples"),
+    "a gate without data": (
+        job(
+            method="merge",
+            merge={"kind": "adapter", "parts": [{"source": "pvc://models/a"}]},
+            dataset=[],
+            evaluation={"suites": [{"name": "holdout"}]},
+        ),
+        "evaluation.suites needs a dataset to measure on",
+    ),
+    "calibration without data": (
+        job(method="quantize", quantize={"scheme": "int4", "algorithm": "gptq"}, dataset=[]),
+        "need a dataset to see what is used",
+    ),
+    "a method without its settings": (job(method="distill"), "Method distill needs spec.distill."),
+    "the settings of another method": (
+        job(prune={"kind": "depth"}),
+        "spec.prune is only for method prune.",
+    ),
+    "a preference measured by perplexity": (
+        job(method="dpo", evaluation={"suites": [{"name": "votes"}]}),
+        "need type preferenceLoss for methods dpo and reward",
+    ),
+    "a reward model that shall answer": (
+        job(method="reward", promotion={"deployment": "smollm2"}),
+        "needs a method that makes an adapter which answers: sft, dpo, distill",
+    ),
+    "a group size no kernel has": (
+        job(method="quantize", quantize={"scheme": "int4", "groupSize": 48}),
+        "spec.quantize.groupSize: Unsupported value: 48",
+    ),
     "a dataset of a kind we do not have": (
         job(dataset=[{"name": "a", "uri": "s3://bucket/data.jsonl"}]),
         "A dataset's uri must look like configMap://NAME/KEY, pvc://CLAIM/PATH",

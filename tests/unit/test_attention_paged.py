@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mizzen.runtime.attention.base import AttentionBias, KvShape, PagedBatch, alibi_slopes
 from mizzen.runtime.attention.causal import CausalAttention
+from mizzen.runtime.attention.paged_cpu import PagedCpu
 from mizzen.runtime.attention.sdpa import PagedSdpa
 
 HEAD_DIM = 8
@@ -60,6 +61,7 @@ def test_long_biased_prompts_are_attended_in_pieces(window: int | None) -> None:
     torch.testing.assert_close(found, dense(q, k, v, bias), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("attention", [PagedSdpa, PagedCpu])
 @settings(max_examples=60, deadline=None)
 @given(
     data=st.data(),
@@ -69,6 +71,7 @@ def test_long_biased_prompts_are_attended_in_pieces(window: int | None) -> None:
     has_slopes=st.booleans(),
 )
 def test_paged_attention_equals_dense(
+    attention: type[PagedSdpa] | type[PagedCpu],
     data: st.DataObject,
     lens: list[int],
     heads: tuple[int, int],
@@ -95,7 +98,7 @@ def test_paged_attention_equals_dense(
             block_tables=[tables[i] for i in who],
         )
         packed = (torch.cat([x[i][spans[i]] for i in who]) for x in (q, k, v))
-        out = PagedSdpa(cache, batch)(1, *packed, bias=bias)
+        out = attention(cache, batch)(1, *packed, bias=bias)
         for i, part in zip(who, out.split([step[i] for i in who]), strict=True):
             found[i].append(part)
             done[i] += step[i]

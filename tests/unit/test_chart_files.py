@@ -34,6 +34,7 @@ EVERYTHING = {
     },
     "gateway": {"service": {"type": "LoadBalancer", "annotations": {"lb": "internal"}}},
     "metrics": {"podMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
+    "tracing": {"endpoint": "http://otel-collector.monitoring:4318"},
     "test": {"model": "pvc://models/smollm2"},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -250,6 +251,23 @@ def test_images_follow_their_values() -> None:
     text = json.dumps(render(values))
     assert '"image": "r/control:1"' in text
     assert f'"value": "r/runtime@sha256:{"a" * 64}"' in text
+
+
+@needs_helm
+@pytest.mark.parametrize("endpoint", ["", "http://otel:4318"], ids=["none", "one"])
+def test_a_collector_of_traces_is_told_to_the_gateway_and_through_the_operator(
+    endpoint: str,
+) -> None:
+    values = {"tracing": {"endpoint": endpoint}} if endpoint else {}
+    told = {
+        name: variable["value"]
+        for _, spec in pod_specs(render(values))
+        for variable in spec["containers"][0].get("env", [])
+        if (name := variable["name"]).endswith("OTLP_ENDPOINT")
+    }
+    # An empty variable would be read as one that is set.
+    gateway = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint} if endpoint else {}
+    assert told == {"MIZZEN_OTLP_ENDPOINT": endpoint, **gateway}
 
 
 @needs_helm

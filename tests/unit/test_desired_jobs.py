@@ -40,6 +40,28 @@ SPECS: dict[str, dict[str, Any]] = {
         "evaluation": {"suites": [{"name": "votes", "type": "preferenceLoss"}]},
     },
     "a reward model": {"method": "reward"},
+    "a teacher on another claim": {
+        "method": "distill",
+        "distill": {"teacher": "pvc://teachers/large", "samples": 16, "dataWeight": 0.2},
+    },
+    "adapters merged without data": {
+        "method": "merge",
+        "merge": {"kind": "adapter", "parts": [{"source": "pvc://models/a"}]},
+        "dataset": [],
+    },
+    "an average of models": {
+        "method": "merge",
+        "merge": {
+            "kind": "average",
+            "baseWeight": 2,
+            "parts": [{"source": "file:///models/b", "weight": 0.5}],
+        },
+    },
+    "four bits": {
+        "method": "quantize",
+        "quantize": {"scheme": "int4", "groupSize": 32, "algorithm": "gptq"},
+    },
+    "fewer layers": {"method": "prune", "prune": {"kind": "depth", "ratio": 0.5}},
     "a patient watchdog": {"failure": {"hangTimeoutSeconds": 7200}},
     "results elsewhere": {"output": {"uri": "pvc://results/x"}},
 }
@@ -54,6 +76,18 @@ def test_the_trainer_reads_what_the_operator_writes(changes: dict[str, Any]) -> 
 def test_results_go_beside_the_base_model_by_default() -> None:
     assert job().output_uri == "pvc://models/adapters/support"
     assert job(adaptation={"type": "full"}).output_uri == "pvc://models/models/support"
+
+
+def test_what_is_computed_is_a_model_and_every_address_in_it_is_mounted() -> None:
+    parts = [{"source": "pvc://adapters/a"}, {"source": "file:///models/b"}]
+    merging = job(method="merge", merge={"kind": "adapter", "parts": parts}, dataset=[])
+    assert merging.output_uri == "pvc://models/models/support"
+    assert merging.claims == ("adapters", "models")
+    written = build_train_config(merging, generation=1)
+    assert [part["source"] for part in written["merge"]["parts"]] == [
+        "/mnt/pvc/adapters/a",
+        "/models/b",
+    ]
 
 
 def test_every_source_is_mounted_once() -> None:

@@ -197,7 +197,7 @@ REFUSED = {
     "no tokens at all": (
         endless(sampling=SamplingParams(max_tokens=0)),
         InvalidRequestError,
-        "max_tokens is 0; it must be at least 1",
+        "max_tokens is 0; it must be between 1 and 2147483647",
     ),
     "a bias on a token the model does not have": (
         endless(sampling=SamplingParams(logit_bias={999: 1.0})),

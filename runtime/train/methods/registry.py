@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from mizzen.runtime.train.methods.distill import Distill
 from mizzen.runtime.train.methods.dpo import Dpo
 from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.methods.reward import Reward
@@ -14,6 +15,7 @@ _BUILDERS: Mapping[str, Callable[[Surroundings], Method]] = {
     "sft": lambda _: Sft(),
     "dpo": Dpo,
     "reward": Reward,
+    "distill": Distill,
 }
 
 

@@ -1,0 +1,1 @@
+"""Hostile requests for every protocol, and what must not come of them."""

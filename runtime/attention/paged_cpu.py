@@ -1,0 +1,92 @@
+"""Paged attention on a CPU: our kernel over the pages for few queries, torch's for prompts.
+
+Gathering pages so that torch can attend costs a CPU more than the attention itself.
+"""
+
+# Shapes: T packed tokens, N queries that the kernel attends, H query heads, K KV heads, d head
+# dimension.
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from mizzen.runtime.attention.base import NO_BIAS, AttentionBias, PagedBatch
+from mizzen.runtime.attention.prefill import plan_prefills
+from mizzen.runtime.kernels import library
+from mizzen.runtime.kernels.library import TYPES, Attention
+
+# The kernel reads the context once per query; torch's, once for all, after it has gathered it.
+FEW_QUERIES = 8
+
+
+class PagedCpu:
+    """An `Attend` for one step: stores new keys and values in the cache and attends over it."""
+
+    def __init__(self, cache: Tensor, batch: PagedBatch) -> None:
+        kernels = library.kernels()
+        assert kernels is not None, "who chooses this has asked for it"
+        self._kernel = kernels.paged_attention
+        self._cache = cache
+        _, _, _, page, kv_heads, dim = cache.shape
+        self._prefills = plan_prefills(batch, page, above=FEW_QUERIES)
+        # The kernel is given their addresses, so they must live as long as this does.
+        self._queries_N3 = _plan_queries(batch)
+        self._batch = batch
+        self._tables = batch.block_tables_SB.contiguous()
+        self._arguments = Attention(
+            slots=batch.slots_T.data_ptr(),
+            tables=self._tables.data_ptr(),
+            queries=self._queries_N3.data_ptr(),
+            tokens=len(batch.slots_T),
+            count=len(self._queries_N3),
+            table_width=self._tables.shape[1],
+            kv_heads=kv_heads,
+            dim=dim,
+            page=page,
+            scale=dim**-0.5,
+            type=TYPES[cache.dtype],
+        )
+
+    def __call__(
+        self,
+        layer: int,
+        q_THd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        *,
+        bias: AttentionBias = NO_BIAS,
+    ) -> Tensor:
+        """Return each query's mixture over its sequence's context, itself included."""
+        q_THd, k_TKd, v_TKd = (_rows(x) for x in (q_THd, k_TKd, v_TKd))
+        if k_TKd.stride(0) != v_TKd.stride(0):
+            k_TKd, v_TKd = k_TKd.contiguous(), v_TKd.contiguous()
+        keys, values = self._cache[0, layer], self._cache[1, layer]
+        out_THd = torch.empty(q_THd.shape, dtype=q_THd.dtype)
+        call = self._arguments
+        call.q, call.k, call.v = q_THd.data_ptr(), k_TKd.data_ptr(), v_TKd.data_ptr()
+        call.keys, call.values, call.out = keys.data_ptr(), values.data_ptr(), out_THd.data_ptr()
+        call.q_stride, call.kv_stride, call.heads = q_THd.stride(0), k_TKd.stride(0), q_THd.shape[1]
+        call.slopes = None if bias.slopes_H is None else bias.slopes_H.data_ptr()
+        call.window = bias.window or 0
+        self._kernel(byref(call), torch.get_num_threads())
+        for prefill in self._prefills:
+            out_THd[prefill.rows] = prefill.attend((q_THd, k_TKd, v_TKd), (keys, values), bias)
+        return out_THd
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return `x` with each token's heads side by side, as the kernel reads them."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
+def _plan_queries(batch: PagedBatch) -> Tensor:
+    """Return each query's token, its sequence, and how many keys it sees."""
+    queries, token = [], 0
+    for index, (query_len, context_len) in enumerate(
+        zip(batch.query_lens, batch.context_lens, strict=True)
+    ):
+        if query_len <= FEW_QUERIES:
+            before = context_len - query_len
+            queries += [(token + i, index, before + i + 1) for i in range(query_len)]
+        token += query_len
+    return torch.tensor(queries, dtype=torch.int64).view(-1, 3)

@@ -1,0 +1,87 @@
+"""Loads the compiled kernels that suit this processor."""
+
+import ctypes
+import logging
+from ctypes import POINTER, Structure, c_float, c_int, c_long, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from mizzen.runtime.kernels.compile import levels, library_path
+
+log = logging.getLogger(__name__)
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as numbers.h has them
+
+
+class Attention(Structure):
+    """The arguments of `paged_attention`, as attention.c describes them."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "keys", "values")),
+        *((name, c_void_p) for name in ("slots", "tables", "queries", "slopes")),
+        *((name, c_long) for name in ("q_stride", "kv_stride", "tokens", "count", "table_width")),
+        *((name, c_long) for name in ("heads", "kv_heads", "dim", "page", "window")),
+        ("scale", c_float),
+        ("type", c_int),
+    ]
+
+
+_SIGNATURES: dict[str, list[type]] = {
+    "rms_norm": [*[c_void_p] * 3, *[c_long] * 2, c_float, c_int, c_int],
+    "silu_gate": [*[c_void_p] * 3, *[c_long] * 3, c_int, c_int],
+    "rotate": [*[c_void_p] * 3, *[c_long] * 4, c_int, c_int],
+    "use_team": [c_void_p],
+    "paged_attention": [POINTER(Attention), c_int],
+}
+
+
+@cache
+def kernels() -> ctypes.CDLL | None:
+    """Return the kernels, or None where none were compiled: torch then does their work."""
+    for level in levels():
+        if runs(level) and library_path(level).exists():
+            return load(library_path(level))
+    log.warning(
+        "Mizzen's CPU kernels are not compiled, so torch does their work, more slowly. Install a C "
+        "compiler and Mizzen again, or run `python -m mizzen.runtime.kernels.compile`."
+    )
+    return None
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Load one library and give it torch's threads."""
+    loaded = ctypes.CDLL(str(path))
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    loaded.use_team(_gomp_parallel())
+    return loaded
+
+
+def runs(level: str) -> bool:
+    """Can this processor run a level?"""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if level == "amx":
+        return (
+            capability == "AVX512"
+            and torch.cpu._is_avx512_bf16_supported()
+            and torch.cpu._is_amx_tile_supported()
+            and torch.cpu._init_amx()  # the system allots the tiles to processes that ask
+        )
+    wanted = {"avx512": ("AVX512",), "avx2": ("AVX512", "AVX2")}
+    return level not in wanted or capability in wanted[level]
+
+
+def _gomp_parallel() -> int | None:
+    """Return the address of GOMP_parallel in the OpenMP runtime that torch has loaded."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    mapped = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
+    # Another package's may be there too; torch's own lies beside it.
+    beside_torch = sorted(mapped, key=lambda path: "/torch" not in path)
+    if not beside_torch:
+        return None
+    return ctypes.cast(ctypes.CDLL(beside_torch[0]).GOMP_parallel, c_void_p).value

@@ -1,0 +1,1 @@
+"""Making a model smaller, or one out of several, without training it."""

@@ -1,0 +1,181 @@
+"""A job whose weights learn: notes of a frozen model, the gate's base, the loop, the candidate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from mizzen.runtime.engine.tokenizer import Tokenizer
+from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.loader import load_decoder
+from mizzen.runtime.train.adaptation import Adapted, adapt
+from mizzen.runtime.train.batches import SampleOrder
+from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
+from mizzen.runtime.train.config import TrainConfig
+from mizzen.runtime.train.data import Prepared
+from mizzen.runtime.train.device import choose_dtype
+from mizzen.runtime.train.evaluate import Examination, TallyStore, decide_verdict
+from mizzen.runtime.train.history import LossHistory
+from mizzen.runtime.train.loop import Loop, LoopParts
+from mizzen.runtime.train.methods.method import Method
+from mizzen.runtime.train.notes import Ask, NoteStore, take_notes
+from mizzen.runtime.train.progress import ProgressBoard, Verdict
+from mizzen.runtime.train.samples import Item
+from mizzen.runtime.train.stop import StopFlag, YieldRequested
+from mizzen.runtime.train.surroundings import Surroundings
+
+log = logging.getLogger(__name__)
+
+
+class Training:
+    """A job that is ready to train."""
+
+    def __init__(
+        self,
+        around: Surroundings,
+        method: Method,
+        data: Prepared,
+        *,
+        fingerprint: str,
+        board: ProgressBoard,
+    ) -> None:
+        config, device = around.config, around.device
+        directory = config.checkpoint.directory
+        self._config = config
+        self._method = method
+        self._board = board
+        self._stop: StopFlag = around.stop
+        self._tokenizer: Tokenizer = around.tokenizer
+        self._decoder = load_decoder(
+            config.base_model, dtype=_load_dtype(config, device), device=device
+        )
+        self._adapted = adapt(
+            self._decoder,
+            config,
+            heads=method.heads(),
+            dtype=choose_dtype(config.hyperparameters.dtype, device),
+        )
+        self._data = data
+        if method.asks != "nobody":
+            self._data = take_notes(
+                data,
+                method,
+                NoteStore(directory, fingerprint=fingerprint),
+                ask=lambda: _asker(config, method, self._decoder, self._adapted),
+                at_once=config.hyperparameters.micro_batch,
+            )
+        self._tallies = TallyStore(directory, fingerprint=fingerprint)
+        self._store = CheckpointStore(
+            directory,
+            fingerprint=fingerprint,
+            generation=config.generation,
+            keep=config.checkpoint.keep_last,
+        )
+        restored = self._store.restore()
+        self._state = restored[1] if restored else None
+        self.step = self._state.counters.step if self._state else 0
+        if restored:
+            board.committed(restored[0])
+            log.info("Resuming from step %d.", self.step)
+
+    def run(self) -> list[Verdict]:
+        """Train to the end and ask the gate; return its verdicts.
+
+        Raises:
+            YieldRequested: somebody asked to stop; everything is committed.
+        """
+        adapted, suites = self._adapted, self._config.evaluation.suites
+        examination = Examination(
+            decoder=self._decoder,
+            method=self._method,
+            precision=adapted.precision,
+            holdout=self._data.holdout,
+            micro_batch=self._config.hyperparameters.micro_batch,
+            store=self._tallies,
+            stop=self._stop,
+        )
+        loop: Loop | None = None
+        try:
+            # The base comes first: a full fine-tune leaves no base behind to ask later.
+            base = examination.tally("base", None) if suites else None
+            loop = self._start_loop()
+            self._board.enter("Running")
+            adapted.set_training(True)
+            loop.run()
+            self.step = loop.counters.step
+            adapted.set_training(False)
+            self._board.enter("Evaluating")
+            adapted.round_for_publishing()
+            if base is None:
+                return []
+            candidate = examination.tally("candidate", adapted.trainable.lora)
+        except YieldRequested:
+            if loop is None:
+                loop = self._start_loop()
+            loop.commit()
+            log.info("Yielding at step %d.", loop.counters.step)
+            raise
+        verdicts = [decide_verdict(suite, base=base, candidate=candidate) for suite in suites]
+        is_loss = not self._method.measure.is_higher_better
+        self._board.evaluated(eval_loss=candidate.mean if is_loss else None, verdicts=verdicts)
+        return verdicts
+
+    def write(self, folder: Path) -> None:
+        """Write the artifact's files."""
+        self._adapted.write(folder, base_model=self._config.base_model, tokenizer=self._tokenizer)
+        for name, tensors in self._method.files().items():
+            save_file(dict(tensors), folder / name, metadata={"format": "pt"})
+
+    def drop(self) -> None:
+        """Do nothing: what is not published was never written."""
+
+    def _start_loop(self) -> Loop:
+        """Put the restored state back and return the loop that goes on from it."""
+        config, state = self._config, self._state
+        counters = state.counters if state else Counters()
+        if state:
+            self._adapted.trainable.restore(state.tensors, steps=counters.step)
+        parts = LoopParts(
+            decoder=self._decoder,
+            trainable=self._adapted.trainable,
+            method=self._method,
+            precision=self._adapted.precision,
+            order=SampleOrder(self._data, seed=config.hyperparameters.seed),
+            store=self._store,
+            history=LossHistory(config.checkpoint.directory, resumed_step=counters.step),
+            board=self._board,
+            stop=self._stop,
+        )
+        return Loop(
+            parts,
+            hyper=config.hyperparameters,
+            checkpointing=config.checkpoint,
+            counters=counters,
+        )
+
+
+def _asker(config: TrainConfig, method: Method, decoder: Decoder, adapted: Adapted) -> Ask:
+    """Return what asks a teacher, or the base: a decoder is it until its state is restored."""
+    if method.asks == "teacher" and config.distill is not None:
+        device = decoder.place.device
+        dtype = choose_dtype(config.hyperparameters.dtype, device)
+        asked = load_decoder(config.distill.teacher, dtype=dtype, device=device)
+    else:
+        asked = decoder
+
+    def ask(items: Sequence[Item], first: int) -> list[torch.Tensor]:
+        with adapted.precision():
+            return method.ask(asked, items, first=first)
+
+    return ask
+
+
+def _load_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Return the type the base weights are kept in; weights that move are always float32."""
+    if config.adaptation.type == "full":
+        return torch.float32
+    return choose_dtype(config.hyperparameters.dtype, device)

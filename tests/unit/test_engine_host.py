@@ -1,0 +1,69 @@
+"""Messages between ranks, and what the host grants."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mizzen.runtime.engine.batch import StepInput, dummy_step
+from mizzen.runtime.engine.host import cpu_count, memory_available_bytes
+from mizzen.runtime.engine.wire import Allocate, Clear, Load, decode, encode
+
+
+def test_messages_arrive_as_they_were_sent() -> None:
+    step = StepInput(
+        token_ids_T=np.array([5, 6, 7, 8]),
+        positions_T=np.array([9, 0, 1, 2]),
+        slots_T=np.array([25, 32, 33, 34]),
+        query_lens=[1, 3],
+        context_lens=[10, 3],
+        block_tables_SB=np.array([[1, 0], [2, 3]]),
+        sample_at_N=np.array([0]),
+        lora_slots_S=[0, 2],
+        sequence_ids_S=[40, 41],
+    )
+    for message in (step, dummy_step([1, 1], block_size=4)):
+        got = decode(encode(message))
+        assert isinstance(got, StepInput)
+        for name in StepInput.__dataclass_fields__:
+            assert np.array_equal(getattr(got, name), getattr(message, name)), name
+    for other in (Allocate(77), Load(3, Path("/mnt/pvc/ä/b")), Clear(3)):
+        assert decode(encode(other)) == other
+
+
+QUOTAS = {
+    "a quota of two and a half CPUs": ({"cpu.max": "250000 100000"}, 2),
+    "less than one CPU": ({"cpu.max": "50000 100000"}, 1),
+    "an older kernel's quota": ({"cpu/cpu.cfs_quota_us": "1", "cpu/cpu.cfs_period_us": "1"}, 1),
+}
+
+
+@pytest.mark.parametrize(("files", "expected"), QUOTAS.values(), ids=QUOTAS)
+def test_threads_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu_count(tmp_path) == expected
+
+
+def test_without_a_quota_every_allowed_cpu_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(5)))
+    assert cpu_count(tmp_path) == 5
+    (tmp_path / "cpu.max").write_text("max 100000")
+    assert cpu_count(tmp_path) == 5
+
+
+def test_memory_is_what_the_cgroup_still_allows(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    assert memory_available_bytes(tmp_path, meminfo) == 8000 * 1024
+    (tmp_path / "memory.max").write_text("4096000")
+    (tmp_path / "memory.current").write_text("1096000")
+    assert memory_available_bytes(tmp_path, meminfo) == 3_000_000
+    (tmp_path / "memory.max").write_text("max")
+    assert memory_available_bytes(tmp_path, meminfo) == 8000 * 1024

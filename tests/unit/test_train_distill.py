@@ -1,0 +1,110 @@
+"""A student learns from ids that its teacher drew in advance."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as RustTokenizer
+
+from hack.tiny_model import write_tiny_model
+from mizzen.runtime.model.loader import load_decoder
+from mizzen.runtime.train.batches import pack
+from mizzen.runtime.train.methods.distill import Distill
+from mizzen.runtime.train.methods.token_loss import hidden_states, token_losses_sum
+from mizzen.runtime.train.options import Distill as DistillOptions
+from mizzen.runtime.train.samples import Sample, TaughtSample
+from tests.fixtures.train_runs import run, write_job
+
+CPU = torch.device("cpu")
+
+
+def method_of(**options: Any) -> Distill:
+    rules = DistillOptions(teacher=Path("teacher"), **options)
+    hyper = SimpleNamespace(seed=0)
+    config: Any = SimpleNamespace(distill=rules, hyperparameters=hyper)
+    return Distill(SimpleNamespace(config=config))  # type: ignore[arg-type]
+
+
+def sample(length: int = 20, seed: int = 0) -> Sample:
+    random = np.random.RandomState(seed)
+    token_ids_T = random.randint(0, 250, length).astype(np.int32)
+    return Sample(token_ids_T, np.arange(length) >= length // 2)
+
+
+def test_drawn_ids_follow_the_teachers_distribution(tmp_path: Path) -> None:
+    teacher = load_decoder(write_tiny_model(tmp_path), dtype=torch.float32)
+    one = sample()
+    with torch.no_grad():
+        (drawn_NK,) = method_of(samples=1024).ask(teacher, [one], first=0)
+        batch = pack([one], CPU)
+        hidden_ND = hidden_states(teacher, batch, None)[batch.source_N]
+        wanted_NV = teacher.logits(hidden_ND).softmax(-1)
+    found_NV = F.one_hot(drawn_NK.long(), wanted_NV.shape[1]).float().mean(1)
+    assert drawn_NK.shape == (10, 1024)
+    likely = wanted_NV > 0.02
+    assert likely.any()
+    torch.testing.assert_close(found_NV[likely], wanted_NV[likely], atol=0.03, rtol=0.0)
+
+
+def test_an_items_ids_do_not_depend_on_which_others_were_asked_with_it(tmp_path: Path) -> None:
+    teacher = load_decoder(write_tiny_model(tmp_path), dtype=torch.float32)
+    method, items = method_of(samples=8), [sample(seed=1), sample(12, seed=2)]
+    with torch.no_grad():
+        together = method.ask(teacher, items, first=5)
+        alone = [method.ask(teacher, [item], first=5 + i)[0] for i, item in enumerate(items)]
+    assert [a.tolist() for a in together] == [a.tolist() for a in alone]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_loss_mixes_the_teachers_ids_with_the_datas_own(tmp_path: Path, share: float) -> None:
+    student = load_decoder(write_tiny_model(tmp_path), dtype=torch.float32)
+    one, drawn = sample(), np.asarray([[3, 3, 7, 9]] * 10, np.int32)
+    batch = pack([one], CPU)
+    hidden_ND = hidden_states(student, batch, None)[batch.source_N]
+    log_probs = F.log_softmax(student.logits(hidden_ND), -1)
+    by_teacher = -(2 * log_probs[:, 3] + log_probs[:, 7] + log_probs[:, 9]).sum() / 4
+    by_data = token_losses_sum(student, batch, None)
+    wanted = (1 - share) * by_teacher + share * by_data
+    found = method_of(data_weight=share).loss_sum(student, [TaughtSample(one, drawn)], None)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_student_comes_nearer_to_its_teacher(tmp_path: Path) -> None:
+    # A teacher that was trained a little: a random one has nothing to say about the data.
+    full = {"adaptation": {"type": "full"}, "output": {"kind": "model"}}
+    steps = {"max_steps": 30, "learning_rate": 0.003}
+    teacher = write_job(tmp_path / "teacher", **full, hyperparameters=steps)
+    assert run(teacher) == 0
+    student = write_job(
+        tmp_path / "student",
+        method="distill",
+        distill={"teacher": str(teacher.artifacts[0]), "samples": 16},
+        **full,
+        hyperparameters=steps,
+    )
+    assert run(student) == 0
+    (suite,) = student.last_word["evaluation"]
+    assert suite["candidate"] < 0.5 * suite["base"]
+    notes = list((student.checkpoints / "notes").iterdir())
+    assert len(notes) == 1
+    times = [path.stat().st_mtime_ns for path in notes]
+    assert run(student) == 0
+    assert [path.stat().st_mtime_ns for path in notes] == times
+
+
+def test_a_teacher_with_other_tokens_is_refused_with_both_digests(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "other")
+    tokenizer = RustTokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<|more|>", special=True)])
+    tokenizer.save(str(path / "tokenizer.json"))
+    job = write_job(tmp_path, method="distill", distill={"teacher": str(path)})
+    assert run(job) == 42
+    word = job.last_word
+    assert word["reason"] == "TeacherTokenizerDiffers"
+    assert len(set(re.findall(r"[0-9a-f]{64}", word["message"]))) == 2
