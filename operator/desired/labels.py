@@ -25,6 +25,7 @@ DRAINING_SINCE = "mizzen.dev/draining-since"
 GROUP_SIZE = "mizzen.dev/group-size"  # pods that make up the replica
 RESTARTS = "mizzen.dev/restarts"  # failures in a row before this replica was made
 LAST_FAILURE = "mizzen.dev/last-failure"  # JSON: reason and message of the latest of them
+SWAPPED = "mizzen.dev/swapped"  # how often its container had restarted when it got new weights
 MADE_FROM = "mizzen.dev/made-from"  # JSON: what the revision was hashed from
 
 WAKE = "mizzen.dev/wake"  # on the LLMDeployment, by the gateways: TIME;held=N
