@@ -28,5 +28,6 @@ class KernelsHook(BuildHookInterface):
             return
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_')}"
-        for library in libraries:
-            build_data["force_include"][str(library)] = f"mizzen/{_KERNELS / library.name}"
+        # Git ignores them, and where Git does not look they belong to the package anyway: named as
+        # artifacts they are in the wheel once either way.
+        build_data["artifacts"] += [f"mizzen/{_KERNELS / library.name}" for library in libraries]

@@ -1,4 +1,4 @@
-"""Where the time of a decode step on a CPU goes: the model's operators, and the engine around it.
+"""Where a decode step's time on a CPU goes: operators, our C kernels, and the engine around them.
 
     python -m benchmarks.decode_profile MODEL_DIR [--rows 8] [--quantization int8] [--top 12]
 
@@ -15,11 +15,13 @@ import argparse
 import os
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.offline.mizzen_engine import load
 from benchmarks.offline.protocol import Job
@@ -29,10 +31,12 @@ from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.ranks import load_rank, own_kv
 from mizzen.runtime.engine.runner import Runner
+from mizzen.runtime.kernels.library import kernels
 from mizzen.runtime.parallel.group import RankGroup
 
 _BLOCK = 16
 _WARM_STEPS = 8
+_KERNELS = ("rms_norm", "silu_gate", "rotate", "paged_attention")
 
 
 class Decoding:
@@ -43,7 +47,7 @@ class Decoding:
         width = -(-(context + steps) // _BLOCK)
         self._tables = 1 + np.arange(rows * width).reshape(rows, width)  # block 0 is nobody's
         kv = own_kv(config, decoder, blocks=1 + rows * width)
-        self._runner = Runner(decoder, kv=kv, max_rows=rows)
+        self._runner = Runner(decoder, kv=kv)
         self._rows, self._context = rows, context
 
     def step(self) -> None:
@@ -75,21 +79,39 @@ def step_ms(decoding: Decoding, steps: int) -> float:
 
 
 def operators(decoding: Decoding, steps: int, top: int) -> list[dict]:
-    """Return the operators that took most, with their own time only."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    """Return what took most, each with its own time only; the rest is Python between them."""
+    with _named_kernels(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        began_at = time.perf_counter()
         for _ in range(steps):
             decoding.step()
+        took_us = 1e6 * (time.perf_counter() - began_at)
     found = sorted(profiler.key_averages(), key=lambda op: -op.self_cpu_time_total)
-    total_us = sum(op.self_cpu_time_total for op in found)
-    return [
+    rest_us = took_us - sum(op.self_cpu_time_total for op in found)
+    rows = [
         {
             "operator": op.key,
             "ms_per_step": round(op.self_cpu_time_total / steps / 1e3, 3),
-            "share": round(op.self_cpu_time_total / total_us, 3),
+            "share": round(op.self_cpu_time_total / took_us, 3),
             "calls_per_step": round(op.count / steps, 1),
         }
         for op in found[:top]
     ]
+    outside = {"operator": "outside operators", "ms_per_step": round(rest_us / steps / 1e3, 3)}
+    return [*rows, {**outside, "share": round(rest_us / took_us, 3)}]
+
+
+@contextmanager
+def _named_kernels() -> Iterator[None]:
+    """Let the profiler see our C kernels, which are no operators of torch."""
+    library = kernels()
+    plain = {name: getattr(library, name) for name in _KERNELS} if library is not None else {}
+    for name, function in plain.items():
+        setattr(library, name, record_function(f"mizzen::{name}")(function))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(library, name, function)
 
 
 def engine_step_ms(job: Job, context: int, steps: int) -> float:

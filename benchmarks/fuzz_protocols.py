@@ -21,12 +21,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import Random
+from threading import Lock, Thread
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -87,7 +88,7 @@ class Run:
     def __init__(self, *, minutes: float, most: int) -> None:
         self._end_at = time.monotonic() + 60 * minutes
         self._left = most
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def goes_on(self) -> bool:
         """Take one request from what is left."""
@@ -103,18 +104,37 @@ class Run:
         for sender in senders:
             sender.close()
 
-    def describe_to(self, url: str, tally: Tally, *, part: str, seed: int) -> None:
+    def describe_to(self, tally: Tally, seed: int, *ports: tuple[str, str]) -> None:
+        # One thread for all: Hypothesis reads source code, which Python 3.11 cannot do in two.
         for lap in itertools.count():
-            for _ in rounds(
-                url,
-                tally,
-                part=part,
-                seed=seed + lap,
-                examples=_EXAMPLES,
-                goes_on=self.goes_on,
-            ):
+            laps = [
+                rounds(
+                    url,
+                    tally,
+                    part=part,
+                    seed=seed + lap,
+                    examples=_EXAMPLES,
+                    goes_on=self.goes_on,
+                )
+                for part, url in ports
+            ]
+            for _ in itertools.zip_longest(*laps):
                 if not self.goes_on():
                     return
+
+    def in_thread(self, tally: Tally, call: Callable[..., None], *arguments: Any) -> Thread:
+        """Start `call` in a thread; if it breaks, less was sent than is said."""
+
+        def run() -> None:
+            try:
+                call(*arguments)
+            except Exception as error:
+                tally.find("end", f"the fuzz itself failed: {type(error).__name__}", b"")
+                raise
+
+        thread = Thread(target=run)
+        thread.start()
+        return thread
 
 
 def check_end(url: str, admin: str, tally: Tally) -> dict[str, float]:
@@ -167,17 +187,14 @@ def fuzz(minutes: float, seed: int, most: int, work: Path) -> dict[str, object]:
         with started(work / "gateway.log", *door) as at_door:
             wait_for(f"{gateway}/v1/models", at_door)
             began_at, run = time.monotonic(), Run(minutes=minutes, most=most)
+            ports = (("described", url), ("described gateway", gateway))
             threads = [
-                threading.Thread(target=run.send_with, args=senders)
-                for senders in _senders(url, gateway, grpc, tally, seed)
-            ] + [
-                threading.Thread(
-                    target=run.describe_to, args=(at, tally), kwargs={"part": part, "seed": seed}
-                )
-                for part, at in (("described", url), ("described gateway", gateway))
+                run.in_thread(tally, run.describe_to, tally, seed, *ports),
+                *(
+                    run.in_thread(tally, run.send_with, *senders)
+                    for senders in _senders(url, gateway, grpc, tally, seed)
+                ),
             ]
-            for thread in threads:
-                thread.start()
             for thread in threads:
                 thread.join()
             took_s = time.monotonic() - began_at

@@ -22,7 +22,7 @@ from benchmarks.processes import ProcessTree, free_port
 MODEL_NAME = "model"
 PEERS = ("vllm", "vllm-auto")  # with our number of threads, with the number that it chooses
 _POLL_S = 0.05
-_START_LIMIT_S = 600.0
+_START_LIMIT_S = 1200.0
 
 
 class ServerFailedError(RuntimeError):

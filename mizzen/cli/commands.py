@@ -56,9 +56,16 @@ def serve(context: typer.Context) -> None:
     from mizzen.runtime.config import ServeConfig
 
     config = _settings(ServeConfig, context.args)
+    if config.node_rank:
+        from mizzen.runtime.server.follower import follow
+
+        raise typer.Exit(follow(config))
+    from mizzen.runtime.engine.spawn import EngineProcess
+
+    process = EngineProcess()  # imports torch, while this one imports the server
     from mizzen.runtime.server.main import serve as run
 
-    raise typer.Exit(run(config))
+    raise typer.Exit(run(config, process))
 
 
 @app.command(context_settings=_OWN_FLAGS)

@@ -16,7 +16,12 @@ from mizzen.operator.controllers.llmdeployment_observe import (
     observe,
     read_serving,
 )
-from mizzen.operator.controllers.llmdeployment_plan import Plan, gates_to_open, plan_deployment
+from mizzen.operator.controllers.llmdeployment_plan import (
+    Plan,
+    gates_to_open,
+    groups_to_place,
+    plan_deployment,
+)
 from mizzen.operator.controllers.llmdeployment_replicas import Group, read_groups
 from mizzen.operator.controllers.llmdeployment_report import (
     report,
@@ -60,6 +65,8 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
     groups = read_groups(facts.store.children(key, "Pod"), owner_uid=observed.serving.uid, now=now)
     adapters = await _bring_adapters(groups, observed, facts)
     loading = await ask_loading(groups, observed, facts, now=now)
+    placed = await _let_place(groups_to_place(groups, plan), kube=kube)
+    failure = placed or failure
     # Also after a failure: that one pod could not be made is no reason to keep another waiting.
     gates = gates_to_open(groups, observed, plan, adapters)
     failure = await _open(gates, kube=kube, now=now) or failure
@@ -93,6 +100,18 @@ async def _open(gates: Iterable[Group], *, kube: Kube, now: datetime) -> KubeErr
     try:
         for group in gates:
             await set_gate(group, is_open=True, kube=kube, now=now)
+    except KubeError as error:
+        return error
+    return None
+
+
+async def _let_place(groups: Iterable[Group], *, kube: Kube) -> KubeError | None:
+    """Have the scheduler place groups that are complete; return what stopped that, if anything."""
+    try:
+        for group in groups:
+            for pod in group.pods:
+                if pod["spec"].get("schedulingGates"):
+                    await kube.let_schedule(pod)
     except KubeError as error:
         return error
     return None

@@ -32,7 +32,10 @@ class SpecRefusedError(Exception):
 
 
 # Of these kinds a deployment has children that it may come not to want any more.
-PRUNED_KINDS = ("PodDisruptionBudget", "ConfigMap", "ControllerRevision")
+PRUNED_KINDS = (
+    *("PodDisruptionBudget", "ConfigMap", "ControllerRevision"),
+    *("Service", "NetworkPolicy"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

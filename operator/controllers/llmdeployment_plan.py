@@ -9,7 +9,11 @@ from datetime import datetime
 from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen
 from mizzen.operator.controllers.llmdeployment_history import build_history
 from mizzen.operator.controllers.llmdeployment_observe import Observed
-from mizzen.operator.controllers.llmdeployment_replicas import Group, failure_note
+from mizzen.operator.controllers.llmdeployment_replicas import (
+    Group,
+    failure_note,
+    left_to_place_s,
+)
 from mizzen.operator.controllers.llmdeployment_rollout import Course, plan_course, plan_step
 from mizzen.operator.crds.common import Json
 from mizzen.operator.desired.children import build_children
@@ -54,6 +58,11 @@ def plan_deployment(observed: Observed, canary: CanaryLook | None = None, *, now
         *build_children(
             observed.serving,
             has_served=serves or observed.has_service,
+            has_groups=any(
+                serving.spec.parallelism.nodes > 1
+                for serving in (observed.serving, *course.servings.values())
+            )
+            or any(group.size > 1 for group in observed.groups),
             replicas=observed.desired,
         ),
     )
@@ -69,6 +78,7 @@ def plan_deployment(observed: Observed, canary: CanaryLook | None = None, *, now
             step.look_again_after_s,
             course.look_again_after_s,
             _POLL_DRAIN_S if draining or step.drain else None,
+            *(left_to_place_s(group, now=now) for group in observed.groups),
         ),
     )
 
@@ -94,6 +104,19 @@ def gates_to_open(
         and group.replica.place not in leaving
         and not group.is_gate_open
         and (not observed.serving.adapters or _has_adapters(group, adapters))
+    ]
+
+
+def groups_to_place(groups: Iterable[Group], plan: Plan) -> list[Group]:
+    """Return those of the groups, as they stand after the plan's writes, that are complete.
+
+    Until then the scheduler leaves their pods alone: half a group would hold devices for nothing.
+    """
+    leaving = {group.replica.place for group in plan.remove}
+    return [
+        group
+        for group in groups
+        if group.is_gated and not group.missing_ranks and group.replica.place not in leaving
     ]
 
 

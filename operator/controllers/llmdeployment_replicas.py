@@ -17,6 +17,13 @@ from mizzen.operator.status.causes import Cause, pod_cause
 from mizzen.operator.status.conditions import parse_rfc3339
 from mizzen.operator.status.reasons import Reason, reason_or
 
+# A part of a group that was placed alone for so long gives its devices back: two groups that each
+# wait for the rest of what the other one holds would wait for ever.
+_HALF_PLACED_FOR = timedelta(minutes=2)
+# With the waits between them, ten minutes. A lone pod's kubelet never gives up; here each attempt
+# takes the devices of a whole group.
+MOST_GROUP_RESTARTS = 6
+
 # As with a kubelet, a replica that ran this long before it failed starts counting anew.
 _FORGIVEN_AFTER = timedelta(minutes=10)
 
@@ -40,6 +47,16 @@ class Group:
     def leader(self) -> Json | None:
         """The pod that serves, where it exists."""
         return self.pods[0] if rank_of(self.pods[0]) == 0 else None
+
+    @property
+    def size(self) -> int:
+        """How many pods it has when it is complete."""
+        return len(self.pods) + len(self.missing_ranks)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the scheduler has been told to leave one of the pods alone."""
+        return any(pod.get("spec", {}).get("schedulingGates") for pod in self.pods)
 
     @property
     def is_running(self) -> bool:
@@ -127,10 +144,15 @@ def _read_group(revision: str, slot: int, pods: list[Json], now: datetime) -> Gr
     missing = tuple(sorted(set(range(_number(notes.get(labels.GROUP_SIZE), 1))) - present))
     since = notes.get(labels.DRAINING_SINCE)
     standing = _standing(pods, missing=missing, is_draining=bool(since))
+    if standing is Standing.STARTING and _is_half_placed(pods, now):
+        standing = Standing.LOST
     failed_at = _failed_at(pods, now) if standing is Standing.FAILED else None
     restarts = _number(notes.get(labels.RESTARTS), 0)
     if failed_at and _ran_long(pods[0]):
         restarts = 0
+    size = len(pods) + len(missing)
+    is_given_up = bool(failed_at) and size > 1 and restarts >= MOST_GROUP_RESTARTS
+    cause = _cause(pods, notes, standing)
     return Group(
         replica=Replica(
             slot,
@@ -138,13 +160,42 @@ def _read_group(revision: str, slot: int, pods: list[Json], now: datetime) -> Gr
             standing,
             restarts=restarts,
             failed_at=failed_at,
+            is_given_up=is_given_up,
             unplaced_since=_unplaced_since(pods) if standing is Standing.STARTING else None,
         ),
         pods=tuple(pods),
         missing_ranks=missing,
         draining_since=parse_rfc3339(since) if since else None,
-        cause=_cause(pods, notes, standing),
+        cause=_given_up(cause) if is_given_up else cause,
     )
+
+
+def left_to_place_s(group: Group, *, now: datetime) -> float | None:
+    """Return how long the rest of a half placed group may still look for a place."""
+    since = _half_placed_since(list(group.pods))
+    if since is None or group.standing is not Standing.STARTING:
+        return None
+    return max(0.0, (since + _HALF_PLACED_FOR - now).total_seconds())
+
+
+def _given_up(cause: Cause | None) -> Cause:
+    why = cause or Cause(Reason.RUNTIME_CRASHED, "A pod of the group ended.")
+    return Cause(
+        why.reason,
+        f"{why.message} The group was restarted {MOST_GROUP_RESTARTS} times in a row and is not "
+        "tried again. Change the spec, or delete the failed pods to have it tried anew.",
+    )
+
+
+def _is_half_placed(pods: list[Json], now: datetime) -> bool:
+    since = _half_placed_since(pods)
+    return since is not None and now - since >= _HALF_PLACED_FOR
+
+
+def _half_placed_since(pods: list[Json]) -> datetime | None:
+    """Return since when only a part of the group has a place; None where all or nothing has."""
+    is_split = any(pod.get("spec", {}).get("nodeName") for pod in pods)
+    return _unplaced_since(pods) if is_split else None
 
 
 def _standing(pods: list[Json], *, missing: tuple[int, ...], is_draining: bool) -> Standing:
@@ -170,9 +221,10 @@ def _cause(pods: list[Json], notes: Mapping[str, str], standing: Standing) -> Ca
     """Return the first cause by rank; of a replica that only just began, its predecessor's."""
     if standing not in (Standing.STARTING, Standing.UNREADY, Standing.FAILED):
         return None
-    for pod in pods:
-        if cause := pod_cause(pod):
-            return cause
+    causes = [cause for pod in pods if (cause := pod_cause(pod))]
+    # What a rank died of says more than that the others lost it.
+    for cause in sorted(causes, key=lambda cause: cause.reason is Reason.RANK_LOST):
+        return cause
     try:
         note = json.loads(notes.get(labels.LAST_FAILURE, ""))
         reason = reason_or(note["reason"], Reason.RUNTIME_CRASHED)

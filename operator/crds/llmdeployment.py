@@ -47,8 +47,8 @@ class Parallelism(ApiModel):
         Field(
             ge=1,
             le=16,
-            description="Pods that make up one replica. They are created and restarted together. "
-            "Above 1 it needs engine.image, a runtime that joins its ranks over pods.",
+            description="Pods that make up one replica, each with tensor/nodes of the ranks. They "
+            "are created, placed and restarted together.",
         ),
     ] = 1
 
@@ -142,11 +142,6 @@ class LLMDeploymentSpec(ApiModel):
             "self.accelerator.count * self.parallelism.nodes >= self.parallelism.tensor",
             "parallelism.tensor is larger than the devices of a replica: raise accelerator.count "
             "or parallelism.nodes, or lower parallelism.tensor.",
-        ),
-        cel(
-            "self.parallelism.nodes == 1 || (has(self.engine) && has(self.engine.image))",
-            "parallelism.nodes above 1 needs engine.image, a runtime that joins its ranks over "
-            "pods: the built-in one joins ranks inside one pod only.",
         ),
     )
 

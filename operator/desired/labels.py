@@ -28,6 +28,7 @@ MADE_FROM = "mizzen.dev/made-from"  # JSON: what the revision was hashed from
 
 WAKE = "mizzen.dev/wake"  # on the LLMDeployment, by the gateways: TIME;held=N
 
+GROUP_GATE = "mizzen.dev/group"  # keeps a pod from being placed before its group is there
 IN_SERVICE_GATE = "mizzen.dev/in-service"
 
 ROLE_RUNTIME = "runtime"
@@ -36,6 +37,7 @@ ROLE_TRAINER = "trainer"
 HTTP_PORT = 8000
 GRPC_PORT = 8001
 ADMIN_PORT = 8002
+RANKS_PORT = 8003  # where the pods of a group join their leader
 
 ADMIN_SECRET = "mizzen-admin"
 ADMIN_TOKEN_KEY = "token"

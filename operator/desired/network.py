@@ -25,10 +25,9 @@ def build_admin_secret(namespace: str, *, token: str) -> Json:
 
 
 def build_network_policy(namespace: str, *, operator_namespace: str) -> Json:
-    """Return the policy: users reach the serving ports, only we reach the others.
+    """Return the policy: users reach the serving ports, only operator and gateway the others.
 
-    The admin port and the ports that ranks meet on are left to the installation's own pods
-    (operator and gateway) and to pods of ours in the same namespace.
+    The pods of a group reach each other by a policy of their deployment (`services.py`).
     """
     ours = {"app.kubernetes.io/part-of": "mizzen"}
     return {
@@ -53,7 +52,6 @@ def build_network_policy(namespace: str, *, operator_namespace: str) -> Json:
                             },
                             "podSelector": {"matchLabels": ours},
                         },
-                        {"podSelector": {"matchLabels": {labels.MANAGED_BY: labels.OPERATOR}}},
                     ]
                 },
             ],

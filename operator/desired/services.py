@@ -15,7 +15,7 @@ def build_service(deployment: str, *, namespace: str, owner: Json) -> Json:
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _metadata(deployment, deployment, namespace=namespace, owner=owner),
+        "metadata": child_metadata(deployment, deployment, namespace=namespace, owner=owner),
         "spec": {
             "clusterIP": "None",
             "selector": {labels.DEPLOYMENT: deployment, labels.RANK: "0"},
@@ -34,7 +34,7 @@ def build_disruption_budget(
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
-        "metadata": _metadata(deployment, deployment, namespace=namespace, owner=owner),
+        "metadata": child_metadata(deployment, deployment, namespace=namespace, owner=owner),
         "spec": {
             "minAvailable": replicas * nodes - 1,
             "unhealthyPodEvictionPolicy": "AlwaysAllow",
@@ -43,7 +43,8 @@ def build_disruption_budget(
     }
 
 
-def _metadata(name: str, deployment: str, *, namespace: str, owner: Json) -> Json:
+def child_metadata(name: str, deployment: str, *, namespace: str, owner: Json) -> Json:
+    """Return the metadata of a deployment's child."""
     return {
         "name": name,
         "namespace": namespace,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mizzen.operator.crds.common import Json
 from mizzen.operator.crds.llmdeployment import KIND, NOT_IN_REVISION, LLMDeploymentSpec
@@ -20,6 +20,7 @@ from mizzen.operator.desired.adapters import (
     WantedAdapter,
     adapters_name,
 )
+from mizzen.operator.desired.groups import group_flags, group_spec, ranks_name
 from mizzen.operator.desired.model_cache import (
     cache_flags,
     cache_mounts,
@@ -119,12 +120,11 @@ def made_from(serving: Serving) -> Json:
 
 def build_pod(serving: Serving, place: PodPlace) -> Json:
     """Return one pod of a replica."""
-    name = pod_name(serving.name, place.revision, slot=place.slot, rank=place.rank)
     pod: Json = {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {
-            "name": name,
+            "name": _pod_name(serving, place),
             "namespace": serving.namespace,
             "labels": _labels(serving, place),
             "annotations": _annotations(serving, place),
@@ -180,7 +180,7 @@ def _pod_spec(serving: Serving, place: PodPlace) -> Json:
             }
             for trouble in ("not-ready", "unreachable")
         ],
-        "containers": [_container(serving)],
+        "containers": [_container(serving, place)],
         "volumes": [
             *pods.scratch_volumes(),
             pods.admin_token_volume(),
@@ -196,17 +196,24 @@ def _pod_spec(serving: Serving, place: PodPlace) -> Json:
         pod_spec["imagePullSecrets"] = [{"name": name} for name in serving.pull_secrets]
     if place.rank == 0:
         pod_spec["readinessGates"] = [{"conditionType": labels.IN_SERVICE_GATE}]
+    if is_group:
+        subdomain = ranks_name(serving.name, serving.uid)
+        pod_spec |= group_spec(name=_pod_name(serving, place), subdomain=subdomain)
     return pod_spec
 
 
-def _container(serving: Serving) -> Json:
+def _pod_name(serving: Serving, place: PodPlace) -> str:
+    return pod_name(serving.name, place.revision, slot=place.slot, rank=place.rank)
+
+
+def _container(serving: Serving, place: PodPlace) -> Json:
     spec = serving.spec
     return {
         "name": CONTAINER,
         "image": spec.engine.image or serving.image,
         "imagePullPolicy": serving.pull_policy,
         "command": ["mizzen"],
-        "args": ["serve", serving.model.path, *_flags(serving)],
+        "args": ["serve", serving.model.path, *_flags(serving), *_group_flags(serving, place)],
         "env": [
             {"name": "HOME", "value": "/tmp"},
             *credentials_env(spec.model),
@@ -216,6 +223,7 @@ def _container(serving: Serving) -> Json:
             {"name": "http", "containerPort": labels.HTTP_PORT},
             {"name": "grpc", "containerPort": labels.GRPC_PORT},
             {"name": "admin", "containerPort": labels.ADMIN_PORT},
+            *_group_ports(spec),
         ],
         "resources": _resources(spec),
         "securityContext": pods.container_security(),
@@ -253,6 +261,24 @@ def _flags(serving: Serving) -> list[str]:
     given = [(flag, str(value)) for flag, value in flags.items() if value is not None]
     given += [("--adapter-root", folder) for folder in serving.adapter_folders]
     return [word for pair in given for word in pair]
+
+
+def _group_flags(serving: Serving, place: PodPlace) -> list[str]:
+    nodes = serving.spec.parallelism.nodes
+    if nodes == 1:
+        return []
+    return group_flags(
+        nodes=nodes,
+        rank=place.rank,
+        leader=_pod_name(serving, replace(place, rank=0)),
+        subdomain=ranks_name(serving.name, serving.uid),
+        namespace=serving.namespace,
+    )
+
+
+def _group_ports(spec: LLMDeploymentSpec) -> list[Json]:
+    is_group = spec.parallelism.nodes > 1
+    return [{"name": "ranks", "containerPort": labels.RANKS_PORT}] if is_group else []
 
 
 def _resources(spec: LLMDeploymentSpec) -> Json:

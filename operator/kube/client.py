@@ -201,6 +201,13 @@ class Kube:
         query = {"fieldManager": OPERATOR}
         return await self._write("PATCH", object_path(ref), ref, body, MERGE, query)
 
+    async def let_schedule(self, pod: Json) -> Json:
+        """Take a pod's scheduling gates away."""
+        ref = Ref.of(pod)
+        body = {"metadata": {"uid": uid_of(pod)}, "spec": {"schedulingGates": None}}
+        query = {"fieldManager": OPERATOR}
+        return await self._write("PATCH", object_path(ref), ref, body, MERGE, query)
+
     async def delete(
         self, document: Json, *, grace_s: int | None = None, check_version: bool = True
     ) -> None:

@@ -44,6 +44,7 @@ class Replica:
     standing: Standing
     restarts: int = 0  # failures in a row before this one was made
     failed_at: datetime | None = None
+    is_given_up: bool = False  # failed too often: stays as it is, for people to look at
     unplaced_since: datetime | None = None  # no node has room for it
 
     @property
@@ -141,7 +142,7 @@ def _current(
     the rollout go on around it.
     """
     there = [r for r in everyone if r.revision == revision and r.standing in _COUNTS]
-    due = [r for r in there if r.standing is Standing.FAILED and _retry_in_s(r, now) <= 0]
+    due = [r for r in there if _will_be_retried(r) and _retry_in_s(r, now) <= 0]
     return [r for r in there if r not in due], due
 
 
@@ -176,8 +177,11 @@ def _creations(
 
 
 def _next_retry_s(kept: Sequence[Replica], *, now: datetime) -> float | None:
-    waits = [_retry_in_s(r, now) for r in kept if r.standing is Standing.FAILED]
-    return min(waits, default=None)
+    return min((_retry_in_s(r, now) for r in kept if _will_be_retried(r)), default=None)
+
+
+def _will_be_retried(replica: Replica) -> bool:
+    return replica.standing is Standing.FAILED and not replica.is_given_up
 
 
 def _unplaced_s(everyone: Sequence[Replica], *, revision: str, now: datetime) -> float | None:

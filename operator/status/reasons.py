@@ -87,6 +87,7 @@ class Reason(StrEnum):
     ENGINE_DEAD = "EngineDead"
     BAD_ADAPTER = "BadAdapter"
     RANK_LOST = "RankLost"
+    NODES_DISAGREE = "NodesDisagree"
     INTERNAL_ERROR = "InternalError"
 
     # Fine-tune jobs.

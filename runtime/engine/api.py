@@ -3,12 +3,9 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import Any, ClassVar, Literal, Protocol, TypedDict
 
 from mizzen.runtime.errors import MizzenError
-
-if TYPE_CHECKING:
-    from mizzen.runtime.model.arch import ArchSpec
 
 FinishReason = Literal["stop", "length", "abort"]
 Message = Mapping[str, Any]
@@ -236,6 +233,7 @@ class EngineDeadError(MizzenError):
     """The loop has stopped; only a new process helps."""
 
     reason = "EngineDead"
+    exit_code: ClassVar[int] = 1
 
 
 class TokenizerApi(Protocol):
@@ -277,14 +275,16 @@ class TokenizerApi(Protocol):
 
 
 class EngineApi(Protocol):
-    """The engine as the server sees it; `engine.Engine` is the real one.
+    """The engine as the server sees it.
 
-    `Engine.start(config: EngineConfig, recorder: Recorder | None = None)` builds it.
+    `engine.Engine` is the real one, `remote.RemoteEngine` the same in a process of its own.
     """
 
-    tokenizer: TokenizerApi
-    arch: "ArchSpec"
     model_len: int
+
+    @property
+    def tokenizer(self) -> TokenizerApi:
+        """The model's tokenizer."""
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
         """Yield the answer as it grows. Closing or cancelling the iterator aborts the sequence.

@@ -31,7 +31,7 @@ from mizzen.runtime.engine.sampler import is_edited
 from mizzen.runtime.engine.sequence import Sequence
 from mizzen.runtime.engine.speculation import DraftPlaces, Guesser, NgramIndex
 from mizzen.runtime.engine.startup import Parts, start_parts
-from mizzen.runtime.engine.streams import Stream
+from mizzen.runtime.engine.streams import Item, Stream
 from mizzen.runtime.errors import BadAdapterError, BadModelError, MizzenError, RankLostError
 from mizzen.runtime.model.lora import load_adapter
 
@@ -45,8 +45,8 @@ class Engine:
         self.tokenizer = parts.tokenizer
         self.arch = parts.arch
         self.model_len = parts.model_len
+        self.start_seconds = parts.start_seconds
         self._config = config
-        self._parts = parts
         self._loop = parts.loop
         self._ranks = parts.ranks
         self._detokenizers = DetokenizerFactory(parts.tokenizer)
@@ -74,14 +74,12 @@ class Engine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
         """Yield the answer as it grows; see `api.EngineApi.generate`."""
-        check_request(request, vocab_size=self.arch.vocab_size)
-        wanted = request.sampling.grammar
-        grammar = await self._grammars.start(wanted) if wanted else None
-        stream = self._submit(request, grammar)
+        outputs: asyncio.Queue[Item] = asyncio.Queue()
+        await self.submit(request, outputs.put_nowait)
         ended = False
         try:
             while not ended:
-                item = await stream.queue.get()
+                item = await outputs.get()
                 ended = isinstance(item, Exception) or item.finish_reason is not None
                 if isinstance(item, Exception):
                     raise item
@@ -89,6 +87,16 @@ class Engine:
         finally:
             if not ended:
                 self._loop.abort(request.request_id)
+
+    async def submit(self, request: GenerationRequest, deliver: Callable[[Item], None]) -> None:
+        """Queue a request; `deliver` is called on this event loop with what comes of it.
+
+        The last is an output with a `finish_reason`, or an error. Raises as `generate` does.
+        """
+        check_request(request, vocab_size=self.arch.vocab_size)
+        wanted = request.sampling.grammar
+        grammar = await self._grammars.start(wanted) if wanted else None
+        self._submit(request, grammar, Stream(asyncio.get_running_loop(), deliver))
 
     async def abort(self, request_id: str) -> None:
         """End a request with finish_reason "abort"."""
@@ -225,7 +233,7 @@ class Engine:
                 max_loras=self._adapters.max_loras,
                 running_adapters=_adapter_names(scheduler.running),
                 waiting_adapters=_adapter_names(scheduler.waiting),
-                start_seconds=self._parts.start_seconds,
+                start_seconds=self.start_seconds,
             )
 
     def is_alive(self) -> bool:
@@ -248,7 +256,9 @@ class Engine:
         """End every request, the loop and the other ranks."""
         await asyncio.to_thread(self._loop.stop)
 
-    def _submit(self, request: GenerationRequest, grammar: GrammarState | None) -> Stream:
+    def _submit(
+        self, request: GenerationRequest, grammar: GrammarState | None, stream: Stream
+    ) -> None:
         if self._draining:
             raise DrainingError(
                 "This replica is draining. Send the request again: another will take it.",
@@ -260,7 +270,6 @@ class Engine:
             raise EngineDeadError("The engine's loop has ended. See its log.")
         if request.request_id in self._loop.live:
             raise InvalidRequestError(f"Request id {request.request_id!r} is in use.")
-        stream = Stream(asyncio.get_running_loop())
         with self._loop.lock:
             use = self._adapters.acquire(request.adapter) if request.adapter else None
         live = Live(
@@ -276,7 +285,6 @@ class Engine:
             if use is not None:
                 self._loop.release_adapter(use)
             raise
-        return stream
 
     def _sequence(
         self, request: GenerationRequest, use: SlotUse | None, grammar: GrammarState | None

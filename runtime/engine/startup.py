@@ -89,6 +89,8 @@ def start_parts(config: EngineConfig, recorder: Recorder | None = None) -> Parts
     threads = threads_per_rank(config)
     if device.type == "cpu":
         torch.set_num_threads(threads)
+    # What is wrong with the model itself comes before what its tokenizer lacks.
+    ArchSpec.from_dir(config.model)
     with _timed(seconds, "tokenizer"):
         tokenizer = Tokenizer.load(config.model)
     with _timed(seconds, "ranks"):
@@ -177,7 +179,6 @@ def build_follower(config: EngineConfig) -> Follower:
         follow,
         (config, device.type, threads_per_rank(config)),
         device=device.type,
-        agreement=config.agreement,
     )
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from mizzen.runtime.engine.api import TokenOutput
@@ -12,10 +12,10 @@ Item = TokenOutput | Exception
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stream:
-    """One request's outputs, in order, on the event loop that asked."""
+    """Where one request's outputs go, in order: `deliver` is called on the event loop."""
 
     loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
+    deliver: Callable[[Item], None]
 
 
 class Outbox:
@@ -37,7 +37,7 @@ class Outbox:
 
 def _deliver(items: list[tuple[Stream, Item]]) -> None:
     for stream, item in items:
-        stream.queue.put_nowait(item)
+        stream.deliver(item)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

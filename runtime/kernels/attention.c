@@ -1,7 +1,7 @@
 /* Attention of single queries over the pages of the KV cache.
 
-One item of work is one query's group of heads: they share a KV head, so each key and value is read
-once for all of them. The softmax is taken along the way, page by page, and nothing but what a query
+The query heads that share a KV head are done together, so each key and value is read once for all
+of them. The softmax is taken along the way, page by page, and nothing but what a query
 may see is ever read. Source: Milakov and Gimelshein, "Online normalizer calculation for softmax"
 (2018). */
 #include "numbers.h"
@@ -22,7 +22,14 @@ typedef struct {
     long heads, kv_heads, dim, page, window; /* window 0: all keys are seen */
     float scale;
     int type;
+    long kv_per_item, splits; /* set here: KV heads of an item, and items per query */
 } Attention;
+
+/* Widens one head's part of a page: `count` rows, `stride` apart. */
+INLINE void widen_rows(const void *rows, long stride, long count, float *wide, long dim, int type) {
+    for (long t = 0; t < count; t++)
+        for (long i = 0; i < dim; i++) wide[t * dim + i] = get(rows, t * stride + i, type);
+}
 
 INLINE float dot(const float *a, const float *b, long dim) {
     float sum = 0.0f;
@@ -31,63 +38,108 @@ INLINE float dot(const float *a, const float *b, long dim) {
     return sum;
 }
 
+/* Sixteen numbers that stay in registers while a loop adds to them. */
+typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
+
+/* sums = sums * fade + weights times values */
+INLINE void mix(float *sums, float fade, const float *weights, const float *values, long count,
+                long dim) {
+    long i = 0;
+    for (; i + 64 <= dim; i += 64) {
+        Lanes *sum = (Lanes *)(sums + i);
+        Lanes a = sum[0] * fade, b = sum[1] * fade, c = sum[2] * fade, d = sum[3] * fade;
+        for (long t = 0; t < count; t++) {
+            const Lanes *value = (const Lanes *)(values + t * dim + i);
+            a += weights[t] * value[0];
+            b += weights[t] * value[1];
+            c += weights[t] * value[2];
+            d += weights[t] * value[3];
+        }
+        sum[0] = a, sum[1] = b, sum[2] = c, sum[3] = d;
+    }
+    for (; i < dim; i++) {
+        float mixed = sums[i] * fade;
+        for (long t = 0; t < count; t++) mixed += weights[t] * values[t * dim + i];
+        sums[i] = mixed;
+    }
+}
+
 /* Turns a page's scores into weights, and returns what the sums so far must be multiplied by. */
-INLINE float soften(float *scores, long first, long last, float *highest, float *total) {
+INLINE float soften(float *scores, long count, float *highest, float *total) {
     float top = *highest;
-    for (long t = first; t < last; t++) top = scores[t] > top ? scores[t] : top;
+    LARGEST(top)
+    for (long t = 0; t < count; t++) top = scores[t] > top ? scores[t] : top;
     float fade = *highest == -INFINITY ? 0.0f : exponential(*highest - top);
     float sum = 0.0f;
     SUM(sum)
-    for (long t = first; t < last; t++) sum += scores[t] = exponential(scores[t] - top);
+    for (long t = 0; t < count; t++) sum += scores[t] = exponential(scores[t] - top);
     *total = *total * fade + sum;
     *highest = top;
     return fade;
 }
 
-INLINE void attend(const Attention *a, long item, int type) {
-    const long dim = a->dim, page = a->page, group = a->heads / a->kv_heads;
-    const long kv = item % a->kv_heads, row_of_page = a->kv_heads * dim;
-    const int64_t *query = a->queries + item / a->kv_heads * 3;
-    const long token = query[0], seen = query[2], head = kv * group;
+/* One KV head's part of a page, for the query heads that share it. */
+typedef struct {
+    const void *keys, *values; /* of the first key that is seen */
+    long count, distance;      /* keys, and how far the first lies from the query: 0 or less */
+} Part;
+
+INLINE void attend_part(const Attention *a, const Part *part, const float *slopes, const float *q,
+                        float *sums, float *highest, float *total, long dim, int type) {
+    const long group = a->heads / a->kv_heads, stride = a->kv_heads * dim;
+    float wide[a->page * dim], weights[group * a->page], fades[group];
+    widen_rows(part->keys, stride, part->count, wide, dim, type);
+    for (long g = 0; g < group; g++) {
+        float *scores = weights + g * a->page;
+        for (long t = 0; t < part->count; t++) {
+            scores[t] = dot(q + g * dim, wide + t * dim, dim);
+            if (slopes) scores[t] += slopes[g] * (float)(part->distance + t);
+        }
+        fades[g] = soften(scores, part->count, highest + g, total + g);
+    }
+    widen_rows(part->values, stride, part->count, wide, dim, type);
+    for (long g = 0; g < group; g++)
+        mix(sums + g * dim, fades[g], weights + g * a->page, wide, part->count, dim);
+}
+
+INLINE void attend(const Attention *a, long item, long dim, int type) {
+    const long page = a->page, group = a->heads / a->kv_heads, stride = a->kv_heads * dim;
+    const long first_kv = item % a->splits * a->kv_per_item;
+    const int64_t *query = a->queries + item / a->splits * 3;
+    const long token = query[0], seen = query[2];
+    const long last_kv = first_kv + a->kv_per_item, head = first_kv * group;
+    const long heads = a->kv_per_item * group;
     const long from = a->window && seen > a->window ? seen - a->window : 0;
-    float q[group * dim], sums[group * dim], scores[group][page], wide[dim];
-    float highest[group], total[group];
-    for (long i = 0; i < group * dim; i++) {
+    float q[heads * dim], sums[heads * dim], highest[heads], total[heads];
+    for (long i = 0; i < heads * dim; i++) {
         q[i] = get(a->q, token * a->q_stride + head * dim + i, type) * a->scale;
         sums[i] = 0.0f;
     }
-    for (long g = 0; g < group; g++) highest[g] = -INFINITY, total[g] = 0.0f;
+    for (long h = 0; h < heads; h++) highest[h] = -INFINITY, total[h] = 0.0f;
     for (long start = from / page * page; start < seen; start += page) {
         const long block = a->tables[query[1] * a->table_width + start / page];
         const long first = start < from ? from - start : 0;
-        const long last = seen - start < page ? seen - start : page;
-        const void *keys = at(a->keys, block * page * row_of_page + kv * dim, type);
-        const void *values = at(a->values, block * page * row_of_page + kv * dim, type);
-        for (long t = first; t < last; t++) {
-            for (long i = 0; i < dim; i++) wide[i] = get(keys, t * row_of_page + i, type);
-            for (long g = 0; g < group; g++) {
-                scores[g][t] = dot(q + g * dim, wide, dim);
-                if (a->slopes) scores[g][t] += a->slopes[head + g] * (float)(start + t + 1 - seen);
-            }
-        }
-        for (long g = 0; g < group; g++) {
-            float fade = soften(scores[g], first, last, highest + g, total + g);
-            for (long i = 0; i < dim; i++) sums[g * dim + i] *= fade;
-        }
-        for (long t = first; t < last; t++) {
-            for (long i = 0; i < dim; i++) wide[i] = get(values, t * row_of_page + i, type);
-            for (long g = 0; g < group; g++)
-                for (long i = 0; i < dim; i++) sums[g * dim + i] += scores[g][t] * wide[i];
+        const long count = (seen - start < page ? seen - start : page) - first;
+        for (long kv = first_kv; kv < last_kv; kv++) {
+            const long place = (block * page + first) * stride + kv * dim;
+            const long h = (kv - first_kv) * group;
+            Part part = {at(a->keys, place, type), at(a->values, place, type), count,
+                         start + first + 1 - seen};
+            attend_part(a, &part, a->slopes ? a->slopes + head + h : NULL, q + h * dim,
+                        sums + h * dim, highest + h, total + h, dim, type);
         }
     }
-    for (long g = 0; g < group; g++)
+    for (long h = 0; h < heads; h++)
         for (long i = 0; i < dim; i++)
-            put(a->out, (token * a->heads + head + g) * dim + i, sums[g * dim + i] / total[g], type);
+            put(a->out, (token * a->heads + head + h) * dim + i, sums[h * dim + i] / total[h], type);
 }
 
+/* Most models' heads have one of two sizes; loops of a known length are twice as fast. */
 static void attend_item(void *data, long item) {
     const Attention *a = data;
-    BY_TYPE(a->type, attend, a, item);
+    if (a->dim == 64) BY_TYPE(a->type, attend, a, item, 64);
+    else if (a->dim == 128) BY_TYPE(a->type, attend, a, item, 128);
+    else BY_TYPE(a->type, attend, a, item, a->dim);
 }
 
 static void store(const Attention *a) {
@@ -101,11 +153,14 @@ static void store(const Attention *a) {
 }
 
 /* Stores all new keys and values, then attends from the `count` queries. */
-EXPORT void paged_attention(const Attention *a, int threads) {
+EXPORT void paged_attention(Attention *a, int threads) {
     store(a);
     long seen = 0;
     for (long i = 0; i < a->count; i++) seen += a->queries[3 * i + 2];
     long most = seen * a->heads * a->dim / ELEMENTS_PER_THREAD;
     if (most < threads) threads = most > 1 ? (int)most : 1;
-    each_item(attend_item, (void *)a, a->count * a->kv_heads, threads);
+    /* All heads of a page lie side by side: read together, they are one stream of memory. */
+    a->kv_per_item = a->count < threads ? 1 : a->kv_heads;
+    a->splits = a->kv_heads / a->kv_per_item;
+    each_item(attend_item, a, a->count * a->splits, threads);
 }

@@ -25,6 +25,17 @@ class Attention(Structure):
         *((name, c_long) for name in ("heads", "kv_heads", "dim", "page", "window")),
         ("scale", c_float),
         ("type", c_int),
+        *((name, c_long) for name in ("kv_per_item", "splits")),
+    ]
+
+
+class Linear(Structure):
+    """The arguments of `linear`, as linear.c describes them."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "weight", "scales", "bias", "residual", "out")),
+        *((name, c_long) for name in ("tokens", "inputs", "outputs")),
+        ("out_type", c_int),
     ]
 
 
@@ -32,6 +43,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "rms_norm": [*[c_void_p] * 3, *[c_long] * 2, c_float, c_int, c_int],
     "silu_gate": [*[c_void_p] * 3, *[c_long] * 3, c_int, c_int],
     "rotate": [*[c_void_p] * 3, *[c_long] * 4, c_int, c_int],
+    "linear": [POINTER(Linear), c_int],
     "use_team": [c_void_p],
     "paged_attention": [POINTER(Attention), c_int],
 }
@@ -48,6 +60,12 @@ def kernels() -> ctypes.CDLL | None:
         "compiler and Mizzen again, or run `python -m mizzen.runtime.kernels.compile`."
     )
     return None
+
+
+def has_matrix_unit() -> bool:
+    """Can `linear` be called?"""
+    loaded = kernels()
+    return loaded is not None and bool(loaded.has_linear())
 
 
 def load(path: Path) -> ctypes.CDLL:

@@ -56,7 +56,7 @@ class BiasedAttend(Protocol):
 
 
 class Attention(nn.Module):
-    """Queries, keys and values, the caller's attention, and the way back to model width."""
+    """Queries, keys and values, and the caller's attention; `out` leads back to model width."""
 
     def __init__(
         self, spec: ArchSpec, layer: int, prefix: str, heads: HeadShard, place: Placement
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         attend: Attend,
         lora: LoraDelta | None,
     ) -> Tensor:
-        """Return this rank's share of the addition to the residual stream."""
+        """Return what this rank's heads have mixed: the input of `out`."""
         tokens, d = x_TD.shape[0], self.head_dim
         q, k, v = (part.view(tokens, -1, d) for part in self.qkv(x_TD, self.layer, lora))
         if self.q_norm is not None and self.k_norm is not None:
@@ -103,7 +103,7 @@ class Attention(nn.Module):
             mixed_THd = attend(self.layer, q, k, v)
         else:
             mixed_THd = cast(BiasedAttend, attend)(self.layer, q, k, v, bias=self._bias)
-        return self.out(mixed_THd.flatten(-2), self.layer, lora)
+        return mixed_THd.flatten(-2)
 
 
 def _attention_bias(
@@ -119,7 +119,7 @@ def _attention_bias(
 
 
 class FeedForward(nn.Module):
-    """Up, activation, and down again; gated, the activation of a gate multiplies what is up."""
+    """Up and activation; gated, the activation of a gate multiplies what is up. `down` follows."""
 
     def __init__(self, spec: ArchSpec, layer: int, prefix: str, place: Placement) -> None:
         super().__init__()
@@ -134,15 +134,14 @@ class FeedForward(nn.Module):
         self._act = spec.act
 
     def forward(self, x_TD: Tensor, lora: LoraDelta | None) -> Tensor:
-        """Return this rank's share of the addition to the residual stream."""
+        """Return this rank's activated units: the input of `down`."""
         match self.up(x_TD, self.layer, lora):
             case [gate, up] if self._act == "silu":
-                hidden = ops.silu_gate(gate, up)
+                return ops.silu_gate(gate, up)
             case [gate, up]:
-                hidden = ACTIVATIONS[self._act](gate) * up
+                return ACTIVATIONS[self._act](gate) * up
             case [up]:
-                hidden = ACTIVATIONS[self._act](up)
-        return self.down(hidden, self.layer, lora)
+                return ACTIVATIONS[self._act](up)
 
 
 class Block(nn.Module):
@@ -174,16 +173,17 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return the residual stream after this layer."""
         group, attention, feed_forward = self._group, self.attention, self.feed_forward
-        is_post = self._order == "post_norm"
+        layer, is_post = attention.layer, self._order == "post_norm"
         inner = group.copy(x_TD if is_post else self.attention_norm(x_TD))
-        share = attention(inner, tables, attend, lora)
+        mixed = attention(inner, tables, attend, lora)
         if self._order == "parallel":
-            share = share + feed_forward(inner, lora)
+            hidden = feed_forward(inner, lora)
+            share = attention.out(mixed, layer, lora) + feed_forward.down(hidden, layer, lora)
             return x_TD + sum_shares(group, share, attention.out, feed_forward.down)
-        x_TD = x_TD + sum_shares(group, share, attention.out)
+        x_TD = attention.out.onto(x_TD, mixed, layer, lora)
         x_TD = self.attention_norm(x_TD) if is_post else x_TD
         inner = group.copy(x_TD if is_post else self.feed_forward_norm(x_TD))
-        x_TD = x_TD + sum_shares(group, feed_forward(inner, lora), feed_forward.down)
+        x_TD = feed_forward.down.onto(x_TD, feed_forward(inner, lora), layer, lora)
         return self.feed_forward_norm(x_TD) if is_post else x_TD
 
 

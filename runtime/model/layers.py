@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mizzen.runtime.kernels import ops
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.packed import PackedWeight, Quantization, pack
+from mizzen.runtime.model.panels import PanelWeight
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.parallel.shard import Span, even_span
 
@@ -56,12 +57,19 @@ class Linear(nn.Module):
         self.bias = place.empty(rows) if bias else None
         self._packed: PackedWeight | None = None
 
-    def matmul(self, x_TI: Tensor, *, bias: bool = True) -> Tensor:
-        """Return `x` times the weight, plus the bias unless told not to."""
+    def matmul(
+        self, x_TI: Tensor, *, bias: bool = True, residual_TO: Tensor | None = None
+    ) -> Tensor:
+        """Return `x` times the weight, plus the bias unless told not to, plus the residual."""
         addend = self.bias if bias else None
-        if self._packed is None:
-            return F.linear(x_TI, self.weight, addend)
-        return self._packed(x_TI, addend)
+        if isinstance(self._packed, PanelWeight):
+            return self._packed(x_TI, addend, residual_TO)
+        out_TO = (
+            F.linear(x_TI, self.weight, addend)
+            if self._packed is None
+            else self._packed(x_TI, addend)
+        )
+        return out_TO if residual_TO is None else residual_TO + out_TO
 
     def pack(self, quantization: Quantization = "none", *, keep_weight: bool = False) -> None:
         """Pack the weight, once: it cannot be trained or loaded anew afterwards."""
@@ -138,13 +146,19 @@ class RowLinear(Linear):
 
     def forward(self, x_TI: Tensor, layer: int, lora: LoraDelta | None) -> Tensor:
         """Return this rank's share of the output; `sum_shares` makes it whole."""
-        out_TO = self.matmul(x_TI, bias=self._group.size == 1)
-        if lora is not None:
-            # An adapter is linear too: its shares take part in the same sum.
-            delta = lora.delta(layer, self.part.name, x_TI)
-            if delta is not None:
-                out_TO = out_TO + delta
-        return out_TO
+        share_TO = self.matmul(x_TI, bias=self._group.size == 1)
+        return self._adapted(share_TO, x_TI, layer, lora)
+
+    def onto(self, stream_TO: Tensor, x_TI: Tensor, layer: int, lora: LoraDelta | None) -> Tensor:
+        """Return the stream with the whole output added, equal on every rank."""
+        if self._group.size > 1:
+            return stream_TO + sum_shares(self._group, self(x_TI, layer, lora), self)
+        return self._adapted(self.matmul(x_TI, residual_TO=stream_TO), x_TI, layer, lora)
+
+    def _adapted(self, out_TO: Tensor, x_TI: Tensor, layer: int, lora: LoraDelta | None) -> Tensor:
+        # An adapter is linear too: its shares take part in the same sum.
+        delta = lora.delta(layer, self.part.name, x_TI) if lora is not None else None
+        return out_TO if delta is None else out_TO + delta
 
     def shards(self) -> Iterator[TensorShard]:
         """Yield views of the held part of each checkpoint tensor."""
@@ -202,6 +216,10 @@ class VocabTable(Linear):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Return float32 scores over the whole vocabulary, equal on every rank."""
+        if self._group.size == 1 and isinstance(self._packed, PanelWeight):
+            # The sums are float32: not rounded on the way, they need not be widened after it.
+            scores_NV = self._packed(hidden_ND, self.bias, dtype=torch.float32)
+            return scores_NV[:, : self.vocab]
         local_NV = self.matmul(self._group.copy(hidden_ND))
         return self._group.all_gather(local_NV)[:, : self.vocab].float()
 

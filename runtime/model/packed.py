@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mizzen.runtime.errors import QuantizationUnsupportedError
+from mizzen.runtime.model.panels import PanelWeight
 
 Quantization = Literal["none", "int8", "int4"]
 
@@ -138,6 +139,8 @@ def pack(weight_OI: Tensor, quantization: Quantization) -> PackedWeight:
     Raises:
         QuantizationUnsupportedError: the matrix does not divide into int4's groups.
     """
+    if quantization != "int4" and PanelWeight.suits(weight_OI):
+        return PanelWeight(weight_OI, has_8_bits=quantization == "int8")
     if quantization == "none":
         return OneDnnWeight(weight_OI)
     if quantization == "int8":

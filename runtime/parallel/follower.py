@@ -13,12 +13,12 @@ import torch
 from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.parallel.connect import Meeting
 from mizzen.runtime.parallel.line import MESSAGE, SERVING, Line
-from mizzen.runtime.parallel.nodes import Nodes, reach_leader
+from mizzen.runtime.parallel.nodes import Nodes
 from mizzen.runtime.parallel.processes import Follow, RankProcesses
 
 
 class Follower:
-    """The ranks of this pod, from the first call of the leader to the last."""
+    """The ranks of this pod, from the leader's first word to its last."""
 
     def __init__(
         self,
@@ -30,32 +30,25 @@ class Follower:
         device: str = "cpu",
         timeout_s: float = 60.0,
         start_timeout_s: float = 120.0,
-        agreement: str = "",
     ) -> None:
         """Take what `Ranks` takes; `run` does the work."""
-        self.has_joined = False
         self.is_serving = False  # all ranks of the group are warm
-        self._nodes = nodes
         self._size = size
         self._device = torch.device(device)
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
-        self._agreement = agreement
         own = size // nodes.count
         self._first = nodes.index * own
         ranks = range(self._first, self._first + own)
         self._processes = RankProcesses(ranks, follow, tuple(arguments))
         self._lost_rank = ""
 
-    def run(self) -> None:
-        """Follow until the leader ends the group.
+    def run(self, line: Line) -> None:
+        """Follow until the leader, reached by `line`, ends the group.
 
         Raises:
             RankLostError: the leader or one of our ranks was lost.
-            NodesDisagreeError: the leader was started with other settings.
         """
-        line = reach_leader(self._nodes, self._agreement)
-        self.has_joined = True
         try:
             self._start_ranks(line)
             self._pass_on(line)

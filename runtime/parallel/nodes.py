@@ -117,13 +117,16 @@ def reach_leader(nodes: Nodes, agreement: str) -> Line:
     """
     hello = json.dumps({"node": nodes.index, "nodes": nodes.count, "agreement": agreement})
     ends_at = time.monotonic() + nodes.wait_s
+    told = ""
     while True:
         try:
             return _call_leader(nodes, hello.encode())
         except (OSError, EOFError, StrangerError) as error:
             if time.monotonic() >= ends_at:
                 raise RankLostError(_why_unreached(nodes, error)) from error
-            log.info("no leader at %s:%d yet: %s", nodes.leader, nodes.port, error)
+            if str(error) != told:
+                told = str(error)
+                log.info("no leader at %s:%d yet: %s", nodes.leader, nodes.port, told)
             time.sleep(_TRY_AGAIN_S)
 
 

@@ -12,6 +12,7 @@ from mizzen.runtime.engine.api import AdapterLoadError, EngineDeadError
 from mizzen.runtime.errors import MizzenError
 from mizzen.runtime.server.errors import ApiError, invalid, to_api_error
 from mizzen.runtime.server.service import Service
+from mizzen.runtime.train.digest import digest_of, hash_files
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +127,6 @@ async def load_adapter(service: Service, name: str, source: AdapterSource) -> No
 
 
 def _check_digest(path: Path, wanted: str) -> None:
-    # The trainer's own definition, imported late: it brings torch, which the ports do not wait for.
-    from mizzen.runtime.train.publish import digest_of, hash_files  # noqa: PLC0415
-
     found = f"sha256:{digest_of(hash_files(path))}"
     if found != wanted:
         raise AdapterLoadError(

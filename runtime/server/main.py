@@ -1,29 +1,30 @@
-"""`mizzen serve`: one process from its first port to its last answer."""
+"""`mizzen serve`: the server's process, from its first port to its last answer."""
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from functools import partial
+from typing import Any
 
 import uvloop
 
 from mizzen.runtime.config import ServeConfig
 from mizzen.runtime.engine.api import EngineApi, EngineDeadError
-from mizzen.runtime.errors import MizzenError, RankLostError, report_fatal
+from mizzen.runtime.engine.remote import RemoteEngine
+from mizzen.runtime.engine.spawn import EngineProcess
+from mizzen.runtime.errors import MizzenError, report_fatal
 from mizzen.runtime.server.access import Gate, SecretFile
 from mizzen.runtime.server.adapters import load_listed
 from mizzen.runtime.server.admin import build_admin_app
 from mizzen.runtime.server.app import build_user_app
 from mizzen.runtime.server.drain import Drain
-from mizzen.runtime.server.follower import follow_until_stopped
 from mizzen.runtime.server.grpc_server import build_grpc_server
 from mizzen.runtime.server.listen import HttpServer, bind_port, port_taken
 from mizzen.runtime.server.metrics import Metrics
 from mizzen.runtime.server.service import Phase, Service
-from mizzen.runtime.server.stopping import first_of, stop_signals
+from mizzen.runtime.server.stopping import first_of, set_up_logging, stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -43,59 +44,24 @@ class Ports:
     admin: int
 
 
-def serve(config: ServeConfig) -> int:
-    """Serve until told to stop; return the process's exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+def serve(config: ServeConfig, process: EngineProcess) -> int:
+    """Serve with the engine of `process` until told to stop; return the exit code."""
+    set_up_logging()
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            serve_it = follow_until_stopped if config.node_rank else _serve_until_stopped
-            try:
-                may_wait_for_threads = runner.run(serve_it(config))
-            except RankLostError as error:
-                _end_now(report_fatal(error))
-            if not may_wait_for_threads:
-                _end_now(0)
+        with process, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(Server(config, partial(start_engine, process)).run())
     except EngineDeadError as error:
         # A crash, not a mistake in the configuration: starting again may help.
         log.critical("ending: %s", error)
-        return 1
+        return error.exit_code
     except MizzenError as error:
         return report_fatal(error)
     return 0
 
 
-def _end_now(exit_code: int) -> NoReturn:
-    """End without waiting for threads.
-
-    One may be in the middle of reading weights, wait for other pods, or for a lost rank in a
-    collective: none of these can be ended, and waiting would outlast the pod's grace period.
-    """
-    logging.shutdown()
-    os._exit(exit_code)
-
-
-async def _serve_until_stopped(config: ServeConfig) -> bool:
-    """Serve; return whether every thread has ended, or will soon."""
-    server = Server(config, start_engine)
-    await server.run()
-    return server.service.engine_or_none is not None
-
-
-async def start_engine(config: ServeConfig, metrics: Metrics) -> EngineApi:
-    """Load the model in a thread, so that the ports answer meanwhile."""
-    return await asyncio.to_thread(_load_engine, config, metrics)
-
-
-def _load_engine(config: ServeConfig, metrics: Metrics) -> EngineApi:
-    # Imported here because torch takes seconds, in which the ports already answer.
-    from mizzen.runtime.engine.engine import Engine  # noqa: PLC0415
-    from mizzen.runtime.model.arch import ArchSpec  # noqa: PLC0415
-
-    # What is wrong with the model itself comes before what its tokenizer lacks.
-    ArchSpec.from_dir(config.model_path)
-    engine = Engine.start(config.engine_config(), metrics)
-    return cast("EngineApi", engine)  # its attributes have narrower types than the protocol's
+async def start_engine(process: EngineProcess, config: ServeConfig, metrics: Metrics) -> EngineApi:
+    """Have the engine's process load the model; the ports answer meanwhile."""
+    return await RemoteEngine.start(process, config.engine_config(), metrics)
 
 
 class Server:

@@ -1,9 +1,16 @@
-"""How a process hears that it should stop, and waits for whatever comes first."""
+"""How a process begins to log, hears that it should stop, and waits for what comes first."""
 
 import asyncio
+import logging
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+
+
+def set_up_logging() -> None:
+    """Log to standard error, one line an event."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
 async def first_of(*waits: Awaitable[object]) -> None:

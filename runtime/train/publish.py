@@ -6,7 +6,6 @@ killed while it publishes simply publishes again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,10 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mizzen.runtime.train.config import TrainConfig
-from mizzen.runtime.train.durable import sha256_of, storage_faults_of, sync_path
+from mizzen.runtime.train.digest import ARTIFACT_FILE, digest_of, hash_files
+from mizzen.runtime.train.durable import storage_faults_of, sync_path
 from mizzen.runtime.train.progress import Artifact, Verdict
 
-ARTIFACT_FILE = "artifact.json"
 _NAME_DIGITS = 12
 
 
@@ -56,20 +55,6 @@ def publish(
         (partial / ARTIFACT_FILE).write_text(json.dumps(document, indent=2) + "\n")
         _install(partial, final, digest)
     return artifact
-
-
-def hash_files(folder: Path) -> dict[str, str]:
-    """Return each file's sha256 by its path in the folder, without the artifact's own record."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
-    hashes.pop(ARTIFACT_FILE, None)
-    return hashes
-
-
-def digest_of(hashes: dict[str, str]) -> str:
-    """Return the artifact's digest: of the lines `sha256  name`, as `sha256sum` prints them."""
-    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _install(partial: Path, final: Path, digest: str) -> None:

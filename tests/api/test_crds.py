@@ -146,10 +146,6 @@ REFUSED: dict[str, tuple[Document, str]] = {
         deployment(parallelism={"tensor": 3, "nodes": 2}),
         "parallelism.tensor must be a multiple of parallelism.nodes",
     ),
-    "a group of pods for a runtime that joins ranks inside one pod": (
-        deployment(parallelism={"tensor": 2, "nodes": 2}),
-        "parallelism.nodes above 1 needs engine.image",
-    ),
     "a number of devices without their name": (
         deployment(accelerator={"count": 2}),
         "accelerator.count needs accelerator.resource, such as nvidia.com/gpu.",

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +81,20 @@ class Cluster:
         found = re.search(r"mz-\S+", _KEY_FILE.read_text())
         assert found is not None
         return found.group()
+
+
+def kill_container(container: str) -> None:
+    """Kill every process of a container; a container's id is part of its control group's name."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cgroup"):
+        try:
+            if container in path.read_text():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue  # ended meanwhile
+    assert found, f"no process of container {container}"
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

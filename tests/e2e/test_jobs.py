@@ -1,9 +1,7 @@
 """A job whose trainer is killed, or suspended, goes on to the loss curve of one left alone."""
 
 import json
-import os
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Cluster
+from tests.e2e.conftest import Cluster, kill_container
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 NAMESPACE = "quickstart"
@@ -104,20 +102,6 @@ class Job:
         return int(found[1])
 
 
-def kill(container: str) -> None:
-    """Kill every process of a container; a container's id is part of its control group's name."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cgroup"):
-        try:
-            if container in path.read_text():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue  # ended meanwhile
-    assert found, f"no process of container {container}"
-    for pid in found:
-        os.kill(pid, signal.SIGKILL)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(quickstart: Cluster) -> Iterator[Curve]:
     """The loss curve of a job that nobody touched."""
@@ -140,8 +124,8 @@ def test_a_trainer_killed_twice_ends_with_the_same_loss_curve(
     quickstart: Cluster, undisturbed: Curve
 ) -> None:
     job = Job.submit(quickstart, "killed")
-    kill(job.wait_for_step(3, generation=1))
-    kill(job.wait_for_step(7, generation=2))
+    kill_container(job.wait_for_step(3, generation=1))
+    kill_container(job.wait_for_step(7, generation=2))
     status = job.finish()
     assert status["restarts"] == 2
     assert status["generation"] == 3

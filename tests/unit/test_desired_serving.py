@@ -45,7 +45,12 @@ def test_manifests_are_as_reviewed(case: str) -> None:
     wanted = serving(**yaml.safe_load((GOLDEN / f"{case}.in.yaml").read_text()))
     revision = revision_of(wanted)
     documents = [
-        *build_children(wanted, has_served=True, replicas=wanted.spec.desired_replicas),
+        *build_children(
+            wanted,
+            has_served=True,
+            has_groups=wanted.spec.parallelism.nodes > 1,
+            replicas=wanted.spec.desired_replicas,
+        ),
         *(
             build_pod(wanted, PodPlace(revision=revision, slot=0, rank=rank))
             for rank in range(wanted.spec.parallelism.nodes)
@@ -156,7 +161,7 @@ def test_only_the_leader_of_a_group_has_the_gate() -> None:
 
 def test_a_budget_exists_only_for_more_than_one_replica() -> None:
     def kinds(replicas: int) -> set[str]:
-        made = build_children(serving(), has_served=True, replicas=replicas)
+        made = build_children(serving(), has_served=True, has_groups=False, replicas=replicas)
         return {child["kind"] for child in made}
 
     assert kinds(1) == {"Service"}
@@ -164,7 +169,7 @@ def test_a_budget_exists_only_for_more_than_one_replica() -> None:
 
 
 def test_there_is_no_service_before_a_replica_serves() -> None:
-    assert build_children(serving(), has_served=False, replicas=1) == ()
+    assert build_children(serving(), has_served=False, has_groups=False, replicas=1) == ()
 
 
 def test_users_reach_the_serving_ports_and_only_we_reach_the_others() -> None:
@@ -174,7 +179,32 @@ def test_users_reach_the_serving_ports_and_only_we_reach_the_others() -> None:
     (ours,) = [rule for rule in rules if "from" in rule]
     assert "ports" not in ours
     namespaces = [peer.get("namespaceSelector") for peer in ours["from"]]
-    assert namespaces == [{"matchLabels": {"kubernetes.io/metadata.name": "mizzen-system"}}, None]
+    assert namespaces == [{"matchLabels": {"kubernetes.io/metadata.name": "mizzen-system"}}]
+
+
+def test_the_pods_of_a_group_find_each_other_before_they_are_ready() -> None:
+    group = serving(parallelism={"tensor": 4, "nodes": 2})
+    first, second = (
+        build_pod(group, PodPlace(revision="r1", slot=3, rank=rank))["spec"] for rank in range(2)
+    )
+    children = build_children(group, has_served=False, has_groups=True, replicas=1)
+    policy, service = children
+    address = f"smollm2-r1-3-0.{service['metadata']['name']}.team.svc"
+    assert service["spec"]["publishNotReadyAddresses"]
+    assert service["metadata"]["name"] == first["subdomain"] == second["subdomain"]
+    assert [made["hostname"] for made in (first, second)] == ["smollm2-r1-3-0", "smollm2-r1-3-1"]
+    assert first["containers"][0]["args"][-8:] == [
+        *("--nnodes", "2", "--node-rank", "0", "--master-addr", address, "--master-port", "8003")
+    ]
+    assert second["containers"][0]["args"][-5] == "1"
+    assert policy["spec"]["ingress"] == [{"from": [{"podSelector": policy["spec"]["podSelector"]}]}]
+
+
+def test_the_names_of_a_group_s_objects_cannot_be_those_of_another_deployment() -> None:
+    group = serving(parallelism={"tensor": 2, "nodes": 2})
+    made = build_children(group, has_served=True, has_groups=True, replicas=1)
+    names = [child["metadata"]["name"] for child in made]
+    assert names == ["smollm2-ranks-8c1b2c1e", "smollm2-ranks-8c1b2c1e", "smollm2"]
 
 
 def test_the_token_is_copied_as_it_is() -> None:

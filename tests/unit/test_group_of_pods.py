@@ -15,8 +15,7 @@ import httpx
 
 from hack.tiny_model import write_tiny_model
 from mizzen.runtime.errors import EXIT_RANK_LOST
-from mizzen.runtime.server.main import start_engine
-from tests.fixtures.runtime_server import running_server
+from tests.fixtures.runtime_server import running_server, start_here
 
 COMPLETIONS = "/v1/completions"
 FLAGS = ("--device=cpu", "--dtype=float32", "--kv-cache-gib=0.02", "--max-model-len=512")
@@ -94,7 +93,7 @@ class Group:
         )
 
     async def wait_until_ready(self) -> None:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(400):
             await self.leader.wait_until_ready()
             await self.follower.wait_until_ready()
 
@@ -130,7 +129,7 @@ async def answer_of(http: httpx.AsyncClient) -> list[str]:
 
 async def answer_of_one_rank(model: Path) -> list[str]:
     fixed = {"model": str(model), "device": "cpu", "dtype": "float32", "kv_cache_gib": 0.02}
-    async with running_server(start_engine, max_model_len=512, **fixed) as alone:
+    async with running_server(start_here, max_model_len=512, **fixed) as alone:
         return await answer_of(alone.http)
 
 

@@ -10,7 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mizzen.operator.controllers.llmdeployment_replicas import read_groups
+from mizzen.operator.controllers.llmdeployment_replicas import (
+    MOST_GROUP_RESTARTS,
+    Group,
+    left_to_place_s,
+    read_groups,
+)
 from mizzen.operator.planning.rollout import Standing as S
 
 NOW = datetime(2026, 9, 1, 13, 0, 0, tzinfo=UTC)
@@ -132,6 +137,63 @@ def test_failures_in_a_row_are_counted_on_the_pod_and_forgiven_after_ten_minutes
     ]
     assert [replica.restarts for replica in counted] == [3, 0, 3]
     assert str(counted[0].failed_at) == "2026-09-01 12:09:59+00:00"
+
+
+def test_a_group_that_failed_too_often_is_given_up_and_says_how_to_go_on() -> None:
+    def group_after(restarts: int, nodes: int = 2) -> Group:
+        notes = {"mizzen.dev/restarts": str(restarts)}
+        last_words = {"reason": "RankLost", "message": "Pod 1 closed its connection."}
+        end = {"exitCode": 76, "finishedAt": "2026-09-01T12:05:00Z"} | {
+            "message": json.dumps(last_words)
+        }
+        dead = [{"name": "runtime", "state": {"terminated": end}}]
+        ranks = [pod(rank, nodes=nodes, notes=notes, containers=dead) for rank in range(nodes)]
+        ranks[0]["status"]["phase"] = "Failed"
+        return read_groups(ranks, owner_uid="uid-1", now=NOW)[0]
+
+    assert not group_after(MOST_GROUP_RESTARTS - 1).replica.is_given_up
+    assert not group_after(MOST_GROUP_RESTARTS, nodes=1).replica.is_given_up
+    last = group_after(MOST_GROUP_RESTARTS)
+    assert last.replica.is_given_up
+    assert last.cause is not None
+    assert (last.cause.reason.value, last.cause.needs_change) == ("RankLost", True)
+    assert last.cause.message.startswith("Pod 1 closed its connection. The group was restarted 6")
+    assert "delete the failed pods" in last.cause.message
+
+
+def test_what_a_rank_died_of_is_told_before_that_the_others_lost_it() -> None:
+    lost = {"exitCode": 76, "message": json.dumps({"reason": "RankLost", "message": "Gone."})}
+    killed = {"exitCode": 137, "reason": "OOMKilled"}
+    pods = [
+        pod(rank, nodes=2, phase="Failed", containers=[{"state": {"terminated": end}}])
+        for rank, end in enumerate((lost, killed))
+    ]
+    (group,) = read_groups(pods, owner_uid="uid-1", now=NOW)
+    assert group.cause is not None
+    assert group.cause.reason.value == "OutOfMemory"
+
+
+def test_half_a_group_that_finds_no_place_for_the_rest_gives_its_own_back_after_two_minutes() -> (
+    None
+):
+    def seen(since: str, *, node: str = "n1") -> Group:
+        placed, waiting = pod(0, nodes=2, phase="Pending"), pod(1, nodes=2, phase="Pending")
+        placed["spec"] = {"nodeName": node} if node else {}
+        waiting["status"]["conditions"] += [
+            {
+                "type": "PodScheduled",
+                "status": "False",
+                "reason": "Unschedulable",
+                "lastTransitionTime": since,
+            }
+        ]
+        return read_groups([placed, waiting], owner_uid="uid-1", now=NOW)[0]
+
+    assert seen("2026-09-01T12:58:00Z").standing is S.LOST
+    assert seen("2026-09-01T12:58:00Z", node="").standing is S.STARTING, "it holds nothing"
+    young = seen("2026-09-01T12:58:30Z")
+    assert young.standing is S.STARTING
+    assert left_to_place_s(young, now=NOW) == 30
 
 
 def test_a_successor_tells_its_predecessors_failure_until_it_serves_or_fails_itself() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mizzen.operator.runtimes import AdapterRefusedError, HttpRuntimes, LoadedAdapter
-from mizzen.runtime.train.publish import digest_of, hash_files
+from mizzen.runtime.train.digest import digest_of, hash_files
 from tests.fixtures.fake_engine import FakeEngine
 from tests.fixtures.runtime_server import Running, running_server
 

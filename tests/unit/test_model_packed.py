@@ -10,6 +10,8 @@ from mizzen.runtime.attention.causal import CausalAttention
 from mizzen.runtime.config import ServeConfig
 from mizzen.runtime.engine.ranks import load_rank
 from mizzen.runtime.errors import QuantizationUnsupportedError
+from mizzen.runtime.kernels import compile as compiling
+from mizzen.runtime.kernels import library
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import Linear
 from mizzen.runtime.model.loader import load_decoder
@@ -20,6 +22,7 @@ from mizzen.runtime.model.packed import (
     Quantization,
     pack,
 )
+from mizzen.runtime.model.panels import PanelWeight
 from mizzen.runtime.parallel.group import RankGroup
 from tests.fixtures.tiny_models import save_tiny_llama
 
@@ -101,6 +104,61 @@ def test_int4_refuses_what_does_not_divide_into_groups(rows: int, columns: int) 
     pack(torch.randn(rows, columns), "int8")
 
 
+needs_amx = pytest.mark.skipif(
+    not library.runs("amx"), reason="this processor has no matrix unit (AMX)"
+)
+
+
+@needs_amx
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 32, 33, 70])
+@pytest.mark.parametrize("has_8_bits", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_panels_multiply_as_the_stored_weights(
+    tokens: int, threads: int, has_8_bits: bool, dtype: torch.dtype
+) -> None:
+    random = torch.Generator().manual_seed(6)
+    weight = WEIGHT.bfloat16()
+    assert PanelWeight.suits(weight), "no kernels: `python -m mizzen.runtime.kernels.compile`"
+    packed = PanelWeight(weight, has_8_bits=has_8_bits)
+    stored = packed(torch.eye(64).bfloat16(), None, dtype=torch.float32).T
+    assert error(stored, weight.float()) < (0.01 if has_8_bits else 1e-6)
+    x, bias, residual = (
+        torch.randn(shape, generator=random).bfloat16()
+        for shape in ((tokens, 64), 96, (tokens, 96))
+    )
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = packed(x, bias, residual, dtype=dtype)
+    torch.set_num_threads(threads_before)
+    expected = x.float() @ stored.T + bias.float() + residual.float()
+    # Sums are float32; the stored weights were read through a rounding of their scale only.
+    assert found.dtype == dtype
+    assert error(found.float(), expected) < (1e-6 if dtype == torch.float32 else 0.003)
+
+
+@needs_amx
+def test_a_token_that_is_not_finite_spoils_itself_alone_in_panels() -> None:
+    x = torch.ones(40, 64).bfloat16()
+    x[3, 5], x[20, 0] = torch.nan, torch.inf
+    for has_8_bits in (False, True):
+        found = PanelWeight(WEIGHT.bfloat16(), has_8_bits=has_8_bits)(x, None)
+        is_bad = ~found.isfinite().any(-1)
+        assert is_bad.nonzero()[:, 0].tolist() == [3, 20]
+
+
+def test_what_does_not_divide_into_panels_is_packed_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for shape in ((48, 64), (64, 48)):
+        assert isinstance(pack(torch.randn(shape).bfloat16(), "none"), OneDnnWeight)
+    assert isinstance(pack(WEIGHT, "none"), OneDnnWeight), "float32"
+    plain = library.load(compiling.library_path("plain"))
+    monkeypatch.setattr(library, "kernels", lambda: plain)
+    assert isinstance(pack(WEIGHT.bfloat16(), "none"), OneDnnWeight), "no matrix unit"
+    assert isinstance(pack(WEIGHT.bfloat16(), "int8"), Int8Weight)
+
+
 @torch.no_grad()
 def logits(decoder: Decoder) -> Tensor:
     hidden = decoder(torch.arange(3, 43), torch.arange(40), CausalAttention([40]))
@@ -138,11 +196,15 @@ def test_no_device_but_a_cpu_quantizes(tmp_path: Path) -> None:
     assert raised.value.reason == "QuantizationUnsupported"
 
 
-@pytest.mark.parametrize(("kind", "form"), [("int8", Int8Weight), ("int4", Int4Weight)])
-def test_the_flag_reaches_the_weights(tmp_path: Path, kind: Quantization, form: type) -> None:
+@pytest.mark.parametrize(
+    ("kind", "form"), [("int8", (Int8Weight, PanelWeight)), ("int4", (Int4Weight,))]
+)
+def test_the_flag_reaches_the_weights(
+    tmp_path: Path, kind: Quantization, form: tuple[type, ...]
+) -> None:
     save_tiny_llama(tmp_path)
     config = ServeConfig(model=str(tmp_path), quantization=kind).engine_config()
     decoder = load_rank(config, torch.device("cpu"), RankGroup())
-    forms = [type(part._packed) for part in decoder.modules() if isinstance(part, Linear)]
-    assert forms.count(form) >= 8, "four matrices in each of two layers"
-    assert forms.count(OneDnnWeight) == 0
+    packed = [part._packed for part in decoder.modules() if isinstance(part, Linear)]
+    assert sum(isinstance(weight, form) for weight in packed) >= 8, "four in each of two layers"
+    assert not any(isinstance(weight, OneDnnWeight) for weight in packed)

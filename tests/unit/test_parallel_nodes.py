@@ -165,7 +165,7 @@ def test_a_pod_that_was_restarted_takes_its_own_place_again(
 ) -> None:
     meeting = threads.submit(meet_followers, leader, ALIKE)
     reach_leader(replace(leader, index=1), ALIKE).close()
-    first, second = follow(threads, leader, 1), None
+    first = follow(threads, leader, 1)
     first.result()
     second = follow(threads, leader, 2)
     meeting.result()[0].send(b"again")
@@ -185,7 +185,7 @@ def test_a_leader_whose_pods_do_not_come_says_which_and_what_to_look_at(
 
 
 def test_a_leader_that_does_not_come_is_given_up(leader: Nodes) -> None:
-    with pytest.raises(RankLostError, match=r"did not reach its leader at 127\.0\.0\.1"):
+    with pytest.raises(RankLostError, match="did not reach its leader"):
         reach_leader(replace(leader, index=1, wait_s=0.2), ALIKE)
 
 
@@ -200,15 +200,14 @@ def test_a_secret_is_named(tmp_path, content: bytes | None) -> None:
 
 def test_silence_ends_a_line_that_is_still_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(line_module, "SILENCE_S", 0.6)
-    ours, theirs = socket.create_server((HOST, 0)), None
-    theirs = socket.create_connection(ours.getsockname())
-    connection, _ = ours.accept()
-    line = Line(connection, "Pod 7")
-    line.expect_life()
-    with pytest.raises(RankLostError, match=r"Pod 7 gave no sign of life for 0.6 s"):
-        line.receive()
-    theirs.close()
-    ours.close()
+    with (
+        socket.create_server((HOST, 0)) as door,
+        socket.create_connection(door.getsockname()),
+    ):
+        line = Line(door.accept()[0], "Pod 7")
+        line.expect_life()
+        with pytest.raises(RankLostError, match=r"Pod 7 gave no sign of life for 0\.6 s"):
+            line.receive()
 
 
 def test_an_end_that_is_meant_is_no_loss() -> None:

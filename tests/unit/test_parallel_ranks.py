@@ -42,6 +42,25 @@ def test_three_ranks_sum_and_gather_on_each_message() -> None:
             assert ranks.group.all_gather(torch.tensor([[0.0]])).tolist() == [[0.0, 1.0, 2.0]]
 
 
+def test_two_groups_in_one_pod_do_not_meet_and_listen_on_loopback_only() -> None:
+    with (
+        started(2, rank_work.echo_sum) as ours,
+        started(2, rank_work.echo_sum) as theirs,
+    ):
+        for ranks, number in ((ours, 2), (theirs, 5)):
+            ranks.send(b"%d" % number)
+            assert ranks.group.all_reduce(torch.tensor([100.0])).item() == 100 + number
+            ranks.group.all_gather(torch.tensor([[0.0]]))
+        heard = [
+            connection.laddr.ip
+            for process in (psutil.Process(), *psutil.Process().children(recursive=True))
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert heard
+        assert set(heard) == {"127.0.0.1"}
+
+
 def test_a_dead_rank_breaks_the_collective_and_takes_the_group_down() -> None:
     lost = threading.Event()
     with started(3, rank_work.die_on_message) as ranks:

@@ -12,6 +12,7 @@ import pytest
 
 from mizzen.runtime.config import ServeConfig
 from mizzen.runtime.engine.api import EngineDeadError
+from mizzen.runtime.engine.spawn import EngineProcess
 from mizzen.runtime.server.listen import PortTakenError, bind_port
 from mizzen.runtime.server.main import Server, serve
 from mizzen.runtime.server.service import Phase
@@ -265,7 +266,7 @@ def test_a_model_that_cannot_be_served_exits_42_and_says_why(
         (model / "config.json").write_text(json.dumps(config))
     monkeypatch.setenv("MIZZEN_TERMINATION_LOG", str(note))
     ports = {"host": "127.0.0.1", "port": 0, "grpc_port": 0, "admin_port": 0}
-    assert serve(ServeConfig(model=str(model), **ports)) == 42
+    assert serve(ServeConfig(model=str(model), **ports), EngineProcess()) == 42
     told = json.loads(note.read_text())
     assert told["reason"] == reason
     assert told["message"] in capsys.readouterr().err

@@ -146,6 +146,12 @@ def test_one_token_has_no_time_per_output_token(metrics: Metrics) -> None:
     assert value(metrics, "vllm:request_time_per_output_token_seconds_count") == 0
 
 
+def test_each_phase_of_the_start_is_told() -> None:
+    metrics = Metrics("tiny")
+    metrics.observe(Observed(engine_or_none=FakeEngine()))
+    assert value(metrics, "mizzen:startup_phase_seconds", phase="weights") == 1.5
+
+
 def test_rejections_count_by_reason(metrics: Metrics) -> None:
     metrics.reject(to_api_error(EngineBusyError("full", retry_after_s=1)))
     metrics.reject(ApiError(400, "odd", code="never_heard_of"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from hack.models import cache_dir
@@ -129,6 +130,13 @@ async def test_sigterm_while_loading_ends_at_once_with_0(tmp_path: Path) -> None
     finally:
         if served.process.returncode is None:
             served.process.kill()
+
+
+async def test_a_killed_engine_ends_the_server_with_an_error(tmp_path: Path) -> None:
+    async with serving(write_tiny_model(tmp_path / "tiny")) as served:
+        (engine,) = psutil.Process(served.process.pid).children()
+        engine.kill()
+        assert await served.process.wait() == 1
 
 
 @pytest.mark.model

@@ -14,7 +14,7 @@ import tritonclient.grpc.aio
 
 from mizzen.runtime.model.lora import LoraConfig, save_adapter
 from mizzen.runtime.model.lora.adapter import Adapter, Pair, Site
-from mizzen.runtime.train.publish import digest_of, hash_files
+from mizzen.runtime.train.digest import digest_of, hash_files
 from tests.fixtures.runtime_server import Running, eventually, running_tiny_model
 from tests.fixtures.triton_tensors import tensors
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running(folder: Path) -> AsyncIterator[Running]:
-    async with running_tiny_model(folder, adapter_root=[folder]) as running:
+    async with running_tiny_model(folder, own_process=True, adapter_root=[folder]) as running:
         yield running
 
 

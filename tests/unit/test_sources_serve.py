@@ -18,6 +18,7 @@ import pytest
 from hack.tiny_model import write_tiny_model
 from mizzen.operator.runtimes import HttpRuntimes
 from mizzen.runtime.config import ServeConfig
+from mizzen.runtime.engine.spawn import EngineProcess
 from mizzen.runtime.server.main import serve
 from tests.fixtures.fake_engine import FakeEngine
 from tests.fixtures.hub_server import HubServer, running_hub
@@ -133,7 +134,8 @@ def test_the_last_words_name_the_cause_and_the_exit_code_whether_to_try_again(
         ServeConfig(
             model=source, cache_dir=tmp_path / "cache", host="127.0.0.1",
             port=0, grpc_port=0, admin_port=0,
-        )
+        ),
+        EngineProcess(),
     )  # fmt: skip
     assert ended == code
     assert json.loads(words.read_text())["reason"] == reason

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from mizzen.runtime.attention.causal import CausalAttention
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.config import TrainConfig, load_config
+from mizzen.runtime.train.digest import digest_of, hash_files
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.export import build_config
-from mizzen.runtime.train.publish import digest_of, hash_files
 from tests.fixtures.train_runs import Job, run, start, write_job
 
 LORA = {"adaptation": {"type": "lora", "rank": 4, "alpha": 8.0}}

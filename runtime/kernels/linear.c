@@ -1,0 +1,154 @@
+/* Linear layers on Intel's matrix unit (AMX), for weights in bfloat16 or in 8 bits.
+
+The unit multiplies 16 tokens by 16 outputs over 32 inputs at once. Weights come in panels of 32
+outputs, laid out as it reads them: [outputs / 32][inputs / 32][2][16][16][2], so a panel is one
+stream of memory. An integer of 8 bits is a bfloat16 number without loss: 8-bit weights are widened
+on their way from memory, and inputs keep their precision. */
+#include "numbers.h"
+#include "team.h"
+#include <stddef.h>
+#include <stdlib.h>
+
+typedef struct {
+    const uint16_t *x;        /* [tokens, inputs] bfloat16 */
+    const void *weight;       /* panels: bfloat16, or int8 if there are scales */
+    const float *scales;      /* one per output, or NULL */
+    const uint16_t *bias;     /* one per output, or NULL */
+    const uint16_t *residual; /* [tokens, outputs], added to the result, or NULL */
+    void *out;                /* [tokens, outputs] in `out_type` */
+    long tokens, inputs, outputs;
+    int out_type;
+} Linear;
+
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+
+enum { STEP = 32, PANEL = 32, TILE = 16, TILE_BYTES = 1024, AHEAD = 4096 };
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} __attribute__((packed)) TileShapes;
+
+/* Tiles 0 to 3 are sums (tokens by outputs), 4 and 5 inputs, 6 and 7 weights. */
+static void shape_tiles(long tokens) {
+    long low = tokens < TILE ? tokens : TILE, high = tokens - low;
+    if (high == 0) high = TILE; /* unused, but no tile may be empty */
+    uint8_t rows[8] = {low, low, high, high, low, high, TILE, TILE};
+    TileShapes shapes = {.palette = 1};
+    for (int i = 0; i < 8; i++) shapes.rows[i] = rows[i], shapes.row_bytes[i] = 64;
+    _tile_loadconfig(&shapes);
+}
+
+/* Widens a step of a panel: 1024 weights. */
+INLINE void widen_step(const int8_t *from, uint16_t *to) {
+    for (int i = 0; i < STEP * PANEL; i += 32) {
+        __m512 low = _mm512_cvtepi32_ps(
+            _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + i))));
+        __m512 high = _mm512_cvtepi32_ps(
+            _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + i + 16))));
+        _mm512_store_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+}
+
+INLINE void fetch_ahead(const void *from, long bytes) {
+    for (long i = 0; i < bytes; i += 64) _mm_prefetch((const char *)from + AHEAD + i, _MM_HINT_T0);
+}
+
+INLINE void multiply_step(const uint16_t *x, long stride_bytes, const void *weights, int is_tall) {
+    _tile_loadd(6, weights, 64);
+    _tile_loadd(7, (const char *)weights + TILE_BYTES, 64);
+    _tile_loadd(4, x, stride_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (is_tall) {
+        _tile_loadd(5, (const char *)x + TILE * stride_bytes, stride_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+INLINE void add_halves(const uint16_t *from, __m512 *low, __m512 *high) {
+    __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+    __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from + TILE)));
+    *low = _mm512_add_ps(*low, _mm512_castsi512_ps(_mm512_slli_epi32(first, 16)));
+    *high = _mm512_add_ps(*high, _mm512_castsi512_ps(_mm512_slli_epi32(second, 16)));
+}
+
+/* Scales, adds and stores up to 32 tokens' sums of one panel. */
+static void finish(const Linear *l, long panel, long token, long tokens) {
+    float sums[2 * TILE][PANEL] __attribute__((aligned(64)));
+    _tile_stored(0, sums[0], PANEL * 4);
+    _tile_stored(1, sums[0] + TILE, PANEL * 4);
+    if (tokens > TILE) {
+        _tile_stored(2, sums[TILE], PANEL * 4);
+        _tile_stored(3, sums[TILE] + TILE, PANEL * 4);
+    }
+    const long first = panel * PANEL;
+    for (long t = 0; t < tokens; t++) {
+        const long row = (token + t) * l->outputs + first;
+        __m512 low = _mm512_load_ps(sums[t]), high = _mm512_load_ps(sums[t] + TILE);
+        if (l->scales) {
+            low = _mm512_mul_ps(low, _mm512_loadu_ps(l->scales + first));
+            high = _mm512_mul_ps(high, _mm512_loadu_ps(l->scales + first + TILE));
+        }
+        if (l->bias) add_halves(l->bias + first, &low, &high);
+        if (l->residual) add_halves(l->residual + row, &low, &high);
+        if (l->out_type == BFLOAT16) {
+            __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+            _mm512_storeu_si512((uint16_t *)l->out + row, halves);
+        } else {
+            _mm512_storeu_ps((float *)l->out + row, low);
+            _mm512_storeu_ps((float *)l->out + row + TILE, high);
+        }
+    }
+}
+
+/* Multiplies all tokens by a panel. */
+static void panel_item(void *data, long panel) {
+    const Linear *l = data;
+    const long steps = l->inputs / STEP, step_size = STEP * PANEL, stride = l->inputs * 2;
+    const uint16_t *halves = (const uint16_t *)l->weight + panel * steps * step_size;
+    const int8_t *bytes = (const int8_t *)l->weight + panel * steps * step_size;
+    uint16_t *wide = NULL;
+    uint16_t one_step[STEP * PANEL] __attribute__((aligned(64)));
+    if (l->scales && l->tokens > 2 * TILE) {
+        wide = aligned_alloc(64, steps * step_size * 2);
+        for (long s = 0; s < steps; s++) widen_step(bytes + s * step_size, wide + s * step_size);
+        halves = wide;
+    }
+    for (long token = 0; token < l->tokens; token += 2 * TILE) {
+        const long left = l->tokens - token, tokens = left < 2 * TILE ? left : 2 * TILE;
+        const uint16_t *x = l->x + token * l->inputs;
+        if (token == 0 || tokens < 2 * TILE) shape_tiles(tokens);
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (long s = 0; s < steps; s++) {
+            const uint16_t *weights = halves + s * step_size;
+            if (l->scales && !wide) {
+                fetch_ahead(bytes + s * step_size, step_size);
+                widen_step(bytes + s * step_size, one_step);
+                weights = one_step;
+            } else if (token == 0) fetch_ahead(weights, 2 * step_size);
+            if (tokens > TILE) multiply_step(x + s * STEP, stride, weights, 1);
+            else multiply_step(x + s * STEP, stride, weights, 0);
+        }
+        finish(l, panel, token, tokens);
+    }
+    free(wide);
+    _tile_release();
+}
+
+EXPORT int has_linear(void) { return 1; }
+
+EXPORT void linear(const Linear *l, int threads) {
+    each_item(panel_item, (void *)l, l->outputs / PANEL, threads);
+}
+#else
+EXPORT int has_linear(void) { return 0; }
+
+EXPORT void linear(const Linear *l, int threads) { (void)l, (void)threads; }
+#endif

@@ -1,0 +1,75 @@
+"""Weights laid out for Intel's matrix unit (AMX), in bfloat16 or rounded to 8 bits.
+
+One layout serves a single token, where reading the weights is all the time, and prompts.
+"""
+
+# Shapes: T packed tokens, I and O a linear's input and output width on this rank, P panels.
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from mizzen.runtime.kernels import library
+from mizzen.runtime.kernels.library import TYPES, Linear
+
+_STEP, _PANEL, _TILE = 32, 32, 16  # inputs, outputs, and outputs of one tile, as linear.c has them
+
+
+class PanelWeight:
+    """A weight for bfloat16 inputs; with 8 bits it has a scale per output, and inputs keep 16."""
+
+    def __init__(self, weight_OI: Tensor, *, has_8_bits: bool) -> None:
+        weight_OI = weight_OI.detach()
+        self._scales_O: Tensor | None = None
+        if has_8_bits:
+            whole = weight_OI.float()
+            tiny = torch.finfo(torch.float32).tiny
+            self._scales_O = whole.abs().amax(1).clamp_(min=tiny) / 127
+            weight_OI = (whole / self._scales_O[:, None]).round_().to(torch.int8)
+        self._outputs, self._inputs = weight_OI.shape
+        pairs = weight_OI.view(-1, _PANEL // _TILE, _TILE, self._inputs // _STEP, _STEP // 2, 2)
+        self._panels = pairs.permute(0, 3, 1, 4, 2, 5).contiguous()
+
+    @staticmethod
+    def suits(weight_OI: Tensor) -> bool:
+        """Is the unit here, and does the matrix divide into panels?"""
+        outputs, inputs = weight_OI.shape
+        return (
+            weight_OI.dtype == torch.bfloat16
+            and weight_OI.device.type == "cpu"
+            and outputs % _PANEL == 0
+            and inputs % _STEP == 0
+            and library.has_matrix_unit()
+        )
+
+    def __call__(
+        self,
+        x_TI: Tensor,
+        bias_O: Tensor | None,
+        residual_TO: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        """Return out_TO, the residual added, in bfloat16 or float32."""
+        x_TI = x_TI.contiguous()
+        out_TO = torch.empty((x_TI.shape[0], self._outputs), dtype=dtype)
+        arguments = Linear(
+            x=x_TI.data_ptr(),
+            weight=self._panels.data_ptr(),
+            scales=_address(self._scales_O),
+            bias=_address(bias_O),
+            residual=_address(residual_TO),
+            out=out_TO.data_ptr(),
+            tokens=x_TI.shape[0],
+            inputs=self._inputs,
+            outputs=self._outputs,
+            out_type=TYPES[dtype],
+        )
+        kernels = library.kernels()
+        assert kernels is not None, "`suits` has asked"
+        kernels.linear(byref(arguments), torch.get_num_threads())
+        return out_TO
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

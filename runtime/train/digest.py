@@ -1,0 +1,22 @@
+"""What an artifact's content is called. Imports no torch: servers check what trainers wrote."""
+
+import hashlib
+from pathlib import Path
+
+from mizzen.runtime.train.durable import sha256_of
+
+ARTIFACT_FILE = "artifact.json"
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return each file's sha256 by its path in the folder, without the artifact's own record."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+    hashes.pop(ARTIFACT_FILE, None)
+    return hashes
+
+
+def digest_of(hashes: dict[str, str]) -> str:
+    """Return the artifact's digest: of the lines `sha256  name`, as `sha256sum` prints them."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
