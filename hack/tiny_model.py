@@ -29,10 +29,14 @@ def write_tiny_model(
     heads: int = 4,
     kv_heads: int = 2,
     context: int = 512,
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """Write the checkpoint into `folder` and return it; the same call writes the same bytes."""
+    """Write the checkpoint into `folder` and return it; the same call writes the same bytes.
+
+    A tokenizer other than one of bytes needs the `SPECIAL_TOKENS`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _byte_tokenizer()
+    tokenizer = tokenizer or _byte_tokenizer()
     end = tokenizer.token_to_id("<|im_end|>")
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -15,6 +15,7 @@ DEPLOYMENT = "llmdeployment"
 JOB = "finetunejob"
 
 DEPLOYMENT_LABEL = f"{GROUP}/deployment"
+RANKS_LABEL = f"{GROUP}/ranks-of"
 JOB_LABEL = f"{GROUP}/job"
 CHILD_SELECTOR = "app.kubernetes.io/managed-by=mizzen-operator"
 
@@ -42,7 +43,7 @@ def route(document: Json) -> Iterable[Key]:
             yield Key(DEPLOYMENT, namespace, target)
     else:
         labels = labels_of(document)
-        if deployment := labels.get(DEPLOYMENT_LABEL):
+        if deployment := labels.get(DEPLOYMENT_LABEL) or labels.get(RANKS_LABEL):
             yield Key(DEPLOYMENT, namespace, deployment)
         if job := labels.get(JOB_LABEL):
             yield Key(JOB, namespace, job)

@@ -18,6 +18,7 @@ ADMIN_PORT = 8002
 HTTP_PORT = 8000
 _LOAD_TIMEOUT_S = 120.0
 _ANSWER_TIMEOUT_S = 30.0
+_WEIGHTS_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,10 @@ class LoadedAdapter:
 
 class AdapterRefusedError(Exception):
     """The runtime will not serve this adapter; its text says why, and a retry will not help."""
+
+
+class WeightsRefusedError(Exception):
+    """The runtime will not serve these weights in place of its own; its text says why."""
 
 
 class Runtimes(Protocol):
@@ -58,6 +63,13 @@ class Runtimes(Protocol):
 
     async def unload_adapter(self, pod_ip: str, name: str) -> bool:
         """Stop serving an adapter; return whether it was done."""
+
+    async def load_weights(self, pod_ip: str, path: str) -> bool:
+        """Serve other weights of the same model; return whether it was done.
+
+        Raises:
+            WeightsRefusedError: trying again will not help.
+        """
 
     async def close(self) -> None:
         """Close the connections."""
@@ -127,6 +139,24 @@ class HttpRuntimes:
             return await self._change_repository(pod_ip, name, config=None)
         except AdapterRefusedError:
             return True  # it is not loaded: what was asked for is so
+
+    async def load_weights(self, pod_ip: str, path: str) -> bool:
+        """Serve other weights of the same model; return whether it was done.
+
+        Raises:
+            WeightsRefusedError: trying again will not help.
+        """
+        url = f"http://{_host(pod_ip)}:{self._admin_port}/weights"
+        timeout = aiohttp.ClientTimeout(total=_WEIGHTS_TIMEOUT_S)
+        try:
+            async with aiohttp.request(
+                "POST", url, headers=self._headers(), json={"path": path}, timeout=timeout
+            ) as response:
+                if _is_refusal(str(response.status)):
+                    raise WeightsRefusedError(str((await response.json()).get("error")))
+                return response.status < 300
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return False
 
     async def close(self) -> None:
         """Close the connections."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import datetime
 
 from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen, bring_adapters
@@ -28,6 +29,8 @@ from mizzen.operator.controllers.llmdeployment_report import (
     report_refusal,
     what_is_seen,
 )
+from mizzen.operator.controllers.llmdeployment_rollout import Course
+from mizzen.operator.controllers.llmdeployment_swap import swap_weights
 from mizzen.operator.engine.key import Key
 from mizzen.operator.engine.results import Done, Requeue, Result, Retryable, Terminal
 from mizzen.operator.facts import Facts
@@ -61,6 +64,8 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
         )
         plan = plan_deployment(observed, canary, now=now)
     failure = await _apply(key, plan, kube=kube, facts=facts, now=now)
+    course, unswapped = await _swap(plan, kube=kube, facts=facts)
+    failure = failure or unswapped
     # As they stand after those writes, which the store has seen.
     groups = read_groups(facts.store.children(key, "Pod"), owner_uid=observed.serving.uid, now=now)
     adapters = await _bring_adapters(groups, observed, facts)
@@ -73,7 +78,7 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
     # A failure is told too: status is where people look when nothing moves.
     try:
         seen = what_is_seen(
-            observed, plan.course, groups, adapters, loading, facts=facts, failure=failure
+            observed, course, groups, adapters, loading, facts=facts, failure=failure
         )
         await report(observed, seen, kube=kube, now=now)
     except KubeError as error:
@@ -93,6 +98,18 @@ async def _apply(
     except KubeError as error:
         return error
     return None
+
+
+async def _swap(plan: Plan, *, kube: Kube, facts: Facts) -> tuple[Course, KubeError | None]:
+    """Give the replica that is due its new weights; return the course after that."""
+    try:
+        refusal = await swap_weights(plan, facts, kube)
+    except KubeError as error:
+        return plan.course, error
+    if not refusal or plan.course.rollout is None:
+        return plan.course, None
+    rollout = replace(plan.course.rollout, in_place_refused=refusal)
+    return replace(plan.course, rollout=rollout), None
 
 
 async def _open(gates: Iterable[Group], *, kube: Kube, now: datetime) -> KubeError | None:

@@ -35,6 +35,7 @@ class Plan:
     drain: tuple[Group, ...]
     close: tuple[Group, ...]  # draining or held back, but the gate still says in service
     remove: tuple[Group, ...]  # serve nobody, or have drained
+    swap: Group | None  # gets new weights
     prune: tuple[Json, ...]
     look_again_after_s: float | None
 
@@ -47,7 +48,7 @@ class Plan:
 def plan_deployment(observed: Observed, canary: CanaryLook | None = None, *, now: datetime) -> Plan:
     """Return what brings the deployment closer to its spec."""
     course = plan_course(observed, canary, now=now)
-    step = plan_step(observed, course, now=now)
+    step, swap = plan_step(observed, course, now=now)
     groups = {group.replica.place: group for group in observed.groups}
     draining = [g for g in observed.groups if g.standing is Standing.DRAINING]
     drained = [g for g in draining if _is_drained(g, observed, now)]
@@ -73,11 +74,12 @@ def plan_deployment(observed: Observed, canary: CanaryLook | None = None, *, now
         drain=tuple(groups[replica.place] for replica in step.drain),
         close=(*(g for g in draining if g.is_gate_open and g not in drained), *_held(observed)),
         remove=(*(groups[replica.place] for replica in step.remove), *drained),
+        swap=groups[swap.place] if swap is not None else None,
         prune=_prune(observed.children, children),
         look_again_after_s=soonest(
             step.look_again_after_s,
             course.look_again_after_s,
-            _POLL_DRAIN_S if draining or step.drain else None,
+            _POLL_DRAIN_S if draining or step.drain or swap is not None else None,
             *(left_to_place_s(group, now=now) for group in observed.groups),
         ),
     )

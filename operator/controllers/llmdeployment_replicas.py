@@ -162,6 +162,7 @@ def _read_group(revision: str, slot: int, pods: list[Json], now: datetime) -> Gr
             failed_at=failed_at,
             is_given_up=is_given_up,
             unplaced_since=_unplaced_since(pods) if standing is Standing.STARTING else None,
+            born=_born(pods[0]) if labels.SWAPPED in notes else "",
         ),
         pods=tuple(pods),
         missing_ranks=missing,
@@ -208,6 +209,8 @@ def _standing(pods: list[Json], *, missing: tuple[int, ...], is_draining: bool) 
         return Standing.LOST
     if is_draining:
         return Standing.DRAINING
+    if _has_old_weights(pods[0]):
+        return Standing.LOST
     if any(pod["status"].get("phase") in ("Failed", "Succeeded") for pod in pods):
         return Standing.FAILED
     if not has_started:
@@ -245,6 +248,22 @@ def _failed_at(pods: list[Json], now: datetime) -> datetime:
         return max(map(parse_rfc3339, ends))
     created = pods[0]["metadata"].get("creationTimestamp")
     return parse_rfc3339(created) if created else now
+
+
+def restarts_of(pod: Json) -> int:
+    """Return how often its containers have restarted."""
+    return sum(c.get("restartCount", 0) for c in pod["status"].get("containerStatuses") or [])
+
+
+def _has_old_weights(leader: Json) -> bool:
+    """Whether it restarted after its weights were swapped: a restart brings the old ones back."""
+    noted = (leader["metadata"].get("annotations") or {}).get(labels.SWAPPED)
+    return noted is not None and noted != str(restarts_of(leader))
+
+
+def _born(leader: Json) -> str:
+    """Return the revision in the pod's name, which no swap changes."""
+    return str(leader["metadata"]["name"]).rsplit("-", 3)[1]
 
 
 def _unplaced_since(pods: list[Json]) -> datetime | None:

@@ -12,8 +12,8 @@ from datetime import datetime
 from mizzen.operator.controllers.llmdeployment_canary import canary_rules
 from mizzen.operator.controllers.llmdeployment_history import known_revisions
 from mizzen.operator.controllers.llmdeployment_observe import Observed
-from mizzen.operator.desired.revisions import serving_at
-from mizzen.operator.desired.serving import Serving
+from mizzen.operator.desired.revisions import serving_at, swap_path
+from mizzen.operator.desired.serving import Serving, made_from
 from mizzen.operator.planning.canary import CanaryLook, apply_decision, decide_canary
 from mizzen.operator.planning.course import Look, Rollout, Rules, begin, left_s, proceed
 from mizzen.operator.planning.rollout import (
@@ -21,10 +21,10 @@ from mizzen.operator.planning.rollout import (
     Replica,
     Standing,
     Step,
-    next_step,
     soonest,
 )
 from mizzen.operator.planning.split import Split, canary_split, paused_split, split_step
+from mizzen.operator.planning.swap import swap_step
 from mizzen.operator.status.causes import first_cause
 from mizzen.operator.status.rollout import read_rollout
 
@@ -39,6 +39,8 @@ class Course:
     servings: Mapping[str, Serving]  # of which revisions replicas are made, and from what
     rollout: Rollout | None = None
     split: Split | None = None  # two revisions stay side by side
+    swaps: frozenset[str] = frozenset()  # revisions that new weights turn into the target
+    swap_path: str = ""
     note: str = ""  # what the canary waits for
     look_again_after_s: float | None = None
 
@@ -55,7 +57,7 @@ def plan_course(observed: Observed, canary: CanaryLook | None, *, now: datetime)
         wanted=observed.revision,
         before=str(observed.status.get("revision") or ""),
         known=servings,
-        has_canary=observed.spec.rollout.canary is not None,
+        has_canary=observed.spec.rollout.canary is not None and not _is_confusing(observed),
         now=now,
     )
     rules = Rules(
@@ -71,12 +73,18 @@ def plan_course(observed: Observed, canary: CanaryLook | None, *, now: datetime)
         rollout = apply_decision(rollout, decision, steps, now=now)
     if rollout is None:
         return Course(target=observed.revision, servings={observed.revision: observed.serving})
+    swaps = _swaps(observed, rollout, servings[rollout.target])
+    note = decision.why if decision is not None and rollout.canary is not None else ""
+    if rollout.in_place_refused:
+        note = f"Replicas are replaced: {rollout.in_place_refused}"
     return Course(
         target=rollout.target,
+        swaps=frozenset(swaps),
+        swap_path=next(iter(swaps.values()), ""),
         servings={r: s for r, s in servings.items() if r in (rollout.target, rollout.stable)},
         rollout=rollout,
         split=_split(observed, rollout),
-        note=decision.why if decision is not None and rollout.canary is not None else "",
+        note=note,
         look_again_after_s=soonest(
             left_s(rollout, rules, now=now),
             _POLL_CANARY_S if rollout.canary is not None else None,
@@ -84,22 +92,29 @@ def plan_course(observed: Observed, canary: CanaryLook | None, *, now: datetime)
     )
 
 
-def plan_step(observed: Observed, course: Course, *, now: datetime) -> Step:
-    """Return which replicas to create, drain and remove."""
+def plan_step(observed: Observed, course: Course, *, now: datetime) -> tuple[Step, Replica | None]:
+    """Return which replicas to create, drain and remove, and which to give new weights."""
     rollout = observed.spec.rollout
     budget = Budget(surge=rollout.max_surge, unavailable=rollout.max_unavailable)
     replicas = [group.replica for group in observed.groups]
     if course.split is not None:
-        return split_step(
+        step = split_step(
             replicas, split=course.split, desired=observed.desired, budget=budget, now=now
         )
-    return next_step(
+        return step, None
+    return swap_step(
         _without_the_failed(replicas, course),
         revision=course.target,
+        swaps=course.swaps,
         desired=observed.desired,
         budget=budget,
         now=now,
     )
+
+
+def _is_confusing(observed: Observed) -> bool:
+    """Whether pods named after the new revision serve another: gateways go by the names."""
+    return any(group.replica.born == observed.revision for group in observed.groups)
 
 
 def _past_serving(observed: Observed, revision: str) -> Serving | None:
@@ -137,6 +152,20 @@ def _split(observed: Observed, rollout: Rollout) -> Split | None:
         replicas = [group.replica for group in observed.groups]
         return paused_split(replicas, rollout.revision, rollout.stable, desired=observed.desired)
     return None
+
+
+def _swaps(observed: Observed, rollout: Rollout, target: Serving) -> dict[str, str]:
+    """Return the revisions that other weights turn into the target, with the weights' path."""
+    wants = observed.spec.rollout.strategy == "InPlaceWeights"
+    if not wants or rollout.in_place_refused or target.spec.parallelism.nodes > 1:
+        return {}
+    after = made_from(target)
+    paths = {
+        revision: swap_path(recorded.made_from, after)
+        for revision, recorded in known_revisions(observed).items()
+        if revision != rollout.target
+    }
+    return {revision: path for revision, path in paths.items() if path is not None}
 
 
 def _without_the_failed(replicas: list[Replica], course: Course) -> list[Replica]:

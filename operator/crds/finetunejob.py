@@ -24,6 +24,7 @@ from mizzen.operator.crds.training_methods import (
     Method,
     Prune,
     Quantize,
+    Rl,
     method_rules,
 )
 
@@ -87,7 +88,8 @@ class Dataset(ApiModel):
             min_length=1,
             max_length=1024,
             description="configMap://NAME/KEY, pvc://CLAIM/PATH or an http(s) address of a JSONL "
-            "file. Methods dpo and reward read {prompt, chosen, rejected}.",
+            "file. Methods dpo and reward read {prompt, chosen, rejected}, grpo and ppo {prompt} "
+            "or {prompt, answer}.",
             json_schema_extra=rules(
                 cel(
                     r"self.matches('^(configMap://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[-._a-zA-Z0-9]+"
@@ -301,6 +303,7 @@ class FineTuneJobSpec(ApiModel):
     merge: Annotated[Merge | None, Field(description="Settings of method merge.")] = None
     quantize: Annotated[Quantize | None, Field(description="Settings of method quantize.")] = None
     prune: Annotated[Prune | None, Field(description="Settings of method prune.")] = None
+    rl: Annotated[Rl | None, Field(description="Settings of methods grpo and ppo.")] = None
     adaptation: Annotated[Adaptation, Field(description="Which weights are trained.")] = (
         Adaptation()
     )

@@ -31,6 +31,8 @@ class Metrics(ApiModel):
     loss: Annotated[float | None, Field(description="Training loss.")] = None
     eval_loss: Annotated[float | None, Field(description="Loss on the held-out data.")] = None
     learning_rate: Annotated[float | None, Field(description="Current learning rate.")] = None
+    reward: Annotated[float | None, Field(description="Mean reward of a step's answers.")] = None
+    kl: Annotated[float | None, Field(description="Drift from the base model per token.")] = None
 
 
 class CheckpointStatus(ApiModel):

@@ -1,7 +1,7 @@
 """How a deployment's replicas come to a new revision: spec.rollout."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -82,11 +82,23 @@ class Rollout(ApiModel):
             "rollout.canary needs rollout.maxSurge of at least 1: its first replica comes on top.",
         ),
         cel(
+            "!has(self.canary) || self.strategy != 'InPlaceWeights'",
+            "rollout.canary needs replicas of its own: set rollout.strategy to Rolling.",
+        ),
+        cel(
             "self.maxSurge + self.maxUnavailable >= 1",
             "rollout.maxSurge and rollout.maxUnavailable must not both be 0: nothing could move.",
         ),
     )
 
+    strategy: Annotated[
+        Literal["Rolling", "InPlaceWeights"],
+        Field(
+            description="InPlaceWeights: where nothing but model.source changes, to another folder "
+            "on the same claim, replicas take the new weights one after the other while they "
+            "serve. Where that cannot be they are replaced."
+        ),
+    ] = "Rolling"
     max_surge: Annotated[
         int, Field(ge=0, le=1000, description="Replicas above the wanted number meanwhile.")
     ] = 1
@@ -169,6 +181,10 @@ class RolloutStatus(ApiModel):
         int, Field(description="The most of its replicas that have served at the same time.")
     ] = 0
     paused: Annotated[bool | None, Field(description="Whether it waits to be resumed.")] = None
+    in_place_refused: Annotated[
+        str | None,
+        Field(max_length=512, description="Why weights cannot be swapped in place."),
+    ] = None
     canary: Annotated[CanaryStatus | None, Field(description="While there is one.")] = None
     failure: Annotated[
         RolloutFailure | None,

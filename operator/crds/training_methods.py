@@ -7,20 +7,19 @@ from pydantic import Field
 from mizzen.operator.crds.common import ApiModel, DnsLabel, ModelSource, cel
 
 Method = Annotated[
-    Literal["sft", "dpo", "reward", "distill", "merge", "quantize", "prune"],
+    Literal["sft", "dpo", "reward", "distill", "merge", "quantize", "prune", "grpo", "ppo"],
     Field(
         description="sft learns example answers; dpo learns to prefer one answer to another; "
         "reward trains a model that gives answers a number; distill learns a teacher's "
         "distribution; merge makes one model out of several; quantize stores weights in fewer "
-        "bits; prune leaves parts out."
+        "bits; prune leaves parts out; grpo and ppo learn from rewards for answers of their own."
     ),
 ]
-# The settings that only one method has, by that method.
-METHOD_SECTIONS = ("dpo", "distill", "merge", "quantize", "prune")
-MAKES_ADAPTERS = ("sft", "dpo", "distill")  # that a deployment can answer with
+# The settings that only some methods have; all but rl are named after their one method.
+METHOD_SECTIONS = ("dpo", "distill", "merge", "quantize", "prune", "rl")
+MAKES_ADAPTERS = ("sft", "dpo", "distill", "grpo", "ppo")  # that a deployment can answer with
 COMPUTED = ("merge", "quantize", "prune")  # from weights that are there: nothing is trained
-_NEEDS_SECTION = ("distill", *COMPUTED)
-_MEASURED_OTHERWISE = "['dpo', 'reward']"
+_NEED_SECTION = ("distill", *COMPUTED, "rl")
 
 
 class Dpo(ApiModel):
@@ -125,15 +124,100 @@ class Prune(ApiModel):
     ] = 64
 
 
+class RewardRule(ApiModel):
+    """What an answer is rewarded for: 0 to 1, times its weight."""
+
+    rules = (
+        cel(
+            "(self.type == 'regex') == has(self.pattern) && "
+            "(self.type == 'length') == has(self.tokens)",
+            "A regex rule needs a pattern and a length rule needs tokens; no other rule has them.",
+        ),
+    )
+
+    type: Annotated[
+        Literal["regex", "length", "exactAnswer"],
+        Field(
+            description="regex: the pattern is found; length: how near the answer comes to some "
+            "tokens; exactAnswer: it is the dataset row's answer."
+        ),
+    ]
+    pattern: Annotated[
+        str | None, Field(max_length=512, description="Regular expression, as Python reads them.")
+    ] = None
+    tokens: Annotated[
+        int | None, Field(ge=1, le=131072, description="Length that is wanted, in tokens.")
+    ] = None
+    weight: Annotated[float, Field(ge=-1000, le=1000, description="What a full hit gives.")] = 1.0
+
+
+class Rl(ApiModel):
+    """Learning from rewards for answers of one's own (grpo, ppo)."""
+
+    rules = (
+        cel(
+            "has(self.rewardModel) || has(self.rewards) && self.rewards.size() > 0",
+            "Set rl.rewards, rl.rewardModel or both: something must be rewarded.",
+        ),
+    )
+
+    rewards: Annotated[
+        list[RewardRule] | None,
+        Field(max_length=16, description="Rewards by rule; they add up."),
+    ] = None
+    reward_model: Annotated[
+        ModelSource | None,
+        Field(
+            description="Result of a job with method reward: pvc://CLAIM/PATH. An adapter must "
+            "have been trained beside this job's own base model."
+        ),
+    ] = None
+    missing_eos_penalty: Annotated[
+        float, Field(ge=0, le=1000, description="Taken from the reward of an answer cut short.")
+    ] = 0.0
+    max_new_tokens: Annotated[
+        int, Field(ge=1, le=32768, description="Longest answer in tokens.")
+    ] = 64
+    temperature: Annotated[
+        float, Field(gt=0, le=10, description="How freely answers are drawn.")
+    ] = 1.0
+    kl_coef: Annotated[
+        float, Field(ge=0, le=10, description="Cost of drifting from the base model.")
+    ] = 0.05
+    clip_low: Annotated[
+        float, Field(gt=0, lt=1, description="How much less likely an update makes a token.")
+    ] = 0.2
+    clip_high: Annotated[
+        float, Field(gt=0, le=10, description="How much likelier an update makes a token.")
+    ] = 0.2
+    epochs: Annotated[int, Field(ge=1, le=32, description="Updates from the same answers.")] = 1
+    group_size: Annotated[
+        int, Field(ge=2, le=256, description="Answers to each prompt (grpo).")
+    ] = 8
+    gamma: Annotated[float, Field(gt=0, le=1, description="Discount of a token (ppo).")] = 1.0
+    gae_lambda: Annotated[
+        float, Field(ge=0, le=1, description="How far surprises reach back (ppo).")
+    ] = 0.95
+    value_clip: Annotated[
+        float, Field(gt=0, le=100, description="How far an update moves a value (ppo).")
+    ] = 0.2
+    value_coef: Annotated[
+        float, Field(ge=0, le=100, description="Weight of the value's loss (ppo).")
+    ] = 0.1
+    whiten_rewards: Annotated[
+        bool, Field(description="Divide rewards by their deviation (ppo).")
+    ] = True
+
+
 class EvaluationSuite(ApiModel):
     """One test the result must pass."""
 
     name: Annotated[DnsLabel, Field(description="Name of the suite in status.")]
     type: Annotated[
-        Literal["perplexity", "preferenceLoss"],
+        Literal["perplexity", "preferenceLoss", "reward"],
         Field(
             description="What is measured on the held-out examples, result against base model: "
-            "perplexity, or for dpo and reward preferenceLoss."
+            "perplexity, for dpo and reward preferenceLoss, for grpo and ppo reward."
         ),
     ] = "perplexity"
     max_regression_ratio: Annotated[
@@ -168,20 +252,24 @@ def method_rules() -> tuple[dict[str, str], ...]:
     return (
         *(
             cel(
-                f"!has(self.{name}) || self.method == '{name}'",
-                f"spec.{name} is only for method {name}.",
+                f"!has(self.{name}) || {_has_section(name)}",
+                f"spec.{name} is only for method {_methods_of(name)}.",
             )
             for name in METHOD_SECTIONS
         ),
         cel(
             "!has(self.evaluation) || self.evaluation.suites.all(s, s.type == "
-            f"(self.method in {_MEASURED_OTHERWISE} ? 'preferenceLoss' : 'perplexity'))",
-            "evaluation.suites need type preferenceLoss for methods dpo and reward, and perplexity "
-            "for the others.",
+            "(self.method in ['dpo', 'reward'] ? 'preferenceLoss' : "
+            "self.method in ['grpo', 'ppo'] ? 'reward' : 'perplexity'))",
+            "evaluation.suites need type preferenceLoss for methods dpo and reward, reward for "
+            "grpo and ppo, and perplexity for the others.",
         ),
         *(
-            cel(f"self.method != '{name}' || has(self.{name})", f"Method {name} needs spec.{name}.")
-            for name in _NEEDS_SECTION
+            cel(
+                f"!({_has_section(name)}) || has(self.{name})",
+                f"Method {_methods_of(name)} needs spec.{name}.",
+            )
+            for name in _NEED_SECTION
         ),
         cel(
             "!has(self.promotion) || self.promotion.strategy == 'None' || "
@@ -206,3 +294,11 @@ def method_rules() -> tuple[dict[str, str], ...]:
             "gptq, and prune of depth, width and heads, need a dataset to see what is used.",
         ),
     )
+
+
+def _has_section(name: str) -> str:
+    return "self.method in ['grpo', 'ppo']" if name == "rl" else f"self.method == '{name}'"
+
+
+def _methods_of(name: str) -> str:
+    return "grpo or ppo" if name == "rl" else name

@@ -21,10 +21,14 @@ def ranks_name(deployment: str, uid: str) -> str:
 def build_ranks_service(deployment: str, *, namespace: str, owner: Json) -> Json:
     """Return the Service that gives every pod of a group a name, ready or not."""
     name = ranks_name(deployment, owner["uid"])
+    metadata = child_metadata(name, deployment, namespace=namespace, owner=owner)
+    # Its EndpointSlices inherit the labels: by the usual one a gateway would take every pod of a
+    # group, ready or not, for one that takes requests.
+    names = {key: value for key, value in metadata["labels"].items() if key != labels.DEPLOYMENT}
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": child_metadata(name, deployment, namespace=namespace, owner=owner),
+        "metadata": metadata | {"labels": names | {labels.RANKS_OF: deployment}},
         "spec": {
             "clusterIP": "None",
             # They meet before they are ready, and become ready by it.

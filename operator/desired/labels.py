@@ -19,11 +19,13 @@ REVISION = "mizzen.dev/revision"
 SLOT = "mizzen.dev/slot"
 RANK = "mizzen.dev/rank"
 GENERATION = "mizzen.dev/generation"
+RANKS_OF = "mizzen.dev/ranks-of"  # in DEPLOYMENT's place on what names ranks that take no requests
 
 DRAINING_SINCE = "mizzen.dev/draining-since"
 GROUP_SIZE = "mizzen.dev/group-size"  # pods that make up the replica
 RESTARTS = "mizzen.dev/restarts"  # failures in a row before this replica was made
 LAST_FAILURE = "mizzen.dev/last-failure"  # JSON: reason and message of the latest of them
+SWAPPED = "mizzen.dev/swapped"  # how often its container had restarted when it got new weights
 MADE_FROM = "mizzen.dev/made-from"  # JSON: what the revision was hashed from
 
 WAKE = "mizzen.dev/wake"  # on the LLMDeployment, by the gateways: TIME;held=N

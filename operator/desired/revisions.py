@@ -13,6 +13,7 @@ from mizzen.operator.crds.common import Json
 from mizzen.operator.crds.llmdeployment import NOT_IN_REVISION, LLMDeploymentSpec
 from mizzen.operator.desired import labels
 from mizzen.operator.desired.serving import Serving
+from mizzen.operator.desired.sources import locate_model
 
 KIND = "ControllerRevision"
 
@@ -75,6 +76,23 @@ def serving_at(serving: Serving, recorded: Recorded) -> Serving:
         update={field: getattr(today, field) for field in NOT_IN_REVISION}
     )
     return replace(serving, spec=spec, image=recorded.made_from["image"])
+
+
+def swap_path(before: Json, after: Json) -> str | None:
+    """Return where the weights lie that turn the one into the other, None where it takes more.
+
+    Both are what revisions were made from. They may differ in their folder on one claim.
+    """
+    if _without_source(before) != _without_source(after):
+        return None
+    old, new = (locate_model(one["spec"]["model"]["source"]) for one in (before, after))
+    return new.path if new.claim is not None and new.claim == old.claim else None
+
+
+def _without_source(made_from: Json) -> Json:
+    spec = made_from["spec"]
+    model = {key: value for key, value in spec["model"].items() if key != "source"}
+    return made_from | {"spec": spec | {"model": model}}
 
 
 def _is_whole(data: object) -> bool:

@@ -5,7 +5,7 @@ Writes are left out when the store shows that they would change nothing, and the
 the store, so that the next decision sees them. Must not know what the objects mean.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -194,10 +194,17 @@ class Kube:
         path = object_path(ref, "status")
         return await self._write("PATCH", path, ref, body, STRATEGIC, query)
 
-    async def annotate(self, document: Json, annotations: dict[str, str | None]) -> Json:
-        """Set annotations of an existing object; None removes one."""
+    async def annotate(
+        self,
+        document: Json,
+        annotations: Mapping[str, str | None],
+        *,
+        labels: Mapping[str, str | None] | None = None,
+    ) -> Json:
+        """Set annotations, and labels with them, of an existing object; None removes one."""
         ref = Ref.of(document)
-        body = {"metadata": {"uid": uid_of(document), "annotations": annotations}}
+        metadata = {"uid": uid_of(document), "annotations": annotations}
+        body = {"metadata": metadata | ({"labels": labels} if labels else {})}
         query = {"fieldManager": OPERATOR}
         return await self._write("PATCH", object_path(ref), ref, body, MERGE, query)
 

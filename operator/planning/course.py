@@ -49,6 +49,7 @@ class Rollout:
     moved_at: datetime  # when it began or last came further
     serving: int = 0  # the most of its replicas that have served at once
     is_paused: bool = False
+    in_place_refused: str = ""  # why replicas are replaced instead of given new weights
     canary: Canary | None = None  # None: there is none, or it has passed
     failure: Failure | None = None
 

@@ -46,6 +46,7 @@ class Replica:
     failed_at: datetime | None = None
     is_given_up: bool = False  # failed too often: stays as it is, for people to look at
     unplaced_since: datetime | None = None  # no node has room for it
+    born: str = ""  # the revision its pods are named after, where that is another
 
     @property
     def place(self) -> tuple[str, int]:
@@ -170,7 +171,7 @@ def _old_that_goes(
 def _creations(
     count: int, everyone: Sequence[Replica], *, revision: str, due: Sequence[Replica]
 ) -> tuple[Creation, ...]:
-    taken = {r.slot for r in everyone if r.revision == revision}
+    taken = {r.slot for r in everyone if revision in (r.revision, r.born)}
     free = [slot for slot in range(len(taken) + count) if slot not in taken]
     predecessors = [*due, *([None] * count)]
     return tuple(Creation(free[i], revision, predecessors[i]) for i in range(count))

@@ -137,7 +137,7 @@ def _progress_fields(previous: Mapping[str, object], facts: JobFacts, phase: str
         fields["progress"] = report
     metrics = {
         name: round(numbers[name], 8 if name == "learningRate" else 4)
-        for name in ("loss", "evalLoss", "learningRate")
+        for name in ("loss", "evalLoss", "learningRate", "reward", "kl")
         if name in numbers
     }
     if metrics:

@@ -23,7 +23,7 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One suite's verdict; lower is better for both figures."""
+    """One suite's verdict; the ratio is of how much worse, whichever way its figures point."""
 
     suite: str
     base: float
@@ -55,7 +55,7 @@ class Progress:
 
 _NUMBERS = (
     "step", "totalSteps", "epoch", "tokens", "tokensPerSecond", "etaSeconds",
-    "loss", "evalLoss", "learningRate",
+    "loss", "evalLoss", "learningRate", "reward", "kl",
 )  # fmt: skip
 
 

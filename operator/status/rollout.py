@@ -22,6 +22,8 @@ def rollout_document(rollout: Rollout) -> Document:
         document["serving"] = rollout.serving
     if rollout.is_paused:
         document["paused"] = True
+    if rollout.in_place_refused:
+        document["inPlaceRefused"] = rollout.in_place_refused[:512]
     if canary := rollout.canary:
         document["canary"] = _canary_document(canary)
     if failure := rollout.failure:
@@ -44,6 +46,7 @@ def read_rollout(status: Mapping[str, object]) -> Rollout | None:
         moved_at=parse_rfc3339(document["movedAt"]),
         serving=document.get("serving", 0),
         is_paused=document.get("paused", False),
+        in_place_refused=document.get("inPlaceRefused", ""),
         canary=_read_canary(document.get("canary")),
         failure=_read_failure(document.get("failure")),
     )

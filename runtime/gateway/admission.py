@@ -14,7 +14,13 @@ from mizzen.runtime.gateway.attempt import AttemptError, FailureKind
 from mizzen.runtime.gateway.balancer import Balancer
 from mizzen.runtime.gateway.canary import CanaryTurns, sides
 from mizzen.runtime.gateway.config import GatewayConfig
-from mizzen.runtime.gateway.directory import Directory, Endpoint, ObjectKey, Route
+from mizzen.runtime.gateway.directory import (
+    Directory,
+    Endpoint,
+    EndpointState,
+    ObjectKey,
+    Route,
+)
 from mizzen.runtime.gateway.errors import BusyError, NoReplicaError
 from mizzen.runtime.gateway.reply import Reply
 from mizzen.runtime.gateway.room import Place, RoomFullError, WaitingRoom
@@ -85,8 +91,13 @@ class Admission:
                 await self._directory.wait_for_change(min(_PAUSE_S, left_s))
             elif not await self._wait(search, reply):
                 break
-            search.tried.clear()
+            search.tried &= self._leaving(search)
         return None
+
+    def _leaving(self, search: Search) -> set[str]:
+        """Return the replicas that go away: what they have refused once they refuse for good."""
+        found = self._directory.candidates(search.route)
+        return {e.url for e in found if e.state is EndpointState.TERMINATING}
 
     def _pick(self, search: Search) -> Endpoint | None:
         if not self.room.may_go(search.route.model.key, search.place):
@@ -127,7 +138,7 @@ class Admission:
             search.last is not None
             and search.last.kind is not FailureKind.BUSY
             and bool(search.tried)
-            and bool(self._directory.candidates(search.route))
+            and bool(self._directory.ready_count(search.route.model.key))
         )
 
     # Waiting.
@@ -135,7 +146,8 @@ class Admission:
     async def _wait(self, search: Search, reply: Reply) -> bool:
         """Wait for a turn; False when the last replica's refusal is to be the answer."""
         model = search.route.model
-        is_starting = not self._directory.candidates(search.route)
+        # The last one on its way out serves what it still takes; the rest waits for the next one.
+        is_starting = not self._directory.ready_count(model.key)
         config = self._config
         longest_s = config.hold_timeout_s if is_starting else config.queue_timeout_s
         now = self._clock()

@@ -29,7 +29,7 @@ class Follower:
         *,
         device: str = "cpu",
         timeout_s: float = 60.0,
-        start_timeout_s: float = 120.0,
+        start_timeout_s: float = 300.0,
     ) -> None:
         """Take what `Ranks` takes; `run` does the work."""
         self.is_serving = False  # all ranks of the group are warm

@@ -36,7 +36,7 @@ class Ranks:
         *,
         device: str = "cpu",
         timeout_s: float = 60.0,
-        start_timeout_s: float = 120.0,
+        start_timeout_s: float = 300.0,
         nodes: Nodes | None = None,
         agreement: str = "",
     ) -> None:

@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.measures import SuiteType
-from mizzen.runtime.train.options import Distill, Dpo, Merge, Part, Prune, Quantize
+from mizzen.runtime.train.options import Distill, Dpo, Merge, Part, Prune, Quantize, Rl
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Sha256 = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{64}$")]
@@ -113,15 +113,21 @@ class Evaluation(Part):
 
 
 TRANSFORMS = frozenset({"merge", "quantize", "prune"})
-_NEED_SECTION = TRANSFORMS | {"distill"}
-_MEASURE_OF: dict[str, SuiteType] = {"dpo": "preferenceLoss", "reward": "preferenceLoss"}
+_MEASURE_OF: dict[str, SuiteType] = {
+    "dpo": "preferenceLoss",
+    "reward": "preferenceLoss",
+    "grpo": "reward",
+    "ppo": "reward",
+}
 
 
 class TrainConfig(Part):
     """One generation of one job."""
 
     job: str = Field(min_length=1)
-    method: Literal["sft", "dpo", "reward", "distill", "merge", "quantize", "prune"] = "sft"
+    method: Literal[
+        "sft", "dpo", "reward", "distill", "merge", "quantize", "prune", "grpo", "ppo"
+    ] = "sft"
     adaptation: Adaptation = Adaptation()
     base_model: Path
     datasets: tuple[Dataset, ...] = ()
@@ -132,6 +138,7 @@ class TrainConfig(Part):
     merge: Merge | None = None
     quantize: Quantize | None = None
     prune: Prune | None = None
+    rl: Rl | None = None
     failure: Failure = Failure()
     checkpoint: Checkpointing
     output: Output
@@ -142,8 +149,8 @@ class TrainConfig(Part):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> TrainConfig:
-        if self.method in _NEED_SECTION and getattr(self, self.method) is None:
-            raise ValueError(f"method {self.method} needs a section {self.method}")
+        if getattr(self, self.section, True) is None:
+            raise ValueError(f"method {self.method} needs a section {self.section}")
         if self.needs_data and not self.datasets:
             raise ValueError(f"method {self.method} needs datasets here")
         if self.evaluation.suites and self.processing.holdout_ratio == 0:
@@ -157,6 +164,11 @@ class TrainConfig(Part):
             maker = f"adaptation {self.adaptation.type}" if self.is_trained else self.method
             raise ValueError(f"{maker} makes output.kind {wanted}")
         return self
+
+    @property
+    def section(self) -> str:
+        """The name of the section with the method's own settings, if it has any."""
+        return "rl" if self.method in ("grpo", "ppo") else self.method
 
     @property
     def is_trained(self) -> bool:

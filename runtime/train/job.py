@@ -136,7 +136,7 @@ def fingerprint(config: TrainConfig, data: Prepared | None) -> str:
 
     How many samples run at once is left out on purpose: it may change when memory is short.
     """
-    sections = {"method", "adaptation", "base_model", "processing", config.method}
+    sections = {"method", "adaptation", "base_model", "processing", config.section}
     document = config.model_dump(mode="json", include=sections)
     document["hyperparameters"] = config.hyperparameters.model_dump(exclude={"micro_batch"})
     document["weights"] = data.weights if data else []

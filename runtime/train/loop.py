@@ -133,7 +133,8 @@ class Loop:
         losses, norm, tokens = [], 0.0, 0
         self._check_stop()
         seed = _random_seed(hyper.seed, step, 0)
-        updates = parts.method.updates(parts.decoder, samples, parts.trainable.lora, seed=seed)
+        with parts.precision():
+            updates = parts.method.updates(parts.decoder, samples, parts.trainable.lora, seed=seed)
         for number, items in enumerate(updates):
             # Between two updates no checkpoint could be taken, so only the first can be stopped.
             loss = self._accumulate(items, step, can_stop=number == 0)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Part(BaseModel):
@@ -59,3 +60,51 @@ class Prune(Part):
     kind: Literal["depth", "width", "heads", "nm24"]
     ratio: float = Field(default=0.25, gt=0.0, lt=1.0)
     calibration_samples: int = Field(default=64, ge=1)
+
+
+class Rule(Part):
+    """A reward of 0 to 1, times its weight."""
+
+    type: Literal["regex", "length", "exactAnswer"]
+    pattern: str | None = Field(default=None, max_length=512)
+    tokens: int | None = Field(default=None, ge=1)
+    weight: float = 1.0
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> Rule:
+        if self.type == "regex":
+            if self.pattern is None:
+                raise ValueError("a regex rule needs a pattern")
+            try:
+                re.compile(self.pattern)
+            except re.error as error:
+                raise ValueError(f"{self.pattern!r} is not a regular expression: {error}") from None
+        if self.type == "length" and self.tokens is None:
+            raise ValueError("a length rule needs tokens, the length that is wanted")
+        return self
+
+
+class Rl(Part):
+    """How answers are drawn and rewarded, and how far a step goes; for grpo and ppo."""
+
+    rewards: tuple[Rule, ...] = ()
+    reward_model: Path | None = None
+    missing_eos_penalty: float = Field(default=0.0, ge=0.0)
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=1.0, gt=0.0)
+    kl_coef: float = Field(default=0.05, ge=0.0)
+    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
+    clip_high: float = Field(default=0.2, gt=0.0)
+    epochs: int = Field(default=1, ge=1)  # updates from the same answers
+    group_size: int = Field(default=8, ge=2)  # grpo
+    gamma: float = Field(default=1.0, gt=0.0, le=1.0)  # ppo, as all that follow
+    gae_lambda: float = Field(default=0.95, ge=0.0, le=1.0)
+    value_clip: float = Field(default=0.2, gt=0.0)
+    value_coef: float = Field(default=0.1, ge=0.0)
+    whiten_rewards: bool = True
+
+    @model_validator(mode="after")
+    def _rewards_something(self) -> Rl:
+        if not self.rewards and self.reward_model is None:
+            raise ValueError("set rewards, reward_model or both: something must be rewarded")
+        return self

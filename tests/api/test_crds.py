@@ -204,11 +204,20 @@ REFUSED: dict[str, tuple[Document, str]] = {
     ),
     "a preference measured by perplexity": (
         job(method="dpo", evaluation={"suites": [{"name": "votes"}]}),
-        "need type preferenceLoss for methods dpo and reward",
+        "need type preferenceLoss for methods dpo and reward, reward for grpo and ppo",
     ),
     "a reward model that shall answer": (
         job(method="reward", promotion={"deployment": "smollm2"}),
-        "needs a method that makes an adapter which answers: sft, dpo, distill",
+        "needs a method that makes an adapter which answers: sft, dpo, distill, grpo, ppo.",
+    ),
+    "a policy without settings": (job(method="ppo"), "Method grpo or ppo needs spec.rl."),
+    "a policy that nothing rewards": (
+        job(method="grpo", rl={}),
+        "Set rl.rewards, rl.rewardModel or both",
+    ),
+    "a rule without its pattern": (
+        job(method="grpo", rl={"rewards": [{"type": "regex"}]}),
+        "A regex rule needs a pattern and a length rule needs tokens",
     ),
     "a group size no kernel has": (
         job(method="quantize", quantize={"scheme": "int4", "groupSize": 48}),

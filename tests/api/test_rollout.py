@@ -95,7 +95,8 @@ def test_a_canary_goes_step_by_step_and_a_wrong_answer_ends_it(
         seen.add(rollout.get("canary", {}).get("weight", 0))
         time.sleep(0.1)
     assert {0, 10, 50} <= seen
-    assert "rollout" not in team.llmd()["status"]
+    wait_until(lambda: "rollout" not in team.llmd()["status"])
+    wait_until(lambda: len(team.pods()) == 2)
     proven, before = revision(team), team.uids()
     runtimes.answer = " fish"
     team.apply(replicas=2, rollout=pace, engine={"maxNumSeqs": 9})

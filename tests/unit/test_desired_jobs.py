@@ -62,6 +62,23 @@ SPECS: dict[str, dict[str, Any]] = {
         "quantize": {"scheme": "int4", "groupSize": 32, "algorithm": "gptq"},
     },
     "fewer layers": {"method": "prune", "prune": {"kind": "depth", "ratio": 0.5}},
+    "rewards by rule": {
+        "method": "grpo",
+        "rl": {
+            "groupSize": 4,
+            "maxNewTokens": 16,
+            "rewards": [
+                {"type": "regex", "pattern": "^yes", "weight": 2},
+                {"type": "length", "tokens": 8},
+                {"type": "exactAnswer"},
+            ],
+        },
+        "evaluation": {"suites": [{"name": "worth", "type": "reward"}]},
+    },
+    "a reward model on another claim": {
+        "method": "ppo",
+        "rl": {"rewardModel": "pvc://rewards/a", "gaeLambda": 0.9, "whitenRewards": False},
+    },
     "a patient watchdog": {"failure": {"hangTimeoutSeconds": 7200}},
     "results elsewhere": {"output": {"uri": "pvc://results/x"}},
 }

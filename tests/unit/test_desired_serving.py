@@ -191,6 +191,7 @@ def test_the_pods_of_a_group_find_each_other_before_they_are_ready() -> None:
     policy, service = children
     address = f"smollm2-r1-3-0.{service['metadata']['name']}.team.svc"
     assert service["spec"]["publishNotReadyAddresses"]
+    assert "mizzen.dev/deployment" not in service["metadata"]["labels"], "gateways look for it"
     assert service["metadata"]["name"] == first["subdomain"] == second["subdomain"]
     assert [made["hostname"] for made in (first, second)] == ["smollm2-r1-3-0", "smollm2-r1-3-1"]
     assert first["containers"][0]["args"][-8:] == [

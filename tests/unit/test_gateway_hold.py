@@ -14,7 +14,7 @@ from aiohttp import ClientError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mizzen.runtime.gateway.directory import Directory, ObjectKey
+from mizzen.runtime.gateway.directory import Directory, Endpoint, EndpointState, ObjectKey
 from mizzen.runtime.gateway.fairness import FairOrder
 from mizzen.runtime.gateway.kube import KubeError, KubeObject
 from mizzen.runtime.gateway.sinks import parse_model
@@ -190,6 +190,26 @@ async def test_a_request_whose_last_replica_goes_is_held_for_the_next(
 
 
 # When all replicas are busy.
+
+
+@pytest.mark.parametrize("act", ["draining", "die_silent"])
+async def test_what_the_last_one_on_its_way_out_refuses_is_held_for_the_next(
+    make_house: MakeHouse, act: str
+) -> None:
+    house = await make_house(act, "good", hold_timeout_s=60, retry_window_s=0.1)
+    leaving, successor = house.replicas
+    endpoint = Endpoint(leaving.url, EndpointState.TERMINATING)
+    house.serve()
+    house.gateway.directory.put_slice(
+        ("team", "tiny-slice"), deployment=MODEL.key, endpoints=(endpoint,)
+    )
+    asking = [asyncio.create_task(house.ask()) for _ in range(4)]
+    await until(lambda: held(house) == 4)
+    await asyncio.sleep(1)
+    # Who leaves is not asked twice by the same request.
+    assert 1 <= len(leaving.seen) <= 4 * (2 if act == "die_silent" else 1)
+    house.serve(successor)
+    assert [status for status, _, _ in await asyncio.gather(*asking)] == [200] * 4
 
 
 async def test_requests_beyond_a_replicas_room_wait_and_none_is_refused(

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 
 from hack.tiny_model import write_tiny_model
 from mizzen.runtime.errors import EXIT_RANK_LOST
@@ -63,12 +64,19 @@ class Pod:
             assert self.process.returncode is None, "it ended instead of serving"
             await asyncio.sleep(0.1)
 
+    def kill(self) -> None:
+        """Kill all its processes, as the end of a container does."""
+        process = psutil.Process(self.process.pid)
+        for each in (*process.children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
     async def end(self) -> int:
         return await asyncio.wait_for(self.process.wait(), 60)
 
     async def clean_up(self) -> None:
         if self.process and self.process.returncode is None:
-            self.process.kill()
+            self.kill()
             await self.process.wait()
         await self.http.aclose()
         await self.admin.aclose()
@@ -186,7 +194,7 @@ async def test_a_pod_that_is_stopped_is_missed_as_one_that_died(tmp_path: Path) 
 
 async def test_a_follower_ends_when_its_leader_is_killed(tmp_path: Path) -> None:
     async with serving_group(tmp_path) as group:
-        group.leader.process.kill()
+        group.leader.kill()
         assert await group.follower.end() == EXIT_RANK_LOST
         last_words = json.loads(group.follower.last_words.read_text())
         assert last_words["reason"] == "RankLost"

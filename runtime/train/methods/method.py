@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -50,9 +50,9 @@ class Method(ABC):
 
     def updates(
         self, decoder: Decoder, items: Sequence[Any], lora: LoraDelta | None, *, seed: int
-    ) -> Iterator[Sequence[Item]]:
-        """Yield what each optimizer update of one step learns from; most methods make one."""
-        yield items
+    ) -> Sequence[Sequence[Item]]:
+        """Return what each optimizer update of one step learns from; most methods make one."""
+        return [items]
 
     def measured(self) -> Mapping[str, float]:
         """Return what else the last step measured, by the names of the progress document."""

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 
 from mizzen.runtime.train.methods.distill import Distill
 from mizzen.runtime.train.methods.dpo import Dpo
+from mizzen.runtime.train.methods.grpo import Grpo
 from mizzen.runtime.train.methods.method import Method
+from mizzen.runtime.train.methods.ppo import Ppo
 from mizzen.runtime.train.methods.reward import Reward
 from mizzen.runtime.train.methods.sft import Sft
 from mizzen.runtime.train.surroundings import Surroundings
@@ -16,6 +18,8 @@ _BUILDERS: Mapping[str, Callable[[Surroundings], Method]] = {
     "dpo": Dpo,
     "reward": Reward,
     "distill": Distill,
+    "grpo": Grpo,
+    "ppo": Ppo,
 }
 
 

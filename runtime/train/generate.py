@@ -1,0 +1,126 @@
+"""Answers drawn from the model that is being trained: in this process, on its own weights."""
+
+# Shapes: T packed tokens, B sequences, C cached positions, H query heads, K KV heads, d head
+# dimension, D model width, V vocabulary.
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mizzen.runtime.attention.causal import CausalAttention
+from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.layers import LoraDelta
+from mizzen.runtime.train.samples import Prompt
+from mizzen.runtime.train.stop import StopFlag
+
+_AT_ONCE = 64  # sequences whose keys and values live together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """How answers are drawn."""
+
+    max_new_tokens: int
+    temperature: float
+    eos_ids: tuple[int, ...]
+
+
+@torch.no_grad()
+def draw_answers(
+    decoder: Decoder,
+    prompts: Sequence[Prompt],
+    lora: LoraDelta | None,
+    rules: Drawing,
+    *,
+    seed: int,
+    stop: StopFlag,
+) -> list[list[int]]:
+    """Return an answer's token ids for each prompt, the token that ends it included.
+
+    Raises:
+        YieldRequested: somebody asked to stop; nothing of a step has happened yet.
+    """
+    random = torch.Generator().manual_seed(seed)
+    answers: list[list[int]] = []
+    for start in range(0, len(prompts), _AT_ONCE):
+        part = prompts[start : start + _AT_ONCE]
+        answers += _draw(decoder, part, lora, rules, random, stop)
+    return answers
+
+
+def _draw(
+    decoder: Decoder,
+    prompts: Sequence[Prompt],
+    lora: LoraDelta | None,
+    rules: Drawing,
+    random: torch.Generator,
+    stop: StopFlag,
+) -> list[list[int]]:
+    device, lens = decoder.place.device, [len(prompt) for prompt in prompts]
+    cache = _Cache(lens, room=max(lens) + rules.max_new_tokens, device=device)
+    token_ids_T = np.concatenate([prompt.token_ids_T for prompt in prompts]).astype(np.int64)
+    positions_T = torch.from_numpy(np.concatenate([np.arange(length) for length in lens]))
+    hidden_TD = decoder(
+        torch.from_numpy(token_ids_T).to(device), positions_T.to(device), cache.read_prompts, lora
+    )
+    hidden_BD = hidden_TD[torch.tensor(lens, device=device).cumsum(0) - 1]
+    answers: list[list[int]] = [[] for _ in prompts]
+    is_open = [True] * len(prompts)
+    for _ in range(rules.max_new_tokens):
+        stop.check()
+        probabilities = (decoder.logits(hidden_BD) / rules.temperature).softmax(-1)
+        drawn_B = torch.multinomial(probabilities.cpu(), 1, generator=random)[:, 0]
+        for index, token_id in enumerate(drawn_B.tolist()):
+            if is_open[index]:
+                answers[index].append(token_id)
+                is_open[index] = token_id not in rules.eos_ids
+        if not any(is_open):
+            break
+        cache.advance()
+        hidden_BD = decoder(drawn_B.to(device), cache.positions_B, cache.read_one_more, lora)
+    return answers
+
+
+class _Cache:
+    """Keys and values of sequences of different lengths, side by side."""
+
+    def __init__(self, lens: Sequence[int], *, room: int, device: torch.device) -> None:
+        self._lens = list(lens)
+        self._room = room
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.positions_B = torch.tensor(self._lens, device=device) - 1
+
+    def read_prompts(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+        """Keep the prompts' keys and values, and let each prompt attend to itself."""
+        self._layers[layer] = (self._padded(k_TKd), self._padded(v_TKd))
+        return CausalAttention(self._lens)(layer, q_THd, k_TKd, v_TKd)
+
+    def advance(self) -> None:
+        """Make room for one more token of each sequence."""
+        self.positions_B = self.positions_B + 1
+
+    def read_one_more(self, layer: int, q_BHd: Tensor, k_BKd: Tensor, v_BKd: Tensor) -> Tensor:
+        """Add one token to each sequence and let it attend to all before it."""
+        k_BCKd, v_BCKd = self._layers[layer]
+        rows = torch.arange(len(self._lens), device=k_BKd.device)
+        k_BCKd[rows, self.positions_B], v_BCKd[rows, self.positions_B] = k_BKd, v_BKd
+        is_seen_BC = torch.arange(self._room, device=k_BKd.device) <= self.positions_B[:, None]
+        out = F.scaled_dot_product_attention(
+            q_BHd[:, :, None],
+            k_BCKd.transpose(1, 2),
+            v_BCKd.transpose(1, 2),
+            attn_mask=is_seen_BC[:, None, None],
+            enable_gqa=q_BHd.shape[1] != k_BKd.shape[1],
+        )
+        return out[:, :, 0]
+
+    def _padded(self, x_TKd: Tensor) -> Tensor:
+        padded = x_TKd.new_zeros(len(self._lens), self._room, *x_TKd.shape[1:])
+        for row, part in enumerate(x_TKd.split(self._lens)):
+            padded[row, : len(part)] = part
+        return padded
