@@ -24,6 +24,7 @@ class Limits:
     """What the scheduler must never exceed."""
 
     step_tokens: int
+    beside_decodes: int  # tokens of prompts in a step in which others decode
     max_running: int
     model_len: int
     max_waiting: int
@@ -123,7 +124,7 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """Return the next step's chunks. Their blocks are held from now on."""
-        budget = self.limits.step_tokens
+        budget = self._budget()
         chunks, preempted = self._schedule_running(budget)
         if not preempted:
             self._schedule_waiting(chunks, budget - sum(chunk.size for chunk in chunks))
@@ -165,6 +166,14 @@ class Scheduler:
         assert len(self._rows) + len(self.running) == self.limits.max_running, "rows are lost"
         if not self.running:
             assert self.pool.used == 0, f"{self.pool.used} blocks are held by nobody"
+
+    def _budget(self) -> int:
+        decoding = sum(1 for seq in self.running if len(seq.token_ids) - seq.computed == 1)
+        if not decoding:
+            return self.limits.step_tokens
+        # Each running sequence gets a token, whatever the limit says.
+        wanted = max(len(self.running), decoding + self.limits.beside_decodes)
+        return min(self.limits.step_tokens, wanted)
 
     def _schedule_running(self, budget: int) -> tuple[list[Chunk], bool]:
         chunks: list[Chunk] = []

@@ -34,6 +34,8 @@ from mizzen.runtime.parallel.ranks import Ranks
 
 # A step of this many tokens is the longest pause a prompt can put between two tokens of others.
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+# While others decode, fewer of a prompt: a CPU's step of 512 takes many times a decode's.
+BESIDE_DECODES = {"cpu": 64, "cuda": 8192}
 KV_SHARE = {"cpu": 0.3, "cuda": 0.85}  # of the memory that is free once the weights are there
 WARM_UP_PROMPT, WARM_UP_ROWS = 64, 8
 GIB = 1 << 30
@@ -150,6 +152,8 @@ def _start_model(
             model.warm_up(step)
     limits = Limits(
         step_tokens=step_tokens,
+        # Who names a step's tokens means every step.
+        beside_decodes=config.max_num_batched_tokens or BESIDE_DECODES[device.type],
         max_running=config.max_num_seqs,
         model_len=model_len,
         max_waiting=config.max_waiting,

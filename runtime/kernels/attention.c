@@ -6,6 +6,8 @@ may see is ever read. Source: Milakov and Gimelshein, "Online normalizer calcula
 (2018). */
 #include "numbers.h"
 #include "team.h"
+#include "tiles.h"
+#include <stddef.h>
 
 enum { ELEMENTS_PER_THREAD = 1 << 15 };
 
@@ -80,24 +82,77 @@ INLINE float soften(float *scores, long count, float *highest, float *total) {
 
 /* One KV head's part of a page, for the query heads that share it. */
 typedef struct {
-    const void *keys, *values; /* of the first key that is seen */
-    long count, distance;      /* keys, and how far the first lies from the query: 0 or less */
+    const void *keys, *values; /* of the page's first key */
+    long first, count;         /* the keys that are seen */
+    long distance;             /* how far the first of them lies from the query: 0 or less */
 } Part;
 
+/* scores[g, t] = query g times key t, one row of `page` numbers per query. */
+INLINE void score(const Attention *a, const Part *part, const float *q, float *wide, float *scores,
+                  long dim, int type) {
+    const long group = a->heads / a->kv_heads, stride = a->kv_heads * dim;
+    widen_rows(at(part->keys, part->first * stride, type), stride, part->count, wide, dim, type);
+    for (long g = 0; g < group; g++)
+        for (long t = 0; t < part->count; t++)
+            scores[g * a->page + t] = dot(q + g * dim, wide + t * dim, dim) * a->scale;
+}
+
+#ifdef __AMX_BF16__
+/* The matrix unit multiplies a page's keys by all queries of their group at once: the keys as they
+lie in memory, the queries as pairs of numbers, [dim / 2][group][2]. */
+INLINE int uses_unit(const Attention *a, long dim, int type) {
+    return type == BFLOAT16 && dim % 32 == 0 && a->page <= 16 && a->heads / a->kv_heads <= 16;
+}
+
+/* Tile 0 holds scores, 1 keys, 2 queries. */
+static void shape_tiles(long page, long group) {
+    TileShapes shapes = {.palette = 1, .rows = {page, page, 16}};
+    shapes.row_bytes[0] = shapes.row_bytes[2] = (uint16_t)(group * 4);
+    shapes.row_bytes[1] = 64;
+    _tile_loadconfig(&shapes);
+}
+
+INLINE void pair_up(const uint16_t *q, uint16_t *pairs, long group, long dim) {
+    for (long g = 0; g < group; g++)
+        for (long i = 0; i < dim; i++) pairs[(i / 2 * group + g) * 2 + i % 2] = q[g * dim + i];
+}
+
+INLINE void score_by_unit(const Attention *a, const Part *part, const uint16_t *pairs,
+                          float *by_key, float *scores, long dim) {
+    const long group = a->heads / a->kv_heads, stride = a->kv_heads * dim;
+    _tile_zero(0);
+    for (long i = 0; i < dim; i += 32) {
+        _tile_loadd(1, (const uint16_t *)part->keys + i, stride * 2);
+        _tile_loadd(2, pairs + i * group, group * 4);
+        _tile_dpbf16ps(0, 1, 2);
+    }
+    _tile_stored(0, by_key, group * 4);
+    for (long g = 0; g < group; g++)
+        for (long t = 0; t < part->count; t++)
+            scores[g * a->page + t] = by_key[(part->first + t) * group + g] * a->scale;
+}
+#endif
+
 INLINE void attend_part(const Attention *a, const Part *part, const float *slopes, const float *q,
-                        float *sums, float *highest, float *total, long dim, int type) {
+                        const uint16_t *pairs, float *sums, float *highest, float *total, long dim,
+                        int type) {
     const long group = a->heads / a->kv_heads, stride = a->kv_heads * dim;
     float wide[a->page * dim], weights[group * a->page], fades[group];
-    widen_rows(part->keys, stride, part->count, wide, dim, type);
+#ifdef __AMX_BF16__
+    if (uses_unit(a, dim, type)) score_by_unit(a, part, pairs, wide, weights, dim);
+    else
+#else
+    (void)pairs;
+#endif
+        score(a, part, q, wide, weights, dim, type);
     for (long g = 0; g < group; g++) {
         float *scores = weights + g * a->page;
-        for (long t = 0; t < part->count; t++) {
-            scores[t] = dot(q + g * dim, wide + t * dim, dim);
-            if (slopes) scores[t] += slopes[g] * (float)(part->distance + t);
-        }
+        if (slopes)
+            for (long t = 0; t < part->count; t++)
+                scores[t] += slopes[g] * (float)(part->distance + t);
         fades[g] = soften(scores, part->count, highest + g, total + g);
     }
-    widen_rows(part->values, stride, part->count, wide, dim, type);
+    widen_rows(at(part->values, part->first * stride, type), stride, part->count, wide, dim, type);
     for (long g = 0; g < group; g++)
         mix(sums + g * dim, fades[g], weights + g * a->page, wide, part->count, dim);
 }
@@ -111,27 +166,36 @@ INLINE void attend(const Attention *a, long item, long dim, int type) {
     const long heads = a->kv_per_item * group;
     const long from = a->window && seen > a->window ? seen - a->window : 0;
     float q[heads * dim], sums[heads * dim], highest[heads], total[heads];
-    for (long i = 0; i < heads * dim; i++) {
-        q[i] = get(a->q, token * a->q_stride + head * dim + i, type) * a->scale;
-        sums[i] = 0.0f;
+    uint16_t pairs[heads * dim]; /* for the matrix unit */
+    const long place = token * a->q_stride + head * dim;
+    for (long i = 0; i < heads * dim; i++) q[i] = get(a->q, place + i, type), sums[i] = 0.0f;
+#ifdef __AMX_BF16__
+    if (uses_unit(a, dim, type)) {
+        shape_tiles(page, group);
+        for (long h = 0; h < heads; h += group)
+            pair_up((const uint16_t *)a->q + place + h * dim, pairs + h * dim, group, dim);
     }
+#endif
     for (long h = 0; h < heads; h++) highest[h] = -INFINITY, total[h] = 0.0f;
     for (long start = from / page * page; start < seen; start += page) {
         const long block = a->tables[query[1] * a->table_width + start / page];
         const long first = start < from ? from - start : 0;
         const long count = (seen - start < page ? seen - start : page) - first;
         for (long kv = first_kv; kv < last_kv; kv++) {
-            const long place = (block * page + first) * stride + kv * dim;
+            const long in_cache = block * page * stride + kv * dim;
             const long h = (kv - first_kv) * group;
-            Part part = {at(a->keys, place, type), at(a->values, place, type), count,
+            Part part = {at(a->keys, in_cache, type), at(a->values, in_cache, type), first, count,
                          start + first + 1 - seen};
             attend_part(a, &part, a->slopes ? a->slopes + head + h : NULL, q + h * dim,
-                        sums + h * dim, highest + h, total + h, dim, type);
+                        pairs + h * dim, sums + h * dim, highest + h, total + h, dim, type);
         }
     }
     for (long h = 0; h < heads; h++)
         for (long i = 0; i < dim; i++)
             put(a->out, (token * a->heads + head + h) * dim + i, sums[h * dim + i] / total[h], type);
+#ifdef __AMX_BF16__
+    if (uses_unit(a, dim, type)) _tile_release();
+#endif
 }
 
 /* Most models' heads have one of two sizes; loops of a known length are twice as fast. */

@@ -6,6 +6,7 @@ stream of memory. An integer of 8 bits is a bfloat16 number without loss: 8-bit 
 on their way from memory, and inputs keep their precision. */
 #include "numbers.h"
 #include "team.h"
+#include "tiles.h"
 #include <stddef.h>
 #include <stdlib.h>
 
@@ -21,15 +22,8 @@ typedef struct {
 } Linear;
 
 #ifdef __AMX_BF16__
-#include <immintrin.h>
 
 enum { STEP = 32, PANEL = 32, TILE = 16, TILE_BYTES = 1024, AHEAD = 4096 };
-
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} __attribute__((packed)) TileShapes;
 
 /* Tiles 0 to 3 are sums (tokens by outputs), 4 and 5 inputs, 6 and 7 weights. */
 static void shape_tiles(long tokens) {

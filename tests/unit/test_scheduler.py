@@ -15,6 +15,7 @@ def make_scheduler(
     *,
     blocks: int = 32,
     step_tokens: int = 16,
+    beside_decodes: int = 1000,
     max_running: int = 4,
     model_len: int = 64,
     max_waiting: int = 100,
@@ -25,6 +26,7 @@ def make_scheduler(
         pool,
         Limits(
             step_tokens=step_tokens,
+            beside_decodes=beside_decodes,
             max_running=max_running,
             model_len=model_len,
             max_waiting=max_waiting,
@@ -194,11 +196,21 @@ REQUEST = st.tuples(
     requests=st.lists(REQUEST, min_size=1, max_size=12),
     blocks=st.integers(8, 24),
     step_tokens=st.integers(3, 40),
+    beside_decodes=st.integers(1, 40),
 )
 def test_every_request_ends_no_block_leaks_and_no_limit_is_passed(
-    requests: list[tuple[list[int], int, int, int, int | None]], blocks: int, step_tokens: int
+    requests: list[tuple[list[int], int, int, int, int | None]],
+    blocks: int,
+    step_tokens: int,
+    beside_decodes: int,
 ) -> None:
-    scheduler = make_scheduler(blocks=blocks, step_tokens=step_tokens, max_running=3, model_len=32)
+    scheduler = make_scheduler(
+        blocks=blocks,
+        step_tokens=step_tokens,
+        beside_decodes=beside_decodes,
+        max_running=3,
+        model_len=32,
+    )
     arrivals, seqs, step = Arrivals(), [], 0
     aborts: dict[int, list[Sequence]] = {}
     due = 0
