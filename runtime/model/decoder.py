@@ -180,10 +180,10 @@ class Block(nn.Module):
             hidden = feed_forward(inner, lora)
             share = attention.out(mixed, layer, lora) + feed_forward.down(hidden, layer, lora)
             return x_TD + sum_shares(group, share, attention.out, feed_forward.down)
-        x_TD = attention.out.onto(x_TD, mixed, layer, lora)
+        x_TD = attention.out(mixed, layer, lora, stream_TO=x_TD)
         x_TD = self.attention_norm(x_TD) if is_post else x_TD
         inner = group.copy(x_TD if is_post else self.feed_forward_norm(x_TD))
-        x_TD = feed_forward.down.onto(x_TD, feed_forward(inner, lora), layer, lora)
+        x_TD = feed_forward.down(feed_forward(inner, lora), layer, lora, stream_TO=x_TD)
         return self.feed_forward_norm(x_TD) if is_post else x_TD
 
 

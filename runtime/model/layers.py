@@ -144,16 +144,20 @@ class RowLinear(Linear):
         self.rows = rows
         self._group = place.group
 
-    def forward(self, x_TI: Tensor, layer: int, lora: LoraDelta | None) -> Tensor:
-        """Return this rank's share of the output; `sum_shares` makes it whole."""
-        share_TO = self.matmul(x_TI, bias=self._group.size == 1)
-        return self._adapted(share_TO, x_TI, layer, lora)
+    def forward(
+        self, x_TI: Tensor, layer: int, lora: LoraDelta | None, *, stream_TO: Tensor | None = None
+    ) -> Tensor:
+        """Return this rank's share of the output, which `sum_shares` makes whole.
 
-    def onto(self, stream_TO: Tensor, x_TI: Tensor, layer: int, lora: LoraDelta | None) -> Tensor:
-        """Return the stream with the whole output added, equal on every rank."""
-        if self._group.size > 1:
-            return stream_TO + sum_shares(self._group, self(x_TI, layer, lora), self)
-        return self._adapted(self.matmul(x_TI, residual_TO=stream_TO), x_TI, layer, lora)
+        With a stream, return that with the whole output added, equal on every rank.
+        """
+        if stream_TO is not None and self._group.size == 1:
+            return self._adapted(self.matmul(x_TI, residual_TO=stream_TO), x_TI, layer, lora)
+        share_TO = self.matmul(x_TI, bias=self._group.size == 1)
+        share_TO = self._adapted(share_TO, x_TI, layer, lora)
+        return (
+            share_TO if stream_TO is None else stream_TO + sum_shares(self._group, share_TO, self)
+        )
 
     def _adapted(self, out_TO: Tensor, x_TI: Tensor, layer: int, lora: LoraDelta | None) -> Tensor:
         # An adapter is linear too: its shares take part in the same sum.

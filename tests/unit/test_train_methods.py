@@ -137,8 +137,8 @@ def test_evaluation_keeps_no_graph(decoder: Decoder) -> None:
 
 def test_a_base_in_bfloat16_learns_almost_as_one_in_float32(model_path: Path) -> None:
     batch = pack(samples(30, 20), CPU)
-    losses = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    curves: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    for dtype, curve in curves.items():
         decoder = load_decoder(model_path, dtype=dtype)
         lora = TrainableLora(decoder, LoraConfig(rank=4, alpha=8.0))
         trainable = lora_trainable(lora)
@@ -146,8 +146,10 @@ def test_a_base_in_bfloat16_learns_almost_as_one_in_float32(model_path: Path) ->
             loss = token_losses_sum(decoder, batch, lora) / batch.labels
             loss.backward()
             trainable.step(learning_rate=0.02)
-        losses[dtype] = loss.item()
-    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.05)
+            curve.append(loss.item())
+    # Where a curve ends hangs on the last digits, which differ by processor; its fall does not.
+    falls = {dtype: curve[0] - curve[-1] for dtype, curve in curves.items()}
+    assert falls[torch.bfloat16] == pytest.approx(falls[torch.float32], rel=0.05)
 
 
 def lora_trainable(lora: TrainableLora, *, weight_decay: float = 0.0) -> Trainable:
