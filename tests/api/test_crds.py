@@ -270,7 +270,14 @@ def test_the_shortest_deployment_gets_every_default(cluster: ApiCluster, namespa
         "accelerator": {"resource": "none"},
         "parallelism": {"tensor": 1, "nodes": 1},
         "drain": {"maxSeconds": 120},
-        "rollout": {"maxSurge": 1, "maxUnavailable": 0},
+        "rollout": {
+            "strategy": "Rolling",
+            "maxSurge": 1,
+            "maxUnavailable": 0,
+            "paused": False,
+            "progressDeadlineSeconds": 3600,
+            "revisionHistoryLimit": 10,
+        },
     }
 
 
