@@ -36,11 +36,13 @@ from mizzen.operator.engine.results import Done, Requeue, Result, Retryable, Ter
 from mizzen.operator.facts import Facts
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.errors import KubeError
+from mizzen.operator.planning.rollout import Replica
 
 # A runtime that did not answer is asked again soon, one that refused an adapter now and then:
 # its files may be mended where they lie.
 _UNANSWERED_S = 2.0
 _REFUSED_S = 60.0
+_MOVED_ON_S = 0.1
 
 
 async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Result:
@@ -75,17 +77,25 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
     # Also after a failure: that one pod could not be made is no reason to keep another waiting.
     gates = gates_to_open(groups, observed, plan, adapters)
     failure = await _open(gates, kube=kube, now=now) or failure
+    # The answers to those writes may tell of others' changes too, whose events are then no news.
+    latest = read_groups(facts.store.children(key, "Pod"), owner_uid=observed.serving.uid, now=now)
     # A failure is told too: status is where people look when nothing moves.
     try:
         seen = what_is_seen(
-            observed, course, groups, adapters, loading, facts=facts, failure=failure
+            observed, course, latest, adapters, loading, facts=facts, failure=failure
         )
         await report(observed, seen, kube=kube, now=now)
     except KubeError as error:
         failure = failure or error
     if failure is not None:
         return Retryable(failure) if failure.retry else Requeue(_REFUSED_S)
+    if _replicas(latest) != _replicas(groups):
+        return Requeue(_MOVED_ON_S)
     return _next_look(plan, adapters, loading)
+
+
+def _replicas(groups: Iterable[Group]) -> list[Replica]:
+    return [group.replica for group in groups]
 
 
 async def _apply(

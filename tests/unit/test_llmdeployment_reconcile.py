@@ -96,6 +96,29 @@ async def test_the_gate_of_a_replica_without_adapters_opens_at_once() -> None:
     assert in_service(world) == 1
 
 
+async def test_what_only_the_answer_to_a_write_of_ours_tells_is_not_missed() -> None:
+    """The scheduler was quicker than our gate, and the event of its word comes after our answer."""
+    world = World()
+
+    def refuse_a_place(method: str, path: str) -> None:
+        if method == "PATCH" and "/pods/" in path:
+            world.api.objects[path.removesuffix("/status")]["status"]["conditions"] = [
+                {
+                    "type": "PodScheduled",
+                    "status": "False",
+                    "reason": "Unschedulable",
+                    "message": 'persistentvolumeclaim "models" not found.',
+                    "lastTransitionTime": rfc3339(world.now),
+                }
+            ]
+
+    world.api.fault = refuse_a_place
+    result = await world.look()
+    assert list(gates(world).values()) == ["True"]
+    assert world.condition("Ready")[:2] == ("False", "ClaimNotFound")
+    assert isinstance(result, Requeue), "and what follows from it is decided at once"
+
+
 async def test_the_gate_of_a_replica_with_adapters_opens_when_they_are_loaded() -> None:
     world = World(adapters=[{"name": "a", "source": "pvc://models/a"}])
     await world.look()
