@@ -219,6 +219,9 @@ def main() -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         # A terminal, or an init system, may tell the whole group: the server's process decides.
         signal.signal(each, signal.SIG_IGN)
+    # The loop gives Python up at each kernel and takes it back after: waiting the usual 5 ms for
+    # whoever hands out tokens meanwhile would cost more than the kernels.
+    sys.setswitchinterval(0.0005)
     code = asyncio.run(_serve(end, imports_s))
     logging.shutdown()
     os._exit(code)  # without the interpreter's own end, in which libraries wait for their threads

@@ -127,15 +127,22 @@ INLINE void score_by_unit(const Attention *a, const Part *part, const uint16_t *
         _tile_dpbf16ps(0, 1, 2);
     }
     _tile_stored(0, by_key, group * 4);
-    for (long g = 0; g < group; g++)
-        for (long t = 0; t < part->count; t++)
-            scores[g * a->page + t] = by_key[(part->first + t) * group + g] * a->scale;
+    const __m512i lanes =
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)group));
+    const __mmask16 seen = (__mmask16)((1u << part->count) - 1);
+    const float *from = by_key + part->first * group;
+    for (long g = 0; g < group; g++) {
+        __m512 row = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), seen, places, from + g, 4);
+        row = _mm512_mul_ps(row, _mm512_set1_ps(a->scale));
+        _mm512_mask_storeu_ps(scores + g * a->page, seen, row);
+    }
 }
 #endif
 
-INLINE void attend_part(const Attention *a, const Part *part, const float *slopes, const float *q,
+INLINE void attend_keys(const Attention *a, const Part *part, const float *slopes, const float *q,
                         const uint16_t *pairs, float *sums, float *highest, float *total, long dim,
-                        int type) {
+                        int type, const long count) {
     const long group = a->heads / a->kv_heads, stride = a->kv_heads * dim;
     float wide[a->page * dim], weights[group * a->page], fades[group];
 #ifdef __AMX_BF16__
@@ -148,13 +155,32 @@ INLINE void attend_part(const Attention *a, const Part *part, const float *slope
     for (long g = 0; g < group; g++) {
         float *scores = weights + g * a->page;
         if (slopes)
-            for (long t = 0; t < part->count; t++)
+            for (long t = 0; t < count; t++)
                 scores[t] += slopes[g] * (float)(part->distance + t);
-        fades[g] = soften(scores, part->count, highest + g, total + g);
+        fades[g] = soften(scores, count, highest + g, total + g);
     }
-    widen_rows(at(part->values, part->first * stride, type), stride, part->count, wide, dim, type);
+    widen_rows(at(part->values, part->first * stride, type), stride, count, wide, dim, type);
     for (long g = 0; g < group; g++)
-        mix(sums + g * dim, fades[g], weights + g * a->page, wide, part->count, dim);
+        mix(sums + g * dim, fades[g], weights + g * a->page, wide, count, dim);
+}
+
+/* Most pages are whole; loops of a known length stay in registers. */
+INLINE void attend_part(const Attention *a, const Part *part, const float *slopes, const float *q,
+                        const uint16_t *pairs, float *sums, float *highest, float *total, long dim,
+                        int type) {
+    if (part->count == 16)
+        attend_keys(a, part, slopes, q, pairs, sums, highest, total, dim, type, 16);
+    else attend_keys(a, part, slopes, q, pairs, sums, highest, total, dim, type, part->count);
+}
+
+/* Has the next page's keys and values on their way while this one is attended. */
+INLINE void fetch_page(const Attention *a, long block, long dim, int type) {
+    const long size = a->page * a->kv_heads * dim, bytes = size * (type == BFLOAT16 ? 2 : 4);
+    const char *keys = at(a->keys, block * size, type), *values = at(a->values, block * size, type);
+    for (long i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(keys + i);
+        __builtin_prefetch(values + i);
+    }
 }
 
 INLINE void attend(const Attention *a, long item, long dim, int type) {
@@ -179,6 +205,8 @@ INLINE void attend(const Attention *a, long item, long dim, int type) {
     for (long h = 0; h < heads; h++) highest[h] = -INFINITY, total[h] = 0.0f;
     for (long start = from / page * page; start < seen; start += page) {
         const long block = a->tables[query[1] * a->table_width + start / page];
+        if (start + page < seen)
+            fetch_page(a, a->tables[query[1] * a->table_width + start / page + 1], dim, type);
         const long first = start < from ? from - start : 0;
         const long count = (seen - start < page ? seen - start : page) - first;
         for (long kv = first_kv; kv < last_kv; kv++) {
