@@ -2,7 +2,7 @@
 
 The query heads that share a KV head are done together, so each key and value is read once for all
 of them. The softmax is taken along the way, page by page, and nothing but what a query
-may see is ever read. Source: Milakov and Gimelshein, "Online normalizer calculation for softmax"
+may see counts (the matrix unit reads a page's other keys too; their scores are dropped). Source: Milakov and Gimelshein, "Online normalizer calculation for softmax"
 (2018). */
 #include "numbers.h"
 #include "team.h"

@@ -83,6 +83,18 @@ def test_a_long_prompt_is_cut_to_the_budget_and_decode_goes_on_beside_it() -> No
     assert shares(run_step(scheduler)) == {"1": (6, 1), "2": (30, 1)}
 
 
+def test_beside_a_decode_a_prompt_gets_few_tokens_and_alone_the_whole_step() -> None:
+    scheduler, arrivals = make_scheduler(step_tokens=16, beside_decodes=4), Arrivals()
+    first = arrivals.make(30, max_tokens=3)
+    scheduler.add(first)
+    assert shares(run_step(scheduler)) == {"1": (0, 16)}
+    assert shares(run_step(scheduler)) == {"1": (16, 14)}
+    scheduler.add(arrivals.make(30))
+    assert shares(run_step(scheduler)) == {"1": (30, 1), "2": (0, 4)}
+    scheduler.abort(first)
+    assert shares(run_step(scheduler)) == {"2": (4, 16)}
+
+
 def test_a_long_prompt_leaves_a_token_for_each_one_behind_it() -> None:
     scheduler, arrivals = make_scheduler(step_tokens=8), Arrivals()
     scheduler.add(arrivals.make(2, priority=1, max_tokens=10))
