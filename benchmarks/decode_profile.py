@@ -63,7 +63,6 @@ class Decoding:
             block_tables_SB=self._tables[:, : at // _BLOCK + 1],
             sample_at_N=np.arange(rows),
             lora_slots_S=[0] * rows,
-            sequence_ids_S=list(range(rows)),
         )
         self._runner.run(step)
 

@@ -28,7 +28,6 @@ class StepInput:
     block_tables_SB: Ints
     sample_at_N: Ints  # indices into T
     lora_slots_S: list[int]
-    sequence_ids_S: list[int]  # tell sequences apart over their whole life
 
 
 def dummy_step(query_lens: list[int], *, block_size: int) -> StepInput:
@@ -44,7 +43,6 @@ def dummy_step(query_lens: list[int], *, block_size: int) -> StepInput:
         block_tables_SB=np.zeros((len(query_lens), -(-longest // block_size)), dtype=np.int64),
         sample_at_N=np.cumsum(query_lens) - 1,
         lora_slots_S=[0] * len(query_lens),
-        sequence_ids_S=list(range(-len(query_lens), 0)),
     )
 
 
@@ -81,7 +79,6 @@ class BatchBuilder:
             block_tables_SB=self._table[rows, :width],
             sample_at_N=_sample_at(chunks, ends),
             lora_slots_S=[chunk.seq.lora_slot for chunk in chunks],
-            sequence_ids_S=[chunk.seq.arrival for chunk in chunks],
         )
 
     def _write_row(self, row: int, blocks: list[int]) -> None:

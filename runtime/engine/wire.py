@@ -120,14 +120,13 @@ def _encode_step(step: StepInput) -> bytes:
         step.block_tables_SB.ravel(),
         step.sample_at_N,
         np.array(step.lora_slots_S, dtype=WORD),
-        np.array(step.sequence_ids_S, dtype=WORD),
     ]
     sizes = [len(array) for array in arrays]
     return _header(STEP, *sizes) + np.concatenate(arrays).tobytes()
 
 
 def _decode_step(sizes: list[int], words: np.ndarray) -> StepInput:
-    parts = np.split(words, np.cumsum(sizes[:8]))
+    parts = np.split(words, np.cumsum(sizes[:7]))
     query_lens = parts[3].tolist()
     return StepInput(
         token_ids_T=parts[0],
@@ -138,7 +137,6 @@ def _decode_step(sizes: list[int], words: np.ndarray) -> StepInput:
         block_tables_SB=parts[5].reshape(len(query_lens), -1),
         sample_at_N=parts[6],
         lora_slots_S=parts[7].tolist(),
-        sequence_ids_S=parts[8].tolist(),
     )
 
 

@@ -20,7 +20,6 @@ def test_messages_arrive_as_they_were_sent() -> None:
         block_tables_SB=np.array([[1, 0], [2, 3]]),
         sample_at_N=np.array([0]),
         lora_slots_S=[0, 2],
-        sequence_ids_S=[40, 41],
     )
     for message in (step, dummy_step([1, 1], block_size=4)):
         got = decode(encode(message))
