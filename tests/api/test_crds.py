@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[Document, str]] = {
         deployment(model={"source": "hf://gpt2"}), "hf://ORG/NAME[@REVISION]",
     ),
     "a bucket without a prefix": (
-        deployment(model={"source": "s3://models"}), "s3://BUCKET/PREFIX.",
+        deployment(model={"source": "s3://models"}), "s3://BUCKET/PREFIX, without",
     ),
     "credentials for a model on a claim": (
         deployment(model={"source": "pvc://m/a", "credentials": {"name": "hub"}}),
@@ -132,11 +132,11 @@ REFUSED: dict[str, tuple[Document, str]] = {
     ),
     "an adapter from a hub": (
         deployment(adapters=[{"name": "a", "source": "hf://org/a"}]),
-        "A model path must look like pvc://CLAIM/PATH or file:///PATH.",
+        "A model path must look like pvc://CLAIM/PATH or file:///PATH, without '..'.",
     ),
     "a model path that climbs out of its volume": (
         deployment(model={"source": "pvc://models/../other"}),
-        "A path must not contain '..'; write the full path.",
+        "or s3://BUCKET/PREFIX, without '..'.",
     ),
     "more ranks than a replica has devices": (
         deployment(accelerator={**GPU, "count": 1}, parallelism={"tensor": 2}),
@@ -197,10 +197,10 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(method="quantize", quantize={"scheme": "int4", "algorithm": "gptq"}, dataset=[]),
         "need a dataset to see what is used",
     ),
-    "a method without its settings": (job(method="distill"), "Method distill needs spec.distill."),
+    "a method without its settings": (job(method="distill"), "Method distill needs spec.distill,"),
     "the settings of another method": (
         job(prune={"kind": "depth"}),
-        "spec.prune is only for method prune.",
+        "Method prune needs spec.prune, and no other method has it.",
     ),
     "a preference measured by perplexity": (
         job(method="dpo", evaluation={"suites": [{"name": "votes"}]}),
@@ -208,9 +208,9 @@ REFUSED: dict[str, tuple[Document, str]] = {
     ),
     "a reward model that shall answer": (
         job(method="reward", promotion={"deployment": "smollm2"}),
-        "needs a method that makes an adapter which answers: sft, dpo, distill, grpo, ppo.",
+        "needs a method whose result answers (sft, dpo, distill, grpo, ppo).",
     ),
-    "a policy without settings": (job(method="ppo"), "Method grpo or ppo needs spec.rl."),
+    "a policy without settings": (job(method="ppo"), "Method grpo or ppo needs spec.rl,"),
     "a policy that nothing rewards": (
         job(method="grpo", rl={}),
         "Set rl.rewards, rl.rewardModel or both",
@@ -229,11 +229,11 @@ REFUSED: dict[str, tuple[Document, str]] = {
     ),
     "a promotion to nowhere": (
         job(promotion={"strategy": "HotLoadAdapter"}),
-        "needs promotion.deployment, the LLMDeployment that should serve the adapter.",
+        "needs promotion.deployment, the LLMDeployment to promote to.",
     ),
     "a promotion of a whole model as an adapter": (
         job(promotion={"deployment": "smollm2"}, adaptation={"type": "full"}),
-        "a fully trained model is not an adapter",
+        "HotLoadAdapter needs adaptation.type lora.",
     ),
     "a result with no place to go": (
         job(baseModel={"source": "file:///models/smollm2"}),
