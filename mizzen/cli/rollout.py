@@ -7,59 +7,23 @@ to edit it, and the operator needs no word of a past command.
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-Json = dict[str, Any]
+from mizzen.cli.kubectl import Context, Json, Kubectl, KubectlError, Namespace, run
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The LLMDeployment.")]
-# Plugins get kubectl's own options only behind the command.
-Namespace = Annotated[str | None, typer.Option("-n", "--namespace", help="As kubectl has it.")]
-Context = Annotated[str | None, typer.Option("--context", help="As kubectl has it.")]
 
 app = typer.Typer(help="Revisions of an LLMDeployment.", no_args_is_help=True)
-
-
-class RolloutError(Exception):
-    """It cannot be done; the text says what to change."""
-
-
-@dataclass(frozen=True, slots=True)
-class Kubectl:
-    """The kubectl beside this command, told which cluster and namespace."""
-
-    flags: tuple[str, ...] = ()
-
-    def __call__(self, *arguments: str) -> str:
-        """Run it; return what it printed.
-
-        Raises:
-            RolloutError: it is not there, or it refused.
-        """
-        try:
-            done = subprocess.run(
-                ["kubectl", *self.flags, *arguments], capture_output=True, text=True, check=False
-            )
-        except FileNotFoundError as error:
-            raise RolloutError("kubectl is not on the PATH: install it.") from error
-        if done.returncode:
-            raise RolloutError(done.stderr.strip())
-        return done.stdout
-
-    def get(self, *what: str) -> Json:
-        """Return what `kubectl get` shows."""
-        document: Json = json.loads(self("get", *what, "-o", "json"))
-        return document
 
 
 @app.command()
 def history(name: Name, namespace: Namespace = None, context: Context = None) -> None:
     """List the revisions, the oldest first."""
-    _run(_history, name, namespace, context)
+    run(_history, name, namespace, context)
 
 
 @app.command()
@@ -73,31 +37,19 @@ def undo(
     context: Context = None,
 ) -> None:
     """Go back to an earlier revision; replicas, scaling, adapters and rollout stay as they are."""
-    _run(partial(_undo, number=to_revision), name, namespace, context)
+    run(partial(_undo, number=to_revision), name, namespace, context)
 
 
 @app.command()
 def pause(name: Name, namespace: Namespace = None, context: Context = None) -> None:
     """Bring no further replica to the newest revision; size and repairs go on."""
-    _run(partial(_set_paused, paused=True), name, namespace, context)
+    run(partial(_set_paused, paused=True), name, namespace, context)
 
 
 @app.command()
 def resume(name: Name, namespace: Namespace = None, context: Context = None) -> None:
     """Go on with a paused rollout."""
-    _run(partial(_set_paused, paused=False), name, namespace, context)
-
-
-def _run(
-    command: Callable[[Kubectl, str], str], name: str, namespace: str | None, context: str | None
-) -> None:
-    given = {"--namespace": namespace, "--context": context}
-    kubectl = Kubectl(tuple(f"{flag}={value}" for flag, value in given.items() if value))
-    try:
-        typer.echo(command(kubectl, name))
-    except RolloutError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
+    run(partial(_set_paused, paused=False), name, namespace, context)
 
 
 def _set_paused(kubectl: Kubectl, name: str, *, paused: bool) -> str:
@@ -136,11 +88,11 @@ def _undo(kubectl: Kubectl, name: str, *, number: int | None) -> str:
     revisions = _revisions(kubectl, resource)
     if number is None:
         if len(revisions) < 2:
-            raise RolloutError(f"{name} has no earlier revision to go back to.")
+            raise KubectlError(f"{name} has no earlier revision to go back to.")
         number = list(revisions)[-2]
     if number not in revisions:
         there = ", ".join(map(str, revisions)) or "none"
-        raise RolloutError(f"{name} has no revision {number}. There are: {there}.")
+        raise KubectlError(f"{name} has no revision {number}. There are: {there}.")
     past = revisions[number]["data"]["spec"]
     spec = restored_spec(resource["spec"], past, kept=NOT_IN_REVISION)
     # Somebody else's change in between is not to be lost.

@@ -7,6 +7,7 @@ from datetime import datetime
 
 from mizzen.operator.controllers.job_inputs import find_base_model, find_judge, missing_input
 from mizzen.operator.crds.common import API_VERSION, Json
+from mizzen.operator.crds.finetunejob import KIND
 from mizzen.operator.crds.llmdeployment import KIND as DEPLOYMENT_KIND
 from mizzen.operator.desired.jobs import (
     artifact_uri,
@@ -35,7 +36,7 @@ from mizzen.operator.planning.generations import (
     Watch,
     decide_generation,
 )
-from mizzen.operator.routing import ref_of
+from mizzen.operator.routing import PROMOTES_TO, ref_of
 from mizzen.operator.specs import InvalidSpecError
 from mizzen.operator.status.causes import pod_cause, terminated_cause
 from mizzen.operator.status.conditions import ConditionType, Document, flips, rfc3339
@@ -206,6 +207,7 @@ async def report(
 ) -> None:
     """Write what was decided and seen, if it differs, and tell people about flips."""
     progress = await _progress(step, observed, facts)
+    artifact = progress.artifact if progress else None
     newest = observed.newest
     if isinstance(step, Start):
         newest = None  # its own pod is not seen yet
@@ -215,11 +217,10 @@ async def report(
         is_suspended=bool(observed.job and observed.job.spec.suspend),
         problem=problem or observed.problem or _pod_problem(step, observed),
         progress=progress,
-        artifact_uri=(
-            artifact_uri(progress.artifact.path) if progress and progress.artifact else None
-        ),
+        artifact_uri=artifact_uri(artifact.path) if artifact else None,
+        copies=tuple(map(artifact_uri, artifact.copies)) if artifact else (),
         has_suites=_has_suites(observed),
-        promotion=_promotion(observed, progress, facts),
+        promotion=_promotion(observed, progress, facts, now),
     )
     await _write(observed, job_facts, kube, now)
 
@@ -229,7 +230,7 @@ async def report_ended(observed: Observed, kube: Kube, facts: Facts, now: dateti
     progress = progress_of(observed.status)
     if progress is None or progress.artifact is None:
         return Done()  # failed: its status is final
-    promotion = _promotion(observed, progress, facts)
+    promotion = _promotion(observed, progress, facts, now)
     job_facts = JobFacts(
         step=Finish(),
         newest=observed.newest,
@@ -237,18 +238,24 @@ async def report_ended(observed: Observed, kube: Kube, facts: Facts, now: dateti
         problem=None,
         progress=progress,
         artifact_uri=progress.artifact.path,
+        copies=progress.artifact.copies,
         has_suites=_has_suites(observed),
         promotion=promotion,
     )
     await _write(observed, job_facts, kube, now)
-    return Done() if promotion is None or promotion.is_done else Requeue(_POLL_S)
+    # What a promotion waits for may also be another job's business, which is no event of ours.
+    is_over = promotion is None or promotion.is_done or promotion.has_failed
+    return Done() if is_over else Requeue(_POLL_S)
 
 
-def _promotion(observed: Observed, progress: Progress | None, facts: Facts) -> Promotion | None:
-    target = promotion_target(observed.resource)
+def _promotion(
+    observed: Observed, progress: Progress | None, facts: Facts, now: datetime
+) -> Promotion | None:
+    target = promotion_target(observed.resource) or ""
     namespace = observed.resource["metadata"]["namespace"]
-    deployment = facts.store.get(Ref(API_VERSION, DEPLOYMENT_KIND, namespace, target or ""))
-    return find_promotion(observed.resource, progress, deployment)
+    deployment = facts.store.get(Ref(API_VERSION, DEPLOYMENT_KIND, namespace, target))
+    jobs = facts.store.lookup(KIND, PROMOTES_TO, namespace, target)
+    return find_promotion(observed.resource, progress, deployment, jobs, now=now)
 
 
 async def _write(observed: Observed, job_facts: JobFacts, kube: Kube, now: datetime) -> None:

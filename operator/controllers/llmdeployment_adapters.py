@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from mizzen.operator.controllers.llmdeployment_replicas import Group
 from mizzen.operator.crds.common import Json
 from mizzen.operator.desired.adapters import PromotedArtifact, WantedAdapter
+from mizzen.operator.planning.promotions import MODEL, choose_holders
 from mizzen.operator.planning.rollout import Standing
 from mizzen.operator.runtimes import AdapterRefusedError, LoadedAdapter, Runtimes
-from mizzen.operator.status.conditions import condition_status
 
 _CAN_LOAD = (Standing.STARTING, Standing.UNREADY, Standing.IN_SERVICE)
 
@@ -34,22 +34,25 @@ class Change:
 
 
 def promoted_artifacts(jobs: Iterable[Json]) -> list[PromotedArtifact]:
-    """Return the adapters of jobs that published a result, which their gate had let pass."""
-    found: list[PromotedArtifact] = []
-    for job in jobs:
-        status = job.get("status") or {}
-        artifact = status.get("artifact") or {}
-        conditions = status.get("conditions") or []
-        is_good = condition_status(conditions, "Published") == "True"
-        is_leaving = "deletionTimestamp" in job["metadata"]
-        if is_good and not is_leaving and _is_adapter(artifact):
-            name = job["metadata"]["name"]
-            found.append(PromotedArtifact(name, artifact["uri"], artifact.get("digest")))
-    return found
+    """Return the adapters of the jobs that hold an adapter's name."""
+    return [
+        artifact
+        for name, job in choose_holders(jobs).items()
+        if name != MODEL and (artifact := _artifact(job, name, kind="adapter"))
+    ]
 
 
-def _is_adapter(artifact: Json) -> bool:
-    return artifact.get("kind") == "adapter" and str(artifact.get("uri")).startswith("pvc://")
+def promoted_model(jobs: Iterable[Json]) -> PromotedArtifact | None:
+    """Return the model that is to be served instead of the one in the spec, if there is one."""
+    holder = choose_holders(jobs).get(MODEL)
+    return None if holder is None else _artifact(holder, MODEL, kind="model")
+
+
+def _artifact(job: Json, name: str, *, kind: str) -> PromotedArtifact | None:
+    artifact = (job.get("status") or {}).get("artifact") or {}
+    if artifact.get("kind") != kind or not str(artifact.get("uri")).startswith("pvc://"):
+        return None
+    return PromotedArtifact(name, artifact["uri"], artifact.get("digest"), job["metadata"]["name"])
 
 
 def plan_change(wanted: Sequence[WantedAdapter], loaded: Sequence[LoadedAdapter]) -> Change:

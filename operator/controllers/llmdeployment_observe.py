@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from mizzen.operator.controllers.llmdeployment_adapters import promoted_artifacts
+from mizzen.operator.controllers.llmdeployment_adapters import promoted_artifacts, promoted_model
 from mizzen.operator.controllers.llmdeployment_replicas import Group, read_groups
 from mizzen.operator.crds import finetunejob
 from mizzen.operator.crds.common import Json
 from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
 from mizzen.operator.desired import labels
-from mizzen.operator.desired.adapters import wanted_adapters
+from mizzen.operator.desired.adapters import PromotedArtifact, wanted_adapters
 from mizzen.operator.desired.serving import Serving, revision_of
 from mizzen.operator.desired.sources import locate_model
 from mizzen.operator.engine.key import Key
@@ -100,17 +100,25 @@ def read_serving(resource: Json, facts: Facts) -> Serving:
     jobs = facts.store.lookup(
         finetunejob.KIND, PROMOTES_TO, metadata["namespace"], metadata["name"]
     )
+    promoted = promoted_model(jobs)
     return Serving(
         name=metadata["name"],
         namespace=metadata["namespace"],
         uid=uid_of(resource),
-        spec=spec,
+        spec=_serving(spec, promoted) if promoted else spec,
+        promoted=promoted,
         image=config.runtime_image,
         pull_policy=config.image_pull_policy,
         pull_secrets=tuple(config.image_pull_secrets),
         otlp_endpoint=config.otlp_endpoint,
         adapters=wanted_adapters(spec.adapters, promoted_artifacts(jobs)),
     )
+
+
+def _serving(spec: LLMDeploymentSpec, promoted: PromotedArtifact) -> LLMDeploymentSpec:
+    """Return the spec with a promoted model's folder for its source, which lies on a claim."""
+    source = {"source": promoted.uri, "credentials": None, "cache": None}
+    return spec.model_copy(update={"model": spec.model.model_copy(update=source)})
 
 
 async def observe(

@@ -102,6 +102,7 @@ def what_is_seen(
         generation=observed.generation,
         revision=course.target,
         rollout=course.rollout,
+        promoted=_promoted(observed),
         note=course.note,
         desired=observed.desired,
         max_unavailable=spec.rollout.max_unavailable,
@@ -139,6 +140,13 @@ def _replica(
         cause=cause,
         adapters=adapters.loaded.get(group.address, ()),
     )
+
+
+def _promoted(observed: Observed) -> Document:
+    """Return whose model is wanted, and as which revision."""
+    if (promoted := observed.serving.promoted) is None:
+        return {}
+    return {"job": promoted.job, "digest": promoted.digest, "revision": observed.revision}
 
 
 def _failure(error: KubeError | None) -> Cause | None:

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from mizzen.operator.crds.common import (
     Accelerator,
+    AdapterName,
     ApiModel,
     DnsLabel,
     ModelSource,
@@ -200,21 +201,45 @@ class Failure(ApiModel):
     ] = 1800
 
 
+ClaimFolder = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=512,
+        json_schema_extra=address_rules(
+            r"pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.+",
+            "output.uri and output.ociLayout must look like pvc://CLAIM/PATH",
+        ),
+    ),
+]
+
+
 class Output(ApiModel):
     """Where the result goes."""
 
     uri: Annotated[
-        str,
+        ClaimFolder | None,
         Field(
-            min_length=1,
+            description="Folder for the result, pvc://CLAIM/PATH; by default adapters/NAME or "
+            "models/NAME on the base model's claim."
+        ),
+    ] = None
+    oci_layout: Annotated[
+        ClaimFolder | None,
+        Field(description="Folder, pvc://CLAIM/PATH, whose OCI image layout gets a copy."),
+    ] = None
+    s3: Annotated[
+        str | None,
+        Field(
             max_length=512,
-            description="Folder for the result: pvc://CLAIM/PATH.",
+            description="Bucket that gets a copy, s3://BUCKET/PREFIX; AWS_* variables come from "
+            "podTemplatePatch.env.",
             json_schema_extra=address_rules(
-                r"pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.+",
-                "output.uri must look like pvc://CLAIM/PATH",
+                "s3://[a-z0-9][-a-z0-9.]*[a-z0-9]/.+",
+                "output.s3 must look like s3://BUCKET/PREFIX",
             ),
         ),
-    ]
+    ] = None
 
 
 class Promotion(ApiModel):
@@ -232,12 +257,23 @@ class Promotion(ApiModel):
         Field(description="The LLMDeployment of this namespace that gets the result."),
     ] = None
     strategy: Annotated[
-        Literal["None", "HotLoadAdapter"],
+        Literal["None", "HotLoadAdapter", "Canary"],
         Field(
-            description="HotLoadAdapter loads the adapter on every replica under the job's name "
-            "for as long as the job exists; None only publishes."
+            description="HotLoadAdapter loads the adapter on every replica; Canary rolls a whole "
+            "model out as the deployment's spec.rollout says; None only publishes."
         ),
     ] = "HotLoadAdapter"
+    adapter: Annotated[
+        AdapterName | None,
+        Field(description="Name of the adapter there; by default the job's."),
+    ] = None
+    replaces: Annotated[
+        DnsLabel | None, Field(description="Job whose result this one takes the place of.")
+    ] = None
+    approval: Annotated[
+        Literal["Auto", "Manual"],
+        Field(description="Manual waits for `kubectl mizzen approve NAME`."),
+    ] = "Auto"
 
 
 _CANNOT_CHANGE = "cannot change once the job exists (only spec.suspend can)."
@@ -277,7 +313,7 @@ class FineTuneJobSpec(ApiModel):
             "promotion.strategy HotLoadAdapter needs adaptation.type lora.",
         ),
         cel(
-            "has(self.output) || has(self.baseModel.deployment) || "
+            "has(self.output) && has(self.output.uri) || has(self.baseModel.deployment) || "
             "self.baseModel.source.startsWith('pvc://')",
             "Set output.uri, since the base model is on no claim the result could lie on.",
         ),
@@ -329,13 +365,7 @@ class FineTuneJobSpec(ApiModel):
     evaluation: Annotated[
         Evaluation | None, Field(description="The gate between training and promotion.")
     ] = None
-    output: Annotated[
-        Output | None,
-        Field(
-            description="Where the result goes; by default adapters/NAME or models/NAME on the "
-            "base model's claim."
-        ),
-    ] = None
+    output: Annotated[Output | None, Field(description="Where the result goes.")] = None
     promotion: Annotated[
         Promotion | None, Field(description="What happens with a result that passed.")
     ] = None

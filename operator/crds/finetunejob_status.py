@@ -51,6 +51,7 @@ class Artifact(ApiModel):
     digest: Annotated[str, Field(max_length=128, description="Digest of its files.")]
     bytes: Annotated[int | None, Field(description="Its size.")] = None
     kind: Annotated[Literal["adapter", "model"], Field(description="What it is.")]
+    copies: Annotated[list[str] | None, Field(max_length=8, description="Where else it is.")] = None
 
 
 class SuiteResult(ApiModel):
@@ -69,11 +70,17 @@ class SuiteResult(ApiModel):
 class PromotionStatus(ApiModel):
     """How far the promotion is."""
 
-    adapter: Annotated[
-        str | None, Field(max_length=63, description="Name of the adapter on the deployment.")
+    served_as: Annotated[
+        str | None, Field(max_length=255, description="The `model` of requests that get it.")
     ] = None
     ready_replicas: Annotated[int | None, Field(description="Replicas that serve it.")] = None
     replicas: Annotated[int | None, Field(description="Replicas that should.")] = None
+    approved_by: Annotated[
+        str | None, Field(max_length=253, description="Who approved, as they said.")
+    ] = None
+    approved_at: Annotated[
+        str | None, Field(max_length=64, description="When the operator saw it.")
+    ] = None
 
 
 Phase = Literal[

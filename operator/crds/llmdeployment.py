@@ -266,6 +266,14 @@ class AdapterStatus(ApiModel):
     ] = None
 
 
+class PromotedModel(ApiModel):
+    """The result of a FineTuneJob that is served instead of spec.model.source."""
+
+    job: Annotated[str, Field(max_length=253, description="The FineTuneJob.")]
+    digest: Annotated[str | None, Field(max_length=128, description="Digest of the model.")] = None
+    revision: Annotated[str, Field(max_length=63, description="The revision that serves it.")]
+
+
 class LLMDeploymentStatus(ApiModel):
     """What the operator observed."""
 
@@ -317,6 +325,9 @@ class LLMDeploymentStatus(ApiModel):
                 "x-kubernetes-list-map-keys": ["name"],
             },
         ),
+    ] = None
+    promoted_model: Annotated[
+        PromotedModel | None, Field(description="A job's model that replaces spec.model.source.")
     ] = None
     rollout: Annotated[
         RolloutStatus | None,

@@ -4,6 +4,7 @@ A structural schema has no $ref, no anyOf with null and no numeric exclusive bou
 written out, "or nothing" becomes "not required", exclusive bounds take their OpenAPI 3.0 form.
 """
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,9 +221,9 @@ class _Converter:
             result.pop("type", None)
         if "const" in node:
             result["enum"] = [node["const"]]
-        self._default(result)
         self._bounds(node, result)
         self._members(node, result)
+        self._default(result)
         return result
 
     def _resolve(self, source: Json) -> Json:
@@ -241,9 +242,13 @@ class _Converter:
         return source
 
     def _default(self, result: Json) -> None:
-        """Leave out of an object's default what says nothing."""
+        """Leave out of an object's default what says nothing, or what its fields say themselves.
+
+        The API server fills an empty object from their defaults, but asks CEL rules before.
+        """
         if isinstance(default := result.pop("default", None), dict):
-            default = _without_nulls(default) or None
+            has_rules = "x-kubernetes-validations" in json.dumps(result)
+            default = (_without_nulls(default) or None) if has_rules else {}
         if default is not None:
             result["default"] = default
 

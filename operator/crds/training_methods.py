@@ -286,8 +286,16 @@ def method_rules() -> tuple[dict[str, str], ...]:
         ),
         cel(
             "!has(self.promotion) || self.promotion.strategy == 'None' || "
-            f"self.method in {list(MAKES_ADAPTERS)}",
-            f"promotion needs a method whose result answers ({', '.join(MAKES_ADAPTERS)}).",
+            f"self.method in {list(MAKES_ADAPTERS)} || "
+            f"self.promotion.strategy == 'Canary' && self.method in {list(COMPUTED)}",
+            f"promotion needs a method whose result answers ({', '.join(MAKES_ADAPTERS)}), or "
+            "strategy Canary.",
+        ),
+        cel(
+            "!has(self.promotion) || self.promotion.strategy != 'Canary' || "
+            f"self.adaptation.type == 'full' || self.method in {list(COMPUTED)}",
+            "promotion.strategy Canary needs a whole model: adaptation.type full, or method "
+            f"{', '.join(COMPUTED)}.",
         ),
         cel(
             f"has(self.dataset) && self.dataset.size() > 0 || self.method in {list(COMPUTED)}",

@@ -35,11 +35,12 @@ class WantedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class PromotedArtifact:
-    """A published adapter of a job that passed its evaluation."""
+    """A published result of a job that may be served."""
 
-    job: str
+    name: str  # on the deployment
     uri: str
     digest: str | None
+    job: str
 
 
 def wanted_adapters(
@@ -49,7 +50,7 @@ def wanted_adapters(
 
     A name in the spec wins over a job's: what a user wrote is not replaced behind their back.
     """
-    wanted = {a.job: WantedAdapter(a.job, locate(a.uri), a.digest, a.job) for a in promoted}
+    wanted = {a.name: WantedAdapter(a.name, locate(a.uri), a.digest, a.job) for a in promoted}
     wanted |= {a.name: WantedAdapter(a.name, locate(a.source)) for a in written}
     return tuple(wanted[name] for name in sorted(wanted))
 

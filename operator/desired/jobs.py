@@ -34,7 +34,7 @@ def generation_name(job: str, generation: int) -> str:
 
 def artifact_uri(path: str) -> str:
     """Return where an artifact is, from its path inside the trainer's pod."""
-    return f"pvc://{path.removeprefix(f'{CLAIM_ROOT}/')}"
+    return f"pvc://{path.removeprefix(f'{CLAIM_ROOT}/')}" if path.startswith("/") else path
 
 
 def build_config_map(job: Job, generation: int) -> Json:

@@ -17,6 +17,7 @@ from mizzen.operator.desired.adapters import (
     ADAPTERS_FILE,
     ADAPTERS_FOLDER,
     ADAPTERS_VOLUME,
+    PromotedArtifact,
     WantedAdapter,
     adapters_name,
 )
@@ -55,6 +56,7 @@ class Serving:
     pull_policy: str = "IfNotPresent"
     pull_secrets: tuple[str, ...] = ()
     adapters: tuple[WantedAdapter, ...] = ()
+    promoted: PromotedArtifact | None = None  # whose model the spec's source was replaced by
     otlp_endpoint: str = ""
 
     @property

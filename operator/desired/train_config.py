@@ -37,7 +37,7 @@ class Job:
     @property
     def output_uri(self) -> str:
         """The folder for results: as written, else beside the base model."""
-        if self.spec.output is not None:
+        if self.spec.output is not None and self.spec.output.uri is not None:
             return self.spec.output.uri
         return f"pvc://{locate(self.base_source).claim}/{self.result}s/{self.name}"
 
@@ -59,7 +59,9 @@ class Job:
         """Every claim the trainer mounts, sorted."""
         datasets = (d.uri for d in self.spec.dataset if d.uri.startswith("pvc://"))
         others = _addresses(method_options(self.spec))
-        return claims_of(map(locate, [self.base_source, self.output_uri, *datasets, *others]))
+        layout = self.spec.output.oci_layout if self.spec.output else None
+        written = [self.output_uri, *([layout] if layout else [])]
+        return claims_of(map(locate, [self.base_source, *written, *datasets, *others]))
 
     @property
     def config_maps(self) -> tuple[str, ...]:
@@ -105,15 +107,22 @@ def build_train_config(job: Job, generation: int) -> Json:
             "every_seconds": spec.checkpoint.every_seconds,
             "keep_last": spec.checkpoint.keep_last,
         },
-        "output": {
-            "directory": locate(job.output_uri).path,
-            "kind": job.result,
-        },
+        "output": _output(job),
         "evaluation": _evaluation(job),
         "world_size": 1,
         "generation": generation,
         "admin_port": ADMIN_PORT,
     }
+
+
+def _output(job: Job) -> Json:
+    written: Json = {"directory": locate(job.output_uri).path, "kind": job.result}
+    if (output := job.spec.output) is not None:
+        if output.oci_layout:
+            written["oci_layout"] = locate(output.oci_layout).path
+        if output.s3:
+            written["s3"] = output.s3
+    return written
 
 
 def _evaluation(job: Job) -> Json:

@@ -53,11 +53,7 @@ def next_status(
         status.update({key: previous[key] for key in ("generation", "restarts") if key in previous})
     status.update(_progress_fields(previous, facts, phase))
     if facts.promotion is not None:
-        status["promotion"] = {
-            "adapter": facts.promotion.adapter,
-            "readyReplicas": facts.promotion.ready_replicas,
-            "replicas": facts.promotion.replicas,
-        }
+        status["promotion"] = facts.promotion.to_api()
     status["conditions"] = next_conditions(
         _conditions(previous),
         list(wanted_conditions(facts, phase)),
@@ -102,7 +98,7 @@ def _running_phase(facts: JobFacts, previous: str) -> str:
 
 
 def _finished_phase(facts: JobFacts) -> str:
-    if is_blocked(facts.progress):
+    if is_blocked(facts.progress) or (facts.promotion and facts.promotion.has_failed):
         return "Failed"
     if facts.promotion is not None and not facts.promotion.is_done:
         return "Promoting"
@@ -152,6 +148,7 @@ def _progress_fields(previous: Mapping[str, object], facts: JobFacts, phase: str
             "digest": progress.artifact.digest,
             "bytes": progress.artifact.bytes,
             "kind": progress.artifact.kind,
+            **({"copies": list(facts.copies)} if facts.copies else {}),
         }
     return fields
 

@@ -144,14 +144,19 @@ def _promoted(facts: JobFacts) -> Condition:
         return Condition(type_, None, Reason.NO_PROMOTION, "The result is not to be promoted yet.")
     if promotion.problem is not None:
         return Condition(type_, False, promotion.problem.reason, promotion.problem.message)
+    if promotion.replaced_by is not None:
+        return Condition(
+            type_, False, Reason.REPLACED,
+            f"{promotion.served_as} is now the result of job {promotion.replaced_by}.",
+        )  # fmt: skip
     if promotion.is_done:
         return Condition(
             type_, True, Reason.PROMOTED,
-            f"Every ready replica of {promotion.deployment} answers as {promotion.adapter}.",
+            f"Every ready replica of {promotion.deployment} answers as {promotion.served_as}.",
         )  # fmt: skip
     return Condition(
         type_, False, Reason.PROMOTING,
-        f"The replicas of {promotion.deployment} are loading the adapter.",
+        f"The replicas of {promotion.deployment} are loading the result.",
     )  # fmt: skip
 
 
@@ -172,6 +177,8 @@ def _why_stopped(facts: JobFacts) -> Problem:
         return Problem(Reason.EVALUATION_FAILED, _verdict(facts), is_final=True)
     if facts.problem is not None:
         return facts.problem
+    if facts.promotion is not None and facts.promotion.problem is not None:
+        return facts.promotion.problem
     return Problem(
         Reason.BACKOFF_LIMIT_EXCEEDED,
         "The trainer crashed more often than failure.backoffLimit allows; see its last log with "

@@ -21,19 +21,43 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class Approval:
+    """Who let a result be served, and when the operator saw it."""
+
+    by: str
+    at: str
+
+
+@dataclass(frozen=True, slots=True)
 class Promotion:
-    """How far the adapter is on the deployment it was trained for."""
+    """How far the result is on the deployment it was trained for; `served_as` is its name there."""
 
     deployment: str
-    adapter: str
-    ready_replicas: int
-    replicas: int
+    served_as: str
+    ready_replicas: int = 0
+    replicas: int = 0
     problem: Problem | None = None
+    approval: Approval | None = None
+    replaced_by: str | None = None  # the job whose result came after it
 
     @property
     def is_done(self) -> bool:
-        """Whether every ready replica answers with the adapter."""
-        return self.problem is None and 0 < self.replicas <= self.ready_replicas
+        """Whether every ready replica answers with the result, or with one that came after it."""
+        is_served = self.problem is None and 0 < self.replicas <= self.ready_replicas
+        return is_served or self.replaced_by is not None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it was tried and taken back."""
+        return self.problem is not None and self.problem.is_final
+
+    def to_api(self) -> dict[str, object]:
+        """Return `status.promotion`."""
+        who = {"approvedBy": self.approval.by, "approvedAt": self.approval.at} if (
+            self.approval
+        ) else {}  # fmt: skip
+        counts = {"readyReplicas": self.ready_replicas, "replicas": self.replicas}
+        return {"servedAs": self.served_as, **counts, **who}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +70,7 @@ class JobFacts:
     problem: Problem | None
     progress: Progress | None
     artifact_uri: str | None
+    copies: tuple[str, ...]  # of the artifact, as addresses
     has_suites: bool
     promotion: Promotion | None
 

@@ -7,7 +7,7 @@ revision before. While nothing changes the document is equal to the byte, so not
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from mizzen.operator.planning.course import Rollout
@@ -101,6 +101,7 @@ class Seen:
     replicas: tuple[ReplicaSeen, ...] = ()
     adapters: tuple[AdapterSeen, ...] = ()
     rollout: Rollout | None = None
+    promoted: Mapping[str, object] = field(default_factory=dict)  # status.promotedModel
     note: str = ""  # what the rollout waits for
     refusal: Cause | None = None  # why the spec cannot be followed at all
     failure: Cause | None = None  # why the last writes did not succeed
@@ -164,6 +165,8 @@ def next_status(previous: Mapping[str, object], seen: Seen, *, now: datetime) ->
         status["revision"] = seen.revision
     if seen.rollout:
         status[ROLLOUT] = rollout_document(seen.rollout)
+    if seen.promoted:
+        status["promotedModel"] = dict(seen.promoted)
     if pods:
         status["pods"] = pods
     if seen.adapters:

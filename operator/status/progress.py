@@ -13,12 +13,13 @@ Document = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A published result; `path` is the path inside the trainer's pod."""
+    """A published result; paths, copies' too, are those inside the trainer's pod."""
 
     kind: str
     path: str
     digest: str
     bytes: int
+    copies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,4 +106,5 @@ def _artifact(entry: object) -> Artifact | None:
         path=str(entry["path"]),
         digest=str(entry["digest"]),
         bytes=int(str(entry["bytes"])),
+        copies=tuple(map(str, entry.get("copies") or ())),
     )

@@ -112,6 +112,9 @@ class Reason(StrEnum):
     NOT_PUBLISHED = "NotPublished"
     PROMOTED = "Promoted"
     NO_PROMOTION = "NoPromotion"
+    PROMOTION_TAKEN = "PromotionTaken"
+    APPROVAL_NEEDED = "ApprovalNeeded"
+    REPLACED = "Replaced"
     DEPLOYMENT_NOT_FOUND = "DeploymentNotFound"
     BASE_MODEL_NOT_FOUND = "BaseModelNotFound"
     JOB_CONFIG_INVALID = "JobConfigInvalid"
@@ -135,6 +138,8 @@ class Reason(StrEnum):
     CHECKPOINT_MISMATCH = "CheckpointMismatch"
     STORAGE_FULL = "StorageFull"
     STORAGE_NOT_WRITABLE = "StorageNotWritable"
+    UPLOAD_REFUSED = "UploadRefused"
+    UPLOAD_FAILED = "UploadFailed"
 
 
 def reason_or(word: str, fallback: Reason) -> Reason:

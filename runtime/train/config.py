@@ -93,6 +93,8 @@ class Output(Part):
 
     directory: Path
     kind: Literal["adapter", "model"] = "adapter"
+    oci_layout: Path | None = None  # a copy in the OCI image layout in this folder
+    s3: str | None = Field(default=None, pattern=r"^s3://[^/]+/.+")  # a copy in this bucket
 
 
 class Suite(Part):

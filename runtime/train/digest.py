@@ -16,6 +16,11 @@ def hash_files(folder: Path) -> dict[str, str]:
     return hashes
 
 
+def model_digest(checkpoint: Path) -> str:
+    """Return the digest of a model: of its one GGUF file, or of all files of its folder."""
+    return sha256_of(checkpoint) if checkpoint.is_file() else digest_of(hash_files(checkpoint))
+
+
 def digest_of(hashes: dict[str, str]) -> str:
     """Return the artifact's digest: of the lines `sha256  name`, as `sha256sum` prints them."""
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))

@@ -172,6 +172,27 @@ class StorageFullError(MizzenError):
         )
 
 
+class UploadRefusedError(JobError):
+    """The bucket is not there, or not for us."""
+
+    reason = "UploadRefused"
+
+    def __init__(self, address: str, what: str) -> None:
+        super().__init__(
+            f"The artifact cannot be copied to {address}: {what}. Check output.s3, and the AWS_* "
+            "variables that spec.podTemplatePatch.env gives the trainer."
+        )
+
+
+class UploadFailedError(MizzenError):
+    """The bucket did not answer; it may later."""
+
+    reason = "UploadFailed"
+
+    def __init__(self, address: str, what: str) -> None:
+        super().__init__(f"The artifact cannot be copied to {address}: {what}.")
+
+
 class StorageNotWritableError(JobError):
     """The folder refuses us."""
 

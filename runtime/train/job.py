@@ -15,9 +15,11 @@ from typing import Protocol
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
 from mizzen.runtime.train.admin import AdminServer
+from mizzen.runtime.train.card import Provenance
 from mizzen.runtime.train.config import Processing, TrainConfig, TrainerEnvironment
 from mizzen.runtime.train.data import Prepared, prepare
 from mizzen.runtime.train.device import choose_device, use_own_cpus
+from mizzen.runtime.train.digest import model_digest
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.evaluate import TallyStore
 from mizzen.runtime.train.methods.registry import build_method
@@ -39,6 +41,7 @@ class Work(Protocol):
     """A job with its data read and its model found."""
 
     step: int
+    data: Prepared | None
 
     def run(self) -> list[Verdict]:
         """Make the candidate and ask the gate; raises YieldRequested with all committed."""
@@ -78,7 +81,14 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
             log.warning("The candidate is worse than its base on %s.", ", ".join(failed))
         if not failed or config.evaluation.on_fail == "Warn":
             board.enter("Publishing")
-            board.published(publish(config, work.write, step=work.step, verdicts=verdicts))
+            made_from = Provenance(
+                base_digest=model_digest(find_checkpoint(config.base_model)),
+                data_digest=work.data.digest if work.data else None,
+                counts=work.data.counts if work.data else {},
+            )
+            board.published(
+                publish(config, work.write, step=work.step, verdicts=verdicts, made_from=made_from)
+            )
         else:
             work.drop()
     board.enter("Succeeded")

@@ -42,6 +42,7 @@ class Artifact:
     path: str
     digest: str
     bytes: int
+    copies: tuple[str, ...] = ()  # `<OCI layout>@<manifest's digest>`, `s3://...`
 
 
 class ProgressBoard:

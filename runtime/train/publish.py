@@ -8,26 +8,36 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from mizzen.runtime.train.bucket import upload
+from mizzen.runtime.train.card import CARD_FILE, Provenance, build_card
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.digest import ARTIFACT_FILE, digest_of, hash_files
 from mizzen.runtime.train.durable import storage_faults_of, sync_path
+from mizzen.runtime.train.oci_layout import write_oci_layout
 from mizzen.runtime.train.progress import Artifact, Verdict
 
 _NAME_DIGITS = 12
 
 
 def publish(
-    config: TrainConfig, write: Callable[[Path], None], *, step: int, verdicts: Sequence[Verdict]
+    config: TrainConfig,
+    write: Callable[[Path], None],
+    *,
+    step: int,
+    verdicts: Sequence[Verdict],
+    made_from: Provenance,
 ) -> Artifact:
-    """Let `write` fill a folder and publish it as `<output directory>/<digest>`.
+    """Let `write` fill a folder and publish it as `<output directory>/<digest>`, and its copies.
 
     Raises:
         StorageFullError: there is no room.
         StorageNotWritableError: the claim refuses us.
+        UploadRefusedError: the bucket refuses us.
+        UploadFailedError: the bucket does not answer.
     """
     root = config.output.directory
     partial = root / f".partial-{config.job.replace('/', '-')}"
@@ -35,6 +45,8 @@ def publish(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write(partial)
+        card = build_card(config, made_from, step=step, verdicts=verdicts)
+        (partial / CARD_FILE).write_text(card)
         hashes = hash_files(partial)
         digest = digest_of(hashes)
         final = root / digest[:_NAME_DIGITS]
@@ -54,7 +66,21 @@ def publish(
         }
         (partial / ARTIFACT_FILE).write_text(json.dumps(document, indent=2) + "\n")
         _install(partial, final, digest)
-    return artifact
+    return replace(artifact, copies=_copy(config, final, artifact.digest, hashes))
+
+
+def _copy(
+    config: TrainConfig, folder: Path, digest: str, hashes: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Copy an artifact to where else it is wanted; return the copies' addresses."""
+    copies: list[str] = []
+    if (layout := config.output.oci_layout) is not None:
+        name = config.job.rpartition("/")[2]
+        manifest = write_oci_layout(layout, folder, hashes, name=name, digest=digest)
+        copies.append(f"{layout}@{manifest}")
+    if config.output.s3 is not None:
+        copies.append(upload(config.output.s3, folder, [*hashes, ARTIFACT_FILE]))
+    return tuple(copies)
 
 
 def _install(partial: Path, final: Path, digest: str) -> None:

@@ -62,9 +62,9 @@ class Training:
             heads=method.heads(),
             dtype=choose_dtype(config.hyperparameters.dtype, device),
         )
-        self._data = data
+        self.data = data
         if method.asks != "nobody":
-            self._data = take_notes(
+            self.data = take_notes(
                 data,
                 method,
                 NoteStore(directory, fingerprint=fingerprint),
@@ -72,7 +72,7 @@ class Training:
                 at_once=config.hyperparameters.micro_batch,
             )
         self._examination = Examination(
-            exams=build_exams(around, method, self._data),
+            exams=build_exams(around, method, self.data),
             micro_batch=config.hyperparameters.micro_batch,
             store=TallyStore(directory, fingerprint=fingerprint),
             stop=self._stop,
@@ -142,7 +142,7 @@ class Training:
             trainable=self._adapted.trainable,
             method=self._method,
             precision=self._adapted.precision,
-            order=SampleOrder(self._data, seed=config.hyperparameters.seed),
+            order=SampleOrder(self.data, seed=config.hyperparameters.seed),
             store=self._store,
             history=LossHistory(config.checkpoint.directory, resumed_step=counters.step),
             board=self._board,

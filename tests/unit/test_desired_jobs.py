@@ -177,3 +177,14 @@ def test_a_trainer_is_told_who_judges_and_given_the_key_for_it() -> None:
     (variable,) = pod["spec"]["containers"][0]["env"]
     assert variable["name"] == "MIZZEN_JUDGE_API_KEY"
     assert variable["valueFrom"] == {"secretKeyRef": {"name": "keys", "key": "trainer"}}
+
+
+def test_copies_are_written_to_a_claim_that_is_mounted_and_to_a_bucket() -> None:
+    copied = job(output={"ociLayout": "pvc://registry/layout", "s3": "s3://models/adapters"})
+    told = TrainConfig.model_validate(build_train_config(copied, 1)).output
+    assert str(told.oci_layout) == "/mnt/pvc/registry/layout"
+    assert told.s3 == "s3://models/adapters"
+    assert str(told.directory) == "/mnt/pvc/models/adapters/support"
+    assert copied.claims == ("models", "registry")
+    assert artifact_uri("/mnt/pvc/registry/layout@sha256:ab") == "pvc://registry/layout@sha256:ab"
+    assert artifact_uri("s3://models/adapters/ab") == "s3://models/adapters/ab"

@@ -215,12 +215,12 @@ def test_the_token_is_copied_as_it_is() -> None:
 def test_an_adapter_of_the_spec_wins_over_a_promoted_one_of_the_same_name() -> None:
     parsed = serving(adapters=[{"name": "a", "source": "pvc://models/mine"}]).spec
     promoted = [
-        PromotedArtifact("a", "pvc://models/theirs", "sha256:1"),
-        PromotedArtifact("b", "pvc://models/b", "sha256:2"),
+        PromotedArtifact("a", "pvc://models/theirs", "sha256:1", "a"),
+        PromotedArtifact("b", "pvc://models/b", "sha256:2", "job-of-b"),
     ]
     assert wanted_adapters(parsed.adapters, promoted) == (
         WantedAdapter("a", Source("/mnt/pvc/models/mine", "models")),
-        WantedAdapter("b", Source("/mnt/pvc/models/b", "models"), "sha256:2", "b"),
+        WantedAdapter("b", Source("/mnt/pvc/models/b", "models"), "sha256:2", "job-of-b"),
     )
 
 

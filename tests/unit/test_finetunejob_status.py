@@ -38,7 +38,7 @@ PROMOTED = Promotion("smollm2", "support", ready_replicas=2, replicas=2)
 MISSING = Problem(Reason.DATASET_NOT_FOUND, "ConfigMap tickets does not exist.")
 BASE = JobFacts(
     step=Watch(), newest=RUNNING, is_suspended=False, problem=None, progress=None,
-    artifact_uri=None, has_suites=True, promotion=None,
+    artifact_uri=None, copies=(), has_suites=True, promotion=None,
 )  # fmt: skip
 END = replace(BASE, step=Finish(), newest=Generation(1, Outcome.DONE))
 
@@ -86,6 +86,16 @@ CASES = {
     "a deployment without replicas has not got it": (
         replace(END, progress=DONE, promotion=replace(PROMOTED, ready_replicas=0, replicas=0)),
         "Promoting", {"Promoted": "False"},
+    ),
+    "replaced by a later job's result is a success too": (
+        replace(END, progress=DONE, promotion=replace(PROMOTED, replaced_by="better")),
+        "Succeeded", {"Promoted": "False", "Published": "True"},
+    ),
+    "a rollback fails the job, whose result stays published": (
+        replace(END, progress=DONE, artifact_uri="pvc://models/a", promotion=Promotion(
+            "smollm2", "smollm2",
+            problem=Problem(Reason.ROLLED_BACK, "Too many errors.", is_final=True))),
+        "Failed", {"Promoted": "False", "Published": "True", "Failed": "True"},
     ),
     "a regression fails the job and publishes nothing": (
         replace(END, progress=REGRESSED, promotion=None), "Failed",

@@ -103,6 +103,7 @@ def test_the_document_is_the_one_the_operator_reads() -> None:
         "path": "/mnt/a",
         "digest": "sha256:ab",
         "bytes": 12,
+        "copies": (),
     }
     assert document["checkpoint"] == {"step": 8, "committedAt": "2026-01-01T00:00:00Z"}
     assert document["etaSeconds"] == 0

@@ -1,0 +1,62 @@
+"""Which job's result a deployment serves, where several jobs were promoted to the same place. Pure.
+
+A place is a name of an adapter on the deployment, or the deployment's own model. Whoever was
+promoted to it first holds it; it moves on only to a job that says whose result it replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from mizzen.operator.crds.common import Json
+
+APPROVE = "mizzen.dev/approve"  # on the FineTuneJob, by whoever approves: a name
+MODEL = ""  # the place of the deployment's own model
+
+
+def place_of(job: Json) -> str:
+    """Return where a job's result is to be served: an adapter's name, or MODEL."""
+    promotion = job["spec"].get("promotion") or {}
+    if promotion.get("strategy") == "Canary":
+        return MODEL
+    return str(promotion.get("adapter") or job["metadata"]["name"])
+
+
+def needs_approval(job: Json) -> bool:
+    """Whether a person has to agree before anything is served."""
+    return (job["spec"].get("promotion") or {}).get("approval") == "Manual"
+
+
+def approver_of(job: Json) -> str | None:
+    """Return who has approved, None while nobody has."""
+    return (job["metadata"].get("annotations") or {}).get(APPROVE) or None
+
+
+def promoted_at(job: Json) -> str | None:
+    """Return since when a job's result may be served, None where it may not (yet)."""
+    if "deletionTimestamp" in job["metadata"]:
+        return None
+    status = job.get("status") or {}
+    published = [
+        str(condition.get("lastTransitionTime"))
+        for condition in status.get("conditions") or []
+        if condition.get("type") == "Published" and condition.get("status") == "True"
+    ]
+    if not published or not needs_approval(job):
+        return published[0] if published else None
+    if approver_of(job) is None:
+        return None
+    return (status.get("promotion") or {}).get("approvedAt")
+
+
+def choose_holders(jobs: Iterable[Json]) -> Mapping[str, Json]:
+    """Return the job that holds each place."""
+    holders: dict[str, Json] = {}
+    ready = [(at, job["metadata"]["uid"], job) for job in jobs if (at := promoted_at(job))]
+    for _, _, job in sorted(ready, key=lambda entry: entry[:2]):
+        place = place_of(job)
+        holder = holders.get(place)
+        replaces = job["spec"]["promotion"].get("replaces")
+        if holder is None or replaces == holder["metadata"]["name"]:
+            holders[place] = job
+    return holders

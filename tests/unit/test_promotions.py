@@ -1,0 +1,221 @@
+"""Results of jobs on a deployment: who holds a name, who must wait, and what is taken back."""
+
+from __future__ import annotations
+
+import copy
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from mizzen.operator.planning.promotions import MODEL, choose_holders, promoted_at
+from mizzen.operator.status.job_facts import Approval, Promotion
+from mizzen.operator.status.progress import Progress, parse_progress
+from mizzen.operator.status.promotion import find_promotion
+from tests.fixtures.serving_world import World, publish_job
+from tests.unit.test_llmdeployment_canary import STEPS, answers
+from tests.unit.test_llmdeployment_rollout import go_on
+
+Json = dict[str, Any]
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+def published(name: str, *, hour: int = 0, **promotion: str) -> Json:
+    at = f"2026-01-01T{hour:02}:00:00Z"
+    return {
+        "metadata": {"name": name, "uid": f"uid-{name}"},
+        "spec": {"promotion": {"deployment": "smollm2", **promotion}},
+        "status": {
+            "conditions": [{"type": "Published", "status": "True", "lastTransitionTime": at}]
+        },
+    }
+
+
+def names(jobs: list[Json]) -> dict[str, str]:
+    return {place: job["metadata"]["name"] for place, job in choose_holders(jobs).items()}
+
+
+HOLDERS = {
+    "each job holds its own name by default": (
+        [published("a"), published("b")], {"a": "a", "b": "b"}),
+    "whoever was published first holds a name": (
+        [published("late", hour=2, adapter="x"), published("early", hour=1, adapter="x")],
+        {"x": "early"}),
+    "a name moves on to a job that says whom it replaces": (
+        [published("a", hour=1, adapter="x"), published("b", hour=2, adapter="x", replaces="a")],
+        {"x": "b"}),
+    "and on again": (
+        [published("a", hour=1, adapter="x"), published("b", hour=2, adapter="x", replaces="a"),
+         published("c", hour=3, adapter="x", replaces="b")], {"x": "c"}),
+    "but not twice from the same job": (
+        [published("a", hour=1, adapter="x"), published("b", hour=2, adapter="x", replaces="a"),
+         published("c", hour=3, adapter="x", replaces="a")], {"x": "b"}),
+    "a whole model takes the deployment's own place": (
+        [published("a", strategy="Canary"), published("b")], {MODEL: "a", "b": "b"}),
+    "a job that needs approval holds nothing before": (
+        [published("a", approval="Manual")], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("jobs", "expected"), HOLDERS.values(), ids=HOLDERS)
+def test_who_holds_a_place(jobs: list[Json], expected: dict[str, str]) -> None:
+    assert names(jobs) == expected
+    assert names(jobs[::-1]) == expected
+
+
+def test_a_job_that_is_deleted_gives_its_name_back() -> None:
+    first, second = published("a", hour=1, adapter="x"), published("b", hour=2, adapter="x")
+    first["metadata"]["deletionTimestamp"] = "2026-01-01T05:00:00Z"
+    assert names([first, second]) == {"x": "b"}
+
+
+def test_a_result_waits_for_approval_and_for_the_operator_to_have_noted_it() -> None:
+    job = published("a", approval="Manual")
+    assert promoted_at(job) is None
+    job["metadata"]["annotations"] = {"mizzen.dev/approve": "ada"}
+    assert promoted_at(job) is None
+    job["status"]["promotion"] = {"approvedAt": "2026-01-01T09:00:00Z"}
+    assert promoted_at(job) == "2026-01-01T09:00:00Z"
+
+
+# What the job's own status says
+
+ARTIFACT = {"kind": "adapter", "path": "/mnt/pvc/m/a", "digest": "sha256:1", "bytes": 9}
+DONE = parse_progress({"phase": "Succeeded", "artifact": ARTIFACT})
+SERVING: Json = {
+    "spec": {"model": {"source": "pvc://m/base"}},
+    "status": {
+        "readyReplicas": 2,
+        "adapters": [{"name": "x", "digest": "sha256:1", "readyReplicas": 2}],
+    },
+}
+
+
+def seen(
+    job: Json, *others: Json, deployment: Json | None = SERVING, progress: Progress | None = DONE
+) -> Promotion:
+    found = find_promotion(job, progress, deployment, [job, *others], now=NOW)
+    assert found is not None
+    return found
+
+
+def test_a_second_job_for_one_name_is_refused_and_told_whose_it_is() -> None:
+    first, second = published("a", hour=1, adapter="x"), published("b", hour=2, adapter="x")
+    assert seen(first, second).is_done
+    problem = seen(second, first).problem
+    assert problem is not None and problem.reason == "PromotionTaken"
+    assert problem.message == (
+        "smollm2:x is the result of job a. Say so in a job's promotion.replaces, choose another "
+        "promotion.adapter, or delete job a."
+    )
+
+
+def test_a_job_whose_name_moved_on_is_done_and_says_to_whom() -> None:
+    first = published("a", hour=1, adapter="x")
+    second = published("b", hour=2, adapter="x", replaces="a")
+    assert seen(first, second).replaced_by == "b" and seen(first, second).is_done
+    assert seen(second, first).is_done
+
+
+def test_an_approval_is_kept_with_who_and_when() -> None:
+    job = published("x", approval="Manual")
+    problem = seen(job).problem
+    assert problem is not None and "kubectl mizzen approve x" in problem.message
+    job["metadata"]["annotations"] = {"mizzen.dev/approve": "ada"}
+    first = seen(job).approval
+    assert first == Approval("ada", "2026-01-02T00:00:00Z")
+    job["status"]["promotion"] = seen(job).to_api()
+    later = find_promotion(job, DONE, SERVING, [job], now=NOW.replace(day=9))
+    assert later is not None and later.approval == first and later.is_done
+    del job["metadata"]["annotations"]
+    assert seen(job).approval is None and not seen(job).is_done
+
+
+def model_served(**rollout: Any) -> Json:
+    deployment = copy.deepcopy(SERVING)
+    promoted = {"job": "big", "digest": "sha256:1", "revision": "new"}
+    deployment["status"] |= {"promotedModel": promoted, "revision": "new"}
+    if rollout:
+        deployment["status"]["rollout"] = {"revision": "new", **rollout}
+    return deployment
+
+
+def test_a_model_is_promoted_when_its_rollout_is_over_and_failed_when_it_was_taken_back() -> None:
+    job = published("big", strategy="Canary")
+    assert seen(job, deployment=model_served()).is_done
+    assert not seen(job, deployment=model_served(stable="old")).is_done
+    assert not seen(job, deployment=SERVING).is_done
+    back = seen(job, deployment=model_served(failure={"message": "Too many errors."}))
+    assert back.has_failed and back.problem is not None
+    assert back.problem.message.endswith("model before: Too many errors.")
+
+
+# On a deployment
+
+
+def adapters(world: World) -> list[tuple[str, str, str]]:
+    return [(a["name"], a["digest"], a["job"]) for a in world.status["adapters"]]
+
+
+async def test_a_name_moves_to_a_newer_version_and_back_when_its_job_is_deleted() -> None:
+    world = World()
+    publish_job(world, "one", digest="sha256:1", adapter="support")
+    await world.settle()
+    assert adapters(world) == [("support", "sha256:1", "one")]
+    later = {"at": "2026-01-01T01:00:00Z", "adapter": "support"}
+    publish_job(world, "two", digest="sha256:2", **later)
+    await world.settle()
+    assert adapters(world) == [("support", "sha256:1", "one")]
+    publish_job(world, "two", digest="sha256:2", replaces="one", **later)
+    await world.settle()
+    assert adapters(world) == [("support", "sha256:2", "two")]
+    assert list(world.runtimes.loaded.values()) == [{"support": "sha256:2"}]
+    (path,) = [path for path in world.api.objects if path.endswith("/two")]
+    leaving = copy.deepcopy(world.api.objects[path])
+    leaving["metadata"]["deletionTimestamp"] = "2026-01-01T02:00:00Z"
+    world.api.put(path, leaving)
+    await world.settle()
+    assert list(world.runtimes.loaded.values()) == [{"support": "sha256:1"}]
+
+
+async def test_a_model_that_fails_as_a_canary_is_taken_back_by_itself() -> None:
+    canary = {"steps": STEPS, "rollbackOn": {"errorRatio": 0.01}}
+    world = World(replicas=2, rollout={"canary": canary})
+    await world.settle()
+    stable = world.status["revision"]
+    publish_job(
+        world, "big", digest="sha256:9", uri="pvc://models/big", kind="model", strategy="Canary"
+    )
+    await go_on(world, 10)
+    promoted = world.status["promotedModel"]
+    assert (promoted["job"], promoted["digest"]) == ("big", "sha256:9")
+    assert world.status["rollout"]["revision"] == promoted["revision"] != stable
+    world.metrics.answers = {
+        promoted["revision"]: answers(400, failures=200),
+        stable: answers(400),
+    }
+    await go_on(world, 90)
+    await world.settle()
+    assert world.status["rollout"]["failure"]["reason"]
+    assert world.status["revision"] == stable
+    job = published("big", strategy="Canary")
+    progress = parse_progress(
+        {"phase": "Succeeded", "artifact": {**ARTIFACT, "kind": "model", "digest": "sha256:9"}}
+    )
+    deployment = {**SERVING, "status": world.status}
+    found = seen(job, deployment=deployment, progress=progress)
+    assert found.has_failed and found.problem is not None and found.problem.reason == "RolledBack"
+
+
+async def test_a_model_that_does_well_as_a_canary_is_what_the_deployment_serves() -> None:
+    world = World(replicas=1)
+    await world.settle()
+    publish_job(
+        world, "big", digest="sha256:9", uri="pvc://models/big", kind="model", strategy="Canary"
+    )
+    await go_on(world, 30)
+    await world.settle()
+    assert "rollout" not in world.status
+    assert world.status["revision"] == world.status["promotedModel"]["revision"]
+    (pod,) = world.pods
+    assert "/mnt/pvc/models/big" in str(pod["spec"])
