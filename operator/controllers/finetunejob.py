@@ -129,7 +129,8 @@ async def observe(key: Key, resource: Json, kube: Kube, facts: Facts) -> Observe
     judge = find_judge(spec, key.namespace, facts.store, gateway_url=url)
     if isinstance(judge, Problem):
         return Observed(resource, None, pods, newest, judge)
-    job = Job(key.namespace, key.name, uid_of(resource), spec, base, judge)
+    created_at = str(resource["metadata"]["creationTimestamp"])
+    job = Job(key.namespace, key.name, uid_of(resource), spec, base, created_at, judge)
     problem = None if pods else await missing_input(job, kube)
     return Observed(resource, job, pods, newest, problem)
 

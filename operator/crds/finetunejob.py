@@ -77,12 +77,38 @@ class BaseModelRef(ApiModel):
     ] = None
 
 
+ClaimFolder = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=512,
+        json_schema_extra=address_rules(
+            r"pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.+",
+            "A folder must look like pvc://CLAIM/PATH",
+        ),
+    ),
+]
+
+
+class FeedbackRef(ApiModel):
+    """A deployment's feedback log."""
+
+    deployment: Annotated[DnsLabel, Field(description="The LLMDeployment.")]
+    folder: Annotated[
+        ClaimFolder, Field(description="Folder of the logs, pvc://CLAIM/PATH, by deployment.")
+    ]
+
+
 class Dataset(ApiModel):
     """One source of examples."""
 
+    rules = (
+        cel("has(self.uri) != has(self.feedbackRef)", "Set exactly one of uri and feedbackRef."),
+    )
+
     name: Annotated[DnsLabel, Field(description="Name of the source in status and logs.")]
     uri: Annotated[
-        str,
+        str | None,
         Field(
             min_length=1,
             max_length=1024,
@@ -94,7 +120,11 @@ class Dataset(ApiModel):
                 "https://HOST/PATH",
             ),
         ),
-    ]
+    ] = None
+    feedback_ref: Annotated[
+        FeedbackRef | None,
+        Field(description="What people said of a deployment's answers, until the job was made."),
+    ] = None
     format: Annotated[
         Literal["auto", "messages", "promptCompletion"],
         Field(description="Shape of a line for sft and distill; auto looks at the first one."),
@@ -199,19 +229,6 @@ class Failure(ApiModel):
             description="A trainer that ends no micro-batch for so long is started again.",
         ),
     ] = 1800
-
-
-ClaimFolder = Annotated[
-    str,
-    Field(
-        min_length=1,
-        max_length=512,
-        json_schema_extra=address_rules(
-            r"pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.+",
-            "output.uri and output.ociLayout must look like pvc://CLAIM/PATH",
-        ),
-    ),
-]
 
 
 class Output(ApiModel):

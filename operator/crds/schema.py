@@ -248,7 +248,8 @@ class _Converter:
         """
         if isinstance(default := result.pop("default", None), dict):
             has_rules = "x-kubernetes-validations" in json.dumps(result)
-            default = (_without_nulls(default) or None) if has_rules else {}
+            said = _without_nulls(default)
+            default = (said if has_rules else {}) if said else None
         if default is not None:
             result["default"] = default
 

@@ -32,6 +32,7 @@ class Job:
     uid: str
     spec: FineTuneJobSpec
     base_source: str
+    created_at: str = ""  # feedback that came later is another job's
     judge: Json | None = None  # where the judge of winRate is, as the trainer is told
 
     @property
@@ -57,7 +58,7 @@ class Job:
     @property
     def claims(self) -> tuple[str, ...]:
         """Every claim the trainer mounts, sorted."""
-        datasets = (d.uri for d in self.spec.dataset if d.uri.startswith("pvc://"))
+        datasets = (a for d in self.spec.dataset if (a := address_of(d)).startswith("pvc://"))
         others = _addresses(method_options(self.spec))
         layout = self.spec.output.oci_layout if self.spec.output else None
         written = [self.output_uri, *([layout] if layout else [])]
@@ -69,11 +70,20 @@ class Job:
         return tuple(sorted({name for d in self.spec.dataset if (name := config_map_of(d)[0])}))
 
 
+def address_of(dataset: Dataset) -> str:
+    """Return where a dataset is: its file, or the folder of a deployment's feedback."""
+    if dataset.feedback_ref is not None:
+        return f"{dataset.feedback_ref.folder}/{dataset.feedback_ref.deployment}"
+    assert dataset.uri is not None, "the CRD lets no dataset without a place in"
+    return dataset.uri
+
+
 def config_map_of(dataset: Dataset) -> tuple[str, str]:
     """Return name and key of a dataset's ConfigMap, empty strings for any other source."""
-    if not dataset.uri.startswith("configMap://"):
+    address = address_of(dataset)
+    if not address.startswith("configMap://"):
         return "", ""
-    name, _, key = dataset.uri.removeprefix("configMap://").partition("/")
+    name, _, key = address.removeprefix("configMap://").partition("/")
     return name, key
 
 
@@ -92,7 +102,7 @@ def build_train_config(job: Job, generation: int) -> Json:
             "targets": _TARGETS.get(targets, targets),
         },
         "base_model": locate(job.base_source).path,
-        "datasets": [_dataset(dataset) for dataset in spec.dataset],
+        "datasets": [_dataset(dataset, job.created_at) for dataset in spec.dataset],
         "processing": {
             "loss_on": spec.processing.loss_on,
             "max_seq_len": spec.processing.max_seq_len,
@@ -173,15 +183,18 @@ def _checkpoint_folder(job: Job) -> str:
     return f"{CLAIM_ROOT}/{job.output_claim}/jobs/{job.namespace}-{job.name}-{job.uid[:8]}"
 
 
-def _dataset(dataset: Dataset) -> Json:
+def _dataset(dataset: Dataset, created_at: str) -> Json:
     entry: Json = {"name": dataset.name, "weight": dataset.weight, "format": dataset.format}
     if dataset.sha256:
         entry["sha256"] = dataset.sha256
     name, key = config_map_of(dataset)
+    address = address_of(dataset)
     if name:
         entry["path"] = f"{CONFIG_MAP_ROOT}/{name}/{key}"
-    elif dataset.uri.startswith(("http://", "https://")):
-        entry["url"] = dataset.uri
+    elif dataset.feedback_ref is not None:
+        entry |= {"feedback": locate(address).path, "until": created_at}
+    elif address.startswith(("http://", "https://")):
+        entry["url"] = address
     else:
-        entry["path"] = locate(dataset.uri).path
+        entry["path"] = locate(address).path
     return entry

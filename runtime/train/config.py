@@ -31,19 +31,24 @@ class Adaptation(Part):
 
 
 class Dataset(Part):
-    """One file of conversations; `weight` 2.0 shows each sample twice per epoch."""
+    """One file of conversations, or a folder of feedback up to a time.
+
+    `weight` 2.0 shows each sample twice per epoch.
+    """
 
     name: str = Field(min_length=1)
     path: Path | None = None
     url: str | None = Field(default=None, pattern=r"^https?://")
+    feedback: Path | None = None
+    until: str | None = None
     weight: float = Field(default=1.0, gt=0)
     sha256: Sha256 | None = None
     format: Literal["auto", "messages", "promptCompletion"] | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Dataset:
-        if (self.path is None) == (self.url is None):
-            raise ValueError("set either path or url")
+        if sum(place is not None for place in (self.path, self.url, self.feedback)) != 1:
+            raise ValueError("set exactly one of path, url and feedback")
         return self
 
 

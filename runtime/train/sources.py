@@ -22,6 +22,7 @@ from mizzen.runtime.train.errors import (
     DatasetNotJsonError,
     DatasetUnreachableError,
 )
+from mizzen.runtime.train.feedback import read_feedback
 from mizzen.runtime.train.records import Conversation, Format, RecordReader, Shape
 
 FETCH_ATTEMPTS = 4
@@ -47,6 +48,9 @@ def load_source(
         DatasetError: the bytes are missing, are not those announced, or are no conversations.
         DatasetUnreachableError: the server did not answer in several attempts.
     """
+    reader = RecordReader(dataset.name, shape=shape, form=dataset.format or default_format)
+    if dataset.feedback is not None:
+        return _load_feedback(dataset, reader, shape)
     raw = _read_file(dataset) if dataset.path else _fetch(dataset)
     digest = hashlib.sha256(raw).hexdigest()
     if dataset.sha256 and dataset.sha256.removeprefix("sha256:") != digest:
@@ -55,11 +59,19 @@ def load_source(
             f"its sha256 is {digest} and the job expects {dataset.sha256}. "
             "Restore the file or correct dataset.sha256.",
         )
-    reader = RecordReader(dataset.name, shape=shape, form=dataset.format or default_format)
     conversations = tuple(reader.read(place, value) for place, value in _parse(dataset.name, raw))
     if not conversations:
         raise DatasetEmptyError(dataset.name, "the file holds no sample.")
     return Source(dataset, conversations, digest, shape)
+
+
+def _load_feedback(dataset: Dataset, reader: RecordReader, shape: Shape) -> Source:
+    """Read a feedback log; its digest is of the rows, as the log itself goes on growing."""
+    assert dataset.feedback is not None
+    rows = read_feedback(dataset.name, dataset.feedback, until=dataset.until, shape=shape)
+    digest = hashlib.sha256(json.dumps([row for _, row in rows], sort_keys=True).encode())
+    conversations = tuple(reader.read(place, row) for place, row in rows)
+    return Source(dataset, conversations, digest.hexdigest(), shape)
 
 
 def _read_file(dataset: Dataset) -> bytes:

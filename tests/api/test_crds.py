@@ -201,6 +201,16 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(method="reward", evaluation={"suites": [{"name": "s", "type": "exactMatch"}]}),
         "and answers for all but reward.",
     ),
+    "a dataset from nowhere": (
+        job(dataset=[{"name": "a"}]), "Set exactly one of uri and feedbackRef.",
+    ),
+    "a whole model promoted as an adapter's canary": (
+        job(promotion={"deployment": "smollm2", "strategy": "Canary"}),
+        "promotion.strategy Canary needs a whole model: adaptation.type full, or method",
+    ),
+    "a copy in no bucket": (
+        job(output={"s3": "models/a"}), "output.s3 must look like s3://BUCKET/PREFIX, without",
+    ),
     "a win rate without a judge": (
         job(evaluation={"suites": [{"name": "s", "type": "winRate"}]}),
         "A suite of type winRate needs evaluation.judge.",

@@ -188,3 +188,12 @@ def test_copies_are_written_to_a_claim_that_is_mounted_and_to_a_bucket() -> None
     assert copied.claims == ("models", "registry")
     assert artifact_uri("/mnt/pvc/registry/layout@sha256:ab") == "pvc://registry/layout@sha256:ab"
     assert artifact_uri("s3://models/adapters/ab") == "s3://models/adapters/ab"
+
+
+def test_feedback_is_read_from_its_deployments_folder_until_the_job_was_made() -> None:
+    said = {"name": "said", "feedbackRef": {"deployment": "chat", "folder": "pvc://logs/said"}}
+    learner = replace(job(dataset=[said]), created_at="2026-01-01T00:00:00Z")
+    (dataset,) = TrainConfig.model_validate(build_train_config(learner, 1)).datasets
+    assert str(dataset.feedback) == "/mnt/pvc/logs/said/chat"
+    assert dataset.until == "2026-01-01T00:00:00Z"
+    assert learner.claims == ("logs", "models")
