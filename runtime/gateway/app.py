@@ -5,37 +5,36 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from mizzen.runtime.gateway.body import Body, read_body, refuse_large
+from mizzen.runtime.gateway.body import read_body, refuse_large
 from mizzen.runtime.gateway.config import GatewayConfig
 from mizzen.runtime.gateway.connections import Connections
-from mizzen.runtime.gateway.directory import Directory, Route, ServedModel
+from mizzen.runtime.gateway.directory import Directory, ServedModel
 from mizzen.runtime.gateway.errors import (
     BadKeyError,
     GatewayError,
-    NoReplicaError,
     UnknownModelError,
     error_body,
 )
 from mizzen.runtime.gateway.headers import REQUEST_ID, request_id_of
+from mizzen.runtime.gateway.intake import Asked, Intake
 from mizzen.runtime.gateway.keys import Client, Keyring
 from mizzen.runtime.gateway.lifecycle import Lifecycle
 from mizzen.runtime.gateway.limits import Account, Accounts, Limits
 from mizzen.runtime.gateway.metrics import GatewayMetrics
-from mizzen.runtime.gateway.proxy import Call, Proxy
-from mizzen.runtime.gateway.tokens import TokenMeter, expected_tokens
+from mizzen.runtime.gateway.reply import Reply
 from mizzen.runtime.tracing import OPERATIONS, Tracing, current_span
 
 log = logging.getLogger(__name__)
 
 PROXIED = tuple(OPERATIONS)
 _ID = web.RequestKey("request_id", str)
-_CLIENT = web.RequestKey("client", Client)
+CLIENT = web.RequestKey("client", Client)
 _ACCOUNT = web.RequestKey("account", Account)
 _MODEL = web.RequestKey("model", ServedModel)
 
@@ -48,7 +47,7 @@ class Parts:
     directory: Directory
     keyring: Keyring
     metrics: GatewayMetrics
-    proxy: Proxy
+    intake: Intake
     lifecycle: Lifecycle
     accounts: Accounts
     connections: Connections
@@ -109,7 +108,7 @@ class Routes:
         if scheme.lower() != "bearer" or not key.strip():
             raise BadKeyError("Send an API key in the header `Authorization: Bearer mz-...`.")
         if (client := self._parts.keyring.identify(key.strip())) is not None:
-            request[_CLIENT] = client
+            request[CLIENT] = client
             if client.limits != Limits():
                 request[_ACCOUNT] = self._parts.accounts.of(client.account, client.limits)
             return
@@ -189,43 +188,25 @@ class Routes:
             request, limit_bytes=self._limit_bytes, timeout_s=config.body_timeout_s
         )
         current_span.get().name(OPERATIONS[request.path], body.model)
-        route = self._resolve(body.model)
+        route = self._parts.intake.resolve(body.model)
         request[_MODEL] = route.model
-        metrics = self._parts.metrics
-        metrics.on_start(route.model)
-        try:
-            return await self._forward(request, route, body, account)
-        finally:
-            metrics.on_end(route.model)
-
-    async def _forward(
-        self, request: web.Request, route: Route, body: Body, account: Account | None
-    ) -> web.StreamResponse:
-        client = request.get(_CLIENT)
-        call = Call(
-            request=request,
-            route=route,
+        client = request.get(CLIENT)
+        asked = Asked(
+            path=request.rel_url.raw_path_qs,
+            headers=request.headers,
             body=body,
             request_id=request[_ID],
             client="" if client is None else client.account,
             priority=0 if client is None else client.limits.priority,
+            account=account,
         )
-        if account is None or account.tokens is None:
-            return await self._parts.proxy.forward(call)
-        charged = account.charge_tokens(expected_tokens(body.document, len(body.raw)))
-        meter = TokenMeter(expected_tokens({}, len(body.raw)))
-        try:
-            return await self._parts.proxy.forward(replace(call, meter=meter))
-        finally:
-            account.settle_tokens(charged=charged, used=meter.used())
-
-    def _resolve(self, name: str) -> Route:
-        route = self._parts.directory.resolve(name)
-        if route is not None:
-            return route
-        if not self._parts.lifecycle.is_synced():
-            raise NoReplicaError("The gateway has just started; try again.", retry_after_s=1)
-        raise UnknownModelError(name, self._parts.directory.names())
+        reply = Reply(
+            request,
+            wants_stream=body.document.get("stream") is True,
+            connections=self._parts.connections,
+            most_bytes=config.max_answer_mib * 2**20,
+        )
+        return await self._parts.intake.answer(asked, route, reply)
 
     @property
     def _limit_bytes(self) -> int:

@@ -16,6 +16,7 @@ from mizzen.runtime.gateway.config import GatewayConfig
 from mizzen.runtime.gateway.connections import Connections
 from mizzen.runtime.gateway.directory import Directory, Endpoint, ServedModel
 from mizzen.runtime.gateway.health import build_health_app
+from mizzen.runtime.gateway.intake import Intake
 from mizzen.runtime.gateway.keys import KEY_LABEL, Keyring, parse_lines
 from mizzen.runtime.gateway.kube import KubeClient, connect, own_namespace
 from mizzen.runtime.gateway.lifecycle import Lifecycle
@@ -164,14 +165,19 @@ class Gateway:
             admission=self.admission,
             metrics=self.metrics,
             session=session,
-            connections=self.connections,
+        )
+        intake = Intake(
+            directory=self.directory,
+            lifecycle=self.lifecycle,
+            metrics=self.metrics,
+            proxy=proxy,
         )
         return Parts(
             config=self.config,
             directory=self.directory,
             keyring=self.keyring,
             metrics=self.metrics,
-            proxy=proxy,
+            intake=intake,
             lifecycle=self.lifecycle,
             accounts=self.accounts,
             connections=self.connections,
