@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,6 +12,7 @@ from importlib.resources import files
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from mizzen.runtime.gateway.batches.routes import BatchRoutes
 from mizzen.runtime.gateway.body import read_body, refuse_large
 from mizzen.runtime.gateway.config import GatewayConfig
 from mizzen.runtime.gateway.connections import Connections
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 
 PROXIED = tuple(OPERATIONS)
 _ID = web.RequestKey("request_id", str)
-CLIENT = web.RequestKey("client", Client)
+_CLIENT = web.RequestKey("client", Client)
 _ACCOUNT = web.RequestKey("account", Account)
 _MODEL = web.RequestKey("model", ServedModel)
 
@@ -52,6 +54,7 @@ class Parts:
     accounts: Accounts
     connections: Connections
     tracing: Tracing
+    on_batch: Callable[[], None]
 
 
 def build_app(parts: Parts) -> web.Application:
@@ -64,6 +67,12 @@ def build_app(parts: Parts) -> web.Application:
     app.router.add_get("/v1/models/{model:.+}", routes.get_model)
     for path in PROXIED:
         app.router.add_post(path, routes.proxy, expect_handler=routes.allow_body)
+    BatchRoutes(
+        parts.config,
+        connections=parts.connections,
+        owner_of=_owner_of,
+        on_batch=parts.on_batch,
+    ).add_to(app)
     return app
 
 
@@ -108,7 +117,7 @@ class Routes:
         if scheme.lower() != "bearer" or not key.strip():
             raise BadKeyError("Send an API key in the header `Authorization: Bearer mz-...`.")
         if (client := self._parts.keyring.identify(key.strip())) is not None:
-            request[CLIENT] = client
+            request[_CLIENT] = client
             if client.limits != Limits():
                 request[_ACCOUNT] = self._parts.accounts.of(client.account, client.limits)
             return
@@ -190,13 +199,13 @@ class Routes:
         current_span.get().name(OPERATIONS[request.path], body.model)
         route = self._parts.intake.resolve(body.model)
         request[_MODEL] = route.model
-        client = request.get(CLIENT)
+        client = request.get(_CLIENT)
         asked = Asked(
             path=request.rel_url.raw_path_qs,
             headers=request.headers,
             body=body,
             request_id=request[_ID],
-            client="" if client is None else client.account,
+            client=_owner_of(request),
             priority=0 if client is None else client.limits.priority,
             account=account,
         )
@@ -213,6 +222,11 @@ class Routes:
         return self._parts.config.max_body_mib * 2**20
 
 
+def _owner_of(request: web.Request) -> str:
+    client = request.get(_CLIENT)
+    return "" if client is None else client.account
+
+
 def _model_entries(name: str, model: ServedModel) -> list[dict[str, object]]:
     base: dict[str, object] = {
         "id": name,
@@ -226,8 +240,9 @@ def _model_entries(name: str, model: ServedModel) -> list[dict[str, object]]:
 
 def _plain_error(request: web.Request, error: web.HTTPException) -> web.Response:
     if error.status == 404:
-        message = f"There is no {request.path} here; the gateway serves /v1/models and " + (
-            ", ".join(PROXIED)
+        message = (
+            f"There is no {request.path} here; the gateway serves /v1/models, "
+            f"/v1/files, /v1/batches and {', '.join(PROXIED)}"
         )
     elif error.status == 405:
         allowed = ", ".join(sorted(error.headers.get("Allow", "").split(",")))
