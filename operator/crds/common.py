@@ -63,28 +63,42 @@ AdapterName = Annotated[
 ]
 Quantity = Annotated[int | str, Field(json_schema_extra={"x-kubernetes-int-or-string": True})]
 
-SOURCE_RULE = cel(
-    r"self.matches('^(pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.+)?|file:///.+)$')",
-    "A model path must look like pvc://CLAIM/PATH or file:///PATH.",
-)
-NO_PARENT_RULE = cel(
-    "!self.matches('(^|/)[.][.](/|$)')", "A path must not contain '..'; write the full path."
-)
-SERVED_SOURCE_RULE = cel(
-    r"self.matches('^(pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.+)?|file:///.+"
-    r"|hf://[A-Za-z0-9][-A-Za-z0-9._]*/[A-Za-z0-9][-A-Za-z0-9._]*(@[A-Za-z0-9][-A-Za-z0-9._%]*)?(/.+)?"
-    r"|s3://[a-z0-9][-a-z0-9.]*[a-z0-9]/.+)$')",
-    "A model's source must look like pvc://CLAIM/PATH, file:///PATH, hf://ORG/NAME[@REVISION] or "
-    "s3://BUCKET/PREFIX.",
-)
+
+def address_rules(forms: str, message: str) -> Json:
+    """Return the schema extra of an address: one of the forms, and no way up in its path."""
+    return rules(
+        cel(
+            f"self.matches('^({forms})$') && !self.matches('(^|/)[.][.](/|$)')",
+            f"{message}, without '..'.",
+        )
+    )
+
+
 ServedSource = Annotated[
     str,
     Field(
-        min_length=1, max_length=512, json_schema_extra=rules(SERVED_SOURCE_RULE, NO_PARENT_RULE)
+        min_length=1,
+        max_length=512,
+        json_schema_extra=address_rules(
+            r"pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.+)?|file:///.+"
+            r"|hf://[A-Za-z0-9][-A-Za-z0-9._]*/[A-Za-z0-9][-A-Za-z0-9._]*"
+            r"(@[A-Za-z0-9][-A-Za-z0-9._%]*)?(/.+)?"
+            r"|s3://[a-z0-9][-a-z0-9.]*[a-z0-9]/.+",
+            "A model's source must look like pvc://CLAIM/PATH, file:///PATH, "
+            "hf://ORG/NAME[@REVISION] or s3://BUCKET/PREFIX",
+        ),
     ),
 ]
 ModelSource = Annotated[
-    str, Field(min_length=1, max_length=512, json_schema_extra=rules(SOURCE_RULE, NO_PARENT_RULE))
+    str,
+    Field(
+        min_length=1,
+        max_length=512,
+        json_schema_extra=address_rules(
+            r"pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/.+)?|file:///.+",
+            "A model path must look like pvc://CLAIM/PATH or file:///PATH",
+        ),
+    ),
 ]
 
 
@@ -143,8 +157,7 @@ class Accelerator(ApiModel):
         Field(
             ge=1,
             le=64,
-            description="Devices per pod. Left out, it is what the parallelism needs: one "
-            "device per rank of the pod.",
+            description="Devices per pod; by default one for each of its ranks.",
         ),
     ] = None
 

@@ -5,14 +5,13 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from mizzen.operator.crds.common import (
-    NO_PARENT_RULE,
     Accelerator,
     ApiModel,
     DnsLabel,
     ModelSource,
     PodTemplatePatch,
+    address_rules,
     cel,
-    rules,
 )
 from mizzen.operator.crds.finetunejob_status import FineTuneJobStatus
 from mizzen.operator.crds.training_methods import (
@@ -38,8 +37,7 @@ class Adaptation(ApiModel):
     type: Annotated[
         Literal["full", "lora"],
         Field(
-            description="lora trains a small adapter beside the frozen model; full trains every "
-            "weight and writes a whole model."
+            description="lora trains a small adapter beside the frozen model, full every weight."
         ),
     ] = "lora"
     rank: Annotated[
@@ -87,26 +85,18 @@ class Dataset(ApiModel):
         Field(
             min_length=1,
             max_length=1024,
-            description="configMap://NAME/KEY, pvc://CLAIM/PATH or an http(s) address of a JSONL "
-            "file. Methods dpo and reward read {prompt, chosen, rejected}, grpo and ppo {prompt} "
-            "or {prompt, answer}.",
-            json_schema_extra=rules(
-                cel(
-                    r"self.matches('^(configMap://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[-._a-zA-Z0-9]+"
-                    r"|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.+|https?://.+)$')",
-                    "A dataset's uri must look like configMap://NAME/KEY, pvc://CLAIM/PATH or "
-                    "https://HOST/PATH.",
-                ),
-                NO_PARENT_RULE,
+            description="A JSONL file, as configMap://NAME/KEY, pvc://CLAIM/PATH or http(s)://.",
+            json_schema_extra=address_rules(
+                r"configMap://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[-._a-zA-Z0-9]+"
+                r"|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.+|https?://.+",
+                "A dataset's uri must look like configMap://NAME/KEY, pvc://CLAIM/PATH or "
+                "https://HOST/PATH",
             ),
         ),
     ]
     format: Annotated[
         Literal["auto", "messages", "promptCompletion"],
-        Field(
-            description="Shape of a line: {messages: [...]} or {prompt, completion}; auto looks "
-            "at the first line."
-        ),
+        Field(description="Shape of a line for sft and distill; auto looks at the first one."),
     ] = "auto"
     weight: Annotated[
         float,
@@ -116,7 +106,7 @@ class Dataset(ApiModel):
         str | None,
         Field(
             pattern=r"^[0-9a-f]{64}$",
-            description="Expected digest of the file; the job fails when it differs.",
+            description="Digest the file must have.",
         ),
     ] = None
 
@@ -154,8 +144,7 @@ class Hyperparameters(ApiModel):
         Field(
             ge=1,
             le=65536,
-            description="Sequences computed at once; lower it when memory runs out. Chosen by the "
-            "trainer when left out.",
+            description="Sequences computed at once; the trainer chooses when left out.",
         ),
     ] = None
     learning_rate: Annotated[float, Field(gt=0, le=1, description="Highest learning rate.")] = 2e-4
@@ -199,15 +188,14 @@ class Failure(ApiModel):
         Field(
             ge=0,
             le=1000,
-            description="Crashes in a row without a new checkpoint before the job fails.",
+            description="Crashes in a row without a new checkpoint until the job fails.",
         ),
     ] = 6
     hang_timeout_seconds: Annotated[
         int,
         Field(
             ge=1,
-            description="A trainer that ends no micro-batch for this long is ended and started "
-            "again.",
+            description="A trainer that ends no micro-batch for so long is started again.",
         ),
     ] = 1800
 
@@ -221,12 +209,9 @@ class Output(ApiModel):
             min_length=1,
             max_length=512,
             description="Folder for the result: pvc://CLAIM/PATH.",
-            json_schema_extra=rules(
-                cel(
-                    r"self.matches('^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.+$')",
-                    "output.uri must look like pvc://CLAIM/PATH.",
-                ),
-                NO_PARENT_RULE,
+            json_schema_extra=address_rules(
+                r"pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.+",
+                "output.uri must look like pvc://CLAIM/PATH",
             ),
         ),
     ]
@@ -238,8 +223,7 @@ class Promotion(ApiModel):
     rules = (
         cel(
             "self.strategy == 'None' || has(self.deployment)",
-            "promotion.strategy HotLoadAdapter needs promotion.deployment, the LLMDeployment that "
-            "should serve the adapter.",
+            "promotion.strategy needs promotion.deployment, the LLMDeployment to promote to.",
         ),
     )
 
@@ -250,20 +234,29 @@ class Promotion(ApiModel):
     strategy: Annotated[
         Literal["None", "HotLoadAdapter"],
         Field(
-            description="HotLoadAdapter loads the adapter on every replica without a restart, "
-            "under the job's name, as long as the job exists. None only publishes."
+            description="HotLoadAdapter loads the adapter on every replica under the job's name "
+            "for as long as the job exists; None only publishes."
         ),
     ] = "HotLoadAdapter"
 
 
+_CANNOT_CHANGE = "cannot change once the job exists (only spec.suspend can)."
+
+
 def _unchanged(*fields: str) -> tuple[dict[str, str], ...]:
-    """Return the rules that keep these fields as they were, each with its own message."""
+    """Return the rules that keep these fields, which every job has, as they were."""
+    return tuple(
+        cel(f"self.{name} == oldSelf.{name}", f"spec.{name} {_CANNOT_CHANGE}") for name in fields
+    )
+
+
+def _unchanged_if_any(*fields: str) -> tuple[dict[str, str], ...]:
+    """Return the rules by which these fields neither change nor come nor go."""
     return tuple(
         cel(
             f"has(self.{name}) == has(oldSelf.{name}) && "
             f"(!has(self.{name}) || self.{name} == oldSelf.{name})",
-            f"spec.{name} cannot change once the job exists (only spec.suspend can): delete the "
-            "job and create it anew.",
+            f"spec.{name} {_CANNOT_CHANGE}",
         )
         for name in fields
     )
@@ -273,27 +266,25 @@ class FineTuneJobSpec(ApiModel):
     """What should be trained, on what, and where the result goes."""
 
     rules = (
-        *_unchanged("method", "adaptation", "baseModel", "dataset", "processing"),
-        *_unchanged("hyperparameters", "checkpoint", "resources", "failure", "evaluation"),
-        *_unchanged("output", "promotion", "podTemplatePatch", *METHOD_SECTIONS),
+        *_unchanged("method", "adaptation", "baseModel", "processing", "hyperparameters"),
+        *_unchanged("checkpoint", "resources", "failure"),
+        *_unchanged_if_any("dataset", "evaluation", "output", "promotion", "podTemplatePatch"),
+        *_unchanged_if_any(*METHOD_SECTIONS),
         *method_rules(),
         cel(
             "!has(self.promotion) || self.promotion.strategy != 'HotLoadAdapter' || "
             "self.adaptation.type == 'lora'",
-            "promotion.strategy HotLoadAdapter needs adaptation.type lora: a fully trained model "
-            "is not an adapter.",
+            "promotion.strategy HotLoadAdapter needs adaptation.type lora.",
         ),
         cel(
             "has(self.output) || has(self.baseModel.deployment) || "
             "self.baseModel.source.startsWith('pvc://')",
-            "Set output.uri: a base model outside a volume claim leaves no default place for the "
-            "result.",
+            "Set output.uri, since the base model is on no claim the result could lie on.",
         ),
         cel(
             "!has(self.evaluation) || self.evaluation.suites.size() == 0 || "
             "self.processing.holdoutRatio > 0.0",
-            "evaluation.suites needs processing.holdoutRatio above 0: there would be nothing to "
-            "evaluate on.",
+            "evaluation.suites needs processing.holdoutRatio above 0.",
         ),
     )
 
@@ -313,8 +304,7 @@ class FineTuneJobSpec(ApiModel):
         Field(
             default_factory=list,
             max_length=32,
-            description="The examples to learn from, or to calibrate and measure with. Only merge, "
-            "quantize and prune can do without.",
+            description="Examples to learn from, or to calibrate and measure with.",
             json_schema_extra={
                 "x-kubernetes-list-type": "map",
                 "x-kubernetes-list-map-keys": ["name"],
@@ -342,8 +332,8 @@ class FineTuneJobSpec(ApiModel):
     output: Annotated[
         Output | None,
         Field(
-            description="Where the result goes. By default adapters/NAME, or models/NAME for full "
-            "training, on the base model's claim."
+            description="Where the result goes; by default adapters/NAME or models/NAME on the "
+            "base model's claim."
         ),
     ] = None
     promotion: Annotated[
@@ -351,10 +341,7 @@ class FineTuneJobSpec(ApiModel):
     ] = None
     suspend: Annotated[
         bool,
-        Field(
-            description="true stops the trainer at a checkpoint and frees its devices; false goes "
-            "on from there. The one field that can change."
-        ),
+        Field(description="Stop at a checkpoint and free the devices; false goes on from there."),
     ] = False
     pod_template_patch: Annotated[
         PodTemplatePatch | None, Field(description="Additions to the trainer pod.")
@@ -372,7 +359,7 @@ class FineTuneJob(ApiModel):
             "self.metadata.name.size() <= 40 && "
             "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
             "The name must have at most 40 lower-case letters, digits and dashes and begin with a "
-            "letter: pods and the adapter are named after it.",
+            "letter.",
         ),
     )
 

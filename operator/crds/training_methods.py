@@ -4,15 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mizzen.operator.crds.common import ApiModel, DnsLabel, ModelSource, cel
+from mizzen.operator.crds.common import ApiModel, DnsLabel, KeyRef, ModelSource, cel
 
 Method = Annotated[
     Literal["sft", "dpo", "reward", "distill", "merge", "quantize", "prune", "grpo", "ppo"],
     Field(
-        description="sft learns example answers; dpo learns to prefer one answer to another; "
-        "reward trains a model that gives answers a number; distill learns a teacher's "
-        "distribution; merge makes one model out of several; quantize stores weights in fewer "
-        "bits; prune leaves parts out; grpo and ppo learn from rewards for answers of their own."
+        description="sft learns answers, dpo preferences, distill a teacher's distribution, grpo "
+        "and ppo from rewards; reward trains a judge; merge, quantize and prune compute."
     ),
 ]
 # The settings that only some methods have; all but rl are named after their one method.
@@ -38,10 +36,7 @@ class Distill(ApiModel):
 
     teacher: Annotated[
         ModelSource,
-        Field(
-            description="The model to learn from: pvc://CLAIM/PATH or file:///PATH. Its tokenizer "
-            "must be the base model's."
-        ),
+        Field(description="Model to learn from, with the base model's tokenizer."),
     ]
     samples: Annotated[
         int,
@@ -59,9 +54,7 @@ class Distill(ApiModel):
 class MergePart(ApiModel):
     """One of the things that are merged."""
 
-    source: Annotated[
-        ModelSource, Field(description="Adapter or model: pvc://CLAIM/PATH or file:///PATH.")
-    ]
+    source: Annotated[ModelSource, Field(description="Adapter or model.")]
     weight: Annotated[float, Field(ge=-1000, le=1000, description="How much it counts.")] = 1.0
 
 
@@ -71,8 +64,8 @@ class Merge(ApiModel):
     kind: Annotated[
         Literal["adapter", "delta", "average"],
         Field(
-            description="adapter adds LoRA adapters to the base; delta adds weight differences, "
-            "as Vicuna's were given out; average takes the weighted mean of base and parts."
+            description="adapter adds LoRA adapters to the base, delta weight differences; "
+            "average takes the weighted mean of base and parts."
         ),
     ]
     parts: Annotated[
@@ -95,10 +88,7 @@ class Quantize(ApiModel):
     ] = 128
     algorithm: Annotated[
         Literal["rtn", "gptq"],
-        Field(
-            description="rtn rounds to the nearest; gptq also makes up for what rounding spoils, "
-            "by the dataset's examples."
-        ),
+        Field(description="rtn rounds to the nearest; gptq makes up for it by the examples."),
     ] = "rtn"
     calibration_samples: Annotated[
         int, Field(ge=1, le=4096, description="Examples that gptq looks at.")
@@ -111,9 +101,8 @@ class Prune(ApiModel):
     kind: Annotated[
         Literal["depth", "width", "heads", "nm24"],
         Field(
-            description="depth leaves out layers, width hidden units, heads KV heads with their "
-            "query heads; nm24 sets two of each four weights to zero, which ruins small models "
-            "and which no current engine makes faster."
+            description="depth leaves out layers, width hidden units, heads KV heads; nm24 sets "
+            "two of four weights to zero, which ruins small models."
         ),
     ]
     ratio: Annotated[
@@ -138,8 +127,7 @@ class RewardRule(ApiModel):
     type: Annotated[
         Literal["regex", "length", "exactAnswer"],
         Field(
-            description="regex: the pattern is found; length: how near the answer comes to some "
-            "tokens; exactAnswer: it is the dataset row's answer."
+            description="The pattern is found; the length is near tokens; it is the row's answer."
         ),
     ]
     pattern: Annotated[
@@ -167,10 +155,7 @@ class Rl(ApiModel):
     ] = None
     reward_model: Annotated[
         ModelSource | None,
-        Field(
-            description="Result of a job with method reward: pvc://CLAIM/PATH. An adapter must "
-            "have been trained beside this job's own base model."
-        ),
+        Field(description="Result of a reward job; an adapter must be of this job's base model."),
     ] = None
     missing_eos_penalty: Annotated[
         float, Field(ge=0, le=1000, description="Taken from the reward of an answer cut short.")
@@ -214,12 +199,26 @@ class EvaluationSuite(ApiModel):
 
     name: Annotated[DnsLabel, Field(description="Name of the suite in status.")]
     type: Annotated[
-        Literal["perplexity", "preferenceLoss", "reward"],
+        Literal[
+            "perplexity", "preferenceLoss", "reward", "classification", "exactMatch", "winRate"
+        ],
         Field(
-            description="What is measured on the held-out examples, result against base model: "
-            "perplexity, for dpo and reward preferenceLoss, for grpo and ppo reward."
+            description="What is measured on the held-out examples: the method's own measure "
+            "(perplexity, preferenceLoss or reward), or how well questions are answered."
         ),
     ] = "perplexity"
+    labels: Annotated[
+        list[str] | None,
+        Field(
+            min_length=2,
+            max_length=32,
+            description="Answers to tell apart (classification); by default those there are.",
+        ),
+    ] = None
+    max_new_tokens: Annotated[
+        int,
+        Field(ge=1, le=4096, description="Longest answer in tokens (exactMatch, winRate)."),
+    ] = 64
     max_regression_ratio: Annotated[
         float,
         Field(
@@ -231,9 +230,23 @@ class EvaluationSuite(ApiModel):
     ] = 0.0
 
 
+class Judge(ApiModel):
+    """Who compares answers for winRate."""
+
+    deployment: Annotated[
+        DnsLabel, Field(description="An LLMDeployment of this namespace, asked by the gateway.")
+    ]
+    api_key: Annotated[KeyRef | None, Field(description="Secret with a gateway's API key.")] = None
+
+
 class Evaluation(ApiModel):
     """The gate between training and publication."""
 
+    on_fail: Annotated[
+        Literal["Block", "Warn"],
+        Field(description="Block publishes nothing that fails a suite; Warn only says so."),
+    ] = "Block"
+    judge: Annotated[Judge | None, Field(description="Compares answers for winRate.")] = None
     suites: Annotated[
         list[EvaluationSuite],
         Field(
@@ -250,37 +263,35 @@ class Evaluation(ApiModel):
 def method_rules() -> tuple[dict[str, str], ...]:
     """Return the rules between a method, its settings and what its result is measured by."""
     return (
+        cel("!has(self.dpo) || self.method == 'dpo'", "spec.dpo is only for method dpo."),
         *(
             cel(
-                f"!has(self.{name}) || {_has_section(name)}",
-                f"spec.{name} is only for method {_methods_of(name)}.",
-            )
-            for name in METHOD_SECTIONS
-        ),
-        cel(
-            "!has(self.evaluation) || self.evaluation.suites.all(s, s.type == "
-            "(self.method in ['dpo', 'reward'] ? 'preferenceLoss' : "
-            "self.method in ['grpo', 'ppo'] ? 'reward' : 'perplexity'))",
-            "evaluation.suites need type preferenceLoss for methods dpo and reward, reward for "
-            "grpo and ppo, and perplexity for the others.",
-        ),
-        *(
-            cel(
-                f"!({_has_section(name)}) || has(self.{name})",
-                f"Method {_methods_of(name)} needs spec.{name}.",
+                f"has(self.{name}) == ({_has_section(name)})",
+                f"Method {_methods_of(name)} needs spec.{name}, and no other method has it.",
             )
             for name in _NEED_SECTION
         ),
         cel(
+            "!has(self.evaluation) || self.evaluation.suites.all(s, s.type in "
+            "['classification', 'exactMatch', 'winRate'] ? self.method != 'reward' : s.type == "
+            "(self.method in ['dpo', 'reward'] ? 'preferenceLoss' : "
+            "self.method in ['grpo', 'ppo'] ? 'reward' : 'perplexity'))",
+            "evaluation.suites measure preferenceLoss for methods dpo and reward, reward for "
+            "grpo and ppo, and perplexity for the others; and answers for all but reward.",
+        ),
+        cel(
+            "!has(self.evaluation) || has(self.evaluation.judge) || "
+            "!self.evaluation.suites.exists(s, s.type == 'winRate')",
+            "A suite of type winRate needs evaluation.judge.",
+        ),
+        cel(
             "!has(self.promotion) || self.promotion.strategy == 'None' || "
             f"self.method in {list(MAKES_ADAPTERS)}",
-            f"promotion.strategy HotLoadAdapter needs a method that makes an adapter which "
-            f"answers: {', '.join(MAKES_ADAPTERS)}. Leave promotion out, or set its strategy to "
-            "None.",
+            f"promotion needs a method whose result answers ({', '.join(MAKES_ADAPTERS)}).",
         ),
         cel(
             f"has(self.dataset) && self.dataset.size() > 0 || self.method in {list(COMPUTED)}",
-            "dataset must name at least one source: this method learns from examples.",
+            "dataset must name at least one source, since this method learns from examples.",
         ),
         cel(
             "has(self.dataset) && self.dataset.size() > 0 || !has(self.evaluation) || "

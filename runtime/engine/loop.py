@@ -27,6 +27,7 @@ from mizzen.runtime.engine.api import (
     TokenOutput,
 )
 from mizzen.runtime.engine.flight import Flight, Launcher
+from mizzen.runtime.engine.idle import IdleQueue, IdleWork
 from mizzen.runtime.engine.live import Live
 from mizzen.runtime.engine.ranks import ModelRanks
 from mizzen.runtime.engine.sampler import Sampled
@@ -76,6 +77,7 @@ class Loop:
         self._outbox = Outbox()
         self._work = threading.Condition(self.lock)
         self._calls: deque[tuple[Callable[[], object], Future[Any]]] = deque()
+        self._idle = IdleQueue()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mizzen-engine", daemon=True)
 
@@ -118,6 +120,24 @@ class Loop:
                 self._calls.append((call, future))
                 self._work.notify()
         return future
+
+    def add_idle(self, work: IdleWork) -> None:
+        """Have the loop's thread do `work` whenever no request wants the model.
+
+        Raises:
+            EngineBusyError: too much of that waits already.
+            EngineDeadError: the loop has ended.
+        """
+        with self._work:
+            if self.death is not None or self._stopping:
+                raise self._dead_error()
+            self._idle.add(work)
+            self._work.notify()
+
+    def remove_idle(self, work: IdleWork) -> None:
+        """Have the work done no more; the slice that runs now may still end."""
+        with self._work:
+            self._idle.remove(work)
 
     def wait_until_empty(self, timeout_s: float | None) -> bool:
         """Block until no request is left, or the time is up; return whether none is left."""
@@ -165,6 +185,8 @@ class Loop:
             self._flight = self._launcher.launch(chunks, before, now=time.monotonic())
         if before is not None:
             self._land(before)
+        elif not chunks and self._idle:
+            self._idle.do_slice(self._is_wanted)
 
     def _may_run_ahead(self) -> bool:
         if self._flight is None or not self._is_ahead or self._calls:
@@ -177,6 +199,9 @@ class Loop:
         if flight is not None:
             self._land(flight)
 
+    def _is_wanted(self) -> bool:
+        return self.scheduler.has_work() or bool(self._calls) or self._stopping
+
     def _next_chunks(self) -> list[Chunk]:
         now = time.monotonic()
         with self._work:
@@ -185,8 +210,8 @@ class Loop:
                 self._outbox.put(live.stream, live.aborted())
                 self._forget(live, "abort", now)
             chunks = self.scheduler.schedule()
-            is_idle = not chunks and self._flight is None
-            if is_idle and not self._calls and not self._stopping:
+            has_more = chunks or self._flight is not None or self._calls or self._idle
+            if not has_more and not self._stopping:
                 self._outbox.flush()
                 self._ranks.check()
                 self._work.wait(IDLE_WAKE_S)
@@ -296,6 +321,7 @@ class Loop:
             self._work.notify_all()
             while self._calls:
                 self._calls.popleft()[1].set_exception(self._dead_error())
+            self._idle.fail(self._dead_error())
         outbox.flush()
 
     def _dead_error(self) -> EngineDeadError:

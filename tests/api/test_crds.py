@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[Document, str]] = {
         deployment(model={"source": "hf://gpt2"}), "hf://ORG/NAME[@REVISION]",
     ),
     "a bucket without a prefix": (
-        deployment(model={"source": "s3://models"}), "s3://BUCKET/PREFIX.",
+        deployment(model={"source": "s3://models"}), "s3://BUCKET/PREFIX, without",
     ),
     "credentials for a model on a claim": (
         deployment(model={"source": "pvc://m/a", "credentials": {"name": "hub"}}),
@@ -132,11 +132,11 @@ REFUSED: dict[str, tuple[Document, str]] = {
     ),
     "an adapter from a hub": (
         deployment(adapters=[{"name": "a", "source": "hf://org/a"}]),
-        "A model path must look like pvc://CLAIM/PATH or file:///PATH.",
+        "A model path must look like pvc://CLAIM/PATH or file:///PATH, without '..'.",
     ),
     "a model path that climbs out of its volume": (
         deployment(model={"source": "pvc://models/../other"}),
-        "A path must not contain '..'; write the full path.",
+        "or s3://BUCKET/PREFIX, without '..'.",
     ),
     "more ranks than a replica has devices": (
         deployment(accelerator={**GPU, "count": 1}, parallelism={"tensor": 2}),
@@ -197,20 +197,28 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(method="quantize", quantize={"scheme": "int4", "algorithm": "gptq"}, dataset=[]),
         "need a dataset to see what is used",
     ),
-    "a method without its settings": (job(method="distill"), "Method distill needs spec.distill."),
+    "a suite that a reward model cannot answer": (
+        job(method="reward", evaluation={"suites": [{"name": "s", "type": "exactMatch"}]}),
+        "and answers for all but reward.",
+    ),
+    "a win rate without a judge": (
+        job(evaluation={"suites": [{"name": "s", "type": "winRate"}]}),
+        "A suite of type winRate needs evaluation.judge.",
+    ),
+    "a method without its settings": (job(method="distill"), "Method distill needs spec.distill,"),
     "the settings of another method": (
         job(prune={"kind": "depth"}),
-        "spec.prune is only for method prune.",
+        "Method prune needs spec.prune, and no other method has it.",
     ),
     "a preference measured by perplexity": (
         job(method="dpo", evaluation={"suites": [{"name": "votes"}]}),
-        "need type preferenceLoss for methods dpo and reward, reward for grpo and ppo",
+        "measure preferenceLoss for methods dpo and reward, reward for grpo and ppo",
     ),
     "a reward model that shall answer": (
         job(method="reward", promotion={"deployment": "smollm2"}),
-        "needs a method that makes an adapter which answers: sft, dpo, distill, grpo, ppo.",
+        "needs a method whose result answers (sft, dpo, distill, grpo, ppo).",
     ),
-    "a policy without settings": (job(method="ppo"), "Method grpo or ppo needs spec.rl."),
+    "a policy without settings": (job(method="ppo"), "Method grpo or ppo needs spec.rl,"),
     "a policy that nothing rewards": (
         job(method="grpo", rl={}),
         "Set rl.rewards, rl.rewardModel or both",
@@ -229,11 +237,11 @@ REFUSED: dict[str, tuple[Document, str]] = {
     ),
     "a promotion to nowhere": (
         job(promotion={"strategy": "HotLoadAdapter"}),
-        "needs promotion.deployment, the LLMDeployment that should serve the adapter.",
+        "needs promotion.deployment, the LLMDeployment to promote to.",
     ),
     "a promotion of a whole model as an adapter": (
         job(promotion={"deployment": "smollm2"}, adaptation={"type": "full"}),
-        "a fully trained model is not an adapter",
+        "HotLoadAdapter needs adaptation.type lora.",
     ),
     "a result with no place to go": (
         job(baseModel={"source": "file:///models/smollm2"}),
