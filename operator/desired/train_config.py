@@ -118,7 +118,7 @@ def build_train_config(job: Job, generation: int) -> Json:
                 for suite in (spec.evaluation.suites if spec.evaluation else [])
             ]
         },
-        "world_size": 1,
+        "workers": 1,
         "generation": generation,
         "admin_port": ADMIN_PORT,
     }
