@@ -62,6 +62,7 @@ class SuiteResult(ApiModel):
     regression_ratio: Annotated[
         float | None, Field(description="How much worse the result is; negative is better.")
     ] = None
+    samples: Annotated[int | None, Field(description="Held-out examples asked.")] = None
     passed: Annotated[bool, Field(description="Whether the result may be promoted.")]
 
 

@@ -94,6 +94,7 @@ def _container(job: Job, image: str, pull_policy: str) -> Json:
         "imagePullPolicy": pull_policy,
         "command": ["mizzen"],
         "args": ["train", "--config", f"{JOB_FILE_FOLDER}/job.json"],
+        "env": _env(job),
         "ports": [{"name": "admin", "containerPort": ADMIN_PORT}],
         "livenessProbe": {
             "httpGet": {"path": "/healthz", "port": "admin"},
@@ -116,6 +117,14 @@ def _container(job: Job, image: str, pull_policy: str) -> Json:
             ),
         ],
     }  # fmt: skip
+
+
+def _env(job: Job) -> list[Json]:
+    judge = job.spec.evaluation.judge if job.spec.evaluation else None
+    if judge is None or judge.api_key is None:
+        return []
+    key = judge.api_key.to_api()
+    return [{"name": "MIZZEN_JUDGE_API_KEY", "valueFrom": {"secretKeyRef": key}}]
 
 
 def _metadata(job: Job, name: str, generation: int) -> Json:

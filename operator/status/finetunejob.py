@@ -25,7 +25,7 @@ from mizzen.operator.status.conditions import (
     next_conditions,
 )
 from mizzen.operator.status.job_conditions import wanted_conditions
-from mizzen.operator.status.job_facts import AT_WORK, JobFacts, is_evaluation_failed
+from mizzen.operator.status.job_facts import AT_WORK, JobFacts, is_blocked
 
 
 def has_ended(status: Mapping[str, object]) -> bool:
@@ -102,7 +102,7 @@ def _running_phase(facts: JobFacts, previous: str) -> str:
 
 
 def _finished_phase(facts: JobFacts) -> str:
-    if is_evaluation_failed(facts.progress):
+    if is_blocked(facts.progress):
         return "Failed"
     if facts.promotion is not None and not facts.promotion.is_done:
         return "Promoting"

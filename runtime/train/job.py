@@ -79,11 +79,13 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
         return EXIT_YIELDED
     workers.end()
     with stop.nothing_to_lose():
-        if all(verdict.passed for verdict in verdicts):
+        failed = [verdict.suite for verdict in verdicts if not verdict.passed]
+        if failed:
+            log.warning("The candidate is worse than its base on %s.", ", ".join(failed))
+        if not failed or config.evaluation.on_fail == "Warn":
             board.enter("Publishing")
             board.published(publish(config, work.write, step=work.step, verdicts=verdicts))
         else:
-            log.warning("The candidate failed its evaluation; nothing is published.")
             work.drop()
     board.enter("Succeeded")
     _report(environment.termination_log, board)
@@ -104,6 +106,7 @@ def _prepare(
         tokenizer=Tokenizer.load(checkpoint),
         device=choose_device(environment.device),
         stop=stop,
+        judge_api_key=environment.judge_api_key,
     )
     if config.method == "distill" and config.distill is not None:
         check_same_tokens(around.tokenizer, config.distill.teacher)
@@ -115,13 +118,10 @@ def _prepare(
     read = _read_data(around, board, "conversation") if config.datasets else None
     directory = config.checkpoint.directory
     return Transform(
-        config=config,
+        around=around,
         data=read,
-        tokenizer=around.tokenizer,
-        device=around.device,
         tallies=TallyStore(directory, fingerprint=fingerprint(config, read)),
         board=board,
-        stop=stop,
     )
 
 
@@ -132,12 +132,7 @@ def _read_data(around: Surroundings, board: ProgressBoard, shape: Shape) -> Prep
         for dataset in config.datasets
     ]
     data = prepare(sources, around.tokenizer, _within_context(config, around.spec))
-    board.prepared(
-        samples=data.samples,
-        holdout=len(data.holdout),
-        truncated=data.truncated,
-        dropped=data.dropped,
-    )
+    board.prepared(data.counts)
     return data
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.adaptation import Adapted, adapt
 from mizzen.runtime.train.batches import SampleOrder
@@ -19,7 +20,7 @@ from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.device import choose_dtype
-from mizzen.runtime.train.evaluate import Examination, TallyStore, decide_verdict
+from mizzen.runtime.train.evaluate import Examination, TallyStore
 from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.ledger import DiskLedger, Ledger, NoLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
@@ -28,6 +29,8 @@ from mizzen.runtime.train.notes import Ask, NoteStore, take_notes
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
 from mizzen.runtime.train.samples import Item
 from mizzen.runtime.train.stop import StopFlag, YieldRequested
+from mizzen.runtime.train.suites.build import build_exams
+from mizzen.runtime.train.suites.exam import Subject
 from mizzen.runtime.train.surroundings import Surroundings
 from mizzen.runtime.train.workers import Workers
 
@@ -75,7 +78,12 @@ class Training:
                 ask=lambda: _asker(config, method, self._decoder, self._adapted),
                 at_once=config.hyperparameters.micro_batch,
             )
-        self._tallies = TallyStore(directory, fingerprint=fingerprint)
+        self._examination = Examination(
+            exams=build_exams(around, method, self._data),
+            micro_batch=config.hyperparameters.micro_batch,
+            store=TallyStore(directory, fingerprint=fingerprint),
+            stop=self._stop,
+        )
         self._store = CheckpointStore(
             directory,
             fingerprint=fingerprint,
@@ -95,20 +103,11 @@ class Training:
         Raises:
             YieldRequested: somebody asked to stop; everything is committed.
         """
-        adapted, suites = self._adapted, self._config.evaluation.suites
-        examination = Examination(
-            decoder=self._decoder,
-            method=self._method,
-            precision=adapted.precision,
-            holdout=self._data.holdout,
-            micro_batch=self._config.hyperparameters.micro_batch,
-            store=self._tallies,
-            stop=self._stop,
-        )
+        adapted, examination = self._adapted, self._examination
         loop: Loop | None = None
         try:
             # The base comes first: a full fine-tune leaves no base behind to ask later.
-            base = examination.tally("base", None) if suites else None
+            examination.ask_base(self._subject(None))
             self._workers.begin()
             loop = self._start_loop()
             loop.take_from_leader()
@@ -119,9 +118,7 @@ class Training:
             adapted.set_training(False)
             self._board.enter("Evaluating")
             adapted.round_for_publishing()
-            if base is None:
-                return []
-            candidate = examination.tally("candidate", adapted.trainable.lora)
+            verdicts = examination.ask_candidate(self._subject(adapted.trainable.lora))
         except YieldRequested:
             if loop is None:
                 loop = self._start_loop()
@@ -132,10 +129,11 @@ class Training:
             if loop is not None:
                 loop.commit()  # a step is whole or has not begun to move anything
             raise
-        verdicts = [decide_verdict(suite, base=base, candidate=candidate) for suite in suites]
-        is_loss = not self._method.measure.is_higher_better
-        self._board.evaluated(eval_loss=candidate.mean if is_loss else None, verdicts=verdicts)
+        self._board.evaluated(eval_loss=examination.loss(), verdicts=verdicts)
         return verdicts
+
+    def _subject(self, lora: LoraDelta | None) -> Subject:
+        return Subject(decoder=self._decoder, lora=lora, precision=self._adapted.precision)
 
     def follow(self) -> None:
         """Train to the end beside the leader.

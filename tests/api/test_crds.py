@@ -197,6 +197,14 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(method="quantize", quantize={"scheme": "int4", "algorithm": "gptq"}, dataset=[]),
         "need a dataset to see what is used",
     ),
+    "a suite that a reward model cannot answer": (
+        job(method="reward", evaluation={"suites": [{"name": "s", "type": "exactMatch"}]}),
+        "and answers for all but reward.",
+    ),
+    "a win rate without a judge": (
+        job(evaluation={"suites": [{"name": "s", "type": "winRate"}]}),
+        "A suite of type winRate needs evaluation.judge.",
+    ),
     "a method without its settings": (job(method="distill"), "Method distill needs spec.distill,"),
     "the settings of another method": (
         job(prune={"kind": "depth"}),
@@ -204,7 +212,7 @@ REFUSED: dict[str, tuple[Document, str]] = {
     ),
     "a preference measured by perplexity": (
         job(method="dpo", evaluation={"suites": [{"name": "votes"}]}),
-        "need type preferenceLoss for methods dpo and reward, reward for grpo and ppo",
+        "measure preferenceLoss for methods dpo and reward, reward for grpo and ppo",
     ),
     "a reward model that shall answer": (
         job(method="reward", promotion={"deployment": "smollm2"}),

@@ -1,5 +1,6 @@
 """Trainer pods and job.json: what the operator builds, the trainer's own settings model reads."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,15 @@ SPECS: dict[str, dict[str, Any]] = {
     "attention only": {"adaptation": {"targets": "attention"}},
     "a gate that demands better": {
         "evaluation": {"suites": [{"name": "holdout", "maxRegressionRatio": -0.05}]}
+    },
+    "a gate of many questions that only warns": {
+        "evaluation": {
+            "onFail": "Warn",
+            "suites": [
+                {"name": "labels", "type": "classification", "labels": ["yes", "no"]},
+                {"name": "words", "type": "exactMatch", "maxNewTokens": 8},
+            ],
+        }
     },
     "data on a claim and on the web": {
         "dataset": [
@@ -151,3 +161,19 @@ def test_a_generation_is_immutable_and_owned() -> None:
 
 def test_an_artifact_is_found_by_its_claim() -> None:
     assert artifact_uri("/mnt/pvc/models/adapters/s/0123") == "pvc://models/adapters/s/0123"
+
+
+def test_a_trainer_is_told_who_judges_and_given_the_key_for_it() -> None:
+    evaluation = {
+        "judge": {"deployment": "big", "apiKey": {"name": "keys", "key": "trainer"}},
+        "suites": [{"name": "liked", "type": "winRate"}],
+    }
+    judged = replace(
+        job(evaluation=evaluation), judge={"url": "http://gateway", "model": "org/big"}
+    )
+    told = TrainConfig.model_validate(build_train_config(judged, 1)).evaluation.judge
+    assert told is not None and (told.url, told.model) == ("http://gateway", "org/big")
+    pod = build_trainer_pod(judged, 1, crashes=0, image="runtime:1", pull_policy="Always")
+    (variable,) = pod["spec"]["containers"][0]["env"]
+    assert variable["name"] == "MIZZEN_JUDGE_API_KEY"
+    assert variable["valueFrom"] == {"secretKeyRef": {"name": "keys", "key": "trainer"}}
