@@ -68,7 +68,7 @@ def build_trainer_pod(job: Job, worker: Worker, *, image: str, pull_policy: str)
     metadata = _metadata(job, f"{name}-{worker.rank}", worker.generation)
     metadata["labels"][RANK] = str(worker.rank)
     metadata["annotations"] = {RESTARTS: str(worker.crashes), GROUP_SIZE: str(worker.workers)}
-    pod = {
+    pod: Json = {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": metadata,
