@@ -22,6 +22,7 @@ from mizzen.runtime.engine.api import (
     TokenOutput,
 )
 from mizzen.runtime.engine.batch import BatchBuilder
+from mizzen.runtime.engine.idle import IdleQueue, IdleWork
 from mizzen.runtime.engine.live import Live
 from mizzen.runtime.engine.ranks import ModelRanks
 from mizzen.runtime.engine.sampler import Sampled, Sampler
@@ -67,6 +68,7 @@ class Loop:
         self._outbox = Outbox()
         self._work = threading.Condition(self.lock)
         self._calls: deque[tuple[Callable[[], object], Future[Any]]] = deque()
+        self._idle = IdleQueue()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mizzen-engine", daemon=True)
 
@@ -110,6 +112,24 @@ class Loop:
                 self._work.notify()
         return future
 
+    def add_idle(self, work: IdleWork) -> None:
+        """Have the loop's thread do `work` whenever no request wants the model.
+
+        Raises:
+            EngineBusyError: too much of that waits already.
+            EngineDeadError: the loop has ended.
+        """
+        with self._work:
+            if self.death is not None or self._stopping:
+                raise self._dead_error()
+            self._idle.add(work)
+            self._work.notify()
+
+    def remove_idle(self, work: IdleWork) -> None:
+        """Have the work done no more; the slice that runs now may still end."""
+        with self._work:
+            self._idle.remove(work)
+
     def wait_until_empty(self, timeout_s: float | None) -> bool:
         """Block until no request is left, or the time is up; return whether none is left."""
         with self._work:
@@ -137,6 +157,8 @@ class Loop:
                 self._run_calls()
                 if chunks := self._next_chunks():
                     self._step(chunks)
+                elif self._idle:
+                    self._idle.do_slice(self._is_wanted)
                 self._outbox.flush()
         except BaseException as error:
             log.exception("The engine's loop has failed; every request ends now.")
@@ -146,6 +168,9 @@ class Loop:
             self._end_everything()
             self._ranks.stop()
 
+    def _is_wanted(self) -> bool:
+        return self.scheduler.has_work() or bool(self._calls) or self._stopping
+
     def _next_chunks(self) -> list[Chunk]:
         now = time.monotonic()
         with self._work:
@@ -154,7 +179,7 @@ class Loop:
                 self._outbox.put(live.stream, live.aborted())
                 self._forget(live, "abort", now)
             chunks = self.scheduler.schedule()
-            if not chunks and not self._calls and not self._stopping:
+            if not chunks and not self._calls and not self._idle and not self._stopping:
                 self._outbox.flush()
                 self._ranks.check()
                 self._work.wait(IDLE_WAKE_S)
@@ -267,6 +292,7 @@ class Loop:
             self._work.notify_all()
             while self._calls:
                 self._calls.popleft()[1].set_exception(self._dead_error())
+            self._idle.fail(self._dead_error())
         outbox.flush()
 
     def _dead_error(self) -> EngineDeadError:

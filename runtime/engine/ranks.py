@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mizzen.runtime.attention.base import KvShape
+from mizzen.runtime.engine.api import InvalidRequestError
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.draft import DraftModel
@@ -58,8 +59,22 @@ class ModelRanks:
         self._runner = _runner(config, decoder, blocks)
         self._draft = draft
         self.last_hidden = self._runner.last_hidden
+        self.adapter_of = self._runner.adapter_of
         self.check = ranks.check
         self.serve = ranks.serve
+
+    def resident(self) -> Decoder:
+        """Return the served weights, for what is computed beside the steps.
+
+        Raises:
+            InvalidRequestError: the model is spread over several ranks.
+        """
+        if self._ranks.group.size > 1:
+            raise InvalidRequestError(
+                "Scores need a model that is not spread over ranks. Ask a deployment "
+                "with spec.parallelism.tensor 1."
+            )
+        return self._runner.decoder
 
     def warm_up(self, step: StepInput) -> None:
         """Compute a step on the block nobody reads, with every model there is."""

@@ -11,7 +11,7 @@ from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.graphs import CudaCapture, DecodeGraphs
 from mizzen.runtime.engine.memory import zeros_when_touched
 from mizzen.runtime.model.decoder import Decoder
-from mizzen.runtime.model.lora import Adapter, LoraSlots
+from mizzen.runtime.model.lora import Adapter, LoraBatch, LoraSlots
 
 
 class Runner:
@@ -42,6 +42,16 @@ class Runner:
                 max_blocks=min(self._kv.blocks, -(-decoder.spec.max_len // self._kv.block_tokens)),
                 capture=CudaCapture(),
             )
+
+    @property
+    def decoder(self) -> Decoder:
+        """The weights that are served; they are there unless the engine sleeps."""
+        assert self._decoder is not None, "asleep"
+        return self._decoder
+
+    def adapter_of(self, slot: int, tokens: int) -> LoraBatch | None:
+        """Return what a slot's adapter adds to so many tokens; None for the base model."""
+        return self._lora.batch([slot], [tokens])
 
     def release(self) -> None:
         """Give back the memory of weights and KV cache until `use`."""
