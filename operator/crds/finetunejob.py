@@ -203,6 +203,17 @@ class Checkpointing(ApiModel):
     keep_last: Annotated[int, Field(ge=1, le=100, description="Checkpoints kept.")] = 2
 
 
+class Workers(ApiModel):
+    """How many pods train together, each on its share of a step's sequences."""
+
+    rules = (cel("self.min <= self.max", "workers.min must not be above workers.max."),)
+
+    min: Annotated[
+        int, Field(ge=1, le=64, description="Fewest to train with where there is no room for max.")
+    ] = 1
+    max: Annotated[int, Field(ge=1, le=64, description="How many to train with.")] = 1
+
+
 class JobResources(ApiModel):
     """What the trainer pod asks for."""
 
@@ -293,13 +304,22 @@ class Promotion(ApiModel):
     ] = "Auto"
 
 
-_CANNOT_CHANGE = "cannot change once the job exists (only spec.suspend can)."
+_CANNOT_CHANGE = "cannot change once the job exists (only spec.suspend and spec.workers can)."
 
 
 def _unchanged(*fields: str) -> tuple[dict[str, str], ...]:
     """Return the rules that keep these fields, which every job has, as they were."""
     return tuple(
         cel(f"self.{name} == oldSelf.{name}", f"spec.{name} {_CANNOT_CHANGE}") for name in fields
+    )
+
+
+def _unchanged_sections() -> dict[str, str]:
+    """Return the rule for the methods' own settings: all but dpo's come and go with the method."""
+    kept = (f"(!has(self.{name}) || self.{name} == oldSelf.{name})" for name in METHOD_SECTIONS)
+    names = ", ".join(METHOD_SECTIONS)
+    return cel(
+        f"has(self.dpo) == has(oldSelf.dpo) && {' && '.join(kept)}", f"{names} {_CANNOT_CHANGE}"
     )
 
 
@@ -321,13 +341,17 @@ class FineTuneJobSpec(ApiModel):
     rules = (
         *_unchanged("method", "adaptation", "baseModel", "processing", "hyperparameters"),
         *_unchanged("checkpoint", "resources", "failure"),
+        _unchanged_sections(),
         *_unchanged_if_any("dataset", "evaluation", "output", "promotion", "podTemplatePatch"),
-        *_unchanged_if_any(*METHOD_SECTIONS),
         *method_rules(),
         cel(
             "!has(self.promotion) || self.promotion.strategy != 'HotLoadAdapter' || "
             "self.adaptation.type == 'lora'",
             "promotion.strategy HotLoadAdapter needs adaptation.type lora.",
+        ),
+        cel(
+            "self.workers.max == 1 || self.method in ['sft', 'dpo', 'reward', 'distill']",
+            "workers.max above 1 needs method sft, dpo, reward or distill.",
         ),
         cel(
             "has(self.output) && has(self.output.uri) || has(self.baseModel.deployment) || "
@@ -373,6 +397,7 @@ class FineTuneJobSpec(ApiModel):
     checkpoint: Annotated[Checkpointing, Field(description="When progress is saved.")] = (
         Checkpointing()
     )
+    workers: Annotated[Workers, Field(description="How many pods train together.")] = Workers()
     resources: Annotated[JobResources, Field(description="What the trainer pod asks for.")] = (
         JobResources()
     )
@@ -398,7 +423,7 @@ class FineTuneJobSpec(ApiModel):
 class FineTuneJob(ApiModel):
     """One training run: data and base model in, an evaluated and published result out.
 
-    Its spec cannot change once it exists, but for spec.suspend.
+    Its spec cannot change once it exists, but for spec.suspend and spec.workers.
     """
 
     rules: ClassVar[tuple[dict[str, str], ...]] = (

@@ -13,6 +13,7 @@ from mizzen.operator.crds.common import (
     PodTemplatePatch,
     cel,
 )
+from mizzen.operator.crds.front import Guardrail, PromptTemplate
 from mizzen.operator.crds.rollout import Rollout, RolloutStatus
 from mizzen.operator.crds.scaling import Scaling, ScalingStatus
 from mizzen.operator.crds.served_model import Model
@@ -20,7 +21,7 @@ from mizzen.operator.crds.served_model import Model
 KIND = "LLMDeployment"
 PLURAL = "llmdeployments"
 # Changes of these fields leave the pods as they are; all others make a new revision.
-NOT_IN_REVISION = ("replicas", "scaling", "adapters", "rollout")
+NOT_IN_REVISION = ("replicas", "scaling", "adapters", "rollout", "prompts", "guardrails")
 
 
 class Parallelism(ApiModel):
@@ -183,6 +184,28 @@ class LLMDeploymentSpec(ApiModel):
     rollout: Annotated[Rollout, Field(description="How replicas are replaced on a change.")] = (
         Rollout()
     )
+    prompts: Annotated[
+        list[PromptTemplate] | None,
+        Field(
+            max_length=64,
+            description="Templates for chats, applied by the gateway.",
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["id"],
+            },
+        ),
+    ] = None
+    guardrails: Annotated[
+        list[Guardrail] | None,
+        Field(
+            max_length=16,
+            description="Checks by the gateway, in this order.",
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["name"],
+            },
+        ),
+    ] = None
     pod_template_patch: Annotated[
         PodTemplatePatch | None, Field(description="Additions to the pods Mizzen makes.")
     ] = None

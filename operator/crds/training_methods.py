@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mizzen.operator.crds.common import ApiModel, DnsLabel, KeyRef, ModelSource, cel
+from mizzen.operator.crds.common import ApiModel, DnsLabel, ModelSource, cel
 
 Method = Annotated[
     Literal["sft", "dpo", "reward", "distill", "merge", "quantize", "prune", "grpo", "ppo"],
@@ -236,7 +236,9 @@ class Judge(ApiModel):
     deployment: Annotated[
         DnsLabel, Field(description="An LLMDeployment of this namespace, asked by the gateway.")
     ]
-    api_key: Annotated[KeyRef | None, Field(description="Secret with a gateway's API key.")] = None
+    api_key_secret: Annotated[
+        DnsLabel | None, Field(description="Secret whose key api-key is the gateway's.")
+    ] = None
 
 
 class Evaluation(ApiModel):

@@ -19,6 +19,7 @@ from mizzen.runtime.engine.draft import (
     draft_kv,
     load_draft,
 )
+from mizzen.runtime.engine.flight import Launcher
 from mizzen.runtime.engine.graphs import graph_rows, rows_at_start
 from mizzen.runtime.engine.host import cpu_count, memory_available_bytes
 from mizzen.runtime.engine.loop import Loop
@@ -36,6 +37,7 @@ from mizzen.runtime.parallel.ranks import Ranks
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 # While others decode, fewer of a prompt: a CPU's step of 512 takes many times a decode's.
 BESIDE_DECODES = {"cpu": 64, "cuda": 8192}
+AHEAD_ON = {"cuda"}
 KV_SHARE = {"cpu": 0.3, "cuda": 0.85}  # of the memory that is free once the weights are there
 WARM_UP_PROMPT, WARM_UP_ROWS = 64, 8
 GIB = 1 << 30
@@ -163,12 +165,14 @@ def _start_model(
     eos_ids = frozenset((*tokenizer.eos_token_ids, *decoder.spec.eos_ids))
     loop = Loop(
         scheduler=Scheduler(pool, limits),
-        builder=builder(),
+        launcher=Launcher(
+            builder=builder(), ranks=model, sampler=Sampler(eos_token_ids=tuple(eos_ids))
+        ),
         ranks=model,
-        sampler=Sampler(eos_token_ids=tuple(eos_ids)),
         adapters=AdapterTable(max_loras=config.max_loras),
         eos_ids=eos_ids,
         recorder=recorder or NullRecorder(),
+        is_ahead=device.type in AHEAD_ON,
     )
     model.serve(loop.fail)
     return Parts(tokenizer, decoder.spec, model_len, model, loop, seconds)
