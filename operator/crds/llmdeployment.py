@@ -297,6 +297,33 @@ class PromotedModel(ApiModel):
     revision: Annotated[str, Field(max_length=63, description="The revision that serves it.")]
 
 
+class FitStatus(ApiModel):
+    """How the model lies on its devices, as its newest replica says."""
+
+    revision: Annotated[str, Field(max_length=63, description="Revision of that replica.")]
+    source: Annotated[str, Field(max_length=2048, description="The model.source it had.")]
+    placement: Annotated[
+        str, Field(max_length=63, description="Hash of what decides where pods are placed.")
+    ]
+    model: Annotated[
+        dict[str, int], Field(max_length=16, description="Its layers, widths, heads and so on.")
+    ]
+    dtype: Annotated[str, Field(max_length=32, description="Number format of the weights.")]
+    tensor: Annotated[int, Field(description="Ranks of a replica.")]
+    device_bytes: Annotated[
+        int | None, Field(description="Memory of a device; not there on the CPU.")
+    ] = None
+    weight_bytes: Annotated[int, Field(description="Memory of the weights, over all ranks.")]
+    kv_bytes_per_token: Annotated[
+        int, Field(description="Memory of a token's keys and values, over all ranks.")
+    ]
+    kv_tokens: Annotated[int, Field(description="Tokens that a replica's KV cache holds.")]
+    max_model_len: Annotated[int, Field(description="Longest prompt plus answer.")]
+    max_concurrency: Annotated[
+        int, Field(description="Requests of 2048 tokens, or maxModelLen, that fit at once.")
+    ]
+
+
 class LLMDeploymentStatus(ApiModel):
     """What the operator observed."""
 
@@ -327,6 +354,10 @@ class LLMDeploymentStatus(ApiModel):
         str | None, Field(max_length=512, description="OpenAI-compatible address in the cluster.")
     ] = None
     gpus: Annotated[int | None, Field(description="Devices held by the existing pods.")] = None
+    plan: Annotated[
+        FitStatus | None,
+        Field(description="What the model takes and what fits, once a replica has served."),
+    ] = None
     pods: Annotated[
         list[PodStatus] | None,
         Field(

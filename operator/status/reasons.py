@@ -45,6 +45,7 @@ class Reason(StrEnum):
 
     # The spec or the cluster must change.
     INVALID_SPEC = "InvalidSpec"
+    DOES_NOT_FIT = "DoesNotFit"
     TOO_MANY_DEVICES = "MoreDevicesThanAnyNode"
     UNSCHEDULABLE = "Unschedulable"
     CLAIM_NOT_FOUND = "ClaimNotFound"
@@ -134,8 +135,10 @@ class Reason(StrEnum):
     JUDGE_UNREACHABLE = "JudgeUnreachable"
     JUDGE_NOT_FOUND = "JudgeNotFound"
     MEMORY_TOO_SMALL = "MemoryTooSmall"
+    TRAINING_DOES_NOT_FIT = "TrainingDoesNotFit"
     TRAINER_HANGS = "TrainerHangs"
     CHECKPOINT_MISMATCH = "CheckpointMismatch"
+    BASE_MODEL_CHANGED = "BaseModelChanged"
     STORAGE_FULL = "StorageFull"
     STORAGE_NOT_WRITABLE = "StorageNotWritable"
     UPLOAD_REFUSED = "UploadRefused"

@@ -53,6 +53,7 @@ class Engine:
         self.tokenizer = parts.tokenizer
         self.arch = parts.arch
         self.model_len = parts.model_len
+        self.sizes = parts.sizes
         self.start_seconds = parts.start_seconds
         self._config = config
         self._loop = parts.loop

@@ -19,6 +19,7 @@ from mizzen.runtime.gateway.batches.shelf import Shelf, claim
 from mizzen.runtime.gateway.keys import hash_key, make_key
 from mizzen.runtime.gateway.server import Gateway
 from tests.fixtures.gateway_house import CHAT, House, MakeHouse, open_houses, until
+from tests.fixtures.runtime_server import running_tiny_model
 
 
 @pytest.fixture
@@ -150,6 +151,24 @@ async def test_a_batch_ends_with_the_key_that_made_it(
     await until(lambda: (shelf.batch(made.id) or made).status == "failed")
     batch = shelf.batch(made.id)
     assert batch is not None and batch.errors[0]["code"] == "key_removed"
+
+
+async def test_the_real_runtime_answers_chats_completions_and_embeddings_of_batches(
+    make_house: MakeHouse, tmp_path: Path
+) -> None:
+    async with running_tiny_model(tmp_path / "model", served_model_name="tiny") as running:
+        house = await make_house(upstream=[f"tiny={running.url}"], batches_dir=tmp_path / "volume")
+        client = client_of(house)
+        bodies = {
+            CHAT: {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
+            "/v1/completions": {"prompt": "x", "max_tokens": 2},
+            "/v1/embeddings": {"input": "x"},
+        }
+        for endpoint, fields in bodies.items():
+            asked = line(0, url=endpoint, body={"model": "local/tiny", **fields})
+            batch = await ended(client, (await begin(client, jsonl(asked), endpoint=endpoint)).id)
+            good = await answers(client, batch.output_file_id)
+            assert good["line-0"]["response"]["body"]["usage"]["prompt_tokens"] > 0
 
 
 # What is refused.
