@@ -216,6 +216,7 @@ class TrainerEnvironment(BaseSettings):
     termination_log: Path = Path("/dev/termination-log")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     judge_api_key: str | None = None
+    teacher_api_key: str | None = None
 
 
 def load_config(path: Path) -> TrainConfig:
