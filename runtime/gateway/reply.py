@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol, TypeVar
 
 from aiohttp import web
 
@@ -20,6 +21,33 @@ _EVENT_STREAM = "text/event-stream"
 _STREAM_HEADERS = {"Content-Type": _EVENT_STREAM, "Cache-Control": "no-cache"}
 _DONE = b"data: [DONE]"
 _ERROR = b'"error"'
+_Answer = TypeVar("_Answer", covariant=True)
+
+
+class Replying(Protocol[_Answer]):
+    """Who takes what becomes of a request: a client's connection, or a batch's line."""
+
+    async def tell(self, text: str) -> None:
+        """Hear how the waiting goes."""
+        ...
+
+    async def refuse(self, refusal: Refusal) -> _Answer:
+        """Take a replica's error."""
+        ...
+
+    async def fail(self, error: GatewayError) -> _Answer:
+        """Take an error of ours."""
+        ...
+
+    async def relay(
+        self,
+        opened: Opened,
+        *,
+        on_cut: Callable[[Exception], None],
+        on_chunk: Callable[[bytes], None] | None = None,
+    ) -> _Answer:
+        """Take the answer; `on_cut` hears of one that ends before its end."""
+        ...
 
 
 class Reply:
