@@ -68,6 +68,9 @@ class Intake:
         Raises:
             RateLimitedError: the key has not that many left.
         """
+        if asked.body.is_for_idle_moments:
+            # No demand that anybody should scale for, so not counted as any.
+            return await self._metered(asked, route, reply)
         self._metrics.on_start(route.model)
         try:
             return await self._metered(asked, route, reply)
