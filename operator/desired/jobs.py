@@ -121,10 +121,12 @@ def _container(job: Job, image: str, pull_policy: str) -> Json:
 
 def _env(job: Job) -> list[Json]:
     judge = job.spec.evaluation.judge if job.spec.evaluation else None
-    if judge is None or judge.api_key is None:
-        return []
-    key = judge.api_key.to_api()
-    return [{"name": "MIZZEN_JUDGE_API_KEY", "valueFrom": {"secretKeyRef": key}}]
+    asked = {"MIZZEN_JUDGE_API_KEY": judge, "MIZZEN_TEACHER_API_KEY": job.spec.distill}
+    return [
+        {"name": name, "valueFrom": {"secretKeyRef": whom.api_key.to_api()}}
+        for name, whom in asked.items()
+        if whom is not None and whom.api_key is not None
+    ]
 
 
 def _metadata(job: Job, name: str, generation: int) -> Json:

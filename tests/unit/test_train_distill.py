@@ -122,11 +122,11 @@ def test_on_policy_a_students_answers_come_nearer_to_its_teacher(tmp_path: Path)
         method="distill",
         distill={"teacher": str(teacher.artifacts[0]), "on_policy": True, "max_new_tokens": 8},
         **full,
-        hyperparameters={**steps, "max_steps": 24},
+        hyperparameters={**steps, "max_steps": 40, "batch_size": 32, "micro_batch": 32},
         evaluation={"suites": []},
     )
     assert run(student) == 0
-    apart = [json.loads(line)["kl"] for line in student.curve.splitlines()]
+    apart = [json.loads(line)["measured"]["kl"] for line in student.curve.splitlines()]
     assert sum(apart[-6:]) < 0.7 * sum(apart[:6])
 
 
@@ -151,7 +151,7 @@ def test_the_gradient_on_policy_is_that_of_the_reverse_divergence(tmp_path: Path
         item = ScoredAnswer(
             sample=answer,
             old_N=np.asarray([log_prob], np.float32),
-            teacher_N=np.asarray([teacher], np.float32),
+            advantage_N=np.asarray([teacher - log_prob + 0.7], np.float32),
         )
         loss = method.loss_sum(student, [item], None)
         found += np.exp(log_prob) * torch.autograd.grad(loss, [weight])[0]

@@ -185,6 +185,13 @@ def test_a_job_that_waits_for_its_teacher_can_yield(tiny: Path) -> None:
         asked = ServedTeacher(
             ServedModel(url=url, model="big"), surroundings, retries=urllib3.Retry(0)
         )
-        threading.Thread(target=lambda: (silent.accept(), surroundings.stop.ask())).start()
+        connections = []
+
+        def accept_and_stop() -> None:
+            connections.append(silent.accept())  # kept, so that it stays open
+            surroundings.stop.ask()
+
+        threading.Thread(target=accept_and_stop).start()
         with pytest.raises(YieldRequested):
             asked.log_probs([SAMPLE])
+        connections[0][0].close()

@@ -38,11 +38,11 @@ from mizzen.runtime.train.teacher import ServedTeacher
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredAnswer:
-    """An answer of the student's, and what both think of its tokens."""
+    """An answer of the student's, and how much likelier the teacher finds its tokens."""
 
     sample: Sample
     old_N: Floats  # the student's log-probabilities when it was drawn
-    teacher_N: Floats
+    advantage_N: Floats
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -87,8 +87,9 @@ class OnPolicyDistill(Method):
         old = log_probs_by_sample(decoder, samples, lora, at_once=self._micro_batch)
         teacher = self._teacher_log_probs(decoder, samples)
         self._kl = float(np.mean(np.concatenate(old) - np.concatenate(teacher)))
+        # Less their mean: what all tokens have in common says nothing about any, only noise.
         scored = [
-            ScoredAnswer(sample=sample, old_N=old_N, teacher_N=teacher_N)
+            ScoredAnswer(sample=sample, old_N=old_N, advantage_N=teacher_N - old_N + self._kl)
             for sample, old_N, teacher_N in zip(samples, old, teacher, strict=True)
         ]
         return [scored]
@@ -100,7 +101,7 @@ class OnPolicyDistill(Method):
         batch = pack([item.sample for item in items], decoder.place.device)
         new_N = token_log_probs(decoder, batch, lora)
         old_N = concatenated([item.old_N for item in items], new_N)
-        advantage_N = concatenated([item.teacher_N for item in items], new_N) - old_N
+        advantage_N = concatenated([item.advantage_N for item in items], new_N)
         return -((new_N - old_N).exp() * advantage_N).sum()
 
     def count(
