@@ -76,7 +76,7 @@ def config_map_of(dataset: Dataset) -> tuple[str, str]:
     return name, key
 
 
-def build_train_config(job: Job, generation: int) -> Json:
+def build_train_config(job: Job, generation: int, workers: int) -> Json:
     """Return job.json as the trainer's settings model reads it."""
     spec = job.spec
     targets = spec.adaptation.targets
@@ -112,7 +112,7 @@ def build_train_config(job: Job, generation: int) -> Json:
             "kind": job.result,
         },
         "evaluation": _evaluation(job),
-        "world_size": 1,
+        "workers": workers,
         "generation": generation,
         "admin_port": ADMIN_PORT,
     }

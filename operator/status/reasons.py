@@ -45,6 +45,7 @@ class Reason(StrEnum):
 
     # The spec or the cluster must change.
     INVALID_SPEC = "InvalidSpec"
+    DOES_NOT_FIT = "DoesNotFit"
     TOO_MANY_DEVICES = "MoreDevicesThanAnyNode"
     UNSCHEDULABLE = "Unschedulable"
     CLAIM_NOT_FOUND = "ClaimNotFound"

@@ -168,6 +168,21 @@ class EngineStats:
     start_seconds: Mapping[str, float] = field(default_factory=dict)  # start-up phase -> seconds
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSizes:
+    """What a served model is made of, whole: for those who plan where else it would fit."""
+
+    layers: int = 0
+    hidden: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    context_tokens: int = 0  # what the model was made for
+    parameters: int = 0
+    dtype: str = ""  # of the weights in memory
+    device_bytes: int = 0  # memory of a GPU; 0 on the CPU
+
+
 class Recorder(Protocol):
     """Takes the engine's timings. Called from the loop's thread, so it must be quick."""
 
@@ -305,6 +320,7 @@ class EngineApi(Protocol):
     """
 
     model_len: int
+    sizes: ModelSizes
 
     @property
     def tokenizer(self) -> TokenizerApi:

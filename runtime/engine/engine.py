@@ -32,7 +32,7 @@ from mizzen.runtime.engine.detokenizer import DetokenizerFactory
 from mizzen.runtime.engine.grammar import GrammarCompiler, GrammarState
 from mizzen.runtime.engine.idle import IdleWork, busy
 from mizzen.runtime.engine.live import Live
-from mizzen.runtime.engine.sampler import is_edited
+from mizzen.runtime.engine.sampler import is_edited, needs_tokens
 from mizzen.runtime.engine.scoring import WAIT_S, Scoring
 from mizzen.runtime.engine.sequence import Sequence
 from mizzen.runtime.engine.speculation import DraftPlaces, Guesser, NgramIndex
@@ -53,6 +53,7 @@ class Engine:
         self.tokenizer = parts.tokenizer
         self.arch = parts.arch
         self.model_len = parts.model_len
+        self.sizes = parts.sizes
         self.start_seconds = parts.start_seconds
         self._config = config
         self._loop = parts.loop
@@ -326,7 +327,7 @@ class Engine:
     def _sequence(
         self, request: GenerationRequest, use: SlotUse | None, grammar: GrammarState | None
     ) -> Sequence:
-        sampling = request.sampling
+        sampling, guesser = request.sampling, self._guesser(request.sampling)
         room = self.model_len - len(request.prompt_token_ids)
         return Sequence(
             request_id=request.request_id,
@@ -344,7 +345,8 @@ class Engine:
             max_tokens=min(sampling.max_tokens or room, room),
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
             grammar=grammar,
-            guesser=self._guesser(sampling),
+            guesser=guesser,
+            needs_tokens=guesser is not None or needs_tokens(sampling),
         )
 
     def _guesser(self, sampling: SamplingParams) -> Guesser | None:

@@ -19,6 +19,7 @@ from mizzen.runtime.engine.api import (
     EngineStats,
     FinishedRequest,
     GenerationRequest,
+    ModelSizes,
     PromptScores,
     ScoreRequest,
     TokenOutput,
@@ -108,6 +109,7 @@ class Started(msgspec.Struct, tag=True):
     """The model is loaded and warm."""
 
     model_len: int
+    sizes: ModelSizes
 
 
 class Ended(msgspec.Struct, tag=True):

@@ -98,7 +98,7 @@ class Host:
 
     async def run(self) -> int:
         """Serve until the other end closes or the loop fails; return the exit code."""
-        self._link.send(Started(self._engine.model_len))
+        self._link.send(Started(self._engine.model_len, self._engine.sizes))
         self._report()
         listening = asyncio.create_task(self._listen())
         while (death := self._engine.death()) is None and not listening.done():

@@ -67,11 +67,12 @@ class RemoteEngine:
         tokenizer: Tokenizer,
         recorder: Recorder,
         *,
-        model_len: int,
+        started: Started,
         first: Report,
     ) -> None:
         self.tokenizer = tokenizer
-        self.model_len = model_len
+        self.model_len = started.model_len
+        self.sizes = started.sizes
         self._process = process
         self._link = link
         self._recorder = recorder
@@ -104,7 +105,7 @@ class RemoteEngine:
         )
         # What is wrong with the model itself comes before what its tokenizer lacks.
         match answer:
-            case Started(model_len):
+            case Started() as started:
                 first = await link.receive()
             case Ended(fault):
                 raise to_error(fault)
@@ -114,7 +115,7 @@ class RemoteEngine:
             raise EngineDeadError("The engine's process ended while it started. See its log.")
         if isinstance(tokenizer, BaseException):
             raise tokenizer
-        return cls(process, link, tokenizer, recorder, model_len=model_len, first=first)
+        return cls(process, link, tokenizer, recorder, started=started, first=first)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
         """Yield the answer as it grows; see `api.EngineApi.generate`."""

@@ -111,12 +111,14 @@ class Reply:
             AnswerTooLongError: it says so itself, and nothing of it was passed on.
         """
         upstream = opened.response
-        if (upstream.content_length or 0) > self._most_bytes:
+        if (opened.length_bytes or 0) > self._most_bytes:
             opened.close()
             raise AnswerTooLongError(self._most_bytes)
         answer = self._begun or web.StreamResponse(
             status=upstream.status, headers=answer_headers(upstream.headers)
         )
+        if opened.length_bytes is not None and self._begun is None:
+            answer.content_length = opened.length_bytes
         sent_bytes = 0
         try:
             # aiohttp reads no more than two buffers ahead, and `write` waits for a slow client:

@@ -191,6 +191,7 @@ class Gateway:
             lifecycle=self.lifecycle,
             metrics=self.metrics,
             proxy=proxy,
+            most_answer_bytes=self.config.max_answer_mib * 2**20,
         )
 
     def _run_batches(self, root: Path, intake: Intake) -> None:

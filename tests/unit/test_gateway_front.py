@@ -117,7 +117,14 @@ async def test_every_route_there_is_asks_for_a_key(front: Front) -> None:
     front.headers = {}
     app = build_app(front.gateway._parts(front.gateway._intake(front.client)))
     paths = {route.resource.canonical for route in app.router.routes() if route.resource}
-    assert {CHAT, "/v1/completions", "/v1/embeddings", "/v1/models", "/v1/files", "/v1/batches"} <= paths
+    assert {
+        CHAT,
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/models",
+        "/v1/files",
+        "/v1/batches",
+    } <= paths
     for path in [*paths, "/", "/nowhere", "/v1/../metrics", "/metrics", "/healthz"]:
         assert (await front.get(path.replace("{model}", "tiny")))[0] == 401
         assert (await front.post(b"{}", path))[0] == 401
