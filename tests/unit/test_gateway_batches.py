@@ -256,6 +256,22 @@ async def test_an_upload_that_is_none_is_refused_and_leaves_nothing(
     assert not contents(tmp_path)
 
 
+async def test_an_upload_that_dribbles_in_is_given_up(
+    make_house: MakeHouse, tmp_path: Path
+) -> None:
+    house = await make_house(batches_dir=tmp_path, body_timeout_s=0.3)
+    reader, writer = await asyncio.open_connection("127.0.0.1", house.gateway.port)
+    writer.write(
+        b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n"
+        b"Content-Type: multipart/form-data; boundary=B\r\n\r\n"
+        b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nsome'
+    )
+    async with asyncio.timeout(60):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 408")
+    writer.close()
+    await until(lambda: not contents(tmp_path))
+
+
 async def test_a_batch_that_has_ended_cannot_be_cancelled(
     make_house: MakeHouse, tmp_path: Path
 ) -> None:
