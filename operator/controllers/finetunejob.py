@@ -5,16 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from mizzen.operator.controllers.job_inputs import find_base_model, find_judge, missing_input
+from mizzen.operator.controllers.job_inputs import (
+    find_base_model,
+    find_judge,
+    find_teacher,
+    missing_input,
+)
 from mizzen.operator.crds.common import API_VERSION, Json
 from mizzen.operator.crds.llmdeployment import KIND as DEPLOYMENT_KIND
 from mizzen.operator.desired.jobs import (
+    Worker,
     artifact_uri,
     build_config_map,
     build_trainer_pod,
     generation_name,
 )
 from mizzen.operator.desired.train_config import Job
+from mizzen.operator.desired.workers import build_workers_policy, build_workers_service
 from mizzen.operator.engine.key import Key
 from mizzen.operator.engine.results import Done, Requeue, Result, Retryable
 from mizzen.operator.facts import Facts
@@ -24,11 +31,14 @@ from mizzen.operator.kube.errors import KubeError
 from mizzen.operator.kube.events import Event
 from mizzen.operator.planning.generations import (
     AskToYield,
+    Dismiss,
     Finish,
     Generation,
     GiveUp,
     Outcome,
+    Range,
     Rest,
+    Shrink,
     Start,
     Step,
     WaitUntil,
@@ -47,8 +57,12 @@ from mizzen.operator.status.reasons import Reason
 from mizzen.operator.status.trainer_pods import (
     generation_of,
     last_progress,
+    leader_of,
     newest_generation,
-    newest_pod,
+    newest_pods,
+    outcome_of,
+    size_of,
+    telling_pod,
     termination_of,
 )
 
@@ -88,8 +102,8 @@ class Observed:
 
     @property
     def pod(self) -> Json | None:
-        """The newest generation's pod."""
-        return newest_pod(self.pods)
+        """The newest generation's pod that speaks for all."""
+        return leader_of(self.pods)
 
 
 async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Result:
@@ -128,7 +142,10 @@ async def observe(key: Key, resource: Json, kube: Kube, facts: Facts) -> Observe
     judge = find_judge(spec, key.namespace, facts.store, gateway_url=url)
     if isinstance(judge, Problem):
         return Observed(resource, None, pods, newest, judge)
-    job = Job(key.namespace, key.name, uid_of(resource), spec, base, judge)
+    teacher = find_teacher(spec, key.namespace, facts.store, gateway_url=url)
+    if isinstance(teacher, Problem):
+        return Observed(resource, None, pods, newest, teacher)
+    job = Job(key.namespace, key.name, uid_of(resource), spec, base, judge, teacher)
     problem = None if pods else await missing_input(job, kube)
     return Observed(resource, job, pods, newest, problem)
 
@@ -142,6 +159,7 @@ def decide(observed: Observed, now: datetime) -> Step | None:
         is_suspended=observed.job.spec.suspend,
         backoff_limit=observed.job.spec.failure.backoff_limit,
         now=now,
+        workers=Range(observed.job.spec.workers.min, observed.job.spec.workers.max),
     )
 
 
@@ -151,22 +169,45 @@ async def apply(step: Step | None, observed: Observed, kube: Kube, facts: Facts)
     if job is None:
         return
     match step:
-        case Start(number, crashes):
-            await facts.namespaces.prepare(job.namespace, kube)
-            await kube.create(build_config_map(job, number))
-            await kube.create(
-                build_trainer_pod(
-                    job, number, crashes=crashes,
-                    image=facts.config.runtime_image,
-                    pull_policy=facts.config.image_pull_policy,
-                )
-            )  # fmt: skip
+        case Shrink(number):
+            await _start(step, observed, kube, facts)
+            await _forget_generations(observed, kube, before=number)
+        case Start(number):
+            await _start(step, observed, kube, facts)
             await _forget_generations(observed, kube, before=number - 1)
+        case Dismiss():
+            for pod in newest_pods(observed.pods):
+                if outcome_of(pod) in (Outcome.PENDING, Outcome.RUNNING):
+                    await _dismiss(pod, kube)
         case AskToYield():
             await _yield(observed, kube, facts)
 
 
+async def _start(step: Start, observed: Observed, kube: Kube, facts: Facts) -> None:
+    job, number = observed.job, step.number
+    assert job is not None
+    # What an operator that died in between has made already says how many there shall be.
+    made = [pod for pod in observed.pods if generation_of(pod) == number]
+    workers = size_of(made[0]) if made else step.workers
+    await facts.namespaces.prepare(job.namespace, kube)
+    if workers > 1:
+        await kube.apply(build_workers_policy(job))
+        await kube.apply(build_workers_service(job))
+    await kube.create(build_config_map(job, number, workers=workers))
+    for rank in range(workers):
+        worker = Worker(generation=number, workers=workers, rank=rank, crashes=step.crashes)
+        await kube.create(
+            build_trainer_pod(
+                job,
+                worker,
+                image=facts.config.runtime_image,
+                pull_policy=facts.config.image_pull_policy,
+            )
+        )
+
+
 async def _yield(observed: Observed, kube: Kube, facts: Facts) -> None:
+    """Ask the leader, which tells the others."""
     pod = observed.pod
     if pod is None or "deletionTimestamp" in pod["metadata"]:
         return
@@ -178,6 +219,10 @@ async def _yield(observed: Observed, kube: Kube, facts: Facts) -> None:
         # its liveness probe would end it.
         return
     # Not running yet, or deaf: SIGTERM means the same to a trainer.
+    await _dismiss(pod, kube)
+
+
+async def _dismiss(pod: Json, kube: Kube) -> None:
     live = await kube.get(Ref.of(pod))
     if live is not None and uid_of(live) == uid_of(pod):
         await kube.delete(live, check_version=False)
@@ -189,7 +234,7 @@ async def _forget_generations(observed: Observed, kube: Kube, *, before: int) ->
     for pod in observed.pods:
         if (number := generation_of(pod)) < before:
             name = generation_name(observed.job.name, number)
-            await kube.delete(pod, check_version=False)
+            await _dismiss(pod, kube)
             ref = Ref("v1", "ConfigMap", observed.job.namespace, name)
             if (config_map := await kube.get(ref)) is not None:
                 await kube.delete(config_map, check_version=False)
@@ -313,12 +358,15 @@ def _pod_problem(step: Step | None, observed: Observed) -> Problem | None:
         return None
     if isinstance(step, Finish) and last_progress(pod) is None:
         return Problem(Reason.TRAINER_CRASHED, _NO_RESULT, is_final=True)
-    if isinstance(step, GiveUp):
+    if isinstance(step, GiveUp) and observed.newest is not None:
+        pod = telling_pod(observed.pods, observed.newest.outcome) or pod
         last = terminated_cause(termination_of(pod), instance=observed.resource["metadata"]["name"])
         return Problem(last.reason, last.message, is_final=True)
     has_begun = observed.newest is not None and observed.newest.outcome is not Outcome.PENDING
-    if isinstance(step, Watch) and not has_begun and (cause := pod_cause(pod)):
-        return Problem(cause.reason, cause.message)
+    if isinstance(step, Watch) and not has_begun:
+        causes = map(pod_cause, newest_pods(observed.pods))
+        if cause := next(filter(None, causes), None):
+            return Problem(cause.reason, cause.message)
     return None
 
 
@@ -331,7 +379,7 @@ def _next_look(step: Step | None, observed: Observed, now: datetime) -> Result:
     match step:
         case None:
             return Requeue(_MISSING_INPUT_S)
-        case Watch() | AskToYield() | Start():
+        case Watch() | AskToYield() | Start() | Dismiss():
             return Requeue(_POLL_S)
         case WaitUntil(at):
             return Requeue(max(1.0, (at - now).total_seconds()))

@@ -172,6 +172,17 @@ class Checkpointing(ApiModel):
     keep_last: Annotated[int, Field(ge=1, le=100, description="Checkpoints kept.")] = 2
 
 
+class Workers(ApiModel):
+    """How many pods train together, each on its share of a step's sequences."""
+
+    rules = (cel("self.min <= self.max", "workers.min must not be above workers.max."),)
+
+    min: Annotated[
+        int, Field(ge=1, le=64, description="Fewest to train with where there is no room for max.")
+    ] = 1
+    max: Annotated[int, Field(ge=1, le=64, description="How many to train with.")] = 1
+
+
 class JobResources(ApiModel):
     """What the trainer pod asks for."""
 
@@ -240,7 +251,7 @@ class Promotion(ApiModel):
     ] = "HotLoadAdapter"
 
 
-_CANNOT_CHANGE = "cannot change once the job exists (only spec.suspend can)."
+_CANNOT_CHANGE = "cannot change once the job exists (only spec.suspend and spec.workers can)."
 
 
 def _unchanged(*fields: str) -> tuple[dict[str, str], ...]:
@@ -275,6 +286,10 @@ class FineTuneJobSpec(ApiModel):
             "!has(self.promotion) || self.promotion.strategy != 'HotLoadAdapter' || "
             "self.adaptation.type == 'lora'",
             "promotion.strategy HotLoadAdapter needs adaptation.type lora.",
+        ),
+        cel(
+            "self.workers.max == 1 || self.method in ['sft', 'dpo', 'reward', 'distill']",
+            "workers.max above 1 needs method sft, dpo, reward or distill.",
         ),
         cel(
             "has(self.output) || has(self.baseModel.deployment) || "
@@ -320,6 +335,7 @@ class FineTuneJobSpec(ApiModel):
     checkpoint: Annotated[Checkpointing, Field(description="When progress is saved.")] = (
         Checkpointing()
     )
+    workers: Annotated[Workers, Field(description="How many pods train together.")] = Workers()
     resources: Annotated[JobResources, Field(description="What the trainer pod asks for.")] = (
         JobResources()
     )
@@ -351,7 +367,7 @@ class FineTuneJobSpec(ApiModel):
 class FineTuneJob(ApiModel):
     """One training run: data and base model in, an evaluated and published result out.
 
-    Its spec cannot change once it exists, but for spec.suspend.
+    Its spec cannot change once it exists, but for spec.suspend and spec.workers.
     """
 
     rules: ClassVar[tuple[dict[str, str], ...]] = (

@@ -107,6 +107,7 @@ class FineTuneJobStatus(ApiModel):
     generation: Annotated[
         int | None, Field(description="Number of the current run of the trainer pods.")
     ] = None
+    workers: Annotated[int | None, Field(description="Pods that train in this run.")] = None
     restarts: Annotated[
         int | None, Field(description="Runs that ended in a crash and were started again.")
     ] = None

@@ -11,6 +11,7 @@ from datetime import datetime
 
 from mizzen.operator.planning.generations import (
     AskToYield,
+    Dismiss,
     Finish,
     GiveUp,
     Rest,
@@ -45,12 +46,16 @@ def next_status(
     status: Document = {"observedGeneration": generation, "phase": phase}
     if isinstance(facts.step, Start):
         status["generation"] = facts.step.number
+        status["workers"] = facts.step.workers
         status["restarts"] = facts.step.crashes
     elif facts.newest is not None:
         status["generation"] = facts.newest.number
+        status["workers"] = facts.newest.workers
         status["restarts"] = _crashes(facts)
     else:
-        status.update({key: previous[key] for key in ("generation", "restarts") if key in previous})
+        status.update(
+            {k: previous[k] for k in ("generation", "workers", "restarts") if k in previous}
+        )
     status.update(_progress_fields(previous, facts, phase))
     if facts.promotion is not None:
         status["promotion"] = {
@@ -85,7 +90,7 @@ def next_phase(facts: JobFacts, previous: str) -> str:
             return "Yielding"
         case Start() | WaitUntil():
             return "Pending"
-        case Watch():
+        case Watch() | Dismiss():
             return _running_phase(facts, previous)
         case Finish():
             return _finished_phase(facts)

@@ -45,6 +45,7 @@ class Reason(StrEnum):
 
     # The spec or the cluster must change.
     INVALID_SPEC = "InvalidSpec"
+    DOES_NOT_FIT = "DoesNotFit"
     TOO_MANY_DEVICES = "MoreDevicesThanAnyNode"
     UNSCHEDULABLE = "Unschedulable"
     CLAIM_NOT_FOUND = "ClaimNotFound"
@@ -127,12 +128,16 @@ class Reason(StrEnum):
     DATASET_UNREACHABLE = "DatasetUnreachable"
     LOSS_NOT_FINITE = "LossNotFinite"
     TEACHER_TOKENIZER_DIFFERS = "TeacherTokenizerDiffers"
+    TEACHER_NOT_FOUND = "TeacherNotFound"
+    TEACHER_UNAVAILABLE = "TeacherUnavailable"
     JUDGE_FAILED = "JudgeFailed"
     JUDGE_UNREACHABLE = "JudgeUnreachable"
     JUDGE_NOT_FOUND = "JudgeNotFound"
     MEMORY_TOO_SMALL = "MemoryTooSmall"
+    TRAINING_DOES_NOT_FIT = "TrainingDoesNotFit"
     TRAINER_HANGS = "TrainerHangs"
     CHECKPOINT_MISMATCH = "CheckpointMismatch"
+    BASE_MODEL_CHANGED = "BaseModelChanged"
     STORAGE_FULL = "StorageFull"
     STORAGE_NOT_WRITABLE = "StorageNotWritable"
 

@@ -22,7 +22,7 @@ from mizzen.runtime.gateway.directory import (
     Route,
 )
 from mizzen.runtime.gateway.errors import BusyError, NoReplicaError
-from mizzen.runtime.gateway.reply import Reply
+from mizzen.runtime.gateway.reply import Replying
 from mizzen.runtime.gateway.room import Place, RoomFullError, WaitingRoom
 from mizzen.runtime.gateway.starts import Starts
 from mizzen.runtime.gateway.wake import Waker
@@ -39,6 +39,7 @@ class Search:
     route: Route
     key: int | None
     place: Place
+    may_wait: bool = True  # and be waited for: a model wakes, or scales, for those who wait
     tried: set[str] = field(default_factory=set)
     resends: int = 0
     last: AttemptError | None = None
@@ -73,7 +74,7 @@ class Admission:
         )
         directory.on_change = self.room.stirred.set
 
-    async def next_endpoint(self, search: Search, reply: Reply) -> Endpoint | None:
+    async def next_endpoint(self, search: Search, reply: Replying[object]) -> Endpoint | None:
         """Return the replica to try next, waiting for one while it is worth it; None to give up.
 
         Raises:
@@ -143,7 +144,7 @@ class Admission:
 
     # Waiting.
 
-    async def _wait(self, search: Search, reply: Reply) -> bool:
+    async def _wait(self, search: Search, reply: Replying[object]) -> bool:
         """Wait for a turn; False when the last replica's refusal is to be the answer."""
         model = search.route.model
         # The last one on its way out serves what it still takes; the rest waits for the next one.
@@ -151,6 +152,8 @@ class Admission:
         config = self._config
         longest_s = config.hold_timeout_s if is_starting else config.queue_timeout_s
         now = self._clock()
+        if not search.may_wait:
+            return self._end_waiting(search, "has no ready replica now", is_starting=is_starting)
         if search.wait_until is None:
             search.wait_until, search.is_told_at = now + longest_s, now
         if is_starting and (why := self._why_never(model.key)) is not None:

@@ -124,6 +124,8 @@ class Evaluation(Part):
 
 
 TRANSFORMS = frozenset({"merge", "quantize", "prune"})
+# Whose samples workers can share out.
+SHARED = frozenset({"sft", "dpo", "reward", "distill"})
 _MEASURE_OF: dict[str, SuiteType] = {
     "dpo": "preferenceLoss",
     "reward": "preferenceLoss",
@@ -156,7 +158,7 @@ class TrainConfig(Part):
     checkpoint: Checkpointing
     output: Output
     evaluation: Evaluation = Evaluation()
-    world_size: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=1)  # pods of this generation
     generation: int = Field(default=1, ge=0)
     admin_port: int = Field(default=8002, ge=0, le=65535)
 
@@ -169,6 +171,10 @@ class TrainConfig(Part):
         if self.evaluation.suites and self.processing.holdout_ratio == 0:
             raise ValueError("evaluation.suites need processing.holdout_ratio above 0")
         self._check_suites()
+        if self.workers > 1 and self.method not in SHARED:
+            raise ValueError(f"method {self.method} runs on one worker: set workers to 1")
+        if self.workers > 1 and self.distill is not None and self.distill.on_policy:
+            raise ValueError("distill.on_policy runs on one worker: set workers to 1")
         is_adapter = self.is_trained and self.adaptation.type == "lora"
         wanted = "adapter" if is_adapter else "model"
         if self.output.kind != wanted:
@@ -216,6 +222,13 @@ class TrainerEnvironment(BaseSettings):
     termination_log: Path = Path("/dev/termination-log")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     judge_api_key: str | None = None
+    teacher_api_key: str | None = None
+    # How the workers of a generation find each other, where there are several.
+    node_rank: int = Field(default=0, ge=0)
+    master_addr: str = "127.0.0.1"
+    master_port: int = Field(default=8003, ge=1, le=65535)
+    host: str = "0.0.0.0"
+    join_seconds: float = Field(default=600.0, gt=0)
 
 
 def load_config(path: Path) -> TrainConfig:

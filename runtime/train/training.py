@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
+from mizzen.runtime.errors import RankLostError
+from mizzen.runtime.model.arch import find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
@@ -19,9 +21,13 @@ from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.device import choose_dtype
+from mizzen.runtime.train.digest import mark_model
 from mizzen.runtime.train.evaluate import Examination, TallyStore
 from mizzen.runtime.train.history import LossHistory
+from mizzen.runtime.train.ledger import DiskLedger, Ledger, NoLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
+from mizzen.runtime.train.memory import check_fits, memory_limit, need_of
+from mizzen.runtime.train.methods.distill import Distill
 from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.notes import Ask, NoteStore, take_notes
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
@@ -30,6 +36,8 @@ from mizzen.runtime.train.stop import StopFlag, YieldRequested
 from mizzen.runtime.train.suites.build import build_exams
 from mizzen.runtime.train.suites.exam import Subject
 from mizzen.runtime.train.surroundings import Surroundings
+from mizzen.runtime.train.teacher import ServedTeacher
+from mizzen.runtime.train.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +53,14 @@ class Training:
         *,
         fingerprint: str,
         board: ProgressBoard,
+        workers: Workers,
     ) -> None:
         config, device = around.config, around.device
         directory = config.checkpoint.directory
         self._config = config
         self._method = method
         self._board = board
+        self._workers = workers
         self._stop: StopFlag = around.stop
         self._tokenizer: Tokenizer = around.tokenizer
         self._decoder = load_decoder(
@@ -62,13 +72,17 @@ class Training:
             heads=method.heads(),
             dtype=choose_dtype(config.hyperparameters.dtype, device),
         )
+        need = need_of(self._decoder.parameters(), self._adapted.trainable.parameters)
+        check_fits(need, memory_limit(device))
         self._data = data
+        if not workers.is_leader:
+            workers.begin()  # until then the leader may be taking notes
         if method.asks != "nobody":
             self._data = take_notes(
                 data,
                 method,
                 NoteStore(directory, fingerprint=fingerprint),
-                ask=lambda: _asker(config, method, self._decoder, self._adapted),
+                ask=lambda: _asker(around, method, self._decoder, self._adapted),
                 at_once=config.hyperparameters.micro_batch,
             )
         self._examination = Examination(
@@ -80,10 +94,11 @@ class Training:
         self._store = CheckpointStore(
             directory,
             fingerprint=fingerprint,
+            base=mark_model(find_checkpoint(config.base_model)),
             generation=config.generation,
             keep=config.checkpoint.keep_last,
         )
-        restored = self._store.restore()
+        restored = self._store.restore() if workers.is_leader else None
         self._state = restored[1] if restored else None
         self.step = self._state.counters.step if self._state else 0
         if restored:
@@ -101,7 +116,9 @@ class Training:
         try:
             # The base comes first: a full fine-tune leaves no base behind to ask later.
             examination.ask_base(self._subject(None))
+            self._workers.begin()
             loop = self._start_loop()
+            loop.take_from_leader()
             self._board.enter("Running")
             adapted.set_training(True)
             loop.run()
@@ -116,11 +133,27 @@ class Training:
             loop.commit()
             log.info("Yielding at step %d.", loop.counters.step)
             raise
+        except RankLostError:
+            if loop is not None:
+                loop.commit()  # a step is whole or has not begun to move anything
+            raise
         self._board.evaluated(eval_loss=examination.loss(), verdicts=verdicts)
         return verdicts
 
     def _subject(self, lora: LoraDelta | None) -> Subject:
         return Subject(decoder=self._decoder, lora=lora, precision=self._adapted.precision)
+
+    def follow(self) -> None:
+        """Train to the end beside the leader.
+
+        Raises:
+            YieldRequested: somebody asked one of the workers to stop.
+        """
+        loop = self._start_loop()
+        loop.take_from_leader()
+        self._board.enter("Running")
+        self._adapted.set_training(True)
+        loop.run()
 
     def write(self, folder: Path) -> None:
         """Write the artifact's files."""
@@ -143,10 +176,10 @@ class Training:
             method=self._method,
             precision=self._adapted.precision,
             order=SampleOrder(self._data, seed=config.hyperparameters.seed),
-            store=self._store,
-            history=LossHistory(config.checkpoint.directory, resumed_step=counters.step),
+            ledger=self._ledger(counters.step),
             board=self._board,
             stop=self._stop,
+            workers=self._workers,
         )
         return Loop(
             parts,
@@ -155,15 +188,23 @@ class Training:
             counters=counters,
         )
 
+    def _ledger(self, resumed_step: int) -> Ledger:
+        if not self._workers.is_leader:
+            return NoLedger()
+        history = LossHistory(self._config.checkpoint.directory, resumed_step=resumed_step)
+        return DiskLedger(self._store, history, self._board)
 
-def _asker(config: TrainConfig, method: Method, decoder: Decoder, adapted: Adapted) -> Ask:
+
+def _asker(around: Surroundings, method: Method, decoder: Decoder, adapted: Adapted) -> Ask:
     """Return what asks a teacher, or the base: a decoder is it until its state is restored."""
-    if method.asks == "teacher" and config.distill is not None:
-        device = decoder.place.device
-        dtype = choose_dtype(config.hyperparameters.dtype, device)
-        asked = load_decoder(config.distill.teacher, dtype=dtype, device=device)
-    else:
-        asked = decoder
+    asked, rules = decoder, around.config.distill
+    if isinstance(method, Distill) and rules is not None:
+        if rules.served is not None:
+            served = ServedTeacher(rules.served, around)
+            return lambda items, first: method.ask_served(served, items, first=first)
+        assert rules.teacher is not None, "there is one of the two"
+        dtype = choose_dtype(around.config.hyperparameters.dtype, around.device)
+        asked = load_decoder(rules.teacher, dtype=dtype, device=around.device)
 
     def ask(items: Sequence[Item], first: int) -> list[torch.Tensor]:
         with adapted.precision():

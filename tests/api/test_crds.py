@@ -150,6 +150,16 @@ REFUSED: dict[str, tuple[Document, str]] = {
         deployment(accelerator={"count": 2}),
         "accelerator.count needs accelerator.resource, such as nvidia.com/gpu.",
     ),
+    "a guardrail that checks nothing": (
+        deployment(guardrails=[{"name": "x", "stage": "Input"}]),
+        "A guardrail needs deny or maxChars.",
+    ),
+    "an answer that is to be redacted": (
+        deployment(
+            guardrails=[{"name": "x", "stage": "Output", "deny": ["a"], "action": "Redact"}]
+        ),
+        "Redact is for deny in stage Input; use Refuse.",
+    ),
     "a rollout that cannot move": (
         deployment(rollout={"maxSurge": 0, "maxUnavailable": 0}),
         "must not both be 0",
@@ -365,6 +375,13 @@ def test_the_example_of_every_field_is_accepted(cluster: ApiCluster, namespace: 
             "maxNumBatchedTokens": 512,
             "kvCacheGiB": 0.5,
         },
+        prompts=[
+            {"id": "translate", "messages": [{"role": "system", "content": "To {{language}}."}]}
+        ],
+        guardrails=[
+            {"name": "keys", "stage": "Input", "deny": ["sk-[a-z]+"], "action": "Redact"},
+            {"name": "brief", "stage": "Output", "maxChars": 9000, "onError": "Allow"},
+        ],
         podTemplatePatch=patch,
     )
     assert apply(cluster, namespace, full)["spec"]["podTemplatePatch"] == patch
