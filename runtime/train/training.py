@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import RankLostError
+from mizzen.runtime.model.arch import find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
@@ -20,10 +21,13 @@ from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.device import choose_dtype
+from mizzen.runtime.train.digest import mark_model
 from mizzen.runtime.train.evaluate import Examination, TallyStore
 from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.ledger import DiskLedger, Ledger, NoLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
+from mizzen.runtime.train.memory import check_fits, memory_limit, need_of
+from mizzen.runtime.train.methods.distill import Distill
 from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.notes import Ask, NoteStore, take_notes
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
@@ -32,6 +36,7 @@ from mizzen.runtime.train.stop import StopFlag, YieldRequested
 from mizzen.runtime.train.suites.build import build_exams
 from mizzen.runtime.train.suites.exam import Subject
 from mizzen.runtime.train.surroundings import Surroundings
+from mizzen.runtime.train.teacher import ServedTeacher
 from mizzen.runtime.train.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -67,6 +72,8 @@ class Training:
             heads=method.heads(),
             dtype=choose_dtype(config.hyperparameters.dtype, device),
         )
+        need = need_of(self._decoder.parameters(), self._adapted.trainable.parameters)
+        check_fits(need, memory_limit(device))
         self._data = data
         if not workers.is_leader:
             workers.begin()  # until then the leader may be taking notes
@@ -75,7 +82,7 @@ class Training:
                 data,
                 method,
                 NoteStore(directory, fingerprint=fingerprint),
-                ask=lambda: _asker(config, method, self._decoder, self._adapted),
+                ask=lambda: _asker(around, method, self._decoder, self._adapted),
                 at_once=config.hyperparameters.micro_batch,
             )
         self._examination = Examination(
@@ -87,6 +94,7 @@ class Training:
         self._store = CheckpointStore(
             directory,
             fingerprint=fingerprint,
+            base=mark_model(find_checkpoint(config.base_model)),
             generation=config.generation,
             keep=config.checkpoint.keep_last,
         )
@@ -187,14 +195,16 @@ class Training:
         return DiskLedger(self._store, history, self._board)
 
 
-def _asker(config: TrainConfig, method: Method, decoder: Decoder, adapted: Adapted) -> Ask:
+def _asker(around: Surroundings, method: Method, decoder: Decoder, adapted: Adapted) -> Ask:
     """Return what asks a teacher, or the base: a decoder is it until its state is restored."""
-    if method.asks == "teacher" and config.distill is not None:
-        device = decoder.place.device
-        dtype = choose_dtype(config.hyperparameters.dtype, device)
-        asked = load_decoder(config.distill.teacher, dtype=dtype, device=device)
-    else:
-        asked = decoder
+    asked, rules = decoder, around.config.distill
+    if isinstance(method, Distill) and rules is not None:
+        if rules.served is not None:
+            served = ServedTeacher(rules.served, around)
+            return lambda items, first: method.ask_served(served, items, first=first)
+        assert rules.teacher is not None, "there is one of the two"
+        dtype = choose_dtype(around.config.hyperparameters.dtype, around.device)
+        asked = load_decoder(rules.teacher, dtype=dtype, device=around.device)
 
     def ask(items: Sequence[Item], first: int) -> list[torch.Tensor]:
         with adapted.precision():
