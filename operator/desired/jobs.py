@@ -147,9 +147,11 @@ def _env(job: Job, worker: Worker) -> list[Json]:
         leader = f"{generation_name(job.name, worker.generation)}-0"
         env += worker_environment(job, rank=worker.rank, leader=leader)
     judge = job.spec.evaluation.judge if job.spec.evaluation else None
-    if judge is not None and judge.api_key_secret is not None:
-        key = {"name": judge.api_key_secret, "key": "api-key"}
-        env.append({"name": "MIZZEN_JUDGE_API_KEY", "valueFrom": {"secretKeyRef": key}})
+    asked = {"MIZZEN_JUDGE_API_KEY": judge, "MIZZEN_TEACHER_API_KEY": job.spec.distill}
+    for name, whom in asked.items():
+        if whom is not None and whom.api_key_secret is not None:
+            key = {"name": whom.api_key_secret, "key": "api-key"}
+            env.append({"name": name, "valueFrom": {"secretKeyRef": key}})
     return env
 
 

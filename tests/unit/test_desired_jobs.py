@@ -237,3 +237,18 @@ def test_feedback_is_read_from_its_deployments_folder_until_the_job_was_made() -
     assert str(dataset.feedback) == "/mnt/pvc/logs/said/chat"
     assert dataset.until == "2026-01-01T00:00:00Z"
     assert learner.claims == ("logs", "models")
+
+
+def test_a_trainer_is_told_which_deployment_teaches_and_given_the_key_for_it() -> None:
+    distill = {"deployment": "big", "apiKeySecret": "teachers", "onPolicy": True}
+    taught = replace(
+        job(method="distill", distill=distill),
+        teacher={"url": "http://gateway", "model": "org/big"},
+    )
+    told = TrainConfig.model_validate(build_train_config(taught, 1, 1)).distill
+    assert told is not None and told.served is not None and told.on_policy
+    assert (told.served.url, told.served.model) == ("http://gateway", "org/big")
+    pod = build_trainer_pod(taught, ALONE, image="runtime:1", pull_policy="Always")
+    (variable,) = pod["spec"]["containers"][0]["env"]
+    assert variable["name"] == "MIZZEN_TEACHER_API_KEY"
+    assert variable["valueFrom"] == {"secretKeyRef": {"name": "teachers", "key": "api-key"}}
