@@ -10,7 +10,10 @@ from mizzen.operator.desired import pods
 from mizzen.operator.desired.labels import (
     ADMIN_PORT,
     GENERATION,
+    HOSTNAME,
     JOB,
+    KUEUE_QUEUE,
+    PREEMPTIONS,
     RANK,
     RESTARTS,
     ROLE,
@@ -49,14 +52,26 @@ def build_config_map(job: Job, generation: int) -> Json:
 
 
 def build_trainer_pod(
-    job: Job, generation: int, *, crashes: int, image: str, pull_policy: str
+    job: Job,
+    generation: int,
+    *,
+    crashes: int,
+    preemptions: int = 0,
+    hostname: str = "",
+    image: str,
+    pull_policy: str,
 ) -> Json:
-    """Return the pod of rank 0 of one generation; `crashes` is what it has to remember."""
+    """Return the pod of rank 0 of one generation; `crashes` is what it has to remember.
+
+    `hostname` is the node whose devices it was given, empty where the scheduler chooses.
+    """
     name = generation_name(job.name, generation)
     metadata = _metadata(job, f"{name}-0", generation)
     metadata["labels"][RANK] = "0"
-    metadata["annotations"] = {RESTARTS: str(crashes)}
-    pod = {
+    metadata["annotations"] = {RESTARTS: str(crashes), PREEMPTIONS: str(preemptions)}
+    if job.spec.queue:
+        metadata["labels"][KUEUE_QUEUE] = job.spec.queue
+    pod: Json = {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": metadata,
@@ -80,7 +95,10 @@ def build_trainer_pod(
             ],
         },
     }
-    return pods.with_patch(pod, job.spec.pod_template_patch)
+    pod = pods.with_patch(pod, job.spec.pod_template_patch)
+    if hostname:
+        pod["spec"]["nodeSelector"] = {**pod["spec"].get("nodeSelector", {}), HOSTNAME: hostname}
+    return pod
 
 
 def _container(job: Job, image: str, pull_policy: str) -> Json:

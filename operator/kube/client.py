@@ -208,11 +208,20 @@ class Kube:
         query = {"fieldManager": OPERATOR}
         return await self._write("PATCH", object_path(ref), ref, body, MERGE, query)
 
-    async def let_schedule(self, pod: Json) -> Json:
-        """Take a pod's scheduling gates away."""
+    async def let_schedule(self, pod: Json, gate: str, *, hostname: str | None = None) -> Json:
+        """Take one of a pod's scheduling gates away; with `hostname`, bind it to that node first.
+
+        Raises:
+            Conflict: the pod changed since it was read, another gate of it perhaps.
+        """
         ref = Ref.of(pod)
-        body = {"metadata": {"uid": uid_of(pod)}, "spec": {"schedulingGates": None}}
+        gates = [g for g in pod["spec"].get("schedulingGates") or [] if g["name"] != gate]
+        spec: Json = {"schedulingGates": gates or None}
+        if hostname:
+            spec["nodeSelector"] = {"kubernetes.io/hostname": hostname}
+        metadata = {"uid": uid_of(pod), "resourceVersion": pod["metadata"]["resourceVersion"]}
         query = {"fieldManager": OPERATOR}
+        body = {"metadata": metadata, "spec": spec}
         return await self._write("PATCH", object_path(ref), ref, body, MERGE, query)
 
     async def delete(

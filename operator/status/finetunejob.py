@@ -11,8 +11,10 @@ from datetime import datetime
 
 from mizzen.operator.planning.generations import (
     AskToYield,
+    Fence,
     Finish,
     GiveUp,
+    Queue,
     Rest,
     Start,
     WaitUntil,
@@ -26,6 +28,8 @@ from mizzen.operator.status.conditions import (
 )
 from mizzen.operator.status.job_conditions import wanted_conditions
 from mizzen.operator.status.job_facts import AT_WORK, JobFacts, is_evaluation_failed
+
+_YIELD_FIELDS = ("lastYieldSeconds", "slowestYieldSeconds")
 
 
 def has_ended(status: Mapping[str, object]) -> bool:
@@ -51,6 +55,8 @@ def next_status(
         status["restarts"] = _crashes(facts)
     else:
         status.update({key: previous[key] for key in ("generation", "restarts") if key in previous})
+    if (lending := _lending_fields(previous, facts)) is not None:
+        status["lending"] = lending
     status.update(_progress_fields(previous, facts, phase))
     if facts.promotion is not None:
         status["promotion"] = {
@@ -67,6 +73,22 @@ def next_status(
     return status
 
 
+def _lending_fields(previous: Mapping[str, object], facts: JobFacts) -> Document | None:
+    """Return what the job got and gave back, or what is known of it after its end."""
+    known = previous.get("lending")
+    before = known if isinstance(known, dict) else {}
+    if facts.lending is None:
+        return before or None
+    fields: Document = {"preemptions": facts.lending.preemptions}
+    if facts.lending.nodes:
+        fields["nodes"] = list(facts.lending.nodes)
+    measures = {key: before[key] for key in _YIELD_FIELDS if key in before}
+    if (yield_s := facts.lending.yield_s) is not None:
+        slowest = max(yield_s, float(before.get("slowestYieldSeconds", 0.0)))
+        measures = {"lastYieldSeconds": yield_s, "slowestYieldSeconds": slowest}
+    return fields | measures
+
+
 def next_phase(facts: JobFacts, previous: str) -> str:
     """Return the one word for people; programs read the conditions.
 
@@ -81,9 +103,9 @@ def next_phase(facts: JobFacts, previous: str) -> str:
             return "Failed"
         case Rest():
             return "Suspended"
-        case AskToYield():
+        case AskToYield() | Fence():
             return "Yielding"
-        case Start() | WaitUntil():
+        case Start() | Queue() | WaitUntil():
             return "Pending"
         case Watch():
             return _running_phase(facts, previous)
