@@ -1,9 +1,11 @@
-"""A job killed twice against the same job left alone: two loss curves and their difference.
+"""A job killed over and over against the same job left alone: do the same weights come out?
 
-    python -m benchmarks.train_resume [--steps 30] [--kills 2] [--seed 0]
+    python -m benchmarks.train_resume [--steps 30] [--kills 200] [--seed 0]
 
-Both jobs are real `mizzen train` processes on a tiny random model and real dialogues; a kill is
-SIGKILL at a random step, between or inside commits as chance will have it.
+Both jobs are real `mizzen train` processes on a tiny random model and real dialogues. A kill is
+SIGKILL at a random moment of what the undisturbed run's steps take: while weights are read, in a
+step, in a commit. When the job is done it starts again from nothing, so that kills come at all
+steps; each finished run must have the undisturbed one's weights, and each kill a valid resume.
 """
 
 from __future__ import annotations
@@ -50,7 +52,11 @@ def write_job(root: Path, shared: Path, *, steps: int) -> Path:
 
 def start(job: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mizzen.cli", "train", "--config", str(job)]
-    environment = {**os.environ, "MIZZEN_TERMINATION_LOG": str(job.with_name("last-word"))}
+    environment = {
+        **os.environ,
+        "MIZZEN_TERMINATION_LOG": str(job.with_name("last-word")),
+        "MIZZEN_ADMIN_TOKEN_FILE": str(job.with_name("token")),
+    }
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
 
@@ -59,37 +65,45 @@ def curve(job: Path) -> list[StepRecord]:
     return read_history(path) if path.exists() else []
 
 
-def run_to_end(job: Path) -> None:
-    code = start(job).wait()
-    if code:
+def run_to_end(job: Path) -> float:
+    """Run a job without a kill; return its seconds."""
+    began_at = time.monotonic()
+    if code := start(job).wait():
         raise SystemExit(f"a run that nobody disturbed exits with {code}")
+    return time.monotonic() - began_at
 
 
-def kill_at(job: Path, step: int) -> tuple[int, int]:
-    """Kill a run once it has done `step`; return the steps done and those it will repeat."""
-    process = start(job)
-    while len(curve(job)) < step and process.poll() is None:
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
+def committed_step(job: Path) -> int:
+    """Return the step of the newest committed checkpoint, 0 without one."""
     committed = sorted((job.parent / "checkpoints").glob("step-*"))
-    resumes_at = int(committed[-1].name.removeprefix("step-")) if committed else 0
-    done = len(curve(job))
-    return done, done - resumes_at
+    return int(committed[-1].name.removeprefix("step-")) if committed else 0
 
 
-def print_curves(left: list[StepRecord], right: list[StepRecord]) -> None:
-    print(f"{'step':>5} {'undisturbed':>20} {'killed':>20} {'difference':>11}")
-    for a, b in zip(left, right, strict=True):
-        print(f"{a.step:>5} {a.loss:>20.16f} {b.loss:>20.16f} {abs(a.loss - b.loss):>11.3g}")
-    worst = max(abs(a.loss - b.loss) for a, b in zip(left, right, strict=True))
-    print(f"largest difference {worst:g} over {len(left)} steps")
+def kill_after(job: Path, seconds: float) -> bool:
+    """Kill a run at this moment; return whether it was done before."""
+    process = start(job)
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return False
+    if code:
+        raise SystemExit(f"a resumed run exits with {code}")
+    return True
+
+
+def outcome(job: Path) -> tuple[str, str]:
+    """Return what must not differ: the artifact's digest and the curve."""
+    word = json.loads(job.with_name("last-word").read_text())
+    curve_text = (job.parent / "checkpoints" / "metrics.jsonl").read_text()
+    return str(word["artifact"]["digest"]), curve_text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_resume")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     moments = random.Random(options.seed)
@@ -98,16 +112,19 @@ def main() -> None:
         write_tiny_model(shared / "model")
         write_chatterbot(shared / "chat.jsonl", limit=400)
         calm = write_job(shared / "calm", shared, steps=options.steps)
-        killed = write_job(shared / "killed", shared, steps=options.steps)
-        run_to_end(calm)
-        for step in sorted(moments.sample(range(1, options.steps), options.kills)):
-            done, repeated = kill_at(killed, step)
-            print(f"killed after step {done}; {repeated} steps are repeated")
-        run_to_end(killed)
-        print_curves(curve(calm), curve(killed))
-        words = [json.loads(job.with_name("last-word").read_text()) for job in (calm, killed)]
-        same = words[0]["artifact"]["digest"] == words[1]["artifact"]["digest"]
-        print(f"adapters are {'the same' if same else 'different'} bytes")
+        life_s = run_to_end(calm)
+        expected = outcome(calm)
+        kills, runs, same = 0, 0, 0
+        while kills < options.kills:
+            job = write_job(shared / f"killed-{runs}", shared, steps=options.steps)
+            while kills < options.kills and not kill_after(job, moments.uniform(0, life_s)):
+                kills += 1
+            run_to_end(job)
+            runs += 1
+            same += outcome(job) == expected
+            print(f"{kills} kills; {same} of {runs} runs end with the same bytes", flush=True)
+        if same != runs:
+            raise SystemExit("a killed job ended with other weights or another curve")
 
 
 if __name__ == "__main__":

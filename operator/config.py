@@ -30,6 +30,9 @@ class OperatorConfig(BaseSettings):
     admin_token_file: Path = Field(
         Path("/var/run/mizzen/admin/token"), description="That token, mounted in this pod."
     )
+    gateway_url: str = Field(
+        "", description="Gateway that trainers ask a judge through, such as http://mizzen-gateway."
+    )
     cluster_domain: str = Field("cluster.local", description="DNS domain of the cluster.")
 
     workers: int = Field(32, ge=1, description="Reconciles at the same time.")

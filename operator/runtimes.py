@@ -49,6 +49,9 @@ class Runtimes(Protocol):
     async def loading(self, pod_ip: str) -> Mapping[str, object] | None:
         """Return how far its model's files have come, None where none come or for no answer."""
 
+    async def model(self, pod_ip: str) -> Mapping[str, object] | None:
+        """Return what its model is made of and how much of it fits there, None for no answer."""
+
     async def complete(
         self, pod_ip: str, model: str, prompt: str, *, max_tokens: int
     ) -> str | None:
@@ -110,6 +113,10 @@ class HttpRuntimes:
         """Return how far its model's files have come, None where none come or for no answer."""
         document = ((await self._ask_admin("GET", pod_ip, "/loading")) or {}).get("loading")
         return document if isinstance(document, dict) else None
+
+    async def model(self, pod_ip: str) -> Mapping[str, object] | None:
+        """Return what its model is made of and how much of it fits there, None for no answer."""
+        return await self._ask_admin("GET", pod_ip, "/model")
 
     async def complete(
         self, pod_ip: str, model: str, prompt: str, *, max_tokens: int

@@ -147,6 +147,27 @@ class GatewayService(Values):
     )
 
 
+class GatewayBatches(Values):
+    """OpenAI's files and batches."""
+
+    volume: str = Field(
+        "",
+        description="PersistentVolumeClaim in the release's namespace to keep them in, "
+        "ReadWriteMany where the gateway has several pods; empty: they are off.",
+    )
+    parallel: int = Field(
+        8, ge=1, le=1000, description="Most requests of batches that one pod runs at one time."
+    )
+    max_file_mib: int = Field(100, ge=1, alias="maxFileMiB", description="Largest file in MiB.")
+    max_lines: int = Field(50000, ge=1, alias="maxLines", description="Most lines of a batch.")
+    keep_days: int = Field(
+        30,
+        ge=1,
+        alias="keepDays",
+        description="After this long files and ended batches are removed.",
+    )
+
+
 class Gateway(Pods):
     """The gateway: the one OpenAI-compatible address of every model."""
 
@@ -181,6 +202,9 @@ class Gateway(Pods):
     )
     max_waiting: int = Field(
         1000, ge=1, alias="maxWaiting", description="Most requests that wait in one pod."
+    )
+    batches: GatewayBatches = Field(
+        default_factory=GatewayBatches, description="OpenAI's files and batches."
     )
     lame_duck_seconds: int = Field(
         5,

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from hack.generate.openapi_batches import batch_paths
 from mizzen.runtime.config import ServeConfig
 from mizzen.runtime.gateway.app import PROXIED
 from mizzen.runtime.server.app import user_routes
@@ -28,6 +29,8 @@ def gateway_description() -> dict[str, Any]:
     service = Service(ServeConfig(model="any"), Metrics("any"))
     document = describe(user_routes(service))
     document["paths"] = {path: document["paths"][path] for path in PATHS}
+    keys = document["paths"]["/v1/models"]["get"]["security"]
+    document["paths"] |= batch_paths(security=keys)
     schemas = document["components"]["schemas"]
     used = set(_names(document["paths"], schemas))
     document["components"]["schemas"] = {

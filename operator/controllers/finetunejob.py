@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from mizzen.operator.controllers.job_inputs import find_base_model, missing_input
+from mizzen.operator.controllers.job_inputs import find_base_model, find_judge, missing_input
 from mizzen.operator.controllers.job_lending import (
     lending_of,
     preemptions_of,
@@ -15,12 +15,14 @@ from mizzen.operator.controllers.job_lending import (
 from mizzen.operator.crds.common import API_VERSION, Json
 from mizzen.operator.crds.llmdeployment import KIND as DEPLOYMENT_KIND
 from mizzen.operator.desired.jobs import (
+    Worker,
     artifact_uri,
     build_config_map,
     build_trainer_pod,
     generation_name,
 )
 from mizzen.operator.desired.train_config import Job
+from mizzen.operator.desired.workers import build_workers_policy, build_workers_service
 from mizzen.operator.engine.key import Key
 from mizzen.operator.engine.results import Done, Requeue, Result, Retryable
 from mizzen.operator.facts import Facts
@@ -30,13 +32,16 @@ from mizzen.operator.kube.errors import KubeError
 from mizzen.operator.kube.events import Event
 from mizzen.operator.planning.generations import (
     AskToYield,
+    Dismiss,
     Fence,
     Finish,
     Generation,
     GiveUp,
     Outcome,
     Queue,
+    Range,
     Rest,
+    Shrink,
     Start,
     Step,
     WaitUntil,
@@ -56,8 +61,12 @@ from mizzen.operator.status.reasons import Reason
 from mizzen.operator.status.trainer_pods import (
     generation_of,
     last_progress,
+    leader_of,
     newest_generation,
-    newest_pod,
+    newest_pods,
+    outcome_of,
+    size_of,
+    telling_pod,
     termination_of,
 )
 
@@ -103,8 +112,8 @@ class Observed:
 
     @property
     def pod(self) -> Json | None:
-        """The newest generation's pod."""
-        return newest_pod(self.pods)
+        """The newest generation's pod that speaks for all."""
+        return leader_of(self.pods)
 
 
 async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Result:
@@ -141,7 +150,11 @@ async def observe(key: Key, resource: Json, kube: Kube, facts: Facts) -> Observe
     base = find_base_model(spec, key.namespace, facts.store)
     if isinstance(base, Problem):
         return Observed(resource, None, pods, newest, base)
-    job = Job(key.namespace, key.name, uid_of(resource), spec, base)
+    url = facts.config.gateway_url
+    judge = find_judge(spec, key.namespace, facts.store, gateway_url=url)
+    if isinstance(judge, Problem):
+        return Observed(resource, None, pods, newest, judge)
+    job = Job(key.namespace, key.name, uid_of(resource), spec, base, judge)
     problem = None if pods else await missing_input(job, kube)
     return Observed(resource, job, pods, newest, problem)
 
@@ -157,10 +170,11 @@ def decide(observed: Observed, facts: Facts, now: datetime) -> Step | None:
         is_suspended=job.spec.suspend,
         backoff_limit=job.spec.failure.backoff_limit,
         now=now,
+        workers=Range(job.spec.workers.min, job.spec.workers.max),
     )
     request = request_of(observed.resource, job)
     wait = None
-    if not isinstance(step, Start):
+    if not isinstance(step, Start) or isinstance(step, Shrink):
         facts.ledger.withdraw(observed.key)
     elif request is not None:
         wait = facts.ledger.ask(observed.key, request)
@@ -179,30 +193,58 @@ async def apply(step: Step | None, observed: Observed, kube: Kube, facts: Facts)
     if job is None:
         return
     match step:
-        case Start(number, crashes):
-            await facts.namespaces.prepare(job.namespace, kube)
-            await kube.create(build_config_map(job, number))
-            hostnames = facts.ledger.admitted.get(observed.key, ())
-            await kube.create(
-                build_trainer_pod(
-                    job, number, crashes=crashes,
-                    preemptions=preemptions_of(observed.resource),
-                    hostname=hostnames[0] if hostnames else "",
-                    image=facts.config.runtime_image,
-                    pull_policy=facts.config.image_pull_policy,
-                )
-            )  # fmt: skip
-            facts.ledger.start(observed.key, hostnames)
+        case Shrink(number):
+            await _start(step, observed, kube, facts)
+            await _forget_generations(observed, kube, before=number)
+        case Start(number):
+            await _start(step, observed, kube, facts)
             await _forget_generations(observed, kube, before=number - 1)
+        case Dismiss():
+            for pod in newest_pods(observed.pods):
+                if outcome_of(pod) in (Outcome.PENDING, Outcome.RUNNING):
+                    await _dismiss(pod, kube)
         case AskToYield():
             await _yield(observed, kube, facts)
         case Fence():
-            if (pod := observed.pod) is not None:
+            for pod in newest_pods(observed.pods):
                 await kube.delete(pod, grace_s=0, check_version=False)
             facts.ledger.nudged.set()
 
 
+async def _start(step: Start, observed: Observed, kube: Kube, facts: Facts) -> None:
+    job, number = observed.job, step.number
+    assert job is not None
+    # What an operator that died in between has made already says how many there shall be.
+    made = [pod for pod in observed.pods if generation_of(pod) == number]
+    workers = size_of(made[0]) if made else step.workers
+    await facts.namespaces.prepare(job.namespace, kube)
+    if workers > 1:
+        await kube.apply(build_workers_policy(job))
+        await kube.apply(build_workers_service(job))
+    await kube.create(build_config_map(job, number, workers=workers))
+    hostnames = facts.ledger.admitted.get(observed.key, ())
+    for rank in range(workers):
+        worker = Worker(
+            generation=number,
+            workers=workers,
+            rank=rank,
+            crashes=step.crashes,
+            preemptions=preemptions_of(observed.resource),
+            hostname=hostnames[rank] if rank < len(hostnames) else "",
+        )
+        await kube.create(
+            build_trainer_pod(
+                job,
+                worker,
+                image=facts.config.runtime_image,
+                pull_policy=facts.config.image_pull_policy,
+            )
+        )
+    facts.ledger.start(observed.key, hostnames)
+
+
 async def _yield(observed: Observed, kube: Kube, facts: Facts) -> None:
+    """Ask the leader, which tells the others."""
     pod = observed.pod
     if pod is None or "deletionTimestamp" in pod["metadata"]:
         return
@@ -217,6 +259,10 @@ async def _yield(observed: Observed, kube: Kube, facts: Facts) -> None:
         # its liveness probe would end it.
         return
     # Not running yet, or deaf: SIGTERM means the same to a trainer.
+    await _dismiss(pod, kube)
+
+
+async def _dismiss(pod: Json, kube: Kube) -> None:
     live = await kube.get(Ref.of(pod))
     if live is not None and uid_of(live) == uid_of(pod):
         await kube.delete(live, check_version=False)
@@ -228,7 +274,7 @@ async def _forget_generations(observed: Observed, kube: Kube, *, before: int) ->
     for pod in observed.pods:
         if (number := generation_of(pod)) < before:
             name = generation_name(observed.job.name, number)
-            await kube.delete(pod, check_version=False)
+            await _dismiss(pod, kube)
             ref = Ref("v1", "ConfigMap", observed.job.namespace, name)
             if (config_map := await kube.get(ref)) is not None:
                 await kube.delete(config_map, check_version=False)
@@ -353,12 +399,15 @@ def _pod_problem(step: Step | None, observed: Observed) -> Problem | None:
         return None
     if isinstance(step, Finish) and last_progress(pod) is None:
         return Problem(Reason.TRAINER_CRASHED, _NO_RESULT, is_final=True)
-    if isinstance(step, GiveUp):
+    if isinstance(step, GiveUp) and observed.newest is not None:
+        pod = telling_pod(observed.pods, observed.newest.outcome) or pod
         last = terminated_cause(termination_of(pod), instance=observed.resource["metadata"]["name"])
         return Problem(last.reason, last.message, is_final=True)
     has_begun = observed.newest is not None and observed.newest.outcome is not Outcome.PENDING
-    if isinstance(step, Watch) and not has_begun and (cause := pod_cause(pod)):
-        return Problem(cause.reason, cause.message)
+    if isinstance(step, Watch) and not has_begun:
+        causes = map(pod_cause, newest_pods(observed.pods))
+        if cause := next(filter(None, causes), None):
+            return Problem(cause.reason, cause.message)
     return None
 
 
@@ -371,7 +420,7 @@ def _next_look(step: Step | None, observed: Observed, now: datetime) -> Result:
     match step:
         case None:
             return Requeue(_MISSING_INPUT_S)
-        case Watch() | AskToYield() | Start() | Queue() | Fence():
+        case Watch() | AskToYield() | Start() | Queue() | Fence() | Dismiss():
             return Requeue(_POLL_S)
         case WaitUntil(at):
             return Requeue(max(1.0, (at - now).total_seconds()))

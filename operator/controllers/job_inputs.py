@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mizzen.operator.crds.common import API_VERSION
+from mizzen.operator.crds.common import API_VERSION, Json
 from mizzen.operator.crds.finetunejob import FineTuneJobSpec
 from mizzen.operator.crds.llmdeployment import KIND as DEPLOYMENT_KIND
 from mizzen.operator.desired.sources import locate_model
@@ -34,6 +34,30 @@ def find_base_model(spec: FineTuneJobSpec, namespace: str, store: Store) -> str 
             "lies on a claim. Copy the model to one and give spec.baseModel.source.",
         )
     return source
+
+
+def find_judge(
+    spec: FineTuneJobSpec, namespace: str, store: Store, *, gateway_url: str
+) -> Json | Problem | None:
+    """Return where the judge of the job's suites is and its name there, None without a judge."""
+    judge = spec.evaluation.judge if spec.evaluation else None
+    if judge is None:
+        return None
+    deployment = store.get(Ref(API_VERSION, DEPLOYMENT_KIND, namespace, judge.deployment))
+    if deployment is None:
+        return Problem(
+            Reason.JUDGE_NOT_FOUND,
+            f"evaluation.judge names {judge.deployment}, but this namespace has no LLMDeployment "
+            "of that name. Create it or correct the name.",
+        )
+    if not gateway_url:
+        return Problem(
+            Reason.JUDGE_NOT_FOUND,
+            "A judge is asked through the gateway, and the operator knows of none. Set "
+            "MIZZEN_GATEWAY_URL on the operator.",
+        )
+    model = deployment["spec"]["model"].get("servedName") or judge.deployment
+    return {"url": gateway_url, "model": model}
 
 
 async def missing_input(job: Job, kube: Kube) -> Problem | None:

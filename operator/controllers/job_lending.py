@@ -32,7 +32,7 @@ def request_of(resource: Json, job: Job) -> Request | None:
         job=QueuedJob(
             job=f"{job.namespace}/{job.name}",
             namespace=job.namespace,
-            gang=Gang(pods=1, devices=accelerator.count or 1),
+            gang=Gang(pods=spec.workers.max, devices=accelerator.count or 1),
             since=_waits_since(resource),
             is_spare=spec.spare_capacity.enabled,
             priority=spec.priority,

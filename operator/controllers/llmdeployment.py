@@ -10,6 +10,7 @@ from mizzen.operator.controllers.capacity_observe import gates_of
 from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen, bring_adapters
 from mizzen.operator.controllers.llmdeployment_apply import apply, set_gate
 from mizzen.operator.controllers.llmdeployment_canary import look_at_canary
+from mizzen.operator.controllers.llmdeployment_fit import ask_fit
 from mizzen.operator.controllers.llmdeployment_loading import LoadingSeen, ask_loading
 from mizzen.operator.controllers.llmdeployment_observe import (
     Observed,
@@ -57,7 +58,7 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
     try:
         serving = read_serving(resource, facts)
     except SpecRefusedError as error:
-        await report_refusal(resource, str(error), kube, now=now)
+        await report_refusal(resource, error, kube, now=now)
         return Terminal(error)
     observed = await observe(key, resource, serving, kube=kube, facts=facts, now=now)
     canary = await look_at_canary(observed, facts)
@@ -76,6 +77,7 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
     groups = read_groups(facts.store.children(key, "Pod"), owner_uid=observed.serving.uid, now=now)
     adapters = await _bring_adapters(groups, observed, facts)
     loading = await ask_loading(groups, observed, facts, now=now)
+    fit = await ask_fit(groups, observed, facts)
     placed = await _let_place(groups_to_place(groups, plan), kube=kube)
     failure = placed or failure
     # Also after a failure: that one pod could not be made is no reason to keep another waiting.
@@ -86,7 +88,7 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
     # A failure is told too: status is where people look when nothing moves.
     try:
         seen = what_is_seen(
-            observed, course, latest, adapters, loading, facts=facts, failure=failure
+            observed, course, latest, adapters, loading, facts=facts, plan=fit, failure=failure
         )
         await report(observed, seen, kube=kube, now=now)
     except KubeError as error:

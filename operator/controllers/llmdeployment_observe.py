@@ -20,15 +20,21 @@ from mizzen.operator.facts import Facts
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.documents import uid_of
 from mizzen.operator.planning.capacity import too_many_devices
+from mizzen.operator.planning.fit import DoesNotFitError
 from mizzen.operator.planning.rollout import Standing
 from mizzen.operator.routing import PROMOTES_TO, ref_of
 from mizzen.operator.specs import InvalidSpecError
 from mizzen.operator.status.causes import Cause
+from mizzen.operator.status.fit import PLAN, refuse_misfit
 from mizzen.operator.status.reasons import Reason
 
 
 class SpecRefusedError(Exception):
     """The spec cannot be followed; its text says which field to change."""
+
+    def __init__(self, message: str, reason: Reason = Reason.INVALID_SPEC) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 # Of these kinds a deployment has children that it may come not to want any more.
@@ -100,7 +106,7 @@ def read_serving(resource: Json, facts: Facts) -> Serving:
     jobs = facts.store.lookup(
         finetunejob.KIND, PROMOTES_TO, metadata["namespace"], metadata["name"]
     )
-    return Serving(
+    serving = Serving(
         name=metadata["name"],
         namespace=metadata["namespace"],
         uid=uid_of(resource),
@@ -112,6 +118,12 @@ def read_serving(resource: Json, facts: Facts) -> Serving:
         is_let_in=spec.accelerator.resource in facts.ledger.shared,
         adapters=wanted_adapters(spec.adapters, promoted_artifacts(jobs)),
     )
+    try:
+        known = (resource.get("status") or {}).get(PLAN)
+        refuse_misfit(known, spec, revision=revision_of(serving))
+    except DoesNotFitError as error:
+        raise SpecRefusedError(str(error), Reason.DOES_NOT_FIT) from error
+    return serving
 
 
 async def observe(

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen
 from mizzen.operator.controllers.llmdeployment_loading import LoadingSeen
-from mizzen.operator.controllers.llmdeployment_observe import Observed
+from mizzen.operator.controllers.llmdeployment_observe import Observed, SpecRefusedError
 from mizzen.operator.controllers.llmdeployment_replicas import Group
 from mizzen.operator.controllers.llmdeployment_rollout import Course
 from mizzen.operator.crds.common import Json
@@ -64,12 +64,14 @@ async def report(
     await _write(observed.resource, status, kube, now)
 
 
-async def report_refusal(resource: Json, why: str, kube: Kube, *, now: datetime) -> None:
+async def report_refusal(
+    resource: Json, why: SpecRefusedError, kube: Kube, *, now: datetime
+) -> None:
     """Say that the spec cannot be followed; whatever runs is left as it is."""
     previous = {k: v for k, v in (resource.get("status") or {}).items() if k != SCALING}
     generation = int(resource["metadata"]["generation"])
     conditions = [
-        Condition(type_, status, Reason.INVALID_SPEC, why)
+        Condition(type_, status, why.reason, str(why))
         for type_, status in (
             (ConditionType.READY, False),
             (ConditionType.ACCEPTED, False),
@@ -94,6 +96,7 @@ def what_is_seen(
     loading: LoadingSeen,
     *,
     facts: Facts,
+    plan: Document | None = None,
     failure: KubeError | None = None,
 ) -> Seen:
     """Return what the status is made of."""
@@ -103,6 +106,7 @@ def what_is_seen(
         revision=course.target,
         rollout=course.rollout,
         note=course.note,
+        plan=plan,
         desired=observed.desired,
         max_unavailable=spec.rollout.max_unavailable,
         scaling=scaling_seen(observed.status) if spec.scaling else None,

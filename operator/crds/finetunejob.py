@@ -172,6 +172,17 @@ class Checkpointing(ApiModel):
     keep_last: Annotated[int, Field(ge=1, le=100, description="Checkpoints kept.")] = 2
 
 
+class Workers(ApiModel):
+    """How many pods train together, each on its share of a step's sequences."""
+
+    rules = (cel("self.min <= self.max", "workers.min must not be above workers.max."),)
+
+    min: Annotated[
+        int, Field(ge=1, le=64, description="Fewest to train with where there is no room for max.")
+    ] = 1
+    max: Annotated[int, Field(ge=1, le=64, description="How many to train with.")] = 1
+
+
 class JobResources(ApiModel):
     """What the trainer pod asks for."""
 
@@ -252,7 +263,7 @@ class Promotion(ApiModel):
     ] = "HotLoadAdapter"
 
 
-_CANNOT_CHANGE = "cannot change (only suspend, spareCapacity and priority can)."
+_CANNOT_CHANGE = "cannot change (only suspend, workers, spareCapacity, priority can)."
 
 
 def _unchanged(*fields: str) -> tuple[dict[str, str], ...]:
@@ -298,6 +309,10 @@ class FineTuneJobSpec(ApiModel):
             "promotion.strategy HotLoadAdapter needs adaptation.type lora.",
         ),
         cel(
+            "self.workers.max == 1 || self.method in ['sft', 'dpo', 'reward', 'distill']",
+            "workers.max above 1 needs method sft, dpo, reward or distill.",
+        ),
+        cel(
             "has(self.output) || has(self.baseModel.deployment) || "
             "self.baseModel.source.startsWith('pvc://')",
             "Set output.uri, since the base model is on no claim the result could lie on.",
@@ -341,6 +356,7 @@ class FineTuneJobSpec(ApiModel):
     checkpoint: Annotated[Checkpointing, Field(description="When progress is saved.")] = (
         Checkpointing()
     )
+    workers: Annotated[Workers, Field(description="How many pods train together.")] = Workers()
     resources: Annotated[JobResources, Field(description="What the trainer pod asks for.")] = (
         JobResources()
     )
@@ -382,7 +398,7 @@ class FineTuneJobSpec(ApiModel):
 class FineTuneJob(ApiModel):
     """One training run: data and base model in, an evaluated and published result out.
 
-    Its spec cannot change once it exists, but for suspend, spareCapacity and priority.
+    Its spec cannot change once it exists, but for suspend, workers, spareCapacity and priority.
     """
 
     rules: ClassVar[tuple[dict[str, str], ...]] = (

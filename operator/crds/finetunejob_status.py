@@ -62,6 +62,7 @@ class SuiteResult(ApiModel):
     regression_ratio: Annotated[
         float | None, Field(description="How much worse the result is; negative is better.")
     ] = None
+    samples: Annotated[int | None, Field(description="Held-out examples asked.")] = None
     passed: Annotated[bool, Field(description="Whether the result may be promoted.")]
 
 
@@ -120,6 +121,7 @@ class FineTuneJobStatus(ApiModel):
     generation: Annotated[
         int | None, Field(description="Number of the current run of the trainer pods.")
     ] = None
+    workers: Annotated[int | None, Field(description="Pods that train in this run.")] = None
     restarts: Annotated[
         int | None, Field(description="Runs that ended in a crash and were started again.")
     ] = None

@@ -13,6 +13,7 @@ from mizzen.operator.crds.common import (
     PodTemplatePatch,
     cel,
 )
+from mizzen.operator.crds.front import Guardrail, PromptTemplate
 from mizzen.operator.crds.rollout import Rollout, RolloutStatus
 from mizzen.operator.crds.scaling import Scaling, ScalingStatus
 from mizzen.operator.crds.served_model import Model
@@ -20,7 +21,7 @@ from mizzen.operator.crds.served_model import Model
 KIND = "LLMDeployment"
 PLURAL = "llmdeployments"
 # Changes of these fields leave the pods as they are; all others make a new revision.
-NOT_IN_REVISION = ("replicas", "scaling", "adapters", "rollout")
+NOT_IN_REVISION = ("replicas", "scaling", "adapters", "rollout", "prompts", "guardrails")
 
 
 class Parallelism(ApiModel):
@@ -183,6 +184,28 @@ class LLMDeploymentSpec(ApiModel):
     rollout: Annotated[Rollout, Field(description="How replicas are replaced on a change.")] = (
         Rollout()
     )
+    prompts: Annotated[
+        list[PromptTemplate] | None,
+        Field(
+            max_length=64,
+            description="Templates for chats, applied by the gateway.",
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["id"],
+            },
+        ),
+    ] = None
+    guardrails: Annotated[
+        list[Guardrail] | None,
+        Field(
+            max_length=16,
+            description="Checks by the gateway, in this order.",
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["name"],
+            },
+        ),
+    ] = None
     pod_template_patch: Annotated[
         PodTemplatePatch | None, Field(description="Additions to the pods Mizzen makes.")
     ] = None
@@ -266,6 +289,33 @@ class AdapterStatus(ApiModel):
     ] = None
 
 
+class FitStatus(ApiModel):
+    """How the model lies on its devices, as its newest replica says."""
+
+    revision: Annotated[str, Field(max_length=63, description="Revision of that replica.")]
+    source: Annotated[str, Field(max_length=2048, description="The model.source it had.")]
+    placement: Annotated[
+        str, Field(max_length=63, description="Hash of what decides where pods are placed.")
+    ]
+    model: Annotated[
+        dict[str, int], Field(max_length=16, description="Its layers, widths, heads and so on.")
+    ]
+    dtype: Annotated[str, Field(max_length=32, description="Number format of the weights.")]
+    tensor: Annotated[int, Field(description="Ranks of a replica.")]
+    device_bytes: Annotated[
+        int | None, Field(description="Memory of a device; not there on the CPU.")
+    ] = None
+    weight_bytes: Annotated[int, Field(description="Memory of the weights, over all ranks.")]
+    kv_bytes_per_token: Annotated[
+        int, Field(description="Memory of a token's keys and values, over all ranks.")
+    ]
+    kv_tokens: Annotated[int, Field(description="Tokens that a replica's KV cache holds.")]
+    max_model_len: Annotated[int, Field(description="Longest prompt plus answer.")]
+    max_concurrency: Annotated[
+        int, Field(description="Requests of 2048 tokens, or maxModelLen, that fit at once.")
+    ]
+
+
 class LLMDeploymentStatus(ApiModel):
     """What the operator observed."""
 
@@ -296,6 +346,10 @@ class LLMDeploymentStatus(ApiModel):
         str | None, Field(max_length=512, description="OpenAI-compatible address in the cluster.")
     ] = None
     gpus: Annotated[int | None, Field(description="Devices held by the existing pods.")] = None
+    plan: Annotated[
+        FitStatus | None,
+        Field(description="What the model takes and what fits, once a replica has served."),
+    ] = None
     pods: Annotated[
         list[PodStatus] | None,
         Field(

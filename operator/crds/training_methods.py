@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mizzen.operator.crds.common import ApiModel, DnsLabel, ModelSource, cel
+from mizzen.operator.crds.common import ApiModel, DnsLabel, KeyRef, ModelSource, cel
 
 Method = Annotated[
     Literal["sft", "dpo", "reward", "distill", "merge", "quantize", "prune", "grpo", "ppo"],
@@ -199,12 +199,26 @@ class EvaluationSuite(ApiModel):
 
     name: Annotated[DnsLabel, Field(description="Name of the suite in status.")]
     type: Annotated[
-        Literal["perplexity", "preferenceLoss", "reward"],
+        Literal[
+            "perplexity", "preferenceLoss", "reward", "classification", "exactMatch", "winRate"
+        ],
         Field(
-            description="What is measured on the held-out examples, result against base model: "
-            "perplexity, for dpo and reward preferenceLoss, for grpo and ppo reward."
+            description="What is measured on the held-out examples: the method's own measure "
+            "(perplexity, preferenceLoss or reward), or how well questions are answered."
         ),
     ] = "perplexity"
+    labels: Annotated[
+        list[str] | None,
+        Field(
+            min_length=2,
+            max_length=32,
+            description="Answers to tell apart (classification); by default those there are.",
+        ),
+    ] = None
+    max_new_tokens: Annotated[
+        int,
+        Field(ge=1, le=4096, description="Longest answer in tokens (exactMatch, winRate)."),
+    ] = 64
     max_regression_ratio: Annotated[
         float,
         Field(
@@ -216,9 +230,23 @@ class EvaluationSuite(ApiModel):
     ] = 0.0
 
 
+class Judge(ApiModel):
+    """Who compares answers for winRate."""
+
+    deployment: Annotated[
+        DnsLabel, Field(description="An LLMDeployment of this namespace, asked by the gateway.")
+    ]
+    api_key: Annotated[KeyRef | None, Field(description="Secret with a gateway's API key.")] = None
+
+
 class Evaluation(ApiModel):
     """The gate between training and publication."""
 
+    on_fail: Annotated[
+        Literal["Block", "Warn"],
+        Field(description="Block publishes nothing that fails a suite; Warn only says so."),
+    ] = "Block"
+    judge: Annotated[Judge | None, Field(description="Compares answers for winRate.")] = None
     suites: Annotated[
         list[EvaluationSuite],
         Field(
@@ -244,11 +272,17 @@ def method_rules() -> tuple[dict[str, str], ...]:
             for name in _NEED_SECTION
         ),
         cel(
-            "!has(self.evaluation) || self.evaluation.suites.all(s, s.type == "
+            "!has(self.evaluation) || self.evaluation.suites.all(s, s.type in "
+            "['classification', 'exactMatch', 'winRate'] ? self.method != 'reward' : s.type == "
             "(self.method in ['dpo', 'reward'] ? 'preferenceLoss' : "
             "self.method in ['grpo', 'ppo'] ? 'reward' : 'perplexity'))",
-            "evaluation.suites need type preferenceLoss for methods dpo and reward, reward for "
-            "grpo and ppo, and perplexity for the others.",
+            "evaluation.suites measure preferenceLoss for methods dpo and reward, reward for "
+            "grpo and ppo, and perplexity for the others; and answers for all but reward.",
+        ),
+        cel(
+            "!has(self.evaluation) || has(self.evaluation.judge) || "
+            "!self.evaluation.suites.exists(s, s.type == 'winRate')",
+            "A suite of type winRate needs evaluation.judge.",
         ),
         cel(
             "!has(self.promotion) || self.promotion.strategy == 'None' || "

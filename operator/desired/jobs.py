@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 from mizzen.operator.crds.common import Json
 from mizzen.operator.crds.finetunejob import KIND
@@ -10,11 +11,15 @@ from mizzen.operator.desired import pods
 from mizzen.operator.desired.labels import (
     ADMIN_PORT,
     GENERATION,
+    GROUP_SIZE,
     HOSTNAME,
     JOB,
+    KUEUE_GROUP,
+    KUEUE_GROUP_COUNT,
     KUEUE_QUEUE,
     PREEMPTIONS,
     RANK,
+    RANKS_PORT,
     RESTARTS,
     ROLE,
     ROLE_TRAINER,
@@ -23,6 +28,7 @@ from mizzen.operator.desired.labels import (
 )
 from mizzen.operator.desired.sources import CLAIM_ROOT, claim_mount, claim_volume
 from mizzen.operator.desired.train_config import CONFIG_MAP_ROOT, Job, build_train_config
+from mizzen.operator.desired.workers import worker_environment, workers_name
 
 CONTAINER = "trainer"
 JOB_FILE_FOLDER = "/etc/mizzen/job"
@@ -40,37 +46,42 @@ def artifact_uri(path: str) -> str:
     return f"pvc://{path.removeprefix(f'{CLAIM_ROOT}/')}"
 
 
-def build_config_map(job: Job, generation: int) -> Json:
+def build_config_map(job: Job, generation: int, *, workers: int) -> Json:
     """Return the ConfigMap with one generation's job.json; it never changes."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": _metadata(job, generation_name(job.name, generation), generation),
         "immutable": True,
-        "data": {"job.json": json.dumps(build_train_config(job, generation), indent=1)},
+        "data": {"job.json": json.dumps(build_train_config(job, generation, workers), indent=1)},
     }
 
 
-def build_trainer_pod(
-    job: Job,
-    generation: int,
-    *,
-    crashes: int,
-    preemptions: int = 0,
-    hostname: str = "",
-    image: str,
-    pull_policy: str,
-) -> Json:
-    """Return the pod of rank 0 of one generation; `crashes` is what it has to remember.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One pod of a generation; `crashes` and `preemptions` are what it has to remember."""
 
-    `hostname` is the node whose devices it was given, empty where the scheduler chooses.
-    """
-    name = generation_name(job.name, generation)
-    metadata = _metadata(job, f"{name}-0", generation)
-    metadata["labels"][RANK] = "0"
-    metadata["annotations"] = {RESTARTS: str(crashes), PREEMPTIONS: str(preemptions)}
+    generation: int
+    workers: int
+    rank: int = 0
+    crashes: int = 0
+    preemptions: int = 0
+    hostname: str = ""  # the node whose devices it was given; empty: the scheduler chooses
+
+
+def build_trainer_pod(job: Job, worker: Worker, *, image: str, pull_policy: str) -> Json:
+    """Return the pod of one worker."""
+    name = generation_name(job.name, worker.generation)
+    metadata = _metadata(job, f"{name}-{worker.rank}", worker.generation)
+    metadata["labels"][RANK] = str(worker.rank)
+    metadata["annotations"] = {
+        RESTARTS: str(worker.crashes),
+        PREEMPTIONS: str(worker.preemptions),
+        GROUP_SIZE: str(worker.workers),
+    }
     if job.spec.queue:
-        metadata["labels"][KUEUE_QUEUE] = job.spec.queue
+        metadata["labels"] |= _kueue_labels(job, worker)
+        metadata["annotations"] |= {KUEUE_GROUP_COUNT: str(worker.workers)}
     pod: Json = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -82,7 +93,7 @@ def build_trainer_pod(
             "enableServiceLinks": False,
             "terminationGracePeriodSeconds": _GRACE_S,
             "securityContext": pods.pod_security(),
-            "containers": [_container(job, image, pull_policy)],
+            "containers": [_container(job, worker, image, pull_policy)],
             "volumes": [
                 {"name": "job", "configMap": {"name": name}},
                 *pods.scratch_volumes(),
@@ -95,13 +106,17 @@ def build_trainer_pod(
             ],
         },
     }
+    if worker.workers > 1:
+        # By these the leader has a name before it is ready.
+        pod["spec"] |= {"hostname": metadata["name"], "subdomain": workers_name(job)}
     pod = pods.with_patch(pod, job.spec.pod_template_patch)
-    if hostname:
-        pod["spec"]["nodeSelector"] = {**pod["spec"].get("nodeSelector", {}), HOSTNAME: hostname}
+    if worker.hostname:
+        selector = pod["spec"].get("nodeSelector", {})
+        pod["spec"]["nodeSelector"] = {**selector, HOSTNAME: worker.hostname}
     return pod
 
 
-def _container(job: Job, image: str, pull_policy: str) -> Json:
+def _container(job: Job, worker: Worker, image: str, pull_policy: str) -> Json:
     accelerator = job.spec.resources.accelerator
     resources: Json = {"requests": dict(pods.DEFAULT_REQUESTS)}
     if accelerator.is_gpu:
@@ -112,7 +127,8 @@ def _container(job: Job, image: str, pull_policy: str) -> Json:
         "imagePullPolicy": pull_policy,
         "command": ["mizzen"],
         "args": ["train", "--config", f"{JOB_FILE_FOLDER}/job.json"],
-        "ports": [{"name": "admin", "containerPort": ADMIN_PORT}],
+        "env": _env(job, worker),
+        "ports": _ports(worker),
         "livenessProbe": {
             "httpGet": {"path": "/healthz", "port": "admin"},
             "initialDelaySeconds": 60,
@@ -134,6 +150,31 @@ def _container(job: Job, image: str, pull_policy: str) -> Json:
             ),
         ],
     }  # fmt: skip
+
+
+def _kueue_labels(job: Job, worker: Worker) -> dict[str, str]:
+    """Return what has Kueue admit the pods of a generation together."""
+    name = generation_name(job.name, worker.generation)
+    return {KUEUE_QUEUE: str(job.spec.queue), KUEUE_GROUP: name}
+
+
+def _ports(worker: Worker) -> list[Json]:
+    ports: list[Json] = [{"name": "admin", "containerPort": ADMIN_PORT}]
+    if worker.workers > 1:
+        ports.append({"name": "ranks", "containerPort": RANKS_PORT})
+    return ports
+
+
+def _env(job: Job, worker: Worker) -> list[Json]:
+    env: list[Json] = []
+    if worker.workers > 1:
+        leader = f"{generation_name(job.name, worker.generation)}-0"
+        env += worker_environment(job, rank=worker.rank, leader=leader)
+    judge = job.spec.evaluation.judge if job.spec.evaluation else None
+    if judge is not None and judge.api_key is not None:
+        key = judge.api_key.to_api()
+        env.append({"name": "MIZZEN_JUDGE_API_KEY", "valueFrom": {"secretKeyRef": key}})
+    return env
 
 
 def _metadata(job: Job, name: str, generation: int) -> Json:

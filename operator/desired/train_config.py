@@ -32,6 +32,7 @@ class Job:
     uid: str
     spec: FineTuneJobSpec
     base_source: str
+    judge: Json | None = None  # where the judge of winRate is, as the trainer is told
 
     @property
     def output_uri(self) -> str:
@@ -74,7 +75,7 @@ def config_map_of(dataset: Dataset) -> tuple[str, str]:
     return name, key
 
 
-def build_train_config(job: Job, generation: int) -> Json:
+def build_train_config(job: Job, generation: int, workers: int) -> Json:
     """Return job.json as the trainer's settings model reads it."""
     spec = job.spec
     targets = spec.adaptation.targets
@@ -108,20 +109,20 @@ def build_train_config(job: Job, generation: int) -> Json:
             "directory": locate(job.output_uri).path,
             "kind": job.result,
         },
-        "evaluation": {
-            "suites": [
-                {
-                    "name": suite.name,
-                    "type": suite.type,
-                    "max_regression_ratio": suite.max_regression_ratio,
-                }
-                for suite in (spec.evaluation.suites if spec.evaluation else [])
-            ]
-        },
-        "world_size": 1,
+        "evaluation": _evaluation(job),
+        "workers": workers,
         "generation": generation,
         "admin_port": ADMIN_PORT,
     }
+
+
+def _evaluation(job: Job) -> Json:
+    evaluation = job.spec.evaluation
+    if evaluation is None:
+        return {}
+    suites = [suite.model_dump(exclude_none=True) for suite in evaluation.suites]
+    judge = {"judge": job.judge} if job.judge else {}
+    return {"on_fail": evaluation.on_fail, "suites": suites, **judge}
 
 
 def method_options(spec: FineTuneJobSpec) -> Json:

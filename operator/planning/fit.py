@@ -7,9 +7,9 @@ much of a device the KV cache gets is the runtime's rule (runtime/engine/startup
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mizzen.operator.planning.model_shape import ModelShape
+from mizzen.operator.planning.model_shape import DTYPE_BYTES, ModelShape
 
 GIB = 1 << 30
 # What `nvidia-smi` and `rocm-smi` show as total, in GiB.
@@ -49,6 +49,7 @@ class Wish:
     request_tokens: int  # of a usual request, prompt plus answer
     tensor: int | None = None  # ranks; chosen when None
     max_tensor: int = DEVICES_PER_NODE
+    kv_cache_bytes: int | None = None  # over all ranks; what the devices have left when None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +96,18 @@ def plan_fit(shape: ModelShape, wish: Wish) -> Fit:
     raise DoesNotFitError(_why_not(shape, wish, fit, chosen=wish.tensor is not None))
 
 
+def measured_fit(shape: ModelShape, wish: Wish, *, tensor: int, kv_tokens: int) -> Fit:
+    """Return how the model lies on a replica that runs, whose KV cache is known."""
+    fit = _fit_on(shape, wish, tensor)
+    return replace(
+        fit,
+        kv_cache_bytes_per_rank=kv_tokens * fit.kv_bytes_per_token_per_rank,
+        kv_tokens=kv_tokens,
+        max_concurrency=kv_tokens // _in_blocks(wish.request_tokens),
+        max_concurrency_longest=kv_tokens // _in_blocks(wish.max_len),
+    )
+
+
 def possible_tensor(shape: ModelShape, *, up_to: int) -> list[int]:
     """Return the numbers of ranks that the heads can be spread over.
 
@@ -109,13 +122,15 @@ def possible_tensor(shape: ModelShape, *, up_to: int) -> list[int]:
 
 
 def _fit_on(shape: ModelShape, wish: Wish, tensor: int) -> Fit:
-    weights = shape.weight_bytes(wish.dtype)
-    rank_weights = _rank_weight_bytes(shape, wish.dtype, tensor)
+    weights = shape.parameters * DTYPE_BYTES[wish.dtype]
+    rank_weights = int(weights * _rank_share(shape, tensor))
     kv_bytes = shape.kv_bytes_per_token(wish.dtype)
     rank_kv_heads = -(-shape.kv_heads // tensor)
     rank_kv_bytes = kv_bytes // shape.kv_heads * rank_kv_heads
     free = max(0, wish.device_bytes - _DRIVER_BYTES - rank_weights)
     kv_cache = int(free * KV_SHARE)
+    if wish.kv_cache_bytes is not None:
+        kv_cache = min(free, wish.kv_cache_bytes // tensor)
     kv_tokens = kv_cache // (rank_kv_bytes * _BLOCK_TOKENS) * _BLOCK_TOKENS
     return Fit(
         parameters=shape.parameters,
@@ -135,18 +150,17 @@ def _fit_on(shape: ModelShape, wish: Wish, tensor: int) -> Fit:
     )
 
 
-def _rank_weight_bytes(shape: ModelShape, dtype: str, tensor: int) -> int:
-    """Return the largest rank's weights: heads that do not divide make ranks unequal."""
-    whole = shape.weight_bytes(dtype)
+def _rank_share(shape: ModelShape, tensor: int) -> float:
+    """Return the largest rank's share of the weights: heads that do not divide make it larger."""
     kv_share = -(-shape.kv_heads // tensor) / shape.kv_heads
     group = shape.heads // shape.kv_heads
     sharers = max(1, tensor // shape.kv_heads)
     q_share = kv_share * -(-group // sharers) / group
     width = shape.hidden * shape.head_dim
-    per_number = whole / shape.parameters
-    queries = 2 * shape.layers * width * shape.heads * per_number
-    keys = 2 * shape.layers * width * shape.kv_heads * per_number
-    return int(queries * q_share + keys * kv_share + (whole - queries - keys) / tensor)
+    queries = 2 * shape.layers * width * shape.heads
+    keys = 2 * shape.layers * width * shape.kv_heads
+    rest = shape.parameters - queries - keys
+    return (queries * q_share + keys * kv_share + rest / tensor) / shape.parameters
 
 
 def _in_blocks(tokens: int) -> int:

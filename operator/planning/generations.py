@@ -7,6 +7,7 @@ themselves, so a restarted operator comes to the same answer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
@@ -15,12 +16,16 @@ from mizzen.operator.planning.lending import Wait
 
 YIELDED_EXIT_CODE = 75
 BAD_CONFIGURATION_EXIT_CODE = 42
+WORKER_LOST_EXIT_CODE = 76
 _FIRST_WAIT_S = 10
 _LONGEST_WAIT_S = 300
+# A scheduler needs seconds for pods it has room for; an autoscaler of nodes may need longer, but
+# meanwhile the placed ones hold devices for nothing.
+_PLACING_S = 60
 
 
 class Outcome(Enum):
-    """Where the pods of one generation stand."""
+    """Where one pod, or the pods of one generation, stand."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -29,6 +34,8 @@ class Outcome(Enum):
     REJECTED = "rejected"  # bad configuration: running it again cannot help
     CRASHED = "crashed"
     LOST = "lost"  # evicted, deleted, or its node is gone: nobody's fault
+    LEFT = "left"  # one pod alone: it went because another one was gone
+    ENDING = "ending"  # the generation alone: some pods have ended, others not yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,17 @@ class Generation:
     outcome: Outcome
     crashes: int = 0
     ended_at: datetime | None = None
+    workers: int = 1
+    placed: int = 1  # of them, those that have a node
+    created_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """How many workers a job may have."""
+
+    min: int = 1
+    max: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +65,17 @@ class Start:
 
     number: int
     crashes: int
+    workers: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shrink(Start):
+    """The same, in place of a generation for which there is not enough room."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dismiss:
+    """Have the pods that are left follow those that have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +125,19 @@ class GiveUp:
     crashes: int
 
 
-Step = Start | Watch | Queue | AskToYield | Fence | WaitUntil | Rest | Finish | GiveUp
+Step = (
+    Start
+    | Shrink
+    | Dismiss
+    | Watch
+    | Queue
+    | AskToYield
+    | Fence
+    | WaitUntil
+    | Rest
+    | Finish
+    | GiveUp
+)
 
 
 def backoff_s(crashes: int) -> int:
@@ -105,8 +146,31 @@ def backoff_s(crashes: int) -> int:
     return min(_LONGEST_WAIT_S, _FIRST_WAIT_S << doublings)
 
 
+def outcome_of_group(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return where a generation stands, from its pods' outcomes by rank; the leader's is first.
+
+    A pod that was lost takes the others with it, and one that was asked to stop had the others
+    stop: what one of them says of itself explains why all are gone.
+    """
+    if outcomes[0] is Outcome.DONE:
+        return Outcome.DONE
+    failed = set(outcomes) - {Outcome.PENDING, Outcome.RUNNING, Outcome.DONE}
+    if not failed:
+        return Outcome.PENDING if Outcome.PENDING in outcomes else Outcome.RUNNING
+    if {Outcome.PENDING, Outcome.RUNNING} & set(outcomes):
+        return Outcome.ENDING
+    telling = (Outcome.REJECTED, Outcome.YIELDED, Outcome.CRASHED, Outcome.LOST)
+    # Where all have left because of each other they never met: that may be for ever, so it counts.
+    return next((outcome for outcome in telling if outcome in failed), Outcome.CRASHED)
+
+
 def decide_generation(
-    newest: Generation | None, *, is_suspended: bool, backoff_limit: int, now: datetime
+    newest: Generation | None,
+    *,
+    is_suspended: bool,
+    backoff_limit: int,
+    now: datetime,
+    workers: Range = Range(),
 ) -> Step:
     """Return the one thing to do for a job that has not ended.
 
@@ -114,23 +178,37 @@ def decide_generation(
     back-off limit: the job did nothing wrong.
     """
     if newest is None:
-        return Rest() if is_suspended else Start(number=1, crashes=0)
+        return Rest() if is_suspended else Start(number=1, crashes=0, workers=workers.max)
     match newest.outcome:
         case Outcome.DONE:
             return Finish()
         case Outcome.REJECTED:
             return GiveUp(crashes=newest.crashes)
         case Outcome.PENDING | Outcome.RUNNING:
-            return AskToYield() if is_suspended else Watch()
+            return AskToYield() if is_suspended else _while_running(newest, workers, now)
+        case Outcome.ENDING:
+            return Dismiss()
         case Outcome.CRASHED:
-            return _after_crash(newest, is_suspended, backoff_limit, now)
-        case Outcome.YIELDED | Outcome.LOST:
+            return _after_crash(newest, is_suspended, backoff_limit, now, workers)
+        case _:
             if is_suspended:
                 return Rest()
-            return Start(number=newest.number + 1, crashes=newest.crashes)
+            return Start(newest.number + 1, newest.crashes, workers.max)
 
 
-def _after_crash(newest: Generation, is_suspended: bool, backoff_limit: int, now: datetime) -> Step:
+def _while_running(newest: Generation, workers: Range, now: datetime) -> Step:
+    if not workers.min <= newest.workers <= workers.max:
+        return AskToYield()  # the job was changed meanwhile
+    waited_s = (now - (newest.created_at or now)).total_seconds()
+    is_short = newest.outcome is Outcome.PENDING and newest.placed < newest.workers
+    if is_short and newest.placed >= workers.min and waited_s > _PLACING_S:
+        return Shrink(newest.number + 1, newest.crashes, newest.placed)
+    return Watch()
+
+
+def _after_crash(
+    newest: Generation, is_suspended: bool, backoff_limit: int, now: datetime, workers: Range
+) -> Step:
     crashes = newest.crashes + 1
     if crashes > backoff_limit:
         return GiveUp(crashes=crashes)
@@ -139,7 +217,7 @@ def _after_crash(newest: Generation, is_suspended: bool, backoff_limit: int, now
     ready_at = (newest.ended_at or now) + timedelta(seconds=backoff_s(crashes))
     if now < ready_at:
         return WaitUntil(at=ready_at, crashes=crashes)
-    return Start(number=newest.number + 1, crashes=crashes)
+    return Start(newest.number + 1, crashes, workers.max)
 
 
 def with_lending(
@@ -158,7 +236,8 @@ def with_lending(
     match step:
         case Start() if wait is not None:
             return Queue(wait)
-        case Watch() | AskToYield() if reclaimed_at is not None:
-            is_late = now >= reclaimed_at + timedelta(seconds=yield_within_s)
-            return Fence() if is_late else AskToYield()
+        case Watch() | AskToYield() | Dismiss() if reclaimed_at is not None:
+            if now >= reclaimed_at + timedelta(seconds=yield_within_s):
+                return Fence()
+            return step if isinstance(step, Dismiss) else AskToYield()
     return step

@@ -20,6 +20,23 @@ class ModelShapeError(ValueError):
 class ModelShape:
     """What decides how much memory a model takes."""
 
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_len: int
+    parameters: int
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Return what one token's keys and values take over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Anatomy:
+    """The parts of a decoder, whose numbers are counted."""
+
     family: str
     layers: int
     hidden: int
@@ -29,7 +46,6 @@ class ModelShape:
     head_dim: int
     vocab: int
     max_len: int
-    dtype: str
     is_gated: bool = True  # three feed-forward matrices instead of two
     is_tied: bool = False  # the token table is the output layer too
     has_biases: bool = False  # on every matrix; the norms then have them as well
@@ -62,14 +78,18 @@ class ModelShape:
             count += q + 2 * kv
         return count + (2 * self.head_dim if self.has_qk_norm else 0)
 
-    def weight_bytes(self, dtype: str | None = None) -> int:
-        """Return the size of the weights in memory."""
-        return self.parameters * DTYPE_BYTES[dtype or self.dtype]
-
-    def kv_bytes_per_token(self, dtype: str | None = None) -> int:
-        """Return what one token's keys and values take over all layers."""
-        width = self.kv_heads * self.head_dim
-        return 2 * self.layers * width * DTYPE_BYTES[dtype or self.dtype]
+    @property
+    def shape(self) -> ModelShape:
+        """Return what is asked of a model beside its parts."""
+        return ModelShape(
+            layers=self.layers,
+            hidden=self.hidden,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            max_len=self.max_len,
+            parameters=self.parameters,
+        )
 
 
 def read_model_shape(config: Mapping[str, object]) -> ModelShape:
@@ -87,7 +107,7 @@ def read_model_shape(config: Mapping[str, object]) -> ModelShape:
             f"Known: {', '.join(sorted(_FAMILIES))}."
         )
     fields = _Fields(config)
-    return _READERS.get(family, _llama)(family, fields)
+    return _READERS.get(family, _llama)(family, fields).shape
 
 
 class _Fields:
@@ -114,16 +134,11 @@ class _Fields:
     def is_set(self, name: str, *, default: bool = False) -> bool:
         return bool(self._config.get(name, default))
 
-    @property
-    def dtype(self) -> str:
-        name = str(self._config.get("dtype") or self._config.get("torch_dtype") or "float32")
-        return name if name in DTYPE_BYTES else "float32"
 
-
-def _llama(family: str, fields: _Fields) -> ModelShape:
+def _llama(family: str, fields: _Fields) -> _Anatomy:
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     has_attention_biases = fields.is_set("attention_bias")
-    return ModelShape(
+    return _Anatomy(
         family=family,
         layers=fields.size("num_hidden_layers"),
         hidden=hidden,
@@ -133,14 +148,13 @@ def _llama(family: str, fields: _Fields) -> ModelShape:
         head_dim=fields.size("head_dim", default=hidden // heads),
         vocab=fields.size("vocab_size"),
         max_len=fields.size("max_position_embeddings", default=2048),
-        dtype=fields.dtype,
         is_tied=fields.is_set("tie_word_embeddings"),
         has_qkv_biases=has_attention_biases or family == "qwen2",
         has_qk_norm=family == "qwen3",
     )
 
 
-def _gpt2(family: str, fields: _Fields) -> ModelShape:
+def _gpt2(family: str, fields: _Fields) -> _Anatomy:
     """GPT-2 and GPT-J: the latter has rotary positions, one norm per layer and an output bias."""
     hidden, heads = fields.size("n_embd"), fields.size("n_head")
     is_gptj = family == "gptj"
@@ -149,7 +163,7 @@ def _gpt2(family: str, fields: _Fields) -> ModelShape:
     layers = fields.size("n_layer")
     # GPT-J's attention alone has no biases.
     attention_biases = -layers * 4 * hidden if is_gptj else 0
-    return ModelShape(
+    return _Anatomy(
         family=family,
         layers=layers,
         hidden=hidden,
@@ -159,7 +173,6 @@ def _gpt2(family: str, fields: _Fields) -> ModelShape:
         head_dim=hidden // heads,
         vocab=vocab,
         max_len=max_len,
-        dtype=fields.dtype,
         is_gated=False,
         is_tied=fields.is_set("tie_word_embeddings", default=not is_gptj),
         has_biases=True,
@@ -169,12 +182,12 @@ def _gpt2(family: str, fields: _Fields) -> ModelShape:
     )
 
 
-def _opt(family: str, fields: _Fields) -> ModelShape:
+def _opt(family: str, fields: _Fields) -> _Anatomy:
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     embedded = fields.size("word_embed_proj_dim", default=hidden)
     max_len = fields.size("max_position_embeddings", default=2048)
     has_final_norm = fields.is_set("do_layer_norm_before", default=True)
-    return ModelShape(
+    return _Anatomy(
         family=family,
         layers=fields.size("num_hidden_layers"),
         hidden=hidden,
@@ -184,7 +197,6 @@ def _opt(family: str, fields: _Fields) -> ModelShape:
         head_dim=hidden // heads,
         vocab=fields.size("vocab_size"),
         max_len=max_len,
-        dtype=fields.dtype,
         is_gated=False,
         is_tied=fields.is_set("tie_word_embeddings", default=True),
         has_biases=True,
@@ -194,12 +206,12 @@ def _opt(family: str, fields: _Fields) -> ModelShape:
     )
 
 
-def _bloom(family: str, fields: _Fields) -> ModelShape:
+def _bloom(family: str, fields: _Fields) -> _Anatomy:
     hidden, heads = (
         fields.size("hidden_size", "n_embed"),
         fields.size("n_head", "num_attention_heads"),
     )
-    return ModelShape(
+    return _Anatomy(
         family=family,
         layers=fields.size("n_layer", "num_hidden_layers"),
         hidden=hidden,
@@ -209,7 +221,6 @@ def _bloom(family: str, fields: _Fields) -> ModelShape:
         head_dim=hidden // heads,
         vocab=fields.size("vocab_size"),
         max_len=fields.size("seq_length", default=2048),
-        dtype=fields.dtype,
         is_gated=False,
         is_tied=True,
         has_biases=True,

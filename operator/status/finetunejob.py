@@ -11,6 +11,7 @@ from datetime import datetime
 
 from mizzen.operator.planning.generations import (
     AskToYield,
+    Dismiss,
     Fence,
     Finish,
     GiveUp,
@@ -27,7 +28,7 @@ from mizzen.operator.status.conditions import (
     next_conditions,
 )
 from mizzen.operator.status.job_conditions import wanted_conditions
-from mizzen.operator.status.job_facts import AT_WORK, JobFacts, is_evaluation_failed
+from mizzen.operator.status.job_facts import AT_WORK, JobFacts, is_blocked
 
 _YIELD_FIELDS = ("lastYieldSeconds", "slowestYieldSeconds")
 
@@ -49,12 +50,16 @@ def next_status(
     status: Document = {"observedGeneration": generation, "phase": phase}
     if isinstance(facts.step, Start):
         status["generation"] = facts.step.number
+        status["workers"] = facts.step.workers
         status["restarts"] = facts.step.crashes
     elif facts.newest is not None:
         status["generation"] = facts.newest.number
+        status["workers"] = facts.newest.workers
         status["restarts"] = _crashes(facts)
     else:
-        status.update({key: previous[key] for key in ("generation", "restarts") if key in previous})
+        status.update(
+            {k: previous[k] for k in ("generation", "workers", "restarts") if k in previous}
+        )
     if (lending := _lending_fields(previous, facts)) is not None:
         status["lending"] = lending
     status.update(_progress_fields(previous, facts, phase))
@@ -107,7 +112,7 @@ def next_phase(facts: JobFacts, previous: str) -> str:
             return "Yielding"
         case Start() | Queue() | WaitUntil():
             return "Pending"
-        case Watch():
+        case Watch() | Dismiss():
             return _running_phase(facts, previous)
         case Finish():
             return _finished_phase(facts)
@@ -124,7 +129,7 @@ def _running_phase(facts: JobFacts, previous: str) -> str:
 
 
 def _finished_phase(facts: JobFacts) -> str:
-    if is_evaluation_failed(facts.progress):
+    if is_blocked(facts.progress):
         return "Failed"
     if facts.promotion is not None and not facts.promotion.is_done:
         return "Promoting"

@@ -17,9 +17,11 @@ from mizzen.operator.status.job_facts import (
     AT_WORK,
     JobFacts,
     Problem,
+    is_blocked,
     is_evaluation_failed,
     published_artifact,
 )
+from mizzen.operator.status.progress import Score
 from mizzen.operator.status.reasons import Reason
 
 
@@ -127,18 +129,28 @@ def _evaluation(facts: JobFacts) -> Condition:
     if facts.progress is not None and facts.progress.scores and isinstance(facts.step, Finish):
         return Condition(
             type_, True, Reason.EVALUATION_PASSED,
-            "The result is no worse than its base on every suite; see status.evaluation.",
+            f"The result passes every suite: {_figures(facts.progress.scores)}.",
         )  # fmt: skip
     return Condition(type_, None, Reason.PENDING, "The result has not been evaluated yet.")
 
 
 def _verdict(facts: JobFacts) -> str:
     assert facts.progress is not None
-    names = ", ".join(score.suite for score in facts.progress.scores if not score.is_passed)
-    return (
-        f"The result is worse than its base on {names} by more than maxRegressionRatio allows; "
-        "nothing was published. Change the data or the learning rate and submit a new job."
-    )
+    failed = [score for score in facts.progress.scores if not score.is_passed]
+    verdict = f"The result is worse than maxRegressionRatio allows: {_figures(failed)}."
+    if not isinstance(facts.step, Finish):
+        return verdict
+    if is_blocked(facts.progress):
+        return (
+            f"{verdict} Nothing was published. Change the data or the learning rate and submit a "
+            "new job."
+        )
+    return f"{verdict} It was published all the same, as evaluation.onFail is Warn."
+
+
+def _figures(scores: Iterable[Score]) -> str:
+    """Return what was measured, as people read it: `holdout 13.91 (base 14.7)`."""
+    return ", ".join(f"{s.suite} {s.candidate:.4g} (base {s.base:.4g})" for s in scores)
 
 
 def _promoted(facts: JobFacts) -> Condition:
@@ -172,7 +184,7 @@ def _stalled(facts: JobFacts) -> Condition:
 
 
 def _why_stopped(facts: JobFacts) -> Problem:
-    if is_evaluation_failed(facts.progress):
+    if is_blocked(facts.progress):
         return Problem(Reason.EVALUATION_FAILED, _verdict(facts), is_final=True)
     if facts.problem is not None:
         return facts.problem

@@ -66,8 +66,13 @@ def is_evaluation_failed(progress: Progress | None) -> bool:
     return progress is not None and any(not score.is_passed for score in progress.scores)
 
 
+def is_blocked(progress: Progress | None) -> bool:
+    """Whether a job that is done left nothing behind, because a suite forbade it."""
+    return is_evaluation_failed(progress) and progress is not None and progress.artifact is None
+
+
 def published_artifact(facts: JobFacts) -> Artifact | None:
-    """Return the artifact once its job is done and its gate is passed."""
+    """Return the artifact once its job is done; a gate that blocks leaves none."""
     if not isinstance(facts.step, Finish) or facts.progress is None:
         return None
-    return None if is_evaluation_failed(facts.progress) else facts.progress.artifact
+    return facts.progress.artifact

@@ -22,6 +22,7 @@ from mizzen.operator.status.conditions import (
     flips,
     next_conditions,
 )
+from mizzen.operator.status.fit import PLAN
 from mizzen.operator.status.loading import Loading, slowest
 from mizzen.operator.status.reasons import Reason
 from mizzen.operator.status.rollout import ROLLOUT, read_rollout, rollback_cause, rollout_document
@@ -102,6 +103,7 @@ class Seen:
     adapters: tuple[AdapterSeen, ...] = ()
     rollout: Rollout | None = None
     note: str = ""  # what the rollout waits for
+    plan: Document | None = None  # what the model takes and what fits
     refusal: Cause | None = None  # why the spec cannot be followed at all
     failure: Cause | None = None  # why the last writes did not succeed
 
@@ -164,6 +166,8 @@ def next_status(previous: Mapping[str, object], seen: Seen, *, now: datetime) ->
         status["revision"] = seen.revision
     if seen.rollout:
         status[ROLLOUT] = rollout_document(seen.rollout)
+    if seen.plan:
+        status[PLAN] = seen.plan
     if pods:
         status["pods"] = pods
     if seen.adapters:

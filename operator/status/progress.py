@@ -30,6 +30,7 @@ class Score:
     candidate: float
     regression_ratio: float
     is_passed: bool
+    samples: int
 
     def to_api(self) -> Document:
         """Return the entry of `status.evaluation`."""
@@ -38,6 +39,7 @@ class Score:
             "base": round(self.base, 4),
             "candidate": round(self.candidate, 4),
             "regressionRatio": round(self.regression_ratio, 4),
+            "samples": self.samples,
             "passed": self.is_passed,
         }
 
@@ -91,6 +93,7 @@ def _score(entry: Mapping[str, object]) -> Score:
         candidate=float(str(entry["candidate"])),
         regression_ratio=float(str(entry["regressionRatio"])),
         is_passed=bool(entry["passed"]),
+        samples=int(str(entry.get("samples", 0))),
     )
 
 

@@ -6,7 +6,7 @@ The deployment's own controller loads adapters; a job only reads how far it is.
 from __future__ import annotations
 
 from mizzen.operator.crds.common import Json
-from mizzen.operator.status.job_facts import Problem, Promotion, is_evaluation_failed
+from mizzen.operator.status.job_facts import Problem, Promotion
 from mizzen.operator.status.progress import Progress
 from mizzen.operator.status.reasons import Reason
 
@@ -29,7 +29,7 @@ def find_promotion(
     target = promotion_target(job)
     if target is None:
         return None
-    if progress is None or progress.artifact is None or is_evaluation_failed(progress):
+    if progress is None or progress.artifact is None:
         return None
     name = job["metadata"]["name"]
     if deployment is None:

@@ -45,6 +45,7 @@ class Reason(StrEnum):
 
     # The spec or the cluster must change.
     INVALID_SPEC = "InvalidSpec"
+    DOES_NOT_FIT = "DoesNotFit"
     TOO_MANY_DEVICES = "MoreDevicesThanAnyNode"
     UNSCHEDULABLE = "Unschedulable"
     CLAIM_NOT_FOUND = "ClaimNotFound"
@@ -133,6 +134,9 @@ class Reason(StrEnum):
     DATASET_UNREACHABLE = "DatasetUnreachable"
     LOSS_NOT_FINITE = "LossNotFinite"
     TEACHER_TOKENIZER_DIFFERS = "TeacherTokenizerDiffers"
+    JUDGE_FAILED = "JudgeFailed"
+    JUDGE_UNREACHABLE = "JudgeUnreachable"
+    JUDGE_NOT_FOUND = "JudgeNotFound"
     MEMORY_TOO_SMALL = "MemoryTooSmall"
     TRAINER_HANGS = "TrainerHangs"
     CHECKPOINT_MISMATCH = "CheckpointMismatch"

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 from mizzen.operator.crds.common import Json
-from mizzen.operator.desired.labels import GENERATION, RESTARTS
+from mizzen.operator.desired.labels import GENERATION, GROUP_SIZE, RANK, RESTARTS
 from mizzen.operator.planning.generations import (
     BAD_CONFIGURATION_EXIT_CODE,
+    WORKER_LOST_EXIT_CODE,
     YIELDED_EXIT_CODE,
     Generation,
     Outcome,
+    outcome_of_group,
 )
 from mizzen.operator.status.conditions import parse_rfc3339
 from mizzen.operator.status.progress import Progress, parse_progress
@@ -23,28 +25,62 @@ def generation_of(pod: Json) -> int:
     return int(pod["metadata"]["labels"][GENERATION])
 
 
-def newest_pod(pods: Iterable[Json]) -> Json | None:
-    """Return the pod of the newest generation."""
-    return max(pods, key=generation_of, default=None)
+def newest_pods(pods: Iterable[Json]) -> list[Json]:
+    """Return the pods of the newest generation, by rank."""
+    by_rank = sorted(pods, key=_rank)
+    number = max(map(generation_of, by_rank), default=0)
+    return [pod for pod in by_rank if generation_of(pod) == number]
 
 
-def newest_generation(pods: Iterable[Json], status: Mapping[str, object]) -> Generation | None:
+def size_of(pod: Json) -> int:
+    """Return how many workers the pod's generation has."""
+    return int(pod["metadata"].get("annotations", {}).get(GROUP_SIZE, 1))
+
+
+def leader_of(pods: Iterable[Json]) -> Json | None:
+    """Return the newest generation's leader, which speaks for all, if it is there."""
+    return next((pod for pod in newest_pods(pods) if _rank(pod) == 0), None)
+
+
+def telling_pod(pods: Iterable[Json], outcome: Outcome) -> Json | None:
+    """Return the pod whose own end explains the newest generation's."""
+    return next((pod for pod in newest_pods(pods) if outcome_of(pod) is outcome), leader_of(pods))
+
+
+def newest_generation(pods: list[Json], status: Mapping[str, object]) -> Generation | None:
     """Return the newest generation; one whose pods are gone is known from the job's status."""
     recorded = status.get("generation")
     known = recorded if isinstance(recorded, int) else 0
-    pod = newest_pod(pods)
-    if pod is not None and generation_of(pod) >= known:
-        terminated = termination_of(pod)
-        return Generation(
-            number=generation_of(pod),
-            outcome=_outcome(pod, terminated),
-            crashes=int(pod["metadata"].get("annotations", {}).get(RESTARTS, 0)),
-            ended_at=_time(terminated.get("finishedAt")),
-        )
+    newest = newest_pods(pods)
+    if newest and (number := generation_of(newest[0])) >= known:
+        if number > known and len(newest) < size_of(newest[0]):
+            # Not all of them were made, or seen, before the job's status was to say so.
+            return newest_generation([p for p in pods if generation_of(p) != number], status)
+        return _generation(newest)
     if not known:
         return None
     crashes = status.get("restarts")
     return Generation(known, Outcome.LOST, crashes if isinstance(crashes, int) else 0)
+
+
+def _generation(pods: list[Json]) -> Generation:
+    by_rank = {_rank(pod): pod for pod in pods}
+    size = size_of(pods[0])
+    outcomes = [outcome_of(by_rank[r]) if r in by_rank else Outcome.LOST for r in range(size)]
+    times = (_time(termination_of(pod).get("finishedAt")) for pod in pods)
+    return Generation(
+        number=generation_of(pods[0]),
+        outcome=outcome_of_group(outcomes),
+        crashes=int(pods[0]["metadata"].get("annotations", {}).get(RESTARTS, 0)),
+        ended_at=max(filter(None, times), default=None),
+        workers=size,
+        placed=sum(bool(pod.get("spec", {}).get("nodeName")) for pod in pods),
+        created_at=_time(pods[0]["metadata"].get("creationTimestamp")),
+    )
+
+
+def _rank(pod: Json) -> int:
+    return int(pod["metadata"]["labels"].get(RANK, 0))
 
 
 def termination_of(pod: Json) -> Json:
@@ -63,11 +99,15 @@ def last_progress(pod: Json) -> Progress | None:
         return None
 
 
-def _outcome(pod: Json, terminated: Json) -> Outcome:
-    status = pod.get("status", {})
+def outcome_of(pod: Json) -> Outcome:
+    """Return where one pod stands."""
+    status, terminated = pod.get("status", {}), termination_of(pod)
     phase = status.get("phase")
     if phase == "Succeeded":
         return Outcome.DONE
+    if _rank(pod) > 0 and phase != "Failed" and "deletionTimestamp" in pod["metadata"]:
+        # On its way out, or on a node that nobody hears of: it writes nothing, so nobody waits.
+        return Outcome.LOST
     if phase == "Running":
         return Outcome.RUNNING
     if phase != "Failed":
@@ -77,6 +117,8 @@ def _outcome(pod: Json, terminated: Json) -> Outcome:
             return Outcome.YIELDED
         case code if code == BAD_CONFIGURATION_EXIT_CODE:
             return Outcome.REJECTED
+        case code if code == WORKER_LOST_EXIT_CODE:
+            return Outcome.LEFT
         case None:
             return Outcome.LOST  # never ran: evicted, or its node refused it
     is_disrupted = any(

@@ -1,19 +1,43 @@
 """Checks a request before it becomes a sequence, so that no request can stop the loop."""
 
-from mizzen.runtime.engine.api import GenerationRequest, InvalidRequestError, SamplingParams
+from collections.abc import Sequence
+
+from mizzen.runtime.engine.api import (
+    GenerationRequest,
+    InvalidRequestError,
+    PromptTooLongError,
+    SamplingParams,
+    ScoreRequest,
+)
 
 MAX_LOGPROBS = 100
 MAX_STOPS = 64
+MAX_SAMPLES = 1024
 MOST = 2**31 - 1  # of any count: the loop's tensors hold no more, and failing there ends them all
 
 
 def check_request(request: GenerationRequest, *, vocab_size: int) -> None:
     """Raise InvalidRequestError, naming the parameter, its value and its range."""
-    if not request.prompt_token_ids:
-        raise InvalidRequestError("The prompt is empty. Send at least one token.")
-    if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < vocab_size:
-        raise InvalidRequestError(f"A prompt token id is not between 0 and {vocab_size - 1}.")
+    _check_prompt(request.prompt_token_ids, vocab_size)
     _check_sampling(request.sampling, vocab_size)
+
+
+def check_scored(request: ScoreRequest, *, vocab_size: int, model_len: int) -> None:
+    """Raise InvalidRequestError or PromptTooLongError, naming what is wrong with the request."""
+    _check_prompt(request.token_ids, vocab_size)
+    if len(request.token_ids) >= model_len:
+        raise PromptTooLongError(prompt_tokens=len(request.token_ids), model_len=model_len)
+    _check_range("temperature", request.temperature, 1e-5, 100)
+    _check_range("prompt_logprobs", request.alternatives, 0, MAX_LOGPROBS)
+    _check_range("prompt_samples", request.samples, 0, MAX_SAMPLES)
+    _check_range("seed", request.seed, 0, 2**63 - 1)
+
+
+def _check_prompt(token_ids: Sequence[int], vocab_size: int) -> None:
+    if not token_ids:
+        raise InvalidRequestError("The prompt is empty. Send at least one token.")
+    if not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        raise InvalidRequestError(f"A prompt token id is not between 0 and {vocab_size - 1}.")
 
 
 def _check_sampling(params: SamplingParams, vocab_size: int) -> None:

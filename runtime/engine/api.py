@@ -80,6 +80,26 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """Tokens whose probabilities are wanted, computed while no request wants the model."""
+
+    token_ids: tuple[int, ...]
+    adapter: str | None = None
+    temperature: float = 1.0
+    alternatives: int = 0  # likeliest tokens at each place
+    samples: int = 0  # token ids drawn at each place from the whole distribution
+    seed: int = 0  # of what is drawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScores:
+    """One entry for each token but the first, which nothing comes before."""
+
+    logprobs: tuple[TokenLogprob, ...]
+    drawn: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedRequest:
     """A request's life in figures, for metrics and traces."""
 
@@ -146,6 +166,21 @@ class EngineStats:
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
     start_seconds: Mapping[str, float] = field(default_factory=dict)  # start-up phase -> seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSizes:
+    """What a served model is made of, whole: for those who plan where else it would fit."""
+
+    layers: int = 0
+    hidden: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    context_tokens: int = 0  # what the model was made for
+    parameters: int = 0
+    dtype: str = ""  # of the weights in memory
+    device_bytes: int = 0  # memory of a GPU; 0 on the CPU
 
 
 class Recorder(Protocol):
@@ -248,6 +283,10 @@ class TokenizerApi(Protocol):
         """One more than the largest token id."""
 
     @property
+    def vocabulary_digest(self) -> str:
+        """The sha256 of what each token id means."""
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model brings a chat template."""
 
@@ -281,6 +320,7 @@ class EngineApi(Protocol):
     """
 
     model_len: int
+    sizes: ModelSizes
 
     @property
     def tokenizer(self) -> TokenizerApi:
@@ -293,6 +333,16 @@ class EngineApi(Protocol):
             EngineBusyError: the queue is full; `DrainingError` when no more work is taken.
             PromptTooLongError: the prompt leaves no room for an answer.
             InvalidRequestError: a parameter is out of its range.
+            UnknownAdapterError: the adapter is not loaded.
+            EngineDeadError: the loop has stopped.
+        """
+
+    async def score(self, request: ScoreRequest) -> PromptScores:
+        """Return what the model thinks of tokens, once no request wants it.
+
+        Raises:
+            EngineBusyError: no such moment came in time.
+            InvalidRequestError: a parameter is out of its range, or the model has several ranks.
             UnknownAdapterError: the adapter is not loaded.
             EngineDeadError: the loop has stopped.
         """

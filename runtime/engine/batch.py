@@ -1,23 +1,27 @@
 """From chunks to the packed arrays of one step. Plain numpy, so a step is a small message."""
 
 # Shapes: S sequences in the step, T packed tokens, B blocks in the longest block table, N tokens
-# that are sampled from.
+# that are sampled from, M of the T that the step before samples.
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mizzen.runtime.engine.scheduler import Chunk
+from mizzen.runtime.engine.sequence import Sequence
 
 Ints = NDArray[np.int64]
+NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
     """All that a rank needs to compute a step; every rank gets the same.
 
-    Sequences that compute a single token come first.
+    Sequences that compute a single token come first. A step that is decided before the one ahead
+    of it has landed lacks some tokens; rank 0 fills them in.
     """
 
     token_ids_T: Ints
@@ -28,6 +32,8 @@ class StepInput:
     block_tables_SB: Ints
     sample_at_N: Ints  # indices into T
     lora_slots_S: list[int]
+    unknown_at_M: Ints = field(default_factory=lambda: NONE)  # indices into T: zeros, to be filled
+    sampled_at_M: Ints = field(default_factory=lambda: NONE)  # from these rows of the step before
 
 
 def dummy_step(query_lens: list[int], *, block_size: int) -> StepInput:
@@ -58,8 +64,13 @@ class BatchBuilder:
         self._written: list[list[int] | None] = [None] * rows  # the very list that fills the row
         self._lengths = [0] * rows
 
-    def build(self, chunks: Items[Chunk]) -> StepInput:
-        """Pack the chunks in their order, which is the scheduler's: single tokens first."""
+    def build(
+        self, chunks: Items[Chunk], row_of: Mapping[Sequence, int] | None = None
+    ) -> StepInput:
+        """Pack the chunks in their order, which is the scheduler's: single tokens first.
+
+        `row_of` says where the step in flight samples a sequence's token that is not known yet.
+        """
         for chunk in chunks:
             self._write_row(chunk.seq.row, chunk.seq.blocks)
         rows = np.array([chunk.seq.row for chunk in chunks])
@@ -70,6 +81,7 @@ class BatchBuilder:
         positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
         blocks = self._table[np.repeat(rows, counts), positions // self._block_size]
         width = -(-int(contexts.max()) // self._block_size)
+        unknown_at_M, sampled_at_M = _unknown(chunks, row_of or {})
         return StepInput(
             token_ids_T=_token_ids(chunks),
             positions_T=positions,
@@ -79,6 +91,8 @@ class BatchBuilder:
             block_tables_SB=self._table[rows, :width],
             sample_at_N=_sample_at(chunks, ends),
             lora_slots_S=[chunk.seq.lora_slot for chunk in chunks],
+            unknown_at_M=unknown_at_M,
+            sampled_at_M=sampled_at_M,
         )
 
     def _write_row(self, row: int, blocks: list[int]) -> None:
@@ -105,8 +119,21 @@ def _token_ids(chunks: Items[Chunk]) -> Ints:
     ids: list[int] = []
     for chunk in chunks:
         if chunk.size == chunk.count == 1:
-            ids.append(chunk.seq.token_ids[chunk.start])
+            known = chunk.start < len(chunk.seq.token_ids)
+            ids.append(chunk.seq.token_ids[chunk.start] if known else 0)
         else:
             ids += chunk.seq.token_ids[chunk.start : chunk.start + chunk.count]
             ids += chunk.draft
     return np.array(ids, dtype=np.int64)
+
+
+def _unknown(chunks: Items[Chunk], row_of: Mapping[Sequence, int]) -> tuple[Ints, Ints]:
+    """Return the places among the packed tokens that wait for one, and the rows it comes from."""
+    # Only single tokens wait, and those come first: the chunk's index is its token's place.
+    pairs = [
+        (place, row_of[chunk.seq])
+        for place, chunk in enumerate(chunks)
+        if chunk.start == len(chunk.seq.token_ids) and chunk.count
+    ]
+    at_M, rows_M = np.array(pairs, dtype=np.int64).reshape(-1, 2).T.copy()
+    return at_M, rows_M

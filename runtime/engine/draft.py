@@ -108,7 +108,7 @@ class DraftModel:
             for chunk, token in zip(guessing, tokens, strict=True):
                 chunk.draft[place] = token
             # The last guess is computed for its keys and values alone: if it is right, they stay.
-            after = [Chunk(c.seq, c.start + c.count + place, 0, [c.draft[place]]) for c in guessing]
+            after = [_guess(c, place) for c in guessing]
             more = [index for index, c in enumerate(guessing) if len(c.draft) > place + 1]
             step = replace(self._builder.build(after), sample_at_N=np.array(more, dtype=np.int64))
             logits_NV = self._run(step, samples=bool(more))
@@ -134,3 +134,8 @@ class DraftModel:
         # Adapters belong to the served model; without them a guess is only worse.
         plain = replace(step, lora_slots_S=[0] * len(step.query_lens))
         return self._runner.run(plain if samples else replace(plain, sample_at_N=NOTHING))
+
+
+def _guess(chunk: Chunk, place: int) -> Chunk:
+    start = chunk.start + chunk.count + place
+    return Chunk(chunk.seq, start, 0, samples=False, draft=[chunk.draft[place]])

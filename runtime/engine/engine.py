@@ -4,11 +4,13 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 from mizzen.runtime.engine.adapters import AdapterTable, SlotUse, content_hash
-from mizzen.runtime.engine.admission import check_request
+from mizzen.runtime.engine.admission import check_request, check_scored
 from mizzen.runtime.engine.api import (
     AdapterLoadError,
     AdapterState,
@@ -18,22 +20,28 @@ from mizzen.runtime.engine.api import (
     EngineStats,
     GenerationRequest,
     InvalidRequestError,
+    PromptScores,
     Recorder,
     SamplingParams,
+    ScoreRequest,
     TokenOutput,
 )
 from mizzen.runtime.engine.blocks import root_hash
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.detokenizer import DetokenizerFactory
 from mizzen.runtime.engine.grammar import GrammarCompiler, GrammarState
+from mizzen.runtime.engine.idle import IdleWork, busy
 from mizzen.runtime.engine.live import Live
-from mizzen.runtime.engine.sampler import is_edited
+from mizzen.runtime.engine.sampler import is_edited, needs_tokens
+from mizzen.runtime.engine.scoring import WAIT_S, Scoring
 from mizzen.runtime.engine.sequence import Sequence
 from mizzen.runtime.engine.speculation import DraftPlaces, Guesser, NgramIndex
 from mizzen.runtime.engine.startup import Parts, start_parts
 from mizzen.runtime.engine.streams import Item, Stream
 from mizzen.runtime.errors import BadAdapterError, BadModelError, MizzenError, RankLostError
 from mizzen.runtime.model.lora import load_adapter
+
+T = TypeVar("T")
 
 DRAIN_RETRY_S = 1.0
 
@@ -45,6 +53,7 @@ class Engine:
         self.tokenizer = parts.tokenizer
         self.arch = parts.arch
         self.model_len = parts.model_len
+        self.sizes = parts.sizes
         self.start_seconds = parts.start_seconds
         self._config = config
         self._loop = parts.loop
@@ -97,6 +106,32 @@ class Engine:
         wanted = request.sampling.grammar
         grammar = await self._grammars.start(wanted) if wanted else None
         self._submit(request, grammar, Stream(asyncio.get_running_loop(), deliver))
+
+    async def score(self, request: ScoreRequest) -> PromptScores:
+        """Return what the model thinks of tokens, once no request wants it; see `api`."""
+        check_scored(request, vocab_size=self.arch.vocab_size, model_len=self.model_len)
+        self._check_open()
+        with self._loop.lock:
+            use = self._adapters.acquire(request.adapter) if request.adapter else None
+        slot, tokens = use.slot if use else 0, len(request.token_ids)
+        scoring = Scoring(
+            request, self._ranks.resident, lambda: self._ranks.adapter_of(slot, tokens)
+        )
+        try:
+            return await self._when_idle(scoring, scoring.done)
+        finally:
+            if use is not None:
+                self._loop.release_adapter(use)
+
+    async def _when_idle(self, work: IdleWork, done: "Future[T]") -> T:
+        self._loop.add_idle(work)
+        try:
+            async with asyncio.timeout(WAIT_S):
+                return await asyncio.wrap_future(done)
+        except TimeoutError:
+            raise busy() from None
+        finally:
+            self._loop.remove_idle(work)
 
     async def abort(self, request_id: str) -> None:
         """End a request with finish_reason "abort"."""
@@ -259,15 +294,7 @@ class Engine:
     def _submit(
         self, request: GenerationRequest, grammar: GrammarState | None, stream: Stream
     ) -> None:
-        if self._draining:
-            raise DrainingError(
-                "This replica is draining. Send the request again: another will take it.",
-                retry_after_s=DRAIN_RETRY_S,
-            )
-        if self._asleep:
-            raise AsleepError("This replica sleeps. Wake it, or ask another.", retry_after_s=5.0)
-        if not self._loop.is_running():
-            raise EngineDeadError("The engine's loop has ended. See its log.")
+        self._check_open()
         if request.request_id in self._loop.live:
             raise InvalidRequestError(f"Request id {request.request_id!r} is in use.")
         with self._loop.lock:
@@ -286,10 +313,21 @@ class Engine:
                 self._loop.release_adapter(use)
             raise
 
+    def _check_open(self) -> None:
+        if self._draining:
+            raise DrainingError(
+                "This replica is draining. Send the request again: another will take it.",
+                retry_after_s=DRAIN_RETRY_S,
+            )
+        if self._asleep:
+            raise AsleepError("This replica sleeps. Wake it, or ask another.", retry_after_s=5.0)
+        if not self._loop.is_running():
+            raise EngineDeadError("The engine's loop has ended. See its log.")
+
     def _sequence(
         self, request: GenerationRequest, use: SlotUse | None, grammar: GrammarState | None
     ) -> Sequence:
-        sampling = request.sampling
+        sampling, guesser = request.sampling, self._guesser(request.sampling)
         room = self.model_len - len(request.prompt_token_ids)
         return Sequence(
             request_id=request.request_id,
@@ -307,7 +345,8 @@ class Engine:
             max_tokens=min(sampling.max_tokens or room, room),
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
             grammar=grammar,
-            guesser=self._guesser(sampling),
+            guesser=guesser,
+            needs_tokens=guesser is not None or needs_tokens(sampling),
         )
 
     def _guesser(self, sampling: SamplingParams) -> Guesser | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from mizzen.runtime.attention.base import DUMP_BLOCK, PagedBatch
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.config import EngineConfig
+from mizzen.runtime.engine.unknown import fill_unknown
 from mizzen.runtime.model.decoder import Decoder
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -92,13 +93,17 @@ class DecodeGraphs:
             and not any(step.lora_slots_S)
         )
 
-    def run(self, step: StepInput) -> Output:
-        """Compute the step; return its rows' outputs, which stay until the next run."""
+    def run(self, step: StepInput, before_N: Tensor | None = None) -> Output:
+        """Compute the step; return its rows' outputs, which stay until the next run.
+
+        `before_N` are the tokens that the step before has sampled, for places that wait for them.
+        """
         size = size_for(len(step.query_lens))
         assert size is not None, "`can_run` comes first"
         packed = pack_rows(step, size)
         # From memory of this step alone: the loop may be a step ahead of the device.
         self._buffer[:size, : packed.shape[1]].copy_(torch.from_numpy(packed))
+        fill_unknown(self._buffer[:, TOKEN], step, before_N)
         if size not in self._graph_of:
             self._graph_of[size] = self._capture(lambda: self._compute(size))
         replay, output = self._graph_of[size]

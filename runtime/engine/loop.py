@@ -1,4 +1,9 @@
-"""The engine's loop, in its own thread: schedule, run, sample, hand out.
+"""The engine's loop, in its own thread: schedule, launch, land, hand out.
+
+One step ahead: while a step is in flight the next one is decided and launched, and only then are
+the first one's tokens read and handed out. Whoever ends by them has a place too many in the next
+step, which is dropped when that one lands. Where the next step hangs on tokens, and before a call
+between two steps, the loop lands first (`_may_run_ahead`).
 
 Other threads only add and abort requests under the lock, or ask for a call between two steps.
 The model, the sampler and the batch arrays belong to the loop alone.
@@ -21,11 +26,13 @@ from mizzen.runtime.engine.api import (
     Recorder,
     TokenOutput,
 )
-from mizzen.runtime.engine.batch import BatchBuilder
+from mizzen.runtime.engine.flight import Flight, Launcher
+from mizzen.runtime.engine.idle import IdleQueue, IdleWork
 from mizzen.runtime.engine.live import Live
 from mizzen.runtime.engine.ranks import ModelRanks
-from mizzen.runtime.engine.sampler import Sampled, Sampler
+from mizzen.runtime.engine.sampler import Sampled
 from mizzen.runtime.engine.scheduler import Chunk, Scheduler
+from mizzen.runtime.engine.sequence import State
 from mizzen.runtime.engine.streams import Outbox
 from mizzen.runtime.errors import RankLostError
 
@@ -43,13 +50,14 @@ class Loop:
         self,
         *,
         scheduler: Scheduler,
-        builder: BatchBuilder,
+        launcher: Launcher,
         ranks: ModelRanks,
-        sampler: Sampler,
         adapters: AdapterTable,
         eos_ids: frozenset[int],
         recorder: Recorder,
+        is_ahead: bool,
     ) -> None:
+        """Make a loop; `is_ahead`: it launches a step before the one in flight has landed."""
         self.scheduler = scheduler
         self.adapters = adapters
         self.live: dict[str, Live] = {}
@@ -59,14 +67,17 @@ class Loop:
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.death: BaseException | None = None
-        self._builder = builder
+        self._launcher = launcher
         self._ranks = ranks
-        self._sampler = sampler
+        self._is_ahead = is_ahead
+        self._flight: Flight | None = None
+        self._landed_at = 0.0
         self.eos_ids = eos_ids
         self._recorder = recorder
         self._outbox = Outbox()
         self._work = threading.Condition(self.lock)
         self._calls: deque[tuple[Callable[[], object], Future[Any]]] = deque()
+        self._idle = IdleQueue()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mizzen-engine", daemon=True)
 
@@ -110,6 +121,24 @@ class Loop:
                 self._work.notify()
         return future
 
+    def add_idle(self, work: IdleWork) -> None:
+        """Have the loop's thread do `work` whenever no request wants the model.
+
+        Raises:
+            EngineBusyError: too much of that waits already.
+            EngineDeadError: the loop has ended.
+        """
+        with self._work:
+            if self.death is not None or self._stopping:
+                raise self._dead_error()
+            self._idle.add(work)
+            self._work.notify()
+
+    def remove_idle(self, work: IdleWork) -> None:
+        """Have the work done no more; the slice that runs now may still end."""
+        with self._work:
+            self._idle.remove(work)
+
     def wait_until_empty(self, timeout_s: float | None) -> bool:
         """Block until no request is left, or the time is up; return whether none is left."""
         with self._work:
@@ -134,10 +163,9 @@ class Loop:
         try:
             while not self._stopping:
                 self.heartbeat_at = time.monotonic()
-                self._run_calls()
-                if chunks := self._next_chunks():
-                    self._step(chunks)
-                self._outbox.flush()
+                self._turn()
+            if self.death is None:
+                self._land_flight()
         except BaseException as error:
             log.exception("The engine's loop has failed; every request ends now.")
             self.death = self.death or error
@@ -145,6 +173,34 @@ class Loop:
             self._outbox.flush()
             self._end_everything()
             self._ranks.stop()
+
+    def _turn(self) -> None:
+        if not self._may_run_ahead():
+            self._land_flight()
+            self._run_calls()
+        chunks = self._next_chunks()
+        self._outbox.flush()
+        before, self._flight = self._flight, None
+        if chunks:
+            self._flight = self._launcher.launch(chunks, before, now=time.monotonic())
+        if before is not None:
+            self._land(before)
+        elif not chunks and self._idle:
+            self._idle.do_slice(self._is_wanted)
+
+    def _may_run_ahead(self) -> bool:
+        if self._flight is None or not self._is_ahead or self._calls:
+            return False
+        with self.lock:
+            return self.scheduler.may_run_ahead()
+
+    def _land_flight(self) -> None:
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._land(flight)
+
+    def _is_wanted(self) -> bool:
+        return self.scheduler.has_work() or bool(self._calls) or self._stopping
 
     def _next_chunks(self) -> list[Chunk]:
         now = time.monotonic()
@@ -154,7 +210,8 @@ class Loop:
                 self._outbox.put(live.stream, live.aborted())
                 self._forget(live, "abort", now)
             chunks = self.scheduler.schedule()
-            if not chunks and not self._calls and not self._stopping:
+            has_more = chunks or self._flight is not None or self._calls or self._idle
+            if not has_more and not self._stopping:
                 self._outbox.flush()
                 self._ranks.check()
                 self._work.wait(IDLE_WAKE_S)
@@ -164,34 +221,31 @@ class Loop:
                     live.scheduled_at = now
         return chunks
 
-    def _step(self, chunks: list[Chunk]) -> None:
-        began_at = time.monotonic()
-        sampling = [chunk for chunk in chunks if chunk.samples]
-        rows = [chunk.seq for chunk in sampling for _ in range(1 + len(chunk.draft))]
-        self._ranks.guess(chunks)
-        logits_NV = self._ranks.run(self._builder.build(chunks))
-        sampled = None if logits_NV is None else self._sampler.sample(logits_NV, rows)
+    def _land(self, flight: Flight) -> None:
+        sampled = None if flight.choice is None else flight.choice.read()
         now = time.monotonic()
         with self.lock:
-            self.scheduler.advance(chunks)
+            self.scheduler.advance(flight.chunks)
             if sampled is not None:
-                row = 0
-                for chunk in sampling:
-                    if not chunk.seq.abort_wanted:
-                        self._take(chunk, sampled, row, now)
-                    row += 1 + len(chunk.draft)
-            self._count(chunks, now - began_at)
+                for chunk in flight.chunks:
+                    seq = chunk.seq
+                    if chunk.samples and seq.state is State.RUNNING and not seq.abort_wanted:
+                        self._take(chunk, sampled, flight, now)
+            self._count(flight.chunks, now - max(flight.began_at, self._landed_at))
+        self._landed_at = now
+        self._outbox.flush()
 
-    def _take(self, chunk: Chunk, sampled: Sampled, row: int, now: float) -> None:
+    def _take(self, chunk: Chunk, sampled: Sampled, flight: Flight, now: float) -> None:
         """Hand out a sequence's new token, and those after it for as long as guesses were right."""
         seq, live = chunk.seq, self.live[chunk.seq.request_id]
+        row = flight.row_of[seq]
         right = 0
         for guess in (*chunk.draft, None):
             if error := sampled.failures.get(row + right):
                 self._fail(live, error, now)
                 break
             if seq.sampling.embed:
-                self._hand_out(live, live.embedded(self._ranks.last_hidden(row)), now)
+                self._hand_out(live, live.embedded(flight.embeddings[seq]), now)
                 break
             token_id = sampled.token_ids[row + right]
             output = live.take(token_id, sampled.logprobs[row + right], self.eos_ids)
@@ -267,6 +321,7 @@ class Loop:
             self._work.notify_all()
             while self._calls:
                 self._calls.popleft()[1].set_exception(self._dead_error())
+            self._idle.fail(self._dead_error())
         outbox.flush()
 
     def _dead_error(self) -> EngineDeadError:

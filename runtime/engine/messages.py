@@ -19,6 +19,9 @@ from mizzen.runtime.engine.api import (
     EngineStats,
     FinishedRequest,
     GenerationRequest,
+    ModelSizes,
+    PromptScores,
+    ScoreRequest,
     TokenOutput,
 )
 from mizzen.runtime.engine.config import EngineConfig
@@ -96,10 +99,17 @@ class LoadWeights(Call, tag=True):
     path: Path
 
 
+class Score(Call, tag=True):
+    """Say what the model thinks of tokens."""
+
+    request: ScoreRequest
+
+
 class Started(msgspec.Struct, tag=True):
     """The model is loaded and warm."""
 
     model_len: int
+    sizes: ModelSizes
 
 
 class Ended(msgspec.Struct, tag=True):
@@ -134,9 +144,10 @@ class Returned(msgspec.Struct, tag=True):
     number: int
     adapters: list[AdapterState]
     fault: Fault | None = None
+    scores: PromptScores | None = None
 
 
-AnyCall = LoadAdapter | UnloadAdapter | Drain | Sleep | Wake | LoadWeights
+AnyCall = LoadAdapter | UnloadAdapter | Drain | Sleep | Wake | LoadWeights | Score
 ToEngine = Start | Generate | Abort | AnyCall
 FromEngine = Started | Ended | Report | Returned
 Read = TypeVar("Read")

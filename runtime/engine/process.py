@@ -15,7 +15,7 @@ import time
 from collections.abc import Coroutine
 from functools import partial
 
-from mizzen.runtime.engine.api import FinishedRequest, GenerationRequest
+from mizzen.runtime.engine.api import FinishedRequest, GenerationRequest, PromptScores
 from mizzen.runtime.engine.engine import Engine
 from mizzen.runtime.engine.messages import (
     Abort,
@@ -29,6 +29,7 @@ from mizzen.runtime.engine.messages import (
     LoadWeights,
     Report,
     Returned,
+    Score,
     Sleep,
     Start,
     Started,
@@ -97,7 +98,7 @@ class Host:
 
     async def run(self) -> int:
         """Serve until the other end closes or the loop fails; return the exit code."""
-        self._link.send(Started(self._engine.model_len))
+        self._link.send(Started(self._engine.model_len, self._engine.sizes))
         self._report()
         listening = asyncio.create_task(self._listen())
         while (death := self._engine.death()) is None and not listening.done():
@@ -143,12 +144,13 @@ class Host:
 
     async def _return(self, call: AnyCall) -> None:
         fault: Fault | None = None
+        scores: PromptScores | None = None
         try:
-            await _perform(self._engine, call)
+            scores = await _perform(self._engine, call)
         except Exception as error:
             fault = to_fault(error)
         self._report()
-        self._link.send(Returned(call.number, self._engine.adapters(), fault))
+        self._link.send(Returned(call.number, self._engine.adapters(), fault, scores))
 
     def _collect(self, request_id: str, item: Item) -> None:
         if not self._outputs:  # the outputs of a step come together, and leave together
@@ -171,8 +173,10 @@ class Host:
         )
 
 
-async def _perform(engine: Engine, call: AnyCall) -> None:
+async def _perform(engine: Engine, call: AnyCall) -> PromptScores | None:
     match call:
+        case Score(request=request):
+            return await engine.score(request)
         case LoadAdapter(name=name, path=path, digest=digest):
             await engine.load_adapter(name, path, digest)
         case UnloadAdapter(name=name):
@@ -185,6 +189,7 @@ async def _perform(engine: Engine, call: AnyCall) -> None:
             await engine.wake()
         case LoadWeights(path=path):
             await engine.load_weights(path)
+    return None
 
 
 def _end_within(seconds: float) -> None:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from mizzen.runtime.attention.base import KvShape
+from mizzen.runtime.engine.api import InvalidRequestError
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.draft import DraftModel
 from mizzen.runtime.engine.graphs import graph_rows
 from mizzen.runtime.engine.runner import Runner
 from mizzen.runtime.engine.scheduler import Chunk
+from mizzen.runtime.engine.unknown import fill_unknown
 from mizzen.runtime.engine.wire import (
     Allocate,
     Clear,
@@ -58,8 +60,22 @@ class ModelRanks:
         self._runner = _runner(config, decoder, blocks)
         self._draft = draft
         self.last_hidden = self._runner.last_hidden
+        self.adapter_of = self._runner.adapter_of
         self.check = ranks.check
         self.serve = ranks.serve
+
+    def resident(self) -> Decoder:
+        """Return the served weights, for what is computed beside the steps.
+
+        Raises:
+            InvalidRequestError: the model is spread over several ranks.
+        """
+        if self._ranks.group.size > 1:
+            raise InvalidRequestError(
+                "Scores need a model that is not spread over ranks. Ask a deployment "
+                "with spec.parallelism.tensor 1."
+            )
+        return self._runner.decoder
 
     def warm_up(self, step: StepInput) -> None:
         """Compute a step on the block nobody reads, with every model there is."""
@@ -72,10 +88,17 @@ class ModelRanks:
         if self._draft is not None:
             self._draft.guess(chunks)
 
-    def run(self, step: StepInput) -> Tensor | None:
-        """Compute a step; return float32 logits_NV of the tokens to sample from."""
+    def run(self, step: StepInput, before_N: Tensor | None = None) -> Tensor | None:
+        """Compute a step; return float32 logits_NV of the tokens to sample from.
+
+        `before_N` are the tokens that the step before has sampled, where this one lacks some.
+        """
+        if before_N is not None and self._ranks.group.size > 1:
+            # The other ranks are told tokens, so this one has to wait for them.
+            fill_unknown(torch.from_numpy(step.token_ids_T), step, before_N.cpu())
+            before_N = None
         self._tell(step)
-        return self._runner.run(step)
+        return self._runner.run(step, before_N)
 
     def load_adapter(self, slot: int, adapter: Adapter, path: Path) -> None:
         """Fill a slot on every rank; the others read the files themselves."""

@@ -17,7 +17,9 @@ from mizzen.runtime.engine.api import (
     EngineStats,
     GenerationRequest,
     InvalidRequestError,
+    PromptScores,
     Recorder,
+    ScoreRequest,
     TokenOutput,
 )
 from mizzen.runtime.engine.config import EngineConfig
@@ -33,6 +35,7 @@ from mizzen.runtime.engine.messages import (
     LoadWeights,
     Report,
     Returned,
+    Score,
     Sleep,
     Start,
     Started,
@@ -64,16 +67,17 @@ class RemoteEngine:
         tokenizer: Tokenizer,
         recorder: Recorder,
         *,
-        model_len: int,
+        started: Started,
         first: Report,
     ) -> None:
         self.tokenizer = tokenizer
-        self.model_len = model_len
+        self.model_len = started.model_len
+        self.sizes = started.sizes
         self._process = process
         self._link = link
         self._recorder = recorder
         self._streams: dict[str, asyncio.Queue[Item]] = {}
-        self._calls: dict[int, asyncio.Future[None]] = {}
+        self._calls: dict[int, asyncio.Future[Returned]] = {}
         self._numbers = count()
         self._adapters: list[AdapterState] = []
         self._draining = False
@@ -101,7 +105,7 @@ class RemoteEngine:
         )
         # What is wrong with the model itself comes before what its tokenizer lacks.
         match answer:
-            case Started(model_len):
+            case Started() as started:
                 first = await link.receive()
             case Ended(fault):
                 raise to_error(fault)
@@ -111,7 +115,7 @@ class RemoteEngine:
             raise EngineDeadError("The engine's process ended while it started. See its log.")
         if isinstance(tokenizer, BaseException):
             raise tokenizer
-        return cls(process, link, tokenizer, recorder, model_len=model_len, first=first)
+        return cls(process, link, tokenizer, recorder, started=started, first=first)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenOutput]:
         """Yield the answer as it grows; see `api.EngineApi.generate`."""
@@ -132,6 +136,12 @@ class RemoteEngine:
             del self._streams[request.request_id]
             if not ended:
                 self._link.send(Abort(request.request_id))
+
+    async def score(self, request: ScoreRequest) -> PromptScores:
+        """Return what the model thinks of tokens; see `api.EngineApi.score`."""
+        answer = await self._call(Score(number=next(self._numbers), request=request))
+        assert answer.scores is not None, "what has no fault has scores"
+        return answer.scores
 
     async def abort(self, request_id: str) -> None:
         """End a request with finish_reason "abort"."""
@@ -203,12 +213,12 @@ class RemoteEngine:
             task.cancel()
         self._die(EngineDeadError("It has been stopped."))
 
-    async def _call(self, call: AnyCall) -> None:
+    async def _call(self, call: AnyCall) -> Returned:
         self._check_heard()
         answer = self._calls[call.number] = asyncio.get_running_loop().create_future()
         self._link.send(call)
         try:
-            await answer
+            return await answer
         finally:
             del self._calls[call.number]
 
@@ -235,9 +245,9 @@ class RemoteEngine:
                     self._report = message
                     _replay(message.timings, self._recorder)
                     self._hand_out(message)
-                case Returned(number, adapters, fault):
-                    self._adapters = adapters
-                    self._answer(number, to_error(fault) if fault else None)
+                case Returned():
+                    self._adapters = message.adapters
+                    self._answer(message)
                 case Ended(fault):
                     error = to_error(fault)
                     dead = EngineDeadError(str(error))
@@ -251,21 +261,22 @@ class RemoteEngine:
             if stream := self._streams.get(request_id):  # its client may have left
                 stream.put_nowait(item)
 
-    def _answer(self, number: int, error: Exception | None) -> None:
-        answer = self._calls.get(number)
+    def _answer(self, returned: Returned) -> None:
+        answer = self._calls.get(returned.number)
         if answer is None or answer.done():  # nobody waits any more
             return
-        if error is None:
-            answer.set_result(None)
+        if returned.fault is None:
+            answer.set_result(returned)
         else:
-            answer.set_exception(error)
+            answer.set_exception(to_error(returned.fault))
 
     def _die(self, death: MizzenError) -> None:
         self._death = self._death or death
         for stream in self._streams.values():
             stream.put_nowait(self._dead_error())
-        for number in self._calls:
-            self._answer(number, self._dead_error())
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(self._dead_error())
 
     def _dead_error(self) -> EngineDeadError:
         return EngineDeadError(f"The engine has ended: {self._death}")

@@ -10,8 +10,9 @@ from mizzen.runtime.attention.select import paged_attention
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.graphs import CudaCapture, DecodeGraphs
 from mizzen.runtime.engine.memory import zeros_when_touched
+from mizzen.runtime.engine.unknown import fill_unknown
 from mizzen.runtime.model.decoder import Decoder
-from mizzen.runtime.model.lora import Adapter, LoraSlots
+from mizzen.runtime.model.lora import Adapter, LoraBatch, LoraSlots
 
 
 class Runner:
@@ -43,6 +44,16 @@ class Runner:
                 capture=CudaCapture(),
             )
 
+    @property
+    def decoder(self) -> Decoder:
+        """The weights that are served; they are there unless the engine sleeps."""
+        assert self._decoder is not None, "asleep"
+        return self._decoder
+
+    def adapter_of(self, slot: int, tokens: int) -> LoraBatch | None:
+        """Return what a slot's adapter adds to so many tokens; None for the base model."""
+        return self._lora.batch([slot], [tokens])
+
     def release(self) -> None:
         """Give back the memory of weights and KV cache until `use`."""
         self._decoder = self._cache = self._graphs = self._hidden_ND = None
@@ -50,23 +61,27 @@ class Runner:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def run(self, step: StepInput) -> Tensor | None:
+    def run(self, step: StepInput, before_N: Tensor | None = None) -> Tensor | None:
         """Return float32 logits_NV, or None if the step samples nothing.
 
-        With several ranks each must run the same step; each returns the same.
+        `before_N` are the tokens that the step before has sampled: those that this one lacks come
+        from there, on the device, without waiting for them. With several ranks each must run the
+        same step; each returns the same.
         """
         decoder, cache = self._decoder, self._cache
         assert decoder is not None and cache is not None, "asleep"
         if self._graphs is not None and self._graphs.can_run(step):
-            return self._pick(step, *self._graphs.run(step))
+            return self._pick(step, *self._graphs.run(step, before_N))
         batch = PagedBatch(
             query_lens=step.query_lens,
             context_lens=step.context_lens,
             block_tables_SB=self._to_device(step.block_tables_SB),
             slots_T=self._to_device(step.slots_T),
         )
+        token_ids_T = self._to_device(step.token_ids_T)
+        fill_unknown(token_ids_T, step, before_N)
         hidden_TD = decoder(
-            self._to_device(step.token_ids_T),
+            token_ids_T,
             self._to_device(step.positions_T),
             paged_attention(cache, batch),
             self._lora.batch(step.lora_slots_S, step.query_lens),

@@ -42,6 +42,34 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """Tokens chosen on the device, on their way to the host."""
+
+    token_ids_N: Tensor
+    _plan: "_Plan"
+    _raw_LV: Tensor | None  # log probabilities of the rows that want them
+    _failures: dict[int, Exception]
+    _on_host_2N: Tensor  # tokens, and whether their row's numbers are finite
+    _arrival: torch.cuda.Event | None  # None: it is there
+
+    def read(self) -> Sampled:
+        """Wait for the tokens and return them."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        token_ids, is_finite = self._on_host_2N.tolist()
+        failures = dict(self._failures)
+        for index in [i for i, good in enumerate(is_finite) if not good]:
+            failures.setdefault(index, GenerationFailedError(NOT_FINITE))
+        rows, wanted = self._plan.rows, self._plan.wants_logprobs
+        logprobs: list[TokenLogprob | None] = [None] * len(rows)
+        if self._raw_LV is not None:
+            for values_V, index in zip(self._raw_LV, wanted, strict=True):
+                count = rows[index].sampling.logprobs or 0
+                logprobs[index] = _logprob(values_V, token_ids[index], count)
+        return Sampled(token_ids, logprobs, failures)
+
+
+@dataclass(frozen=True, slots=True)
 class _Plan:
     """What the rows' parameters say; the same for as long as the rows are."""
 
@@ -55,7 +83,6 @@ class _Plan:
     whole: Tensor  # and which have not
     has_min_p: bool
     seeds_N: np.ndarray
-    offsets_N: np.ndarray  # a sequence that guesses has several rows, for places one after another
     wants_logprobs: list[int]
     is_edited: bool  # some row changes its logits before the choice
     grammars: list[tuple[int, GrammarState]]
@@ -69,8 +96,12 @@ class Sampler:
         self._plan: _Plan | None = None
 
     @torch.inference_mode()
-    def sample(self, logits_NV: Tensor, rows: list[Sequence]) -> Sampled:
-        """Return the rows' next tokens. `logits_NV` is float32 and may be changed."""
+    def choose(self, logits_NV: Tensor, rows: list[Sequence], outputs: list[int]) -> Choice:
+        """Choose the rows' next tokens, each after so many `outputs` of its sequence.
+
+        A GPU is only told to: nothing here waits for it, unless a row has top-p or top-k. The
+        float32 `logits_NV` may be changed.
+        """
         plan = self._plan
         if plan is None or plan.rows != rows:
             plan = self._plan = _make_plan(rows, logits_NV.device)
@@ -83,22 +114,20 @@ class Sampler:
         chosen_N = _argmax(logits_NV)
         # A row's maximum is NaN or infinite where any of its numbers is.
         is_finite_N = logits_NV.gather(-1, chosen_N[:, None])[:, 0].isfinite()
-        if plan.greedy_N is not None and logits_NV.device.type != "cpu":
-            logits_NV.masked_fill_(~is_finite_N[:, None], 0)
-            chosen_N = torch.where(plan.greedy_N, chosen_N, _draw(logits_NV, plan))
-        # One transfer: each would wait for the device.
-        token_ids, is_finite = torch.stack((chosen_N, is_finite_N.long())).tolist()
-        for index in [i for i, good in enumerate(is_finite) if not good]:
-            failures.setdefault(index, GenerationFailedError(NOT_FINITE))
-            logits_NV[index] = 0
-        if plan.greedy_N is not None and logits_NV.device.type == "cpu":
-            _draw_rows(token_ids, logits_NV.numpy(), plan)
-        logprobs: list[TokenLogprob | None] = [None] * len(rows)
-        if raw is not None:
-            for values_V, index in zip(raw, plan.wants_logprobs, strict=True):
-                count = rows[index].sampling.logprobs or 0
-                logprobs[index] = _logprob(values_V, token_ids[index], count)
-        return Sampled(token_ids, logprobs, failures)
+        if plan.greedy_N is not None:
+            numbers_N = uniform_numbers(plan.seeds_N, np.array(outputs, dtype=np.uint64))
+            if logits_NV.device.type == "cpu":
+                _draw_rows(chosen_N, is_finite_N, logits_NV, plan, numbers_N)
+            else:
+                logits_NV.masked_fill_(~is_finite_N[:, None], 0)
+                chosen_N = torch.where(plan.greedy_N, chosen_N, _draw(logits_NV, plan, numbers_N))
+        # One transfer: each takes as long as any.
+        both_2N = torch.stack((chosen_N, is_finite_N.long())).to("cpu", non_blocking=True)
+        arrival = None
+        if chosen_N.is_cuda:
+            arrival = torch.cuda.Event()
+            arrival.record()
+        return Choice(chosen_N, plan, raw, failures, both_2N, arrival)
 
 
 def uniform_numbers(seeds_N: np.ndarray, positions_N: np.ndarray) -> np.ndarray:
@@ -139,19 +168,11 @@ def _make_plan(rows: list[Sequence], device: torch.device) -> _Plan:
         cut=rows_where(True),
         whole=rows_where(False),
         has_min_p=any(p.min_p > 0 for p in drawn),
-        offsets_N=np.array(_offsets(rows), dtype=np.uint64),
         seeds_N=np.array([seq.seed & (2**64 - 1) for seq in rows], dtype=np.uint64),
         wants_logprobs=[i for i, p in enumerate(params) if p.logprobs is not None],
         is_edited=any(is_edited(p) for p in params),
         grammars=[(i, seq.grammar) for i, seq in enumerate(rows) if seq.grammar],
     )
-
-
-def _offsets(rows: list[Sequence]) -> list[int]:
-    offsets: list[int] = []
-    for index, row in enumerate(rows):
-        offsets.append(offsets[-1] + 1 if index and row is rows[index - 1] else 0)
-    return offsets
 
 
 def is_edited(p: SamplingParams) -> bool:
@@ -163,6 +184,15 @@ def is_edited(p: SamplingParams) -> bool:
         or p.repetition_penalty != 1
         or p.min_tokens
     )
+
+
+def needs_tokens(p: SamplingParams) -> bool:
+    """Whether the host must know such a sequence's token before its next step can be launched.
+
+    Because that step's logits are changed by it, or because the choice reads the device back.
+    """
+    is_cut = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1)
+    return is_edited(p) or is_cut or p.grammar is not None or p.logprobs is not None
 
 
 def _argmax(logits_NV: Tensor) -> Tensor:
@@ -186,20 +216,20 @@ def _apply_grammars(
     return failures
 
 
-def _numbers(plan: _Plan) -> np.ndarray:
-    positions = np.array([len(seq.token_ids) - seq.prompt_tokens for seq in plan.rows], np.uint64)
-    return uniform_numbers(plan.seeds_N, positions + plan.offsets_N)
+def _draw_rows(
+    chosen_N: Tensor, is_finite_N: Tensor, logits_NV: Tensor, plan: _Plan, numbers_N: np.ndarray
+) -> None:
+    rows_NV = logits_NV.numpy()
+    drawn = zip(plan.rows, is_finite_N.tolist(), numbers_N.tolist(), strict=True)
+    for index, (seq, is_finite, number) in enumerate(drawn):
+        if is_finite and seq.sampling.temperature > 0:
+            chosen_N[index] = draw_row(rows_NV[index], seq.sampling, number)
 
 
-def _draw_rows(token_ids: list[int], logits_NV: np.ndarray, plan: _Plan) -> None:
-    for index, (seq, number) in enumerate(zip(plan.rows, _numbers(plan).tolist(), strict=True)):
-        if seq.sampling.temperature > 0:
-            token_ids[index] = draw_row(logits_NV[index], seq.sampling, number)
-
-
-def _draw(logits_NV: Tensor, plan: _Plan) -> Tensor:
+def _draw(logits_NV: Tensor, plan: _Plan, numbers_N: np.ndarray) -> Tensor:
     """Return a token for each row by inverting its cumulative distribution."""
-    uniform_N1 = torch.from_numpy(_numbers(plan)).to(logits_NV.device, torch.float32)[:, None]
+    numbers = torch.from_numpy(numbers_N.astype(np.float32))
+    uniform_N1 = numbers.to(logits_NV.device, non_blocking=True)[:, None]
     scaled_NV = logits_NV / plan.temperature_N1
     if plan.has_min_p:
         floor_N1 = scaled_NV.amax(-1, keepdim=True) + plan.log_min_p_N1

@@ -3,6 +3,10 @@
 There are no phases: each sequence has computed tokens chasing known tokens, and a step hands out a
 budget of tokens, running sequences first, then waiting ones. Chunked prefill, prefix hits, decode
 and recomputation after preemption all follow from that rule.
+
+A step may be decided while the one before it is still being computed: its sequences then count as
+they will be once that one has landed, each with one more token that nobody knows yet. What ends
+meanwhile keeps its blocks until no step in flight writes to them.
 """
 
 from bisect import insort
@@ -42,17 +46,13 @@ class Chunk:
     seq: Sequence
     start: int
     count: int
+    samples: bool  # it reaches the last token, so that a new one follows
     draft: list[int] = field(default_factory=list)
 
     @property
     def size(self) -> int:
         """How many tokens it computes."""
         return self.count + len(self.draft)
-
-    @property
-    def samples(self) -> bool:
-        """Whether it reaches the last known token, so that a new one follows."""
-        return self.start + self.count == len(self.seq.token_ids)
 
 
 class Scheduler:
@@ -76,6 +76,7 @@ class Scheduler:
         self.tokens_per_s = 0.0  # as last observed; makes `retry_after_s` honest
         self._rows = list(range(limits.max_running - 1, -1, -1))
         self._aborted: list[Sequence] = []
+        self._ended_in_flight = 0  # sequences that still hold blocks
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
@@ -108,33 +109,57 @@ class Scheduler:
     def abort(self, seq: Sequence) -> None:
         """Mark a sequence to end before the next step; legal in every state, any number of times.
 
-        Its blocks stay until then, because the step that runs now may still write to them.
+        Its blocks stay for as long as a step in flight may write to them.
         """
         if not seq.abort_wanted and seq.state is not State.FINISHED:
             seq.abort_wanted = True
             self._aborted.append(seq)
 
     def reap(self) -> list[Sequence]:
-        """End the sequences marked by `abort` and return them. Only between two steps."""
+        """End the sequences marked by `abort` and return them."""
         ended = [seq for seq in self._aborted if seq.state is not State.FINISHED]
         for seq in ended:
             self.finish(seq, "abort")
         self._aborted.clear()
         return ended
 
+    def may_run_ahead(self) -> bool:
+        """Whether the next step can be decided before the tokens of the one in flight are known.
+
+        It cannot where a sequence's next step hangs on its tokens, or where one may have to be
+        preempted: its place would be given away while it is being computed.
+        """
+        blocks = sum(
+            max(0, self.pool.blocks_for(seq.length) - len(seq.blocks)) for seq in self.running
+        )
+        return blocks <= self.pool.free and not any(seq.needs_tokens for seq in self.running)
+
     def schedule(self) -> list[Chunk]:
-        """Return the next step's chunks. Their blocks are held from now on."""
+        """Return the next step's chunks, in flight from now on; `advance` lands them.
+
+        While another step is in flight, `may_run_ahead` comes first.
+        """
         budget = self._budget()
         chunks, preempted = self._schedule_running(budget)
         if not preempted:
             self._schedule_waiting(chunks, budget - sum(chunk.size for chunk in chunks))
+        for chunk in chunks:
+            chunk.seq.computing += chunk.count
+            chunk.seq.sampling_now += chunk.samples
         # Single tokens first: attention treats them as one block.
         return sorted(chunks, key=lambda chunk: chunk.size > 1)
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
         """Note that the chunks were computed, and offer blocks that became full to others."""
         for chunk in chunks:
-            self._computed(chunk.seq, chunk.start + chunk.count)
+            seq = chunk.seq
+            seq.computing -= chunk.count
+            seq.sampling_now -= chunk.samples
+            if seq.state is State.RUNNING:
+                self._computed(seq, chunk.start + chunk.count)
+            elif not seq.computing:
+                self._ended_in_flight -= 1
+                self._release(seq)
 
     def accept(self, chunk: Chunk, right: int) -> None:
         """Note how many guesses were right; the tokens are known by now."""
@@ -150,10 +175,13 @@ class Scheduler:
         seq.computed = end
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
-        """End a sequence and give back what it holds."""
+        """End a sequence and give back what it holds, at the latest when its step has landed."""
         if seq.state is State.RUNNING:
             self.running.remove(seq)
-            self._release(seq)
+            if seq.computing:
+                self._ended_in_flight += 1
+            else:
+                self._release(seq)
         elif seq.state is State.WAITING:
             self.waiting.remove(seq)
             self.waiting_tokens -= len(seq.token_ids)
@@ -163,12 +191,13 @@ class Scheduler:
     def check(self) -> None:
         """Raise AssertionError unless blocks and rows in use are exactly the running ones'."""
         self.pool.check()
-        assert len(self._rows) + len(self.running) == self.limits.max_running, "rows are lost"
-        if not self.running:
+        held = len(self.running) + self._ended_in_flight
+        assert len(self._rows) + held == self.limits.max_running, "rows are lost"
+        if not held:
             assert self.pool.used == 0, f"{self.pool.used} blocks are held by nobody"
 
     def _budget(self) -> int:
-        decoding = sum(1 for seq in self.running if len(seq.token_ids) - seq.computed == 1)
+        decoding = sum(1 for seq in self.running if seq.length - seq.planned == 1)
         if not decoding:
             return self.limits.step_tokens
         # Each running sequence gets a token, whatever the limit says.
@@ -181,10 +210,13 @@ class Scheduler:
         position = 0
         while position < len(self.running):
             seq = self.running[position]
+            if seq.is_ending:
+                position += 1
+                continue
             # One token is kept for each one behind, so a long prompt never stops their decode.
             behind = len(self.running) - position - 1
-            count = min(len(seq.token_ids) - seq.computed, budget - behind)
-            missing = self.pool.blocks_for(seq.computed + count) - len(seq.blocks)
+            count = min(seq.length - seq.planned, budget - behind)
+            missing = self.pool.blocks_for(seq.planned + count) - len(seq.blocks)
             while missing > self.pool.free:
                 preempted = True
                 victim = self.running[-1]
@@ -193,7 +225,7 @@ class Scheduler:
                     return chunks, True
             if missing > 0:
                 seq.blocks += self.pool.allocate(missing)
-            chunk = Chunk(seq, seq.computed, count)
+            chunk = _chunk(seq, count)
             if seq.guesser is not None and chunk.samples:
                 chunk.draft = self._draft(seq, seq.guesser, budget - behind - count)
             chunks.append(chunk)
@@ -219,8 +251,8 @@ class Scheduler:
             seq = self.waiting[0]
             if not self._admit(seq):
                 return
-            count = min(len(seq.token_ids) - seq.computed, budget)
-            chunks.append(Chunk(seq, seq.computed, count))
+            count = min(seq.length - seq.planned, budget)
+            chunks.append(_chunk(seq, count))
             budget -= count
 
     def _admit(self, seq: Sequence) -> bool:
@@ -232,7 +264,7 @@ class Scheduler:
         # A block of growth for each running sequence: admitted without, it would be preempted soon
         # and its prompt computed twice.
         needed = fresh + self.pool.idle_among(shared) + len(self.running)
-        if self.running and needed > self.pool.free:
+        if (self.running or self._ended_in_flight) and needed > self.pool.free:
             return False
         self.waiting.pop(0)
         self.waiting_tokens -= len(seq.token_ids)
@@ -276,3 +308,8 @@ class Scheduler:
     def _retry_after_s(self) -> float:
         waiting_s = self.waiting_tokens / self.tokens_per_s if self.tokens_per_s else RETRY_MIN_S
         return min(RETRY_MAX_S, max(RETRY_MIN_S, waiting_s))
+
+
+def _chunk(seq: Sequence, count: int) -> Chunk:
+    start = seq.planned
+    return Chunk(seq, start, count, samples=start + count == seq.length)

@@ -22,6 +22,8 @@ class Sequence:
 
     `computed` chases `len(token_ids)`: a step computes the tokens in between, and samples the
     next one when it reaches the end. Prefill, decode and recomputation are all this one rule.
+    It holds one step ahead too, with `planned` chasing `length`: both count what the step in
+    flight will have done.
     """
 
     request_id: str
@@ -36,8 +38,11 @@ class Sequence:
     seed: int = 0
     grammar: GrammarState | None = None
     guesser: Guesser | None = None  # where tokens may be guessed
+    needs_tokens: bool = False  # the host must know each token before the next step
     prompt_tokens: int = 0
     computed: int = 0
+    computing: int = 0  # tokens in steps in flight
+    sampling_now: int = 0  # tokens that these steps will add
     cached: int = 0  # prompt tokens found in the prefix cache when first scheduled
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -55,6 +60,22 @@ class Sequence:
     def output_tokens(self) -> int:
         """How many tokens were generated."""
         return len(self.token_ids) - self.prompt_tokens
+
+    @property
+    def length(self) -> int:
+        """How many tokens there are once the steps in flight have landed."""
+        return len(self.token_ids) + self.sampling_now
+
+    @property
+    def planned(self) -> int:
+        """How many of them are computed by then."""
+        return self.computed + self.computing
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the token being sampled is its last, whatever it is."""
+        last = self.sampling.embed or self.length - self.prompt_tokens >= self.max_tokens
+        return self.sampling_now > 0 and last
 
     @property
     def order(self) -> tuple[int, int]:

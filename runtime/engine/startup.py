@@ -4,11 +4,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 from mizzen.runtime.engine.adapters import AdapterTable
-from mizzen.runtime.engine.api import FinishedRequest, Recorder
+from mizzen.runtime.engine.api import FinishedRequest, ModelSizes, Recorder
 from mizzen.runtime.engine.batch import BatchBuilder, StepInput, dummy_step
 from mizzen.runtime.engine.blocks import BlockPool
 from mizzen.runtime.engine.config import EngineConfig
@@ -19,6 +20,7 @@ from mizzen.runtime.engine.draft import (
     draft_kv,
     load_draft,
 )
+from mizzen.runtime.engine.flight import Launcher
 from mizzen.runtime.engine.graphs import graph_rows, rows_at_start
 from mizzen.runtime.engine.host import cpu_count, memory_available_bytes
 from mizzen.runtime.engine.loop import Loop
@@ -29,13 +31,16 @@ from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import BadModelError
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.layers import Placement
 from mizzen.runtime.parallel.follower import Follower
+from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.parallel.ranks import Ranks
 
 # A step of this many tokens is the longest pause a prompt can put between two tokens of others.
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 # While others decode, fewer of a prompt: a CPU's step of 512 takes many times a decode's.
 BESIDE_DECODES = {"cpu": 64, "cuda": 8192}
+AHEAD_ON = {"cuda"}
 KV_SHARE = {"cpu": 0.3, "cuda": 0.85}  # of the memory that is free once the weights are there
 WARM_UP_PROMPT, WARM_UP_ROWS = 64, 8
 GIB = 1 << 30
@@ -60,6 +65,7 @@ class Parts:
     tokenizer: Tokenizer
     arch: ArchSpec
     model_len: int
+    sizes: ModelSizes
     ranks: ModelRanks
     loop: Loop
     start_seconds: dict[str, float]
@@ -123,6 +129,7 @@ def _start_model(
     with _timed(seconds, "weights"):
         decoder = load_rank(config, device, ranks.group)
     model_len = choose_model_len(config, decoder.spec)
+    sizes = model_sizes(decoder)
     draft = _load_draft(config, decoder, model_len)
     blocks = choose_blocks(config, decoder, model_len, draft=draft)
     step_tokens = max(
@@ -163,15 +170,17 @@ def _start_model(
     eos_ids = frozenset((*tokenizer.eos_token_ids, *decoder.spec.eos_ids))
     loop = Loop(
         scheduler=Scheduler(pool, limits),
-        builder=builder(),
+        launcher=Launcher(
+            builder=builder(), ranks=model, sampler=Sampler(eos_token_ids=tuple(eos_ids))
+        ),
         ranks=model,
-        sampler=Sampler(eos_token_ids=tuple(eos_ids)),
         adapters=AdapterTable(max_loras=config.max_loras),
         eos_ids=eos_ids,
         recorder=recorder or NullRecorder(),
+        is_ahead=device.type in AHEAD_ON,
     )
     model.serve(loop.fail)
-    return Parts(tokenizer, decoder.spec, model_len, model, loop, seconds)
+    return Parts(tokenizer, decoder.spec, model_len, sizes, model, loop, seconds)
 
 
 def build_follower(config: EngineConfig) -> Follower:
@@ -213,6 +222,28 @@ def choose_model_len(config: EngineConfig, spec: ArchSpec) -> int:
             f"for. Set the maximum model length to at most {spec.max_len}."
         )
     return config.max_model_len
+
+
+def model_sizes(decoder: Decoder) -> ModelSizes:
+    """Return what the whole model is made of, though this rank holds but a share."""
+    spec, device = decoder.spec, decoder.place.device
+    return ModelSizes(
+        layers=spec.layers,
+        hidden=spec.hidden_size,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        context_tokens=spec.max_len,
+        parameters=_count_parameters(spec),
+        dtype=str(decoder.place.dtype).removeprefix("torch."),
+        device_bytes=torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0,
+    )
+
+
+def _count_parameters(spec: ArchSpec) -> int:
+    # Of a model without memory: what this rank holds is a share, and packed by now.
+    empty = Decoder(spec, Placement(torch.bfloat16, torch.device("meta"), RankGroup()))
+    return sum(prod(shard.whole) for shard in empty.shards())
 
 
 def _load_draft(config: EngineConfig, decoder: Decoder, model_len: int) -> Decoder | None:

@@ -1,7 +1,9 @@
 """Text to token ids and back, as the checkpoint says. Knows no model and imports no torch."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,12 @@ class Tokenizer:
             f"{path.name} has no tokenizer.json. Copy it there from the model's repository, or "
             "write it with save_pretrained of a fast tokenizer."
         )
+
+    @cached_property
+    def vocabulary_digest(self) -> str:
+        """The sha256 of what each token id means."""
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
     @property
     def has_chat_template(self) -> bool:

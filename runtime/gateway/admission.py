@@ -22,7 +22,7 @@ from mizzen.runtime.gateway.directory import (
     Route,
 )
 from mizzen.runtime.gateway.errors import BusyError, NoReplicaError
-from mizzen.runtime.gateway.reply import Reply
+from mizzen.runtime.gateway.reply import Replying
 from mizzen.runtime.gateway.room import Place, RoomFullError, WaitingRoom
 from mizzen.runtime.gateway.starts import Starts
 from mizzen.runtime.gateway.wake import Waker
@@ -73,7 +73,7 @@ class Admission:
         )
         directory.on_change = self.room.stirred.set
 
-    async def next_endpoint(self, search: Search, reply: Reply) -> Endpoint | None:
+    async def next_endpoint(self, search: Search, reply: Replying[object]) -> Endpoint | None:
         """Return the replica to try next, waiting for one while it is worth it; None to give up.
 
         Raises:
@@ -143,7 +143,7 @@ class Admission:
 
     # Waiting.
 
-    async def _wait(self, search: Search, reply: Reply) -> bool:
+    async def _wait(self, search: Search, reply: Replying[object]) -> bool:
         """Wait for a turn; False when the last replica's refusal is to be the answer."""
         model = search.route.model
         # The last one on its way out serves what it still takes; the rest waits for the next one.

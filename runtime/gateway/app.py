@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from mizzen.runtime.gateway.body import Body, read_body, refuse_large
+from mizzen.runtime.gateway.batches.routes import BatchRoutes
+from mizzen.runtime.gateway.body import read_body, refuse_large
 from mizzen.runtime.gateway.config import GatewayConfig
 from mizzen.runtime.gateway.connections import Connections
-from mizzen.runtime.gateway.directory import Directory, Route, ServedModel
+from mizzen.runtime.gateway.directory import Directory, ServedModel
 from mizzen.runtime.gateway.errors import (
     BadKeyError,
     GatewayError,
-    NoReplicaError,
     UnknownModelError,
     error_body,
 )
 from mizzen.runtime.gateway.headers import REQUEST_ID, request_id_of
+from mizzen.runtime.gateway.intake import Asked, Intake
 from mizzen.runtime.gateway.keys import Client, Keyring
 from mizzen.runtime.gateway.lifecycle import Lifecycle
 from mizzen.runtime.gateway.limits import Account, Accounts, Limits
 from mizzen.runtime.gateway.metrics import GatewayMetrics
-from mizzen.runtime.gateway.proxy import Call, Proxy
-from mizzen.runtime.gateway.tokens import TokenMeter, expected_tokens
+from mizzen.runtime.gateway.reply import Reply
 from mizzen.runtime.tracing import OPERATIONS, Tracing, current_span
 
 log = logging.getLogger(__name__)
@@ -48,11 +49,12 @@ class Parts:
     directory: Directory
     keyring: Keyring
     metrics: GatewayMetrics
-    proxy: Proxy
+    intake: Intake
     lifecycle: Lifecycle
     accounts: Accounts
     connections: Connections
     tracing: Tracing
+    on_batch: Callable[[], None]
 
 
 def build_app(parts: Parts) -> web.Application:
@@ -65,6 +67,12 @@ def build_app(parts: Parts) -> web.Application:
     app.router.add_get("/v1/models/{model:.+}", routes.get_model)
     for path in PROXIED:
         app.router.add_post(path, routes.proxy, expect_handler=routes.allow_body)
+    BatchRoutes(
+        parts.config,
+        connections=parts.connections,
+        owner_of=_owner_of,
+        on_batch=parts.on_batch,
+    ).add_to(app)
     return app
 
 
@@ -189,47 +197,34 @@ class Routes:
             request, limit_bytes=self._limit_bytes, timeout_s=config.body_timeout_s
         )
         current_span.get().name(OPERATIONS[request.path], body.model)
-        route = self._resolve(body.model)
+        route = self._parts.intake.resolve(body.model)
         request[_MODEL] = route.model
-        metrics = self._parts.metrics
-        metrics.on_start(route.model)
-        try:
-            return await self._forward(request, route, body, account)
-        finally:
-            metrics.on_end(route.model)
-
-    async def _forward(
-        self, request: web.Request, route: Route, body: Body, account: Account | None
-    ) -> web.StreamResponse:
         client = request.get(_CLIENT)
-        call = Call(
-            request=request,
-            route=route,
+        asked = Asked(
+            path=request.rel_url.raw_path_qs,
+            headers=request.headers,
             body=body,
             request_id=request[_ID],
-            client="" if client is None else client.account,
+            client=_owner_of(request),
             priority=0 if client is None else client.limits.priority,
+            account=account,
         )
-        if account is None or account.tokens is None:
-            return await self._parts.proxy.forward(call)
-        charged = account.charge_tokens(expected_tokens(body.document, len(body.raw)))
-        meter = TokenMeter(expected_tokens({}, len(body.raw)))
-        try:
-            return await self._parts.proxy.forward(replace(call, meter=meter))
-        finally:
-            account.settle_tokens(charged=charged, used=meter.used())
-
-    def _resolve(self, name: str) -> Route:
-        route = self._parts.directory.resolve(name)
-        if route is not None:
-            return route
-        if not self._parts.lifecycle.is_synced():
-            raise NoReplicaError("The gateway has just started; try again.", retry_after_s=1)
-        raise UnknownModelError(name, self._parts.directory.names())
+        reply = Reply(
+            request,
+            wants_stream=body.document.get("stream") is True,
+            connections=self._parts.connections,
+            most_bytes=config.max_answer_mib * 2**20,
+        )
+        return await self._parts.intake.answer(asked, route, reply)
 
     @property
     def _limit_bytes(self) -> int:
         return self._parts.config.max_body_mib * 2**20
+
+
+def _owner_of(request: web.Request) -> str:
+    client = request.get(_CLIENT)
+    return "" if client is None else client.account
 
 
 def _model_entries(name: str, model: ServedModel) -> list[dict[str, object]]:
@@ -245,8 +240,9 @@ def _model_entries(name: str, model: ServedModel) -> list[dict[str, object]]:
 
 def _plain_error(request: web.Request, error: web.HTTPException) -> web.Response:
     if error.status == 404:
-        message = f"There is no {request.path} here; the gateway serves /v1/models and " + (
-            ", ".join(PROXIED)
+        message = (
+            f"There is no {request.path} here; the gateway serves /v1/models, "
+            f"/v1/files, /v1/batches and {', '.join(PROXIED)}"
         )
     elif error.status == 405:
         allowed = ", ".join(sorted(error.headers.get("Allow", "").split(",")))

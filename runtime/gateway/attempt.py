@@ -71,6 +71,11 @@ class Opened:
     response: ClientResponse
     first_chunk: bytes
 
+    @property
+    def length_bytes(self) -> int | None:
+        """How long the answer says it is, if it does."""
+        return self.response.content_length
+
     async def next_chunk(self) -> bytes:
         """Return more of the answer as it comes, nothing at its end.
 

@@ -41,8 +41,19 @@ async def read_body(request: web.Request, *, limit_bytes: int, timeout_s: float)
     return parse_body(await _read(request, limit_bytes=limit_bytes, timeout_s=timeout_s))
 
 
-def parse_body(raw: bytes) -> Body:
-    """Check that the body is a JSON object that names a model.
+async def read_document(
+    request: web.Request, *, limit_bytes: int, timeout_s: float
+) -> dict[str, object]:
+    """Read a body that is a JSON object and is not for a model.
+
+    Raises:
+        BodyTooLargeError, SlowBodyError, BadBodyError: with what is wrong.
+    """
+    return parse_document(await _read(request, limit_bytes=limit_bytes, timeout_s=timeout_s))
+
+
+def parse_document(raw: bytes) -> dict[str, object]:
+    """Check that the body is a JSON object.
 
     Raises:
         BadBodyError: with what is wrong and where.
@@ -64,6 +75,16 @@ def parse_body(raw: bytes) -> Body:
         ) from None
     if not isinstance(document, dict):
         raise BadBodyError(f"The request body is {_kind(document)}; send a JSON object.")
+    return document
+
+
+def parse_body(raw: bytes) -> Body:
+    """Check that the body is a JSON object that names a model.
+
+    Raises:
+        BadBodyError: with what is wrong and where.
+    """
+    document = parse_document(raw)
     model = document.get("model")
     if model is None:
         raise BadModelFieldError("The field 'model' is missing; GET /v1/models lists the models.")

@@ -109,6 +109,18 @@ class GatewayConfig(BaseSettings):
     progress_s: float = Field(
         5.0, gt=0, description="How often a waiting stream is told that it still waits."
     )
+    batches_dir: Path | None = Field(
+        None,
+        description="Folder for files and batches, the same for all gateways; none: they are off.",
+    )
+    batches_parallel: int = Field(
+        8, ge=1, le=1000, description="Most requests of batches that run at one time."
+    )
+    batches_max_file_mib: int = Field(100, ge=1, description="Largest file in MiB.")
+    batches_max_lines: int = Field(50000, ge=1, description="Most lines of a batch.")
+    batches_keep_days: int = Field(
+        30, ge=1, description="After this long files and ended batches are removed."
+    )
     lame_duck_s: float = Field(
         5.0, ge=0, description="On SIGTERM: still accept for this long, while endpoints forget us."
     )

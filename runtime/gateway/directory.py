@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from mizzen.runtime.gateway.guardrails import Guardrail
+from mizzen.runtime.gateway.prompts import Template
+
 ObjectKey = tuple[str, str]
 """Namespace and name of a Kubernetes object."""
 
@@ -53,6 +56,8 @@ class ServedModel:
     is_off: bool = False
     """Whether its spec asks for no replica at all."""
     canary: Canary | None = None
+    prompts: tuple[Template, ...] = ()
+    guardrails: tuple[Guardrail, ...] = ()
 
     @property
     def key(self) -> ObjectKey:

@@ -104,6 +104,12 @@ class Keyring:
         """Where the present keys came from."""
         return frozenset(self._sources)
 
+    def limits(self, account: str) -> Limits | None:
+        """Return the limits of a client by its account, None where its key is not let in."""
+        source, _, key_id = account.rpartition(":")
+        hashed = self._sources.get(source, {}).get(key_id)
+        return None if hashed is None else hashed.limits
+
     def identify(self, key: str) -> Client | None:
         """Return whose key it is, None for one that is not let in."""
         fingerprint = hashlib.sha256(key.encode(errors="replace")).digest()

@@ -116,6 +116,23 @@ class Account:
         finally:
             self.in_flight -= 1
 
+    def take_background(self) -> None:
+        """Count one request of a batch, which leaves half of every allowance to the key's others.
+
+        Raises:
+            RateLimitedError: no more than the half is left.
+        """
+        now = self.clock()
+        for bucket, what in ((self.requests, "requests"), (self.tokens, "tokens")):
+            if bucket is None:
+                continue
+            # Of an allowance of one request there is no half.
+            wait_s = bucket.wait_s(max(1.0, bucket.per_minute / 2), now)
+            if wait_s > 0:
+                message = f"Half of this API key's {bucket.per_minute} {what} per minute are used."
+                raise RateLimitedError(message, what, wait_s)
+        self._take(self.requests, 1, "requests")
+
     def charge_tokens(self, tokens: int) -> int:
         """Use what a request is expected to take; return it for `settle_tokens` to correct.
 

@@ -54,6 +54,12 @@ class GatewayMetrics:
             _MODEL_LABELS,
             registry=self.registry,
         )
+        self._guardrail_hits = Counter(
+            "mizzen_gateway_guardrail_hits",
+            "Requests refused and answers cut off by a guardrail.",
+            (*_MODEL_LABELS, "guardrail"),
+            registry=self.registry,
+        )
         self._picks = Counter(
             "mizzen_gateway_upstream_picks",
             "Requests sent to each replica.",
@@ -90,6 +96,10 @@ class GatewayMetrics:
     def on_cut(self, model: ServedModel) -> None:
         """A replica was lost in the middle of an answer."""
         self._cut.labels(*_labels(model)).inc()
+
+    def on_guardrail(self, model: ServedModel, guardrail: str) -> None:
+        """A guardrail refused a request, or cut an answer off."""
+        self._guardrail_hits.labels(*_labels(model), guardrail).inc()
 
     def on_pick(self, model: ServedModel, url: str) -> None:
         """A replica was chosen."""

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
-from aiohttp import ClientSession, web
+from aiohttp import ClientSession
+from multidict import CIMultiDictProxy
 
 from mizzen.runtime.gateway.admission import Admission, Search
 from mizzen.runtime.gateway.affinity import SESSION_HEADER, affinity_key
@@ -24,12 +26,11 @@ from mizzen.runtime.gateway.attempt import (
 from mizzen.runtime.gateway.balancer import Balancer
 from mizzen.runtime.gateway.body import Body
 from mizzen.runtime.gateway.config import GatewayConfig
-from mizzen.runtime.gateway.connections import Connections
 from mizzen.runtime.gateway.directory import Endpoint, Route, ServedModel
 from mizzen.runtime.gateway.errors import GatewayError, NoReplicaError, ReplicaSilentError
 from mizzen.runtime.gateway.headers import request_headers
 from mizzen.runtime.gateway.metrics import GatewayMetrics
-from mizzen.runtime.gateway.reply import Reply
+from mizzen.runtime.gateway.reply import Replying
 from mizzen.runtime.gateway.room import Place
 from mizzen.runtime.gateway.tokens import TokenMeter
 from mizzen.runtime.tracing import current_span
@@ -37,13 +38,15 @@ from mizzen.runtime.tracing import current_span
 log = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 5
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """One client request, read and understood."""
 
-    request: web.Request
+    path: str
+    headers: CIMultiDictProxy[str]
     route: Route
     body: Body
     request_id: str
@@ -63,7 +66,6 @@ class Proxy:
         admission: Admission,
         metrics: GatewayMetrics,
         session: ClientSession,
-        connections: Connections,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -71,17 +73,10 @@ class Proxy:
         self._admission = admission
         self._metrics = metrics
         self._session = session
-        self._connections = connections
         self._clock = clock
 
-    async def forward(self, call: Call) -> web.StreamResponse:
+    async def forward(self, call: Call, reply: Replying[_Answer]) -> _Answer:
         """Answer a request from one of the model's replicas, or say why none did."""
-        reply = Reply(
-            call.request,
-            wants_stream=call.body.document.get("stream") is True,
-            connections=self._connections,
-            most_bytes=self._config.max_answer_mib * 2**20,
-        )
         search = _search(call)
         try:
             return await self._forward(call, search, reply)
@@ -90,7 +85,7 @@ class Proxy:
         finally:
             self._admission.room.leave(search.place)
 
-    async def _forward(self, call: Call, search: Search, reply: Reply) -> web.StreamResponse:
+    async def _forward(self, call: Call, search: Search, reply: Replying[_Answer]) -> _Answer:
         started_at = self._clock()
         outgoing = self._outgoing(call)
         model, span = call.route.model, current_span.get()
@@ -184,14 +179,14 @@ class Proxy:
 
     def _outgoing(self, call: Call) -> Outgoing:
         headers = request_headers(
-            call.request.headers,
+            call.headers,
             request_id=call.request_id,
             with_authorization=self._config.auth == "off",
         )
         # What the client said of its trace goes on as it came where there is no span here.
         headers.update(current_span.get().headers())
         return Outgoing(
-            path=call.request.rel_url.raw_path_qs,
+            path=call.path,
             headers=headers,
             body=call.body.for_model(call.route.upstream_name),
             connect_timeout_s=self._config.connect_timeout_s,
@@ -201,7 +196,7 @@ class Proxy:
 
 def _search(call: Call) -> Search:
     route, body = call.route, call.body
-    session = call.request.headers.get(SESSION_HEADER)
+    session = call.headers.get(SESSION_HEADER)
     return Search(
         route=route,
         key=affinity_key(body.document, model=route.upstream_name, session=session),

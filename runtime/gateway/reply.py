@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol, TypeVar
 
 from aiohttp import web
 
@@ -20,6 +21,33 @@ _EVENT_STREAM = "text/event-stream"
 _STREAM_HEADERS = {"Content-Type": _EVENT_STREAM, "Cache-Control": "no-cache"}
 _DONE = b"data: [DONE]"
 _ERROR = b'"error"'
+_Answer = TypeVar("_Answer", covariant=True)
+
+
+class Replying(Protocol[_Answer]):
+    """Who takes what becomes of a request: a client's connection, or a batch's line."""
+
+    async def tell(self, text: str) -> None:
+        """Hear how the waiting goes."""
+        ...
+
+    async def refuse(self, refusal: Refusal) -> _Answer:
+        """Take a replica's error."""
+        ...
+
+    async def fail(self, error: GatewayError) -> _Answer:
+        """Take an error of ours."""
+        ...
+
+    async def relay(
+        self,
+        opened: Opened,
+        *,
+        on_cut: Callable[[Exception], None],
+        on_chunk: Callable[[bytes], None] | None = None,
+    ) -> _Answer:
+        """Take the answer; `on_cut` hears of one that ends before its end."""
+        ...
 
 
 class Reply:
@@ -83,12 +111,14 @@ class Reply:
             AnswerTooLongError: it says so itself, and nothing of it was passed on.
         """
         upstream = opened.response
-        if (upstream.content_length or 0) > self._most_bytes:
+        if (opened.length_bytes or 0) > self._most_bytes:
             opened.close()
             raise AnswerTooLongError(self._most_bytes)
         answer = self._begun or web.StreamResponse(
             status=upstream.status, headers=answer_headers(upstream.headers)
         )
+        if opened.length_bytes is not None and self._begun is None:
+            answer.content_length = opened.length_bytes
         sent_bytes = 0
         try:
             # aiohttp reads no more than two buffers ahead, and `write` waits for a slow client:

@@ -6,16 +6,19 @@ import asyncio
 import logging
 import socket
 import time
+from pathlib import Path
 
 from aiohttp import AddrInfoType, ClientSession, DummyCookieJar, TCPConnector, web
 
 from mizzen.runtime.gateway.admission import Admission
 from mizzen.runtime.gateway.app import Parts, build_app
 from mizzen.runtime.gateway.balancer import Balancer
+from mizzen.runtime.gateway.batches.runner import BatchRunner
 from mizzen.runtime.gateway.config import GatewayConfig
 from mizzen.runtime.gateway.connections import Connections
 from mizzen.runtime.gateway.directory import Directory, Endpoint, ServedModel
 from mizzen.runtime.gateway.health import build_health_app
+from mizzen.runtime.gateway.intake import Intake
 from mizzen.runtime.gateway.keys import KEY_LABEL, Keyring, parse_lines
 from mizzen.runtime.gateway.kube import KubeClient, connect, own_namespace
 from mizzen.runtime.gateway.lifecycle import Lifecycle
@@ -63,6 +66,7 @@ class Gateway:
             stall_timeout_s=config.stall_timeout_s,
         )
         self.directory.on_endpoint_gone = self._forget_endpoint
+        self._batch_made = asyncio.Event()
         self._tracing = start_tracing("mizzen-gateway")
         self._session: ClientSession | None = None
         self._kube: KubeClient | None = None
@@ -82,6 +86,9 @@ class Gateway:
         else:
             await self._begin_watching()
         self._session = _upstream_session()
+        intake = self._intake(self._session)
+        if config.batches_dir is not None:
+            self._run_batches(config.batches_dir, intake)
         self._tasks.append(asyncio.create_task(self.admission.run(), name="those who wait"))
         self._health = web.AppRunner(
             build_health_app(self.lifecycle, self.metrics),
@@ -89,7 +96,7 @@ class Gateway:
             shutdown_timeout=_CLEANUP_S,
         )
         self._api = web.AppRunner(
-            build_app(self._parts(self._session)),
+            build_app(self._parts(intake)),
             access_log=None,
             logger=server_log(),
             # A client that goes away cancels its request here, and with it the one upstream.
@@ -157,26 +164,48 @@ class Gateway:
             await self._kube.close()
         await asyncio.to_thread(self._tracing.close)
 
-    def _parts(self, session: ClientSession) -> Parts:
+    def _parts(self, intake: Intake) -> Parts:
+        return Parts(
+            config=self.config,
+            directory=self.directory,
+            keyring=self.keyring,
+            metrics=self.metrics,
+            intake=intake,
+            lifecycle=self.lifecycle,
+            accounts=self.accounts,
+            connections=self.connections,
+            tracing=self._tracing,
+            on_batch=self._batch_made.set,
+        )
+
+    def _intake(self, session: ClientSession) -> Intake:
         proxy = Proxy(
             config=self.config,
             balancer=self.balancer,
             admission=self.admission,
             metrics=self.metrics,
             session=session,
-            connections=self.connections,
         )
-        return Parts(
-            config=self.config,
+        return Intake(
             directory=self.directory,
-            keyring=self.keyring,
+            lifecycle=self.lifecycle,
             metrics=self.metrics,
             proxy=proxy,
-            lifecycle=self.lifecycle,
-            accounts=self.accounts,
-            connections=self.connections,
-            tracing=self._tracing,
+            most_answer_bytes=self.config.max_answer_mib * 2**20,
         )
+
+    def _run_batches(self, root: Path, intake: Intake) -> None:
+        runner = BatchRunner(
+            root,
+            config=self.config,
+            intake=intake,
+            keyring=self.keyring,
+            accounts=self.accounts,
+            lifecycle=self.lifecycle,
+            metrics=self.metrics,
+            batch_made=self._batch_made,
+        )
+        self._tasks.append(asyncio.create_task(runner.run(), name="batches"))
 
     def _learn_upstreams(self) -> None:
         urls: dict[str, list[str]] = {}

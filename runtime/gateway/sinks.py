@@ -18,9 +18,11 @@ from mizzen.runtime.gateway.directory import (
     ObjectKey,
     ServedModel,
 )
+from mizzen.runtime.gateway.guardrails import Guardrail
 from mizzen.runtime.gateway.keys import LIMITS_ANNOTATION, Keyring, parse_secret
 from mizzen.runtime.gateway.kube import KubeObject
 from mizzen.runtime.gateway.limits import parse_limits
+from mizzen.runtime.gateway.prompts import Template
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,28 @@ def parse_model(item: KubeObject) -> ServedModel:
             for adapter in _list(pod.get("adapters"))
         ),
         canary=_canary(_mapping(status.get("rollout"))),
+        prompts=tuple(_template(entry) for entry in _mappings(spec.get("prompts"))),
+        guardrails=tuple(_guardrail(entry) for entry in _mappings(spec.get("guardrails"))),
+    )
+
+
+def _template(entry: dict[str, Any]) -> Template:
+    messages = _mappings(entry.get("messages"))
+    return Template(
+        str(entry.get("id")),
+        tuple((str(one.get("role")), str(one.get("content"))) for one in messages),
+    )
+
+
+def _guardrail(entry: dict[str, Any]) -> Guardrail:
+    max_chars = entry.get("maxChars")
+    return Guardrail(
+        name=str(entry.get("name")),
+        is_output=entry.get("stage") == "Output",
+        deny=tuple(str(pattern) for pattern in _list(entry.get("deny"))),
+        max_chars=max_chars if isinstance(max_chars, int) else None,
+        redacts=entry.get("action") == "Redact",
+        fails_open=entry.get("onError") == "Allow",
     )
 
 

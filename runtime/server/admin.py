@@ -45,6 +45,7 @@ def admin_routes(service: Service, drain: Drain) -> list[GuardedRoute]:
         GuardedRoute("GET", "/readyz", partial(_readyz, service), Access.OPEN),
         GuardedRoute("GET", "/metrics", partial(_metrics, service), Access.OPEN),
         GuardedRoute("GET", "/loading", partial(_loading, service), Access.ADMIN),
+        GuardedRoute("GET", "/model", partial(_model, service), Access.ADMIN),
         GuardedRoute("GET", "/drain", partial(_drain_state, service), Access.ADMIN),
         GuardedRoute("POST", "/drain", partial(_begin_drain, service, drain), Access.ADMIN),
         GuardedRoute("GET", "/adapters", partial(_adapters, service), Access.ADMIN),
@@ -84,6 +85,26 @@ async def _metrics(service: Service, request: Request) -> ASGIApp:
 async def _loading(service: Service, request: Request) -> ASGIApp:
     """Say how far the model's files have come; null while none are being brought here."""
     return json_response({"phase": service.phase, "loading": service.files.progress.to_api()})
+
+
+async def _model(service: Service, request: Request) -> ASGIApp:
+    """Say what the model is made of and how much of it fits here; the operator plans with that."""
+    engine = service.engine
+    stats, sizes = engine.stats(), engine.sizes
+    body = {
+        "layers": sizes.layers,
+        "hidden": sizes.hidden,
+        "heads": sizes.heads,
+        "kvHeads": sizes.kv_heads,
+        "headDim": sizes.head_dim,
+        "contextTokens": sizes.context_tokens,
+        "parameters": sizes.parameters,
+        "dtype": sizes.dtype,
+        "deviceBytes": sizes.device_bytes or None,
+        "kvTokens": stats.blocks_total * stats.block_size,
+        "maxModelLen": engine.model_len,
+    }
+    return json_response(body)
 
 
 async def _drain_state(service: Service, request: Request) -> ASGIApp:

@@ -13,6 +13,7 @@ from mizzen.runtime.server.choices import Choice, Outputs, Usage, run_choices
 from mizzen.runtime.server.errors import invalid
 from mizzen.runtime.server.openai_chunks import DONE, ChunkWriter, quoted
 from mizzen.runtime.server.openai_logprobs import CompletionLogprobs
+from mizzen.runtime.server.openai_scores import score_prompts
 from mizzen.runtime.server.prompts import encode_prompts
 from mizzen.runtime.server.routes import EventStream, json_response
 from mizzen.runtime.server.schemas import MAX_CHOICES, CompletionRequest
@@ -20,13 +21,15 @@ from mizzen.runtime.server.service import Service
 
 
 async def completions(service: Service, asked: CompletionRequest) -> ASGIApp:
-    """Continue each prompt, whole or as a stream."""
+    """Continue each prompt, whole or as a stream; or say how likely it is."""
     adapter = service.resolve(asked.model)
     engine = service.engine
     count = len(asked.prompts()) * asked.n
     if count > 2 * MAX_CHOICES:
         raise invalid("n", f"n: prompts times n is {count}; at most {2 * MAX_CHOICES} are served.")
     prompts = await encode_prompts(engine, asked.prompts(), param="prompt")
+    if asked.is_score:
+        return json_response(await score_prompts(service, asked, prompts, adapter))
     outputs = run_choices(service, asked, prompts, asked.params(), adapter)
     answer = _Answer(asked, engine.tokenizer, _echoes(asked, engine.tokenizer, prompts))
     if asked.stream:

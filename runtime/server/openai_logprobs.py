@@ -22,8 +22,8 @@ def chat_logprobs(tokenizer: TokenizerApi, logprobs: Sequence[TokenLogprob]) -> 
 
 
 def _chat_token(tokenizer: TokenizerApi, token_id: int, logprob: float) -> dict[str, object]:
-    text = _text(tokenizer, token_id)
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+    text = token_text(tokenizer, token_id)
+    return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
 
 
 @dataclass(slots=True)
@@ -35,26 +35,28 @@ class CompletionLogprobs:
 
     def body(self, logprobs: Sequence[TokenLogprob]) -> dict[str, object]:
         """Return the next tokens' lists."""
-        texts = [_text(self.tokenizer, entry.token_id) for entry in logprobs]
+        texts = [token_text(self.tokenizer, entry.token_id) for entry in logprobs]
         offsets = []
         for text in texts:
             offsets.append(self.offset)
             self.offset += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
+            "token_logprobs": [finite(entry.logprob) for entry in logprobs],
             "top_logprobs": [
-                {_text(self.tokenizer, token): _finite(value) for token, value in entry.top}
+                {token_text(self.tokenizer, token): finite(value) for token, value in entry.top}
                 for entry in logprobs
             ],
             "text_offset": offsets,
         }
 
 
-def _text(tokenizer: TokenizerApi, token_id: int) -> str:
+def token_text(tokenizer: TokenizerApi, token_id: int) -> str:
+    """Return one token as text, a special one too."""
     return tokenizer.decode([token_id], skip_special_tokens=False)
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """Return what JSON can hold."""
     # JSON has no infinity; a token ruled out by the sampling parameters has minus infinity.
     return max(logprob, -9999.0)

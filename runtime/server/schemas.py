@@ -294,6 +294,9 @@ class CompletionRequest(OpenAIRequest):
     """Body of POST /v1/completions."""
 
     prompt: PromptField
+    max_tokens: int | None = Field(None, ge=0, le=_MOST)
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
+    prompt_samples: int | None = Field(None, ge=1, le=1024)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
     best_of: int | None = None
@@ -307,7 +310,20 @@ class CompletionRequest(OpenAIRequest):
             raise ValueError("suffix is not supported by this server")
         if self.echo and self.logprobs is not None:
             raise ValueError("echo together with logprobs is not supported by this server")
+        has_scores = self.prompt_logprobs is not None or self.prompt_samples is not None
+        if has_scores and (self.max_tokens != 0 or self.stream or self.n > 1 or self.echo):
+            raise ValueError(
+                "prompt_logprobs and prompt_samples need max_tokens 0, and neither stream, echo "
+                "nor n"
+            )
+        if self.max_tokens == 0 and not has_scores:
+            raise ValueError("max_tokens 0 needs prompt_logprobs or prompt_samples")
         return self
+
+    @property
+    def is_score(self) -> bool:
+        """Whether the prompts' own probabilities are asked for, and no text."""
+        return self.max_tokens == 0
 
     def prompts(self) -> Prompts:
         """Return the prompts one by one."""

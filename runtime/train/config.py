@@ -103,22 +103,37 @@ class Suite(Part):
 
     name: str = Field(min_length=1)
     type: SuiteType = "perplexity"
-    max_regression_ratio: float = Field(default=0.0, gt=-1.0)
+    max_regression_ratio: float = Field(default=0.0, ge=-1.0)
+    labels: tuple[str, ...] = ()  # classification; by default the answers there are
+    max_new_tokens: int = Field(default=64, ge=1)  # exactMatch and winRate
+
+
+class Judge(Part):
+    """Who compares answers for winRate: a model behind an OpenAI-compatible address."""
+
+    url: str = Field(pattern=r"^https?://")
+    model: str = Field(min_length=1)
 
 
 class Evaluation(Part):
     """What a result must pass before it is published; no suite, no gate."""
 
+    on_fail: Literal["Block", "Warn"] = "Block"
+    judge: Judge | None = None
     suites: tuple[Suite, ...] = ()
 
 
 TRANSFORMS = frozenset({"merge", "quantize", "prune"})
+# Whose samples workers can share out.
+SHARED = frozenset({"sft", "dpo", "reward", "distill"})
 _MEASURE_OF: dict[str, SuiteType] = {
     "dpo": "preferenceLoss",
     "reward": "preferenceLoss",
     "grpo": "reward",
     "ppo": "reward",
 }
+# Asked of any model that answers.
+_OF_ANSWERS: frozenset[SuiteType] = frozenset({"classification", "exactMatch", "winRate"})
 
 
 class TrainConfig(Part):
@@ -143,7 +158,7 @@ class TrainConfig(Part):
     checkpoint: Checkpointing
     output: Output
     evaluation: Evaluation = Evaluation()
-    world_size: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=1)  # pods of this generation
     generation: int = Field(default=1, ge=0)
     admin_port: int = Field(default=8002, ge=0, le=65535)
 
@@ -155,15 +170,26 @@ class TrainConfig(Part):
             raise ValueError(f"method {self.method} needs datasets here")
         if self.evaluation.suites and self.processing.holdout_ratio == 0:
             raise ValueError("evaluation.suites need processing.holdout_ratio above 0")
-        measure = _MEASURE_OF.get(self.method, "perplexity")
-        if any(suite.type != measure for suite in self.evaluation.suites):
-            raise ValueError(f"method {self.method} is measured by suites of type {measure}")
+        self._check_suites()
+        if self.workers > 1 and self.method not in SHARED:
+            raise ValueError(f"method {self.method} runs on one worker: set workers to 1")
         is_adapter = self.is_trained and self.adaptation.type == "lora"
         wanted = "adapter" if is_adapter else "model"
         if self.output.kind != wanted:
             maker = f"adaptation {self.adaptation.type}" if self.is_trained else self.method
             raise ValueError(f"{maker} makes output.kind {wanted}")
         return self
+
+    def _check_suites(self) -> None:
+        possible = {_MEASURE_OF.get(self.method, "perplexity")}
+        if self.method != "reward":
+            possible |= _OF_ANSWERS
+        types = {suite.type for suite in self.evaluation.suites}
+        if types - possible:
+            names = ", ".join(sorted(possible))
+            raise ValueError(f"method {self.method} is measured by suites of type {names}")
+        if "winRate" in types and self.evaluation.judge is None:
+            raise ValueError("a suite of type winRate needs evaluation.judge")
 
     @property
     def section(self) -> str:
@@ -193,6 +219,13 @@ class TrainerEnvironment(BaseSettings):
     admin_token_file: Path = Path("/var/run/mizzen/admin/token")
     termination_log: Path = Path("/dev/termination-log")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    judge_api_key: str | None = None
+    # How the workers of a generation find each other, where there are several.
+    node_rank: int = Field(default=0, ge=0)
+    master_addr: str = "127.0.0.1"
+    master_port: int = Field(default=8003, ge=1, le=65535)
+    host: str = "0.0.0.0"
+    join_seconds: float = Field(default=600.0, gt=0)
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mizzen.runtime.train.config import Processing
+from mizzen.runtime.train.decontaminate import find_contaminated
 from mizzen.runtime.train.errors import DatasetEmptyError
+from mizzen.runtime.train.records import Conversation
 from mizzen.runtime.train.render import ChatRenderer, SourceRenderer
 from mizzen.runtime.train.samples import Item
 from mizzen.runtime.train.sources import Source
@@ -23,14 +25,27 @@ class Prepared:
     train: tuple[tuple[Item, ...], ...]
     weights: tuple[float, ...]
     holdout: tuple[Item, ...]
+    held_out: tuple[Conversation, ...] = ()  # the same samples, as they were read
     truncated: int
     dropped: int
+    contaminated: int = 0  # left out of the holdout: training samples nearly contain them
     digest: str  # of all bytes read: a resumed job must see the same
 
     @property
     def samples(self) -> int:
         """Number of samples trained on."""
         return sum(map(len, self.train))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of the samples, for reports."""
+        return {
+            "samples": self.samples,
+            "holdout": len(self.holdout),
+            "truncated": self.truncated,
+            "dropped": self.dropped,
+            "contaminated": self.contaminated,
+        }
 
 
 def prepare(sources: Sequence[Source], renderer: ChatRenderer, rules: Processing) -> Prepared:
@@ -42,11 +57,15 @@ def prepare(sources: Sequence[Source], renderer: ChatRenderer, rules: Processing
     rendering = SourceRenderer(renderer, rules)
     held_keys = choose_holdout(sources, rules.holdout_ratio)
     train: list[tuple[Item, ...]] = []
+    conversations = {c.key: c for source in sources for c in source.conversations}
+    held_out = [conversations[key] for key in sorted(held_keys)]
+    trained = [c for key, c in conversations.items() if key not in held_keys]
+    contaminated = find_contaminated(held_out, trained)
     holdout: dict[bytes, Item] = {}
     for source in sources:
         items = rendering.render(source)
         train.append(tuple(item for key, item in items if key not in held_keys))
-        holdout.update((key, item) for key, item in items if key in held_keys)
+        holdout.update((key, item) for key, item in items if key in held_keys - contaminated)
         if not train[-1]:
             raise DatasetEmptyError(source.dataset.name, "the holdout leaves no sample to train.")
     digest = hashlib.sha256("".join(source.digest for source in sources).encode())
@@ -54,8 +73,10 @@ def prepare(sources: Sequence[Source], renderer: ChatRenderer, rules: Processing
         train=tuple(train),
         weights=tuple(source.dataset.weight for source in sources),
         holdout=tuple(holdout[key] for key in sorted(holdout)),
+        held_out=tuple(conversations[key] for key in sorted(holdout)),
         truncated=rendering.cuts.truncated,
         dropped=rendering.cuts.dropped,
+        contaminated=len(contaminated),
         digest=digest.hexdigest(),
     )
 

@@ -96,6 +96,27 @@ class TeacherTokenizerError(JobError):
         )
 
 
+class JudgeFailedError(JobError):
+    """The judge refuses, or what it says is no verdict."""
+
+    reason = "JudgeFailed"
+
+    def __init__(self, model: str, what: str) -> None:
+        super().__init__(
+            f"The judge {model} {what} Check evaluation.judge: the deployment's name, its API "
+            "key, and that it is a chat model."
+        )
+
+
+class JudgeUnreachableError(MizzenError):
+    """The judge did not answer; it may later."""
+
+    reason = "JudgeUnreachable"
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"The judge at {what}, also after several attempts.")
+
+
 class LossNotFiniteError(JobError):
     """Training ran away; the same step would run away again."""
 

@@ -1,37 +1,34 @@
 """The gate: is the candidate as good as its base on samples neither was trained on?
 
-An evaluation can be long, so it is counted sample by sample and what is counted is kept: a job
-that is asked to yield goes on where it stopped.
+An evaluation can be long, so it is counted question by question and what is counted is kept: a
+job that is asked to yield goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from mizzen.runtime.model.decoder import Decoder
-from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.train.config import Suite
 from mizzen.runtime.train.durable import write_durably
-from mizzen.runtime.train.measures import MEASURES
-from mizzen.runtime.train.methods.method import Method
+from mizzen.runtime.train.measures import Measure
 from mizzen.runtime.train.progress import Verdict
-from mizzen.runtime.train.samples import Item
 from mizzen.runtime.train.stop import StopFlag
+from mizzen.runtime.train.suites.exam import Exam, Subject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
-    """What is known after the first `samples` of the holdout."""
+    """What is known after the first `samples` questions of a suite."""
 
     samples: int = 0
     weight: float = 0.0
     total: float = 0.0
+    answers: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -40,20 +37,20 @@ class Tally:
 
 
 class TallyStore:
-    """The tallies of a job on disk, by who was asked: base or candidate."""
+    """The tallies of a job on disk, by who was asked what, such as `base/holdout`."""
 
     def __init__(self, directory: Path, *, fingerprint: str) -> None:
         self._path = directory / "evaluation.json"
         self._fingerprint = fingerprint
         self._tallies = self._load()
 
-    def get(self, who: str) -> Tally:
+    def get(self, name: str) -> Tally:
         """Return what was counted so far."""
-        return self._tallies.get(who, Tally())
+        return self._tallies.get(name, Tally())
 
-    def put(self, who: str, tally: Tally) -> None:
+    def put(self, name: str, tally: Tally) -> None:
         """Keep a tally, across restarts."""
-        self._tallies[who] = tally
+        self._tallies[name] = tally
         document = {
             "fingerprint": self._fingerprint,
             "tallies": {name: asdict(tally) for name, tally in self._tallies.items()},
@@ -66,53 +63,77 @@ class TallyStore:
             document = json.loads(self._path.read_bytes())
             if document["fingerprint"] != self._fingerprint:
                 return {}
-            return {name: Tally(**fields) for name, fields in document["tallies"].items()}
+            return {
+                name: Tally(**{**fields, "answers": tuple(fields["answers"])})
+                for name, fields in document["tallies"].items()
+            }
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return {}  # counting again is always possible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examination:
-    """Asks a model about the holdout, a few samples at a time."""
+    """Puts every suite's questions to the base, and later to the candidate."""
 
-    decoder: Decoder
-    method: Method
-    precision: Callable[[], AbstractContextManager[object]] = nullcontext
-    holdout: Sequence[Item]
+    exams: Sequence[Exam]
     micro_batch: int
     store: TallyStore
     stop: StopFlag
 
-    def tally(self, who: str, lora: LoraDelta | None) -> Tally:
-        """Return the tally over the whole holdout, continuing a stored one.
+    def ask_base(self, subject: Subject) -> None:
+        """Count what the candidate will be compared with.
 
         Raises:
             YieldRequested: somebody asked to stop; what was counted is kept.
         """
-        tally = self.store.get(who)
-        try:
-            while tally.samples < len(self.holdout):
-                self.stop.check()
-                tally = self._count(tally, lora)
-        finally:
-            self.store.put(who, tally)
-        return tally
+        for exam in self.exams:
+            self._tally(f"base/{exam.suite.name}", exam, subject, base=None)
+
+    def ask_candidate(self, subject: Subject) -> list[Verdict]:
+        """Return each suite's verdict.
+
+        Raises:
+            YieldRequested: somebody asked to stop; what was counted is kept.
+        """
+        verdicts: list[Verdict] = []
+        for exam in self.exams:
+            base = self.store.get(f"base/{exam.suite.name}")
+            candidate = self._tally(f"candidate/{exam.suite.name}", exam, subject, base=base)
+            verdicts.append(
+                decide_verdict(exam.suite, exam.measure, base=base, candidate=candidate)
+            )
+        return verdicts
+
+    def loss(self) -> float | None:
+        """Return the candidate's mean loss on the holdout, where a suite has measured one."""
+        losses: Mapping[str, float] = {
+            exam.measure.type: self.store.get(f"candidate/{exam.suite.name}").mean
+            for exam in self.exams
+            if not exam.measure.is_higher_better
+        }
+        return next(iter(losses.values()), None)
 
     @torch.no_grad()
-    def _count(self, tally: Tally, lora: LoraDelta | None) -> Tally:
-        items = self.holdout[tally.samples : tally.samples + self.micro_batch]
-        with self.precision():
-            total, weight = self.method.count(self.decoder, items, lora)
-        return Tally(
-            samples=tally.samples + len(items),
-            weight=tally.weight + weight,
-            total=tally.total + total,
-        )
+    def _tally(self, name: str, exam: Exam, subject: Subject, *, base: Tally | None) -> Tally:
+        tally = self.store.get(name)
+        try:
+            while tally.samples < len(exam):
+                self.stop.check()
+                span = slice(tally.samples, min(tally.samples + self.micro_batch, len(exam)))
+                count = exam.count(subject, span, base.answers if base else None)
+                tally = Tally(
+                    samples=span.stop,
+                    weight=tally.weight + count.weight,
+                    total=tally.total + count.total,
+                    answers=tally.answers + count.answers,
+                )
+        finally:
+            self.store.put(name, tally)
+        return tally
 
 
-def decide_verdict(suite: Suite, *, base: Tally, candidate: Tally) -> Verdict:
+def decide_verdict(suite: Suite, measure: Measure, *, base: Tally, candidate: Tally) -> Verdict:
     """Return whether the candidate stays within the suite's limit."""
-    measure = MEASURES[suite.type]
     figures = {
         "base": measure.value(base.total, base.weight),
         "candidate": measure.value(candidate.total, candidate.weight),
@@ -122,5 +143,6 @@ def decide_verdict(suite: Suite, *, base: Tally, candidate: Tally) -> Verdict:
         suite=suite.name,
         **figures,
         regression_ratio=ratio,
+        samples=candidate.samples,
         passed=ratio <= suite.max_regression_ratio,
     )

@@ -26,7 +26,7 @@ class Drawing:
     """How answers are drawn."""
 
     max_new_tokens: int
-    temperature: float
+    temperature: float  # 0: the likeliest token
     eos_ids: tuple[int, ...]
 
 
@@ -73,8 +73,7 @@ def _draw(
     is_open = [True] * len(prompts)
     for _ in range(rules.max_new_tokens):
         stop.check()
-        probabilities = (decoder.logits(hidden_BD) / rules.temperature).softmax(-1)
-        drawn_B = torch.multinomial(probabilities.cpu(), 1, generator=random)[:, 0]
+        drawn_B = _choose(decoder.logits(hidden_BD), rules.temperature, random)
         for index, token_id in enumerate(drawn_B.tolist()):
             if is_open[index]:
                 answers[index].append(token_id)
@@ -84,6 +83,14 @@ def _draw(
         cache.advance()
         hidden_BD = decoder(drawn_B.to(device), cache.positions_B, cache.read_one_more, lora)
     return answers
+
+
+def _choose(logits_BV: Tensor, temperature: float, random: torch.Generator) -> Tensor:
+    """Return one token id for each row, on the host."""
+    if not temperature:
+        return logits_BV.argmax(-1).cpu()
+    probabilities_BV = (logits_BV / temperature).softmax(-1)
+    return torch.multinomial(probabilities_BV.cpu(), 1, generator=random)[:, 0]
 
 
 class _Cache:

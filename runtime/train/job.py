@@ -18,7 +18,6 @@ from mizzen.runtime.train.admin import AdminServer
 from mizzen.runtime.train.config import Processing, TrainConfig, TrainerEnvironment
 from mizzen.runtime.train.data import Prepared, prepare
 from mizzen.runtime.train.device import choose_device, use_own_cpus
-from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.evaluate import TallyStore
 from mizzen.runtime.train.methods.registry import build_method
 from mizzen.runtime.train.progress import ProgressBoard, Verdict, fit_termination_log
@@ -31,6 +30,7 @@ from mizzen.runtime.train.teacher import check_same_tokens
 from mizzen.runtime.train.training import Training
 from mizzen.runtime.train.transform import Transform
 from mizzen.runtime.train.watchdog import watch
+from mizzen.runtime.train.workers import Workers, meet
 
 log = logging.getLogger(__name__)
 
@@ -59,25 +59,33 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
     Raises:
         MizzenError: the job cannot go on; the message says what to change.
     """
-    if config.world_size > 1:
-        raise JobConfigError("world_size above 1 is not supported. Set it to 1.")
     log.info("Computing with %d threads.", use_own_cpus())
     board = ProgressBoard(generation=config.generation)
     AdminServer(board, stop, token_file=environment.admin_token_file).start(config.admin_port)
     with stop.nothing_to_lose():
-        work = _prepare(config, environment, board, stop)
+        workers = meet(config, environment, choose_device(environment.device))
+        workers.watch(stop)
+        work = _prepare(config, environment, board, stop, workers)
     watch(stop, timeout_s=config.failure.hang_timeout_s)
     try:
+        if isinstance(work, Training) and not workers.is_leader:
+            work.follow()
+            workers.end()
+            return EXIT_DONE
         verdicts = work.run()
     except YieldRequested:
+        workers.end()
         _report(environment.termination_log, board)
         return EXIT_YIELDED
+    workers.end()
     with stop.nothing_to_lose():
-        if all(verdict.passed for verdict in verdicts):
+        failed = [verdict.suite for verdict in verdicts if not verdict.passed]
+        if failed:
+            log.warning("The candidate is worse than its base on %s.", ", ".join(failed))
+        if not failed or config.evaluation.on_fail == "Warn":
             board.enter("Publishing")
             board.published(publish(config, work.write, step=work.step, verdicts=verdicts))
         else:
-            log.warning("The candidate failed its evaluation; nothing is published.")
             work.drop()
     board.enter("Succeeded")
     _report(environment.termination_log, board)
@@ -85,7 +93,11 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
 
 
 def _prepare(
-    config: TrainConfig, environment: TrainerEnvironment, board: ProgressBoard, stop: StopFlag
+    config: TrainConfig,
+    environment: TrainerEnvironment,
+    board: ProgressBoard,
+    stop: StopFlag,
+    workers: Workers,
 ) -> Work:
     checkpoint = find_checkpoint(config.base_model)
     around = Surroundings(
@@ -94,6 +106,7 @@ def _prepare(
         tokenizer=Tokenizer.load(checkpoint),
         device=choose_device(environment.device),
         stop=stop,
+        judge_api_key=environment.judge_api_key,
     )
     if config.method == "distill" and config.distill is not None:
         check_same_tokens(around.tokenizer, config.distill.teacher)
@@ -101,17 +114,14 @@ def _prepare(
         method = build_method(around)
         data = _read_data(around, board, method.shape)
         mark = fingerprint(config, data)
-        return Training(around, method, data, fingerprint=mark, board=board)
+        return Training(around, method, data, fingerprint=mark, board=board, workers=workers)
     read = _read_data(around, board, "conversation") if config.datasets else None
     directory = config.checkpoint.directory
     return Transform(
-        config=config,
+        around=around,
         data=read,
-        tokenizer=around.tokenizer,
-        device=around.device,
         tallies=TallyStore(directory, fingerprint=fingerprint(config, read)),
         board=board,
-        stop=stop,
     )
 
 
@@ -122,12 +132,7 @@ def _read_data(around: Surroundings, board: ProgressBoard, shape: Shape) -> Prep
         for dataset in config.datasets
     ]
     data = prepare(sources, around.tokenizer, _within_context(config, around.spec))
-    board.prepared(
-        samples=data.samples,
-        holdout=len(data.holdout),
-        truncated=data.truncated,
-        dropped=data.dropped,
-    )
+    board.prepared(data.counts)
     return data
 
 

@@ -13,22 +13,24 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from mizzen.runtime.model.decoder import Decoder
-from mizzen.runtime.train.batches import SampleOrder, split_micro, total_steps
-from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
+from mizzen.runtime.train.batches import SampleOrder, total_steps
+from mizzen.runtime.train.checkpoint import Counters
 from mizzen.runtime.train.config import Checkpointing, Hyperparameters
 from mizzen.runtime.train.errors import LossNotFiniteError, MemoryTooSmallError
-from mizzen.runtime.train.history import LossHistory, StepRecord
+from mizzen.runtime.train.history import StepRecord
+from mizzen.runtime.train.ledger import Ledger
 from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.progress import ProgressBoard
 from mizzen.runtime.train.samples import Item
 from mizzen.runtime.train.schedule import learning_rate
 from mizzen.runtime.train.stop import StopFlag, YieldRequested
 from mizzen.runtime.train.trainable import Trainable
+from mizzen.runtime.train.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +47,10 @@ class LoopParts:
     method: Method
     precision: Callable[[], AbstractContextManager[object]] = nullcontext
     order: SampleOrder
-    store: CheckpointStore
-    history: LossHistory
+    ledger: Ledger
     board: ProgressBoard
     stop: StopFlag
+    workers: Workers
 
 
 class _NotFinite(Exception):
@@ -85,7 +87,7 @@ class Loop:
             counters=counters,
             total_steps=self.total_steps,
             epoch=self._epoch(),
-            last=parts.history.last,
+            last=parts.ledger.last,
         )
 
     def run(self) -> None:
@@ -112,12 +114,17 @@ class Loop:
 
     def commit(self) -> None:
         """Commit the state as it was after the last whole step."""
-        parts = self._parts
-        # First the curve, so that no committed step is ever missing from it.
-        parts.history.sync()
-        state = TrainState(counters=self.counters, tensors=parts.trainable.state_tensors())
-        parts.board.committed(parts.store.commit(state))
+        self._parts.ledger.commit(self.counters, self._parts.trainable)
         self._committed_at_s = time.monotonic()
+
+    def take_from_leader(self) -> None:
+        """Go on from where the leader stands: its files are the only ones."""
+        parts = self._parts
+        fields = asdict(self.counters)
+        counters = torch.tensor(list(fields.values()), device=self._device)
+        parts.workers.copy_from_leader([counters, *parts.trainable.held()])
+        self.counters = Counters(**dict(zip(fields, counters.tolist(), strict=True)))
+        parts.trainable.steps = self.counters.step
 
     def _step(self) -> None:
         parts, hyper, done = self._parts, self._hyper, self.counters
@@ -131,13 +138,13 @@ class Loop:
             shape=hyper.scheduler,
         )
         losses, norm, tokens = [], 0.0, 0
-        self._check_stop()
         seed = _random_seed(hyper.seed, step, 0)
         with parts.precision():
             updates = parts.method.updates(parts.decoder, samples, parts.trainable.lora, seed=seed)
         for number, items in enumerate(updates):
             # Between two updates no checkpoint could be taken, so only the first can be stopped.
             loss = self._accumulate(items, step, can_stop=number == 0)
+            loss = self._agree(loss, can_stop=number == 0)
             norm = _clip(parts.trainable.parameters, hyper.grad_clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 parts.trainable.drop_gradients()
@@ -156,7 +163,7 @@ class Loop:
             tokens=self.counters.tokens,
             measured=dict(parts.method.measured()),
         )
-        parts.history.append(record)
+        parts.ledger.append(record)
         parts.board.advance(record, epoch=self._epoch())
 
     def _skip(self) -> None:
@@ -172,21 +179,16 @@ class Loop:
         log.warning("Step %d has no finite gradient; its samples are skipped.", step)
         if self._bad_in_a_row < _BAD_IN_A_ROW:
             return
-        restored = None if self._is_rolled_back else self._parts.store.restore()
-        if restored is None:
-            raise LossNotFiniteError(step)
-        committed, state = restored
-        log.warning("Going back to the weights of step %d.", committed.step)
         parts = self._parts
-        parts.trainable.restore(state.tensors, steps=committed.step)
-        parts.history.cut(committed.step)
-        self.counters = replace(
-            state.counters, samples=self.counters.samples, skipped=self.counters.skipped
-        )
+        back = None if self._is_rolled_back else parts.ledger.roll_back(parts.trainable)
+        if back is None:
+            raise LossNotFiniteError(step)
+        self.counters = replace(back, samples=self.counters.samples, skipped=self.counters.skipped)
+        self.take_from_leader()
         self._is_rolled_back, self._bad_in_a_row = True, 0
 
     def _accumulate(self, items: Sequence[Item], step: int, *, can_stop: bool) -> float:
-        """Add up the gradients of an update's micro-batches; return the mean loss.
+        """Add up the gradients of this worker's micro-batches; return its part of the mean loss.
 
         Memory that runs out is no reason to end: half as many samples run at once from then on.
         """
@@ -207,11 +209,13 @@ class Loop:
     def _accumulate_at_once(self, items: Sequence[Item], step: int, *, can_stop: bool) -> float:
         parts = self._parts
         labels = sum(item.labels for item in items)
+        own = parts.workers.share(len(items))
         loss = 0.0
-        for index, micro in enumerate(split_micro(items, self._micro_batch)):
-            if can_stop:
-                self._check_stop()
-            torch.manual_seed(_random_seed(self._hyper.seed, step, index))
+        for first in range(own.start, own.stop, self._micro_batch):
+            if can_stop and parts.stop.is_asked:
+                break  # nobody will use the sum
+            micro = items[first : min(first + self._micro_batch, own.stop)]
+            torch.manual_seed(_random_seed(self._hyper.seed, step, first))
             with parts.precision():
                 micro_loss = parts.method.loss_sum(parts.decoder, micro, parts.trainable.lora)
             micro_loss = micro_loss / labels
@@ -219,13 +223,15 @@ class Loop:
             loss += micro_loss.item()
         return loss
 
-    def _check_stop(self) -> None:
-        """Stop here if any rank was asked to: they must all stop at the same micro-batch."""
-        group = self._parts.decoder.group
-        flag = torch.tensor([float(self._parts.stop.is_asked)], device=self._device)
-        if group.all_reduce(flag).item() > 0:
-            self._parts.trainable.drop_gradients()
+    def _agree(self, loss: float, *, can_stop: bool) -> float:
+        """Sum gradients and loss over the workers; stop here if any of them was asked to."""
+        parts = self._parts
+        values = [loss, float(parts.stop.is_asked)]
+        loss, asked = parts.workers.sum_with_gradients(parts.trainable.parameters, values)
+        if asked and can_stop:
+            parts.trainable.drop_gradients()
             raise YieldRequested
+        return loss
 
     def _is_commit_due(self) -> bool:
         rules = self._checkpointing
@@ -247,6 +253,6 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
-def _random_seed(seed: int, step: int, micro: int) -> int:
-    """Return the seed of one micro-batch's random numbers: dropout repeats after a resume."""
-    return (seed * 1_000_003 + step) * 1_000_003 + micro & (2**63 - 1)
+def _random_seed(seed: int, step: int, first: int) -> int:
+    """Return the seed of a micro-batch's random numbers: dropout repeats after a resume."""
+    return (seed * 1_000_003 + step) * 1_000_003 + first & (2**63 - 1)

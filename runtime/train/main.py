@@ -1,6 +1,7 @@
 """`mizzen train`: the process around a job, and what its exit code says.
 
-0 done, 75 yielded with everything committed, 42 only a changed job can succeed, 1 try again.
+0 done, 75 yielded with everything committed, 42 only a changed job can succeed, 76 another
+worker was lost, 1 try again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,13 @@ import logging
 import os
 from pathlib import Path
 
-from mizzen.runtime.errors import BadAdapterError, BadModelError, MizzenError, report_fatal
+from mizzen.runtime.errors import (
+    BadAdapterError,
+    BadModelError,
+    MizzenError,
+    RankLostError,
+    report_fatal,
+)
 from mizzen.runtime.train.config import TrainerEnvironment, load_config
 from mizzen.runtime.train.errors import JobError
 from mizzen.runtime.train.stop import EXIT_CRASH, EXIT_YIELDED, StopFlag, leave
@@ -27,6 +34,9 @@ def train(config_path: Path) -> int:
         code = _run(config_path, stop)
     except (JobError, BadModelError, BadAdapterError) as error:
         return report_fatal(error)
+    except RankLostError as error:
+        # Without the interpreter's shutdown, which waits for what the lost one left unanswered.
+        leave(report_fatal(error))
     except MizzenError as error:
         report_fatal(error)
         return EXIT_CRASH

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-SuiteType = Literal["perplexity", "preferenceLoss", "reward"]
+SuiteType = Literal[
+    "perplexity", "preferenceLoss", "reward", "classification", "exactMatch", "winRate"
+]
 
 _EXP_LIMIT = 700.0  # beyond it a perplexity is no number any more
 _SMALLEST_BASE = 1e-3  # a ratio to nothing at all would say nothing
@@ -36,5 +38,6 @@ class Measure:
 PERPLEXITY = Measure(type="perplexity", is_exponential=True)
 PREFERENCE_LOSS = Measure(type="preferenceLoss")
 REWARD = Measure(type="reward", is_higher_better=True)
-
-MEASURES = {measure.type: measure for measure in (PERPLEXITY, PREFERENCE_LOSS, REWARD)}
+ACCURACY = Measure(type="classification", is_higher_better=True)
+EXACT_MATCH = Measure(type="exactMatch", is_higher_better=True)
+WIN_RATE = Measure(type="winRate", is_higher_better=True)

@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ class Verdict:
     base: float
     candidate: float
     regression_ratio: float
+    samples: int
     passed: bool
 
 
@@ -83,15 +84,10 @@ class ProgressBoard:
             if phase != "Running":
                 self._document["etaSeconds"] = 0 if phase == "Succeeded" else None
 
-    def prepared(self, *, samples: int, holdout: int, truncated: int, dropped: int) -> None:
+    def prepared(self, counts: Mapping[str, int]) -> None:
         """Note what became of the data: what is trained on, kept for the gate, cut, left out."""
         with self._lock:
-            self._document["dataset"] = {
-                "samples": samples,
-                "holdout": holdout,
-                "truncated": truncated,
-                "dropped": dropped,
-            }
+            self._document["dataset"] = dict(counts)
 
     def plan(
         self,
@@ -148,6 +144,7 @@ class ProgressBoard:
                     "base": verdict.base,
                     "candidate": verdict.candidate,
                     "regressionRatio": verdict.regression_ratio,
+                    "samples": verdict.samples,
                     "passed": verdict.passed,
                 }
                 for verdict in verdicts

@@ -49,6 +49,10 @@ class StopFlag:
         if self._nothing_to_lose:
             leave(EXIT_YIELDED)
 
+    def wait(self) -> None:
+        """Block until somebody asks."""
+        self._asked.wait()
+
     def check(self) -> None:
         """Raise `YieldRequested` if the flag is up: the caller stands at a safe point."""
         if self.is_asked:

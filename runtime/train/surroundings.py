@@ -21,3 +21,4 @@ class Surroundings:
     tokenizer: Tokenizer
     device: torch.device
     stop: StopFlag
+    judge_api_key: str | None = None

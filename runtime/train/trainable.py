@@ -57,11 +57,11 @@ class Trainable:
             name: [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
             for name in (FIRST_MOMENT, SECOND_MOMENT)
         }
-        self._steps = 0
+        self.steps = 0
 
     def step(self, *, learning_rate: float) -> None:
         """Move the weights along their gradients, and drop those."""
-        self._steps += 1
+        self.steps += 1
         # Norm weights and biases are scales and offsets; pulling them to zero only hurts.
         for is_matrix in (True, False):
             chosen = [i for i, p in enumerate(self.parameters) if (p.ndim >= 2) is is_matrix]
@@ -78,7 +78,7 @@ class Trainable:
             [self._moments[FIRST_MOMENT][i] for i in chosen],
             [self._moments[SECOND_MOMENT][i] for i in chosen],
             [],
-            [torch.tensor(float(self._steps - 1)) for _ in chosen],
+            [torch.tensor(float(self.steps - 1)) for _ in chosen],
             lr=learning_rate,
             weight_decay=weight_decay,
             beta1=0.9,
@@ -92,6 +92,11 @@ class Trainable:
         """Forget what was accumulated."""
         for parameter in self.parameters:
             parameter.grad = None
+
+    def held(self) -> list[Tensor]:
+        """Return all that a step changes, as whole tensors in an order of its own."""
+        moments = (moment for held in self._moments.values() for moment in held)
+        return [*(parameter.detach() for parameter in self.parameters), *moments]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each moving tensor of the model by its checkpoint name, detached: no heads."""
@@ -112,7 +117,7 @@ class Trainable:
         Raises:
             CheckpointMismatchError: the names or shapes are not this model's.
         """
-        self._steps = steps
+        self.steps = steps
         with torch.no_grad():
             for group, into in self.state_tensors().items():
                 _copy_all(tensors.get(group, {}), into)

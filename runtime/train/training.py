@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
+from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.adaptation import Adapted, adapt
 from mizzen.runtime.train.batches import SampleOrder
@@ -18,15 +20,19 @@ from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.device import choose_dtype
-from mizzen.runtime.train.evaluate import Examination, TallyStore, decide_verdict
+from mizzen.runtime.train.evaluate import Examination, TallyStore
 from mizzen.runtime.train.history import LossHistory
+from mizzen.runtime.train.ledger import DiskLedger, Ledger, NoLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
 from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.notes import Ask, NoteStore, take_notes
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
 from mizzen.runtime.train.samples import Item
 from mizzen.runtime.train.stop import StopFlag, YieldRequested
+from mizzen.runtime.train.suites.build import build_exams
+from mizzen.runtime.train.suites.exam import Subject
 from mizzen.runtime.train.surroundings import Surroundings
+from mizzen.runtime.train.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +48,14 @@ class Training:
         *,
         fingerprint: str,
         board: ProgressBoard,
+        workers: Workers,
     ) -> None:
         config, device = around.config, around.device
         directory = config.checkpoint.directory
         self._config = config
         self._method = method
         self._board = board
+        self._workers = workers
         self._stop: StopFlag = around.stop
         self._tokenizer: Tokenizer = around.tokenizer
         self._decoder = load_decoder(
@@ -60,6 +68,8 @@ class Training:
             dtype=choose_dtype(config.hyperparameters.dtype, device),
         )
         self._data = data
+        if not workers.is_leader:
+            workers.begin()  # until then the leader may be taking notes
         if method.asks != "nobody":
             self._data = take_notes(
                 data,
@@ -68,14 +78,19 @@ class Training:
                 ask=lambda: _asker(config, method, self._decoder, self._adapted),
                 at_once=config.hyperparameters.micro_batch,
             )
-        self._tallies = TallyStore(directory, fingerprint=fingerprint)
+        self._examination = Examination(
+            exams=build_exams(around, method, self._data),
+            micro_batch=config.hyperparameters.micro_batch,
+            store=TallyStore(directory, fingerprint=fingerprint),
+            stop=self._stop,
+        )
         self._store = CheckpointStore(
             directory,
             fingerprint=fingerprint,
             generation=config.generation,
             keep=config.checkpoint.keep_last,
         )
-        restored = self._store.restore()
+        restored = self._store.restore() if workers.is_leader else None
         self._state = restored[1] if restored else None
         self.step = self._state.counters.step if self._state else 0
         if restored:
@@ -88,21 +103,14 @@ class Training:
         Raises:
             YieldRequested: somebody asked to stop; everything is committed.
         """
-        adapted, suites = self._adapted, self._config.evaluation.suites
-        examination = Examination(
-            decoder=self._decoder,
-            method=self._method,
-            precision=adapted.precision,
-            holdout=self._data.holdout,
-            micro_batch=self._config.hyperparameters.micro_batch,
-            store=self._tallies,
-            stop=self._stop,
-        )
+        adapted, examination = self._adapted, self._examination
         loop: Loop | None = None
         try:
             # The base comes first: a full fine-tune leaves no base behind to ask later.
-            base = examination.tally("base", None) if suites else None
+            examination.ask_base(self._subject(None))
+            self._workers.begin()
             loop = self._start_loop()
+            loop.take_from_leader()
             self._board.enter("Running")
             adapted.set_training(True)
             loop.run()
@@ -110,19 +118,34 @@ class Training:
             adapted.set_training(False)
             self._board.enter("Evaluating")
             adapted.round_for_publishing()
-            if base is None:
-                return []
-            candidate = examination.tally("candidate", adapted.trainable.lora)
+            verdicts = examination.ask_candidate(self._subject(adapted.trainable.lora))
         except YieldRequested:
             if loop is None:
                 loop = self._start_loop()
             loop.commit()
             log.info("Yielding at step %d.", loop.counters.step)
             raise
-        verdicts = [decide_verdict(suite, base=base, candidate=candidate) for suite in suites]
-        is_loss = not self._method.measure.is_higher_better
-        self._board.evaluated(eval_loss=candidate.mean if is_loss else None, verdicts=verdicts)
+        except RankLostError:
+            if loop is not None:
+                loop.commit()  # a step is whole or has not begun to move anything
+            raise
+        self._board.evaluated(eval_loss=examination.loss(), verdicts=verdicts)
         return verdicts
+
+    def _subject(self, lora: LoraDelta | None) -> Subject:
+        return Subject(decoder=self._decoder, lora=lora, precision=self._adapted.precision)
+
+    def follow(self) -> None:
+        """Train to the end beside the leader.
+
+        Raises:
+            YieldRequested: somebody asked one of the workers to stop.
+        """
+        loop = self._start_loop()
+        loop.take_from_leader()
+        self._board.enter("Running")
+        self._adapted.set_training(True)
+        loop.run()
 
     def write(self, folder: Path) -> None:
         """Write the artifact's files."""
@@ -145,10 +168,10 @@ class Training:
             method=self._method,
             precision=self._adapted.precision,
             order=SampleOrder(self._data, seed=config.hyperparameters.seed),
-            store=self._store,
-            history=LossHistory(config.checkpoint.directory, resumed_step=counters.step),
+            ledger=self._ledger(counters.step),
             board=self._board,
             stop=self._stop,
+            workers=self._workers,
         )
         return Loop(
             parts,
@@ -156,6 +179,12 @@ class Training:
             checkpointing=config.checkpoint,
             counters=counters,
         )
+
+    def _ledger(self, resumed_step: int) -> Ledger:
+        if not self._workers.is_leader:
+            return NoLedger()
+        history = LossHistory(self._config.checkpoint.directory, resumed_step=resumed_step)
+        return DiskLedger(self._store, history, self._board)
 
 
 def _asker(config: TrainConfig, method: Method, decoder: Decoder, adapted: Adapted) -> Ask:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.compress.candidate import Candidate
@@ -22,26 +21,30 @@ from mizzen.runtime.train.compress.quantize import quantize
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.durable import storage_faults_of
-from mizzen.runtime.train.evaluate import Examination, Tally, TallyStore, decide_verdict
+from mizzen.runtime.train.evaluate import Examination, TallyStore
 from mizzen.runtime.train.export import write_model
 from mizzen.runtime.train.methods.sft import Sft
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
 from mizzen.runtime.train.samples import Sample
-from mizzen.runtime.train.stop import StopFlag
+from mizzen.runtime.train.suites.build import build_exams
+from mizzen.runtime.train.suites.exam import Subject
+from mizzen.runtime.train.surroundings import Surroundings
 
 
 @dataclass(slots=True, kw_only=True)
 class Transform:
     """A job that is ready to compute."""
 
-    config: TrainConfig
+    around: Surroundings
     data: Prepared | None  # None: nothing to calibrate with and no gate
-    tokenizer: Tokenizer
-    device: torch.device
     tallies: TallyStore
     board: ProgressBoard
-    stop: StopFlag
     step: int = 0
+
+    @property
+    def config(self) -> TrainConfig:
+        """The job."""
+        return self.around.config
 
     @property
     def folder(self) -> Path:
@@ -55,17 +58,17 @@ class Transform:
             YieldRequested: somebody asked to stop while the gate was counting.
             JobConfigError: the model cannot be changed in this way.
         """
-        suites = self.config.evaluation.suites
-        base = self._tally("base", self.config.base_model) if suites else None
+        examination = self._examination()
+        if examination is not None:
+            examination.ask_base(self._subject(self.config.base_model))
         self.board.enter("Running")
-        with self.stop.nothing_to_lose():
+        with self.around.stop.nothing_to_lose():
             self._write_candidate()
-        if base is None:
+        if examination is None:
             return []
         self.board.enter("Evaluating")
-        candidate = self._tally("candidate", self.folder)
-        verdicts = [decide_verdict(suite, base=base, candidate=candidate) for suite in suites]
-        self.board.evaluated(eval_loss=candidate.mean, verdicts=verdicts)
+        verdicts = examination.ask_candidate(self._subject(self.folder))
+        self.board.evaluated(eval_loss=examination.loss(), verdicts=verdicts)
         return verdicts
 
     def write(self, folder: Path) -> None:
@@ -94,24 +97,28 @@ class Transform:
                     weights,
                     spec=decoder.spec,
                     base_model=config.base_model,
-                    tokenizer=self.tokenizer,
+                    tokenizer=self.around.tokenizer,
                 )
             else:
-                candidate.write(self.folder, base_model=config.base_model, tokenizer=self.tokenizer)
+                candidate.write(
+                    self.folder, base_model=config.base_model, tokenizer=self.around.tokenizer
+                )
 
-    def _tally(self, who: str, model: Path) -> Tally:
+    def _examination(self) -> Examination | None:
+        """Return the gate, None where there is none."""
+        if not self.config.evaluation.suites:
+            return None
         assert self.data is not None, "suites need data, as the job's configuration checks"
-        with self.stop.nothing_to_lose():
-            decoder = load_decoder(model, device=self.device)
-        examination = Examination(
-            decoder=decoder,
-            method=Sft(),
-            holdout=self.data.holdout,
+        return Examination(
+            exams=build_exams(self.around, Sft(), self.data),
             micro_batch=self.config.hyperparameters.micro_batch,
             store=self.tallies,
-            stop=self.stop,
+            stop=self.around.stop,
         )
-        return examination.tally(who, None)
+
+    def _subject(self, model: Path) -> Subject:
+        with self.around.stop.nothing_to_lose():
+            return Subject(decoder=load_decoder(model, device=self.around.device))
 
 
 def _compute(config: TrainConfig, decoder: Decoder, samples: list[Sample]) -> Candidate | None:

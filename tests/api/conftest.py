@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 
 import pytest
 
 from hack.cluster.api_only import ApiCluster
+from hack.prometheus import NoPrometheusError, prometheus_binary
 
 CRDS = "manifests/crds"
 _numbers = count(1)
@@ -29,3 +31,12 @@ def namespace(cluster: ApiCluster) -> Iterator[str]:
     cluster.wait_for_service_account(name)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def prometheus() -> Path:
+    """Return the path of a Prometheus server's binary."""
+    try:
+        return prometheus_binary()
+    except NoPrometheusError as error:
+        pytest.skip(f"no Prometheus to ask: {error}")

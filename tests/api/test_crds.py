@@ -150,6 +150,16 @@ REFUSED: dict[str, tuple[Document, str]] = {
         deployment(accelerator={"count": 2}),
         "accelerator.count needs accelerator.resource, such as nvidia.com/gpu.",
     ),
+    "a guardrail that checks nothing": (
+        deployment(guardrails=[{"name": "x", "stage": "Input"}]),
+        "A guardrail needs deny or maxChars.",
+    ),
+    "an answer that is to be redacted": (
+        deployment(
+            guardrails=[{"name": "x", "stage": "Output", "deny": ["a"], "action": "Redact"}]
+        ),
+        "Redact is for deny in stage Input; use Refuse.",
+    ),
     "a rollout that cannot move": (
         deployment(rollout={"maxSurge": 0, "maxUnavailable": 0}),
         "must not both be 0",
@@ -197,6 +207,14 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(method="quantize", quantize={"scheme": "int4", "algorithm": "gptq"}, dataset=[]),
         "need a dataset to see what is used",
     ),
+    "a suite that a reward model cannot answer": (
+        job(method="reward", evaluation={"suites": [{"name": "s", "type": "exactMatch"}]}),
+        "and answers for all but reward.",
+    ),
+    "a win rate without a judge": (
+        job(evaluation={"suites": [{"name": "s", "type": "winRate"}]}),
+        "A suite of type winRate needs evaluation.judge.",
+    ),
     "a method without its settings": (job(method="distill"), "Method distill needs spec.distill,"),
     "the settings of another method": (
         job(prune={"kind": "depth"}),
@@ -204,7 +222,7 @@ REFUSED: dict[str, tuple[Document, str]] = {
     ),
     "a preference measured by perplexity": (
         job(method="dpo", evaluation={"suites": [{"name": "votes"}]}),
-        "need type preferenceLoss for methods dpo and reward, reward for grpo and ppo",
+        "measure preferenceLoss for methods dpo and reward, reward for grpo and ppo",
     ),
     "a reward model that shall answer": (
         job(method="reward", promotion={"deployment": "smollm2"}),
@@ -357,6 +375,13 @@ def test_the_example_of_every_field_is_accepted(cluster: ApiCluster, namespace: 
             "maxNumBatchedTokens": 512,
             "kvCacheGiB": 0.5,
         },
+        prompts=[
+            {"id": "translate", "messages": [{"role": "system", "content": "To {{language}}."}]}
+        ],
+        guardrails=[
+            {"name": "keys", "stage": "Input", "deny": ["sk-[a-z]+"], "action": "Redact"},
+            {"name": "brief", "stage": "Output", "maxChars": 9000, "onError": "Allow"},
+        ],
         podTemplatePatch=patch,
     )
     assert apply(cluster, namespace, full)["spec"]["podTemplatePatch"] == patch

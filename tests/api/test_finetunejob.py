@@ -293,3 +293,33 @@ async def test_a_trainer_that_refuses_its_data_ends_the_job_with_its_words(scene
     ready = condition(status, "Ready")
     assert (ready["reason"], ready["message"]) == ("DatasetNotJson", words["message"])
     assert scene.pods() == ["support-g1-0"]
+
+
+async def test_workers_come_together_and_go_together(scene: Scene) -> None:
+    scene.apply(job(workers={"min": 1, "max": 2}))
+    status = await scene.look(times=2)
+    assert scene.pods() == ["support-g1-0", "support-g1-1"]
+    assert status["workers"] == 2
+    scene.play("support-g1-0", "Running")
+    scene.play("support-g1-1", "Running")
+    scene.kubectl("delete", "pod", "support-g1-1", "--grace-period=0", "--force")
+    scene.play("support-g1-0", "Failed", exitCode=76)
+    status = await scene.look(times=2)
+    assert scene.pods() == ["support-g1-0", "support-g2-0", "support-g2-1"]
+    assert status["restarts"] == 0
+
+
+async def test_another_number_of_workers_takes_a_yield(scene: Scene) -> None:
+    scene.apply(job(workers={"max": 2}))
+    await scene.look()
+    scene.play("support-g1-0", "Running")
+    scene.play("support-g1-1", "Running")
+    scene.apply(job(workers={"max": 1}))
+    assert (await scene.look())["phase"] == "Yielding"
+    assert scene.trainers.asked_to_yield
+    scene.play("support-g1-0", "Failed", exitCode=75)
+    scene.play("support-g1-1", "Failed", exitCode=75)
+    status = await scene.look(times=2)
+    assert "support-g2-0" in scene.pods()
+    assert "support-g2-1" not in scene.pods()
+    assert status["workers"] == 1

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import aiohttp
 import pytest
-import yaml
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from hack.prometheus import NoPrometheusError, prometheus_binary
 from mizzen.operator.metrics.figures import UNKNOWN
 from mizzen.operator.metrics.prometheus import PrometheusSource
 from mizzen.operator.planning.scale import History, decide
 from mizzen.operator.planning.scale_rules import ScaleRules, Targets
 from mizzen.operator.planning.signals import Observation, ReplicaState
 from tests.fixtures.metrics_story import LENGTH_S, NAME, OTHER, QUIET, STEP_S, TARGET, Story, check
+from tests.fixtures.prometheus_server import running
 
 _AHEAD_S = 120  # so much of the story lies after the server's start
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(\{.*\})? (\S+)")
@@ -55,66 +51,19 @@ def recorded(until: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def binary() -> Path:
-    try:
-        return prometheus_binary()
-    except NoPrometheusError as error:
-        pytest.skip(f"no Prometheus to ask: {error}")
-
-
-@pytest.fixture(scope="module")
-def server(binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(prometheus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("prometheus")
     (folder / "story.txt").write_text(recorded(int(time.time())))
     subprocess.run(
         [
-            *(str(binary.parent / "promtool"), "tsdb", "create-blocks-from", "openmetrics"),
+            *(str(prometheus.parent / "promtool"), "tsdb", "create-blocks-from", "openmetrics"),
             *(str(folder / "story.txt"), str(folder / "data")),
         ],
         check=True,
         capture_output=True,
     )
-    with running(binary, folder, {"global": {}}) as url:
+    with running(prometheus, folder, {"global": {}}) as url:
         yield url
-
-
-class running:
-    """A Prometheus server over a folder's data, ready inside."""
-
-    def __init__(self, binary: Path, folder: Path, config: dict[str, object]) -> None:
-        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._address = f"127.0.0.1:{free.getsockname()[1]}"
-        self._command = [
-            str(binary),
-            f"--config.file={folder / 'prometheus.yml'}",
-            f"--storage.tsdb.path={folder / 'data'}",
-            f"--web.listen-address={self._address}",
-        ]
-
-    def __enter__(self) -> str:
-        self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
-        url = f"http://{self._address}"
-        asyncio.run(_wait_ready(url))
-        return url
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(timeout=30)
-
-
-async def _wait_ready(url: str) -> None:
-    async with aiohttp.ClientSession() as session:
-        for _ in range(300):
-            try:
-                async with session.get(f"{url}/-/ready") as answer:
-                    if answer.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.1)
-    raise AssertionError("Prometheus did not start")
 
 
 async def test_every_figure_is_the_same_as_by_direct_scrape(server: str) -> None:

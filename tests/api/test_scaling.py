@@ -8,70 +8,27 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 import yaml
 from kubernetes.aio.config import kube_config
-from prometheus_client.exposition import generate_latest
 
 from hack.cluster.api_only import ApiCluster
 from mizzen.operator.metrics.figures import Measured, Name, Target
 from mizzen.operator.metrics.scrape import ScrapeSource
 from mizzen.runtime.gateway.directory import ServedModel
-from tests.fixtures.metrics_story import ExportedRuntime, Story
+from tests.fixtures.exporters import IDLE, Exporters
 from tests.fixtures.running_operator import RunningOperator
 from tests.fixtures.serving_world import FakeRuntimes
 
 pytestmark = pytest.mark.api
 
 INSTALLATION = "mizzen-scaling"
-IDLE = "idle"  # a deployment, and the runtime that reports for it
 Json = dict[str, Any]
-
-
-class Exporters:
-    """A gateway and a runtime under load, each at an address of its own."""
-
-    def __init__(self) -> None:
-        self.story = Story()
-        self.story.go_on()
-        self.is_up = True
-        self.idle = ExportedRuntime(running=0, waiting=0)
-        self.servers = {name: self._serve(name) for name in (*self.story.names, IDLE)}
-
-    def text(self, name: str) -> str:
-        if name == IDLE:
-            return generate_latest(self.idle.metrics.registry).decode()
-        return self.story.text(name)
-
-    def _serve(self, name: str) -> ThreadingHTTPServer:
-        exporters = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.send_response(200 if exporters.is_up else 503)
-                self.end_headers()
-                self.wfile.write(exporters.text(name).encode())
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return server
-
-    def address(self, name: str) -> str:
-        return f"127.0.0.1:{self.servers[name].server_address[1]}"
-
-    def stop(self) -> None:
-        for server in self.servers.values():
-            server.shutdown()
 
 
 class LoopbackSource:
@@ -89,9 +46,7 @@ class LoopbackSource:
         return await self._scrape.collect([self._moved(target) for target in targets])
 
     def _moved(self, target: Target) -> Target:
-        names = [n for n in self._exporters.story.names if n != "gateway"]
-        if target.name[1] == IDLE:
-            names = [IDLE]
+        names = [IDLE] if target.name[1] == IDLE else self._exporters.runtimes
         return replace(
             target,
             settled=target.settled and len(names),
@@ -192,28 +147,76 @@ def test_reported_load_becomes_replicas_and_describe_explains_it(
     assert {"mizzen-status", "mizzen-scaling"} <= set(managers.split())
 
 
-def test_a_horizontal_pod_autoscaler_on_the_same_deployment_is_named(
-    cluster: ApiCluster, namespace: str, operator: RunningOperator
-) -> None:
-    hpa = {
-        "apiVersion": "autoscaling/v2",
-        "kind": "HorizontalPodAutoscaler",
+def rival(api_version: str, kind: str, **spec: Any) -> Json:
+    target = {"apiVersion": "mizzen.dev/v1alpha1", "kind": "LLMDeployment", "name": "shared"}
+    return {
+        "apiVersion": api_version,
+        "kind": kind,
         "metadata": {"name": "rival"},
+        "spec": {"scaleTargetRef": target} | spec,
+    }
+
+
+RIVALS = {
+    "a HorizontalPodAutoscaler": rival("autoscaling/v2", "HorizontalPodAutoscaler", maxReplicas=5),
+    "a ScaledObject": rival("keda.sh/v1alpha1", "ScaledObject"),
+}
+
+
+@pytest.fixture(scope="module")
+def keda_crd(cluster: ApiCluster, operator: RunningOperator) -> None:
+    """KEDA comes while the operator runs, which has seen no such kind until then."""
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    crd = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": "scaledobjects.keda.sh"},
         "spec": {
-            "maxReplicas": 5,
-            "scaleTargetRef": {
-                "apiVersion": "mizzen.dev/v1alpha1", "kind": "LLMDeployment", "name": "shared",
-            },
+            "group": "keda.sh",
+            "scope": "Namespaced",
+            "names": {"kind": "ScaledObject", "plural": "scaledobjects"},
+            "versions": [
+                {
+                    "name": "v1alpha1",
+                    "served": True,
+                    "storage": True,
+                    "schema": {"openAPIV3Schema": schema},
+                }
+            ],
         },
-    }  # fmt: skip
-    cluster.kubectl("-n", namespace, "apply", "-f", "-", stdin=yaml.safe_dump(hpa))
-    apply(cluster, namespace, "shared", scaling={"min": 1, "max": 6})
+    }
+    cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(crd))
+    cluster.kubectl("wait", "--for=condition=Established", "crd/scaledobjects.keda.sh")
+
+
+@pytest.mark.parametrize("document", RIVALS.values(), ids=RIVALS)
+def test_another_autoscaler_stops_ours_and_is_named_until_it_is_gone(
+    cluster: ApiCluster,
+    namespace: str,
+    operator: RunningOperator,
+    exporters: Exporters,
+    keda_crd: None,
+    document: Json,
+) -> None:
+    # Eight requests, two for each replica: four are needed.
+    apply(cluster, namespace, "shared", scaling={"min": 1, "max": 6, "targets": {"concurrency": 2}})
+    wait_until(lambda: _ready(cluster, namespace, "shared") == "4/4")
+    cluster.kubectl("-n", namespace, "apply", "-f", "-", stdin=yaml.safe_dump(document))
     wait_until(
         lambda: condition(llmd(cluster, namespace, "shared")) == ("False", "OtherAutoscaler")
     )
-    conditions = llmd(cluster, namespace, "shared")["status"]["conditions"]
-    message = next(c["message"] for c in conditions if c["type"] == "ScalingActive")
-    assert message.startswith("HorizontalPodAutoscaler rival scales this deployment too")
+    status = llmd(cluster, namespace, "shared")["status"]
+    message = next(c["message"] for c in status["conditions"] if c["type"] == "ScalingActive")
+    assert message.startswith(f"{document['kind']} rival scales this deployment too")
+
+    # One request for each replica would need more than the six that are allowed.
+    apply(cluster, namespace, "shared", scaling={"min": 1, "max": 6, "targets": {"concurrency": 1}})
+    wait_until(lambda: _scaling(cluster, namespace, "shared").get("recommended") == 6)
+    assert _scaling(cluster, namespace, "shared")["desired"] == 4
+
+    cluster.kubectl("-n", namespace, "delete", document["kind"].lower(), "rival")
+    wait_until(lambda: condition(llmd(cluster, namespace, "shared"))[0] == "True")
+    wait_until(lambda: _ready(cluster, namespace, "shared") == "6/6")
 
 
 def test_an_idle_deployment_goes_to_zero_and_a_wake_brings_it_back(
@@ -241,3 +244,8 @@ def test_an_idle_deployment_goes_to_zero_and_a_wake_brings_it_back(
 
 def _ready(cluster: ApiCluster, namespace: str, name: str) -> str:
     return str(llmd(cluster, namespace, name).get("status", {}).get("ready"))
+
+
+def _scaling(cluster: ApiCluster, namespace: str, name: str) -> Json:
+    found: Json = llmd(cluster, namespace, name).get("status", {}).get("scaling", {})
+    return found

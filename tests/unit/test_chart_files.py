@@ -32,7 +32,10 @@ EVERYTHING = {
         "podAnnotations": {"note": "x"},
         "podLabels": {"team": "x"},
     },
-    "gateway": {"service": {"type": "LoadBalancer", "annotations": {"lb": "internal"}}},
+    "gateway": {
+        "service": {"type": "LoadBalancer", "annotations": {"lb": "internal"}},
+        "batches": {"volume": "batch-files"},
+    },
     "metrics": {"podMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
     "tracing": {"endpoint": "http://otel-collector.monitoring:4318"},
     "test": {"model": "pvc://models/smollm2"},
@@ -315,3 +318,14 @@ def test_the_one_file_install_holds_no_secret_and_a_namespace_for_everything() -
     assert "Secret" not in kinds
     assert kinds.count("CustomResourceDefinition") == 2
     assert "helm" not in INSTALL.read_text().split("---", 1)[1].lower()
+
+
+@needs_helm
+def test_the_claim_for_batches_is_where_the_gateway_keeps_them() -> None:
+    documents = render({"gateway": {"batches": {"volume": "files"}}})
+    [pod] = (spec for name, spec in pod_specs(documents) if name.endswith("-gateway"))
+    claims = {v["name"]: v.get("persistentVolumeClaim") for v in pod["volumes"]}
+    [container] = pod["containers"]
+    [mount] = (m for m in container["volumeMounts"] if claims[m["name"]] is not None)
+    assert claims[mount["name"]] == {"claimName": "files"}
+    assert {"name": "MIZZEN_GATEWAY_BATCHES_DIR", "value": mount["mountPath"]} in container["env"]

@@ -1,13 +1,22 @@
 """Trainer pods and job.json: what the operator builds, the trainer's own settings model reads."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from mizzen.operator.crds.finetunejob import FineTuneJobSpec
-from mizzen.operator.desired.jobs import artifact_uri, build_config_map, build_trainer_pod
+from mizzen.operator.desired.jobs import (
+    Worker,
+    artifact_uri,
+    build_config_map,
+    build_trainer_pod,
+)
 from mizzen.operator.desired.train_config import Job, build_train_config
-from mizzen.runtime.train.config import TrainConfig
+from mizzen.operator.desired.workers import build_workers_policy, build_workers_service
+from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
+
+ALONE = Worker(generation=1, workers=1)
 
 
 def job(**changes: Any) -> Job:
@@ -25,6 +34,15 @@ SPECS: dict[str, dict[str, Any]] = {
     "attention only": {"adaptation": {"targets": "attention"}},
     "a gate that demands better": {
         "evaluation": {"suites": [{"name": "holdout", "maxRegressionRatio": -0.05}]}
+    },
+    "a gate of many questions that only warns": {
+        "evaluation": {
+            "onFail": "Warn",
+            "suites": [
+                {"name": "labels", "type": "classification", "labels": ["yes", "no"]},
+                {"name": "words", "type": "exactMatch", "maxNewTokens": 8},
+            ],
+        }
     },
     "data on a claim and on the web": {
         "dataset": [
@@ -86,7 +104,7 @@ SPECS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("changes", SPECS.values(), ids=SPECS)
 def test_the_trainer_reads_what_the_operator_writes(changes: dict[str, Any]) -> None:
-    written = build_train_config(job(**changes), generation=3)
+    written = build_train_config(job(**changes), generation=3, workers=1)
     assert TrainConfig.model_validate(written).generation == 3
 
 
@@ -100,7 +118,7 @@ def test_what_is_computed_is_a_model_and_every_address_in_it_is_mounted() -> Non
     merging = job(method="merge", merge={"kind": "adapter", "parts": parts}, dataset=[])
     assert merging.output_uri == "pvc://models/models/support"
     assert merging.claims == ("adapters", "models")
-    written = build_train_config(merging, generation=1)
+    written = build_train_config(merging, generation=1, workers=1)
     assert [part["source"] for part in written["merge"]["parts"]] == [
         "/mnt/pvc/adapters/a",
         "/models/b",
@@ -115,7 +133,7 @@ def test_every_source_is_mounted_once() -> None:
             {"name": "c", "uri": "configMap://c.with.dots/d"},
         ]
     )
-    pod = build_trainer_pod(mounted, 1, crashes=0, image="r:1", pull_policy="IfNotPresent")
+    pod = build_trainer_pod(mounted, ALONE, image="r:1", pull_policy="IfNotPresent")
     paths = [m["mountPath"] for m in pod["spec"]["containers"][0]["volumeMounts"]]
     assert len(paths) == len(set(paths))
     assert {"/mnt/pvc/models", "/mnt/pvc/data", "/mnt/configmap/c.with.dots"} <= set(paths)
@@ -124,30 +142,78 @@ def test_every_source_is_mounted_once() -> None:
 
 
 def test_a_pod_remembers_the_crashes_before_it() -> None:
-    pod = build_trainer_pod(job(), 4, crashes=2, image="r:1", pull_policy="Always")
+    pod = build_trainer_pod(
+        job(),
+        Worker(generation=4, workers=1, crashes=2),
+        image="r:1",
+        pull_policy="Always",
+    )
     assert pod["metadata"]["name"] == "support-g4-0"
     assert pod["metadata"]["annotations"]["mizzen.dev/restarts"] == "2"
     assert pod["spec"]["volumes"][0] == {"name": "job", "configMap": {"name": "support-g4"}}
 
 
+def test_workers_are_told_where_their_leader_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = job(workers={"min": 2, "max": 3})
+    worker = Worker(generation=2, workers=3, rank=1)
+    pod = build_trainer_pod(group, worker, image="r:1", pull_policy="Always")
+    for variable in pod["spec"]["containers"][0]["env"]:
+        monkeypatch.setenv(variable["name"], variable["value"])
+    told = TrainerEnvironment()
+    leader = build_trainer_pod(
+        group, Worker(generation=2, workers=3), image="r:1", pull_policy="Always"
+    )
+    service = build_workers_service(group)
+    name, subdomain = leader["spec"]["hostname"], leader["spec"]["subdomain"]
+    assert subdomain == service["metadata"]["name"]
+    assert (told.node_rank, told.master_addr) == (1, f"{name}.{subdomain}.team.svc")
+    assert told.master_port == service["spec"]["ports"][0]["port"]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+
+
+def test_workers_may_reach_each_other_and_a_lone_trainer_needs_no_name() -> None:
+    policy = build_workers_policy(job(workers={"max": 2}))
+    source = policy["spec"]["ingress"][0]["from"][0]["podSelector"]
+    assert source == policy["spec"]["podSelector"]
+    lone = build_trainer_pod(job(), ALONE, image="r:1", pull_policy="Always")
+    assert "subdomain" not in lone["spec"]
+    assert [port["name"] for port in lone["spec"]["containers"][0]["ports"]] == ["admin"]
+
+
 def test_trainer_pods_carry_no_credentials_of_the_api() -> None:
-    pod = build_trainer_pod(job(), 1, crashes=0, image="r:1", pull_policy="Always")
+    pod = build_trainer_pod(job(), ALONE, image="r:1", pull_policy="Always")
     assert pod["spec"]["automountServiceAccountToken"] is False
     assert pod["spec"]["restartPolicy"] == "Never"
 
 
 def test_gpus_are_requested_as_limits() -> None:
     gpu = job(resources={"accelerator": {"resource": "nvidia.com/gpu", "count": 2}})
-    pod = build_trainer_pod(gpu, 1, crashes=0, image="r:1", pull_policy="Always")
+    pod = build_trainer_pod(gpu, ALONE, image="r:1", pull_policy="Always")
     limits = pod["spec"]["containers"][0]["resources"]["limits"]
     assert limits == {"nvidia.com/gpu": "2"}
 
 
 def test_a_generation_is_immutable_and_owned() -> None:
-    config_map = build_config_map(job(), 2)
+    config_map = build_config_map(job(), 2, workers=1)
     assert config_map["immutable"] is True
     assert config_map["metadata"]["ownerReferences"][0]["name"] == "support"
 
 
 def test_an_artifact_is_found_by_its_claim() -> None:
     assert artifact_uri("/mnt/pvc/models/adapters/s/0123") == "pvc://models/adapters/s/0123"
+
+
+def test_a_trainer_is_told_who_judges_and_given_the_key_for_it() -> None:
+    evaluation = {
+        "judge": {"deployment": "big", "apiKey": {"name": "keys", "key": "trainer"}},
+        "suites": [{"name": "liked", "type": "winRate"}],
+    }
+    judged = replace(
+        job(evaluation=evaluation), judge={"url": "http://gateway", "model": "org/big"}
+    )
+    told = TrainConfig.model_validate(build_train_config(judged, 1, 1)).evaluation.judge
+    assert told is not None and (told.url, told.model) == ("http://gateway", "org/big")
+    pod = build_trainer_pod(judged, ALONE, image="runtime:1", pull_policy="Always")
+    (variable,) = pod["spec"]["containers"][0]["env"]
+    assert variable["name"] == "MIZZEN_JUDGE_API_KEY"
+    assert variable["valueFrom"] == {"secretKeyRef": {"name": "keys", "key": "trainer"}}

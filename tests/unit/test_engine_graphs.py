@@ -90,7 +90,9 @@ def steps(sequences: list[Sequence], *counts: list[int]) -> list[StepInput]:
             missing = seq.computed + count - len(seq.token_ids)
             seq.token_ids += [7] * missing
             if count:
-                chunks.append(Chunk(seq, seq.computed, count))
+                end = seq.computed + count
+                samples = end == len(seq.token_ids)
+                chunks.append(Chunk(seq, seq.computed, count, samples))
             seq.computed += count
         built.append(builder.build(sorted(chunks, key=lambda chunk: chunk.size > 1)))
     return built

@@ -79,9 +79,9 @@ class Gate:
         self._open = threading.Event()
         engine._ranks.run = self
 
-    def __call__(self, step: StepInput) -> Tensor | None:
+    def __call__(self, step: StepInput, before_N: Tensor | None) -> Tensor | None:
         self._open.wait()
-        return self._run(step)
+        return self._run(step, before_N)
 
     def open(self) -> None:
         self._open.set()
@@ -252,7 +252,7 @@ async def test_a_drain_out_of_time_aborts_the_rest(engine: Engine, gate: Gate) -
 
 
 async def test_a_failing_step_ends_every_request_and_liveness(engine: Engine, gate: Gate) -> None:
-    def fail(step: StepInput) -> None:
+    def fail(step: StepInput, before_N: Tensor | None) -> None:
         raise RuntimeError("out of luck")
 
     clients = await start_clients(engine, 3)

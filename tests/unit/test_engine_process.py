@@ -24,6 +24,7 @@ from mizzen.runtime.engine.api import (
     GenerationRequest,
     Grammar,
     InvalidRequestError,
+    ModelSizes,
     PromptTooLongError,
     SamplingParams,
     TokenLogprob,
@@ -119,7 +120,7 @@ class MuteProcess:
     async def start(self) -> None:
         link = await open_link(self.other, ToEngine)
         assert isinstance(await link.receive(), Start)
-        link.send(Started(model_len=512))
+        link.send(Started(model_len=512, sizes=ModelSizes()))
         link.send(MESSAGES[-1][1])
         await link.receive()  # a request that is never answered
         await asyncio.Event().wait()

@@ -33,6 +33,7 @@ WORSE = {"suite": "holdout", "base": 10, "candidate": 12, "regressionRatio": 0.2
 DONE = parse_progress({"phase": "Succeeded", "step": 40, "totalSteps": 40,
                        "evaluation": [BETTER], "artifact": ARTIFACT})  # fmt: skip
 REGRESSED = parse_progress({"phase": "Succeeded", "step": 40, "evaluation": [WORSE]})
+WARNED = parse_progress({"phase": "Succeeded", "evaluation": [WORSE], "artifact": ARTIFACT})
 PROMOTED = Promotion("smollm2", "support", ready_replicas=2, replicas=2)
 MISSING = Problem(Reason.DATASET_NOT_FOUND, "ConfigMap tickets does not exist.")
 BASE = JobFacts(
@@ -90,6 +91,10 @@ CASES = {
         replace(END, progress=REGRESSED, promotion=None), "Failed",
         {"Failed": "True", "EvaluationPassed": "False", "Published": "False"},
     ),
+    "a regression of which the gate only warns is published": (
+        replace(END, progress=WARNED, artifact_uri="pvc://models/a"), "Succeeded",
+        {"EvaluationPassed": "False", "Published": "True", "Failed": "False"},
+    ),
 }  # fmt: skip
 
 
@@ -108,6 +113,28 @@ def test_next_status(facts: JobFacts, phase: str, conditions: dict[str, str]) ->
 def test_the_same_facts_write_the_same_status(facts: JobFacts) -> None:
     first = next_status({}, facts, generation=1, now=NOW)
     assert next_status(first, facts, generation=1, now=NOW + timedelta(hours=1)) == first
+
+
+MESSAGES = {
+    "the figures that passed": (DONE, "The result passes every suite: holdout 8 (base 10)."),
+    "the figures that blocked it": (
+        REGRESSED,
+        "The result is worse than maxRegressionRatio allows: holdout 12 (base 10). Nothing was "
+        "published. Change the data or the learning rate and submit a new job.",
+    ),
+    "the figures it was published in spite of": (
+        WARNED,
+        "The result is worse than maxRegressionRatio allows: holdout 12 (base 10). It was "
+        "published all the same, as evaluation.onFail is Warn.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("progress", "message"), MESSAGES.values(), ids=MESSAGES)
+def test_the_gate_says(progress: Progress, message: str) -> None:
+    status: dict[str, Any] = next_status({}, replace(END, progress=progress), generation=1, now=NOW)
+    (said,) = [one for one in status["conditions"] if one["type"] == "EvaluationPassed"]
+    assert said["message"] == message
 
 
 def test_progress_speaks_to_people() -> None:

@@ -115,9 +115,16 @@ async def test_nobody_gets_in_without_a_key(front: Front, header: str, says: str
 
 async def test_every_route_there_is_asks_for_a_key(front: Front) -> None:
     front.headers = {}
-    app = build_app(front.gateway._parts(front.client))
+    app = build_app(front.gateway._parts(front.gateway._intake(front.client)))
     paths = {route.resource.canonical for route in app.router.routes() if route.resource}
-    assert {CHAT, "/v1/completions", "/v1/embeddings", "/v1/models"} <= paths
+    assert {
+        CHAT,
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/models",
+        "/v1/files",
+        "/v1/batches",
+    } <= paths
     for path in [*paths, "/", "/nowhere", "/v1/../metrics", "/metrics", "/healthz"]:
         assert (await front.get(path.replace("{model}", "tiny")))[0] == 401
         assert (await front.post(b"{}", path))[0] == 401
@@ -255,9 +262,9 @@ async def test_before_the_first_list_an_unknown_model_may_still_come(front: Fron
 
 
 async def test_other_paths_and_methods_are_refused_in_openais_shape(front: Front) -> None:
-    status, document = await front.get("/v1/files")
+    status, document = await front.get("/v1/responses")
     assert status == 404
-    assert "There is no /v1/files here" in document["error"]["message"]
+    assert "There is no /v1/responses here" in document["error"]["message"]
     status, document = await front.get(CHAT)
     assert status == 405
     assert "use POST" in document["error"]["message"]

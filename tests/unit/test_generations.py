@@ -8,16 +8,20 @@ from hypothesis import strategies as st
 
 from mizzen.operator.planning.generations import (
     AskToYield,
+    Dismiss,
     Finish,
     Generation,
     GiveUp,
     Outcome,
+    Range,
     Rest,
+    Shrink,
     Start,
     WaitUntil,
     Watch,
     backoff_s,
     decide_generation,
+    outcome_of_group,
 )
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -82,3 +86,54 @@ def test_crashes_are_bounded_and_numbers_only_grow(outcomes: list[Outcome]) -> N
 
 def test_backoff_doubles_up_to_five_minutes() -> None:
     assert [backoff_s(n) for n in (1, 2, 3, 6, 60)] == [10, 20, 40, 300, 300]
+
+
+def group(outcome: Outcome, *, workers: int = 3, placed: int = 3, age_s: int = 300) -> Generation:
+    created_at = NOW - timedelta(seconds=age_s)
+    return Generation(4, outcome, 1, LONG_AGO, workers, placed, created_at)
+
+
+TWO_TO_FOUR = Range(2, 4)
+GROUPS = {
+    "starts with as many workers as it may have": (None, Start(1, 0, 4)),
+    "starts again with as many": (group(Outcome.YIELDED), Start(5, 1, 4)),
+    "starts again with as many after a crash": (group(Outcome.CRASHED), Start(5, 2, 4)),
+    "watches fewer than it may have": (group(Outcome.RUNNING, workers=2), Watch()),
+    "takes the room there is": (group(Outcome.PENDING, workers=4), Shrink(5, 1, 3)),
+    "gives the scheduler time": (group(Outcome.PENDING, workers=4, age_s=20), Watch()),
+    "waits for room for the fewest": (group(Outcome.PENDING, workers=4, placed=1), Watch()),
+    "waits for images where all have a node": (group(Outcome.PENDING), Watch()),
+    "yields to start with more": (group(Outcome.RUNNING, workers=1), AskToYield()),
+    "yields to start with fewer": (group(Outcome.RUNNING, workers=5), AskToYield()),
+    "has the last ones follow": (group(Outcome.ENDING), Dismiss()),
+}
+
+
+@pytest.mark.parametrize(("newest", "expected"), GROUPS.values(), ids=GROUPS)
+def test_decide_generation_of_several_workers(newest: Generation | None, expected: object) -> None:
+    step = decide_generation(
+        newest, is_suspended=False, backoff_limit=2, now=NOW, workers=TWO_TO_FOUR
+    )
+    assert step == expected
+
+
+OUTCOMES = {
+    "runs once all run": ("running running", Outcome.RUNNING),
+    "is pending while one is": ("running pending", Outcome.PENDING),
+    "runs on while the leader evaluates": ("running done done", Outcome.RUNNING),
+    "is done with its leader": ("done done", Outcome.DONE),
+    "is ending while one is left": ("running lost", Outcome.ENDING),
+    "waits for the leader's last commit": ("running yielded", Outcome.ENDING),
+    "has yielded with its leader": ("yielded left", Outcome.YIELDED),
+    "has yielded with any worker": ("left yielded", Outcome.YIELDED),
+    "is lost with one of them": ("left lost", Outcome.LOST),
+    "crashed with one of them": ("left crashed", Outcome.CRASHED),
+    "crashed although others were taken away": ("lost crashed", Outcome.CRASHED),
+    "is rejected by one of them": ("left rejected", Outcome.REJECTED),
+    "crashed if they never met": ("left left", Outcome.CRASHED),
+}
+
+
+@pytest.mark.parametrize(("pods", "expected"), OUTCOMES.values(), ids=OUTCOMES)
+def test_a_generation(pods: str, expected: Outcome) -> None:
+    assert outcome_of_group([Outcome(word) for word in pods.split()]) is expected

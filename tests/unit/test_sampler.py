@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mizzen.runtime.engine.api import SamplingParams
-from mizzen.runtime.engine.sampler import Sampler, _draw, _make_plan, uniform_numbers
+from mizzen.runtime.engine.sampler import Sampled, Sampler, _draw, _make_plan, uniform_numbers
 from mizzen.runtime.engine.sequence import Sequence
 
 VOCAB = 3000
@@ -22,22 +22,26 @@ def logits(rows: int = 1, *, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
     return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
 
 
+def sample(sampler: Sampler, scores: torch.Tensor, rows: list[Sequence]) -> Sampled:
+    return sampler.choose(scores, rows, [row.output_tokens for row in rows]).read()
+
+
 def draw_many(sampling: SamplingParams, logits_V: torch.Tensor, count: int = 400) -> list[int]:
     rows = [make_seq(sampling, seed=seed) for seed in range(count)]
-    return Sampler(eos_token_ids=EOS).sample(logits_V.repeat(count, 1), rows).token_ids
+    return sample(Sampler(eos_token_ids=EOS), logits_V.repeat(count, 1), rows).token_ids
 
 
 def test_temperature_zero_is_the_true_argmax_and_the_first_of_equals() -> None:
     scores = torch.zeros(1, VOCAB)
     scores[0, [5, 9]] = 4.0
     row = make_seq(SamplingParams(temperature=0, top_p=0.1, top_k=3))
-    assert Sampler(eos_token_ids=EOS).sample(scores, [row]).token_ids == [5]
+    assert sample(Sampler(eos_token_ids=EOS), scores, [row]).token_ids == [5]
 
 
 def test_greedy_rows_stay_greedy_beside_drawn_ones() -> None:
     scores = logits(3)
     rows = [make_seq(SamplingParams(temperature=t)) for t in (0.0, 1.0, 0.0)]
-    got = Sampler(eos_token_ids=EOS).sample(scores.clone(), rows).token_ids
+    got = sample(Sampler(eos_token_ids=EOS), scores.clone(), rows).token_ids
     best = scores.argmax(-1).tolist()
     assert (got[0], got[2]) == (best[0], best[2])
 
@@ -57,8 +61,8 @@ def test_a_seed_draws_the_same_whoever_else_is_in_the_batch(sampling: SamplingPa
     scores = logits(6)
     mixed = [make_seq(kind, seed=40 + i) for i, kind in enumerate(KINDS.values())]
     mixed[3] = make_seq(sampling, seed=9, out=5)
-    together = Sampler(eos_token_ids=EOS).sample(scores.clone(), mixed).token_ids[3]
-    alone = Sampler(eos_token_ids=EOS).sample(scores[3:4].clone(), [mixed[3]]).token_ids[0]
+    together = sample(Sampler(eos_token_ids=EOS), scores.clone(), mixed).token_ids[3]
+    alone = sample(Sampler(eos_token_ids=EOS), scores[3:4].clone(), [mixed[3]]).token_ids[0]
     assert together == alone
 
 
@@ -66,8 +70,10 @@ def test_a_seed_draws_the_same_whoever_else_is_in_the_batch(sampling: SamplingPa
 def test_rows_drawn_one_by_one_are_those_of_the_batch_for_gpus(sampling: SamplingParams) -> None:
     rows = [make_seq(sampling, seed=seed) for seed in range(300)]
     scores = logits(300, scale=2.0)
-    batched = _draw(scores.clone(), _make_plan(rows, scores.device)).tolist()
-    one_by_one = Sampler(eos_token_ids=EOS).sample(scores, rows).token_ids
+    plan = _make_plan(rows, scores.device)
+    numbers = uniform_numbers(plan.seeds_N, np.zeros(300, dtype=np.uint64))
+    batched = _draw(scores.clone(), plan, numbers).tolist()
+    one_by_one = sample(Sampler(eos_token_ids=EOS), scores, rows).token_ids
     # A number at the very border between two tokens may fall to either.
     assert sum(a != b for a, b in zip(batched, one_by_one, strict=True)) <= 2
 
@@ -127,11 +133,11 @@ def test_repetition_counts_the_prompt_and_the_other_penalties_the_output_only() 
     scores[0, :6] = torch.tensor([4.0, -4.0, 4.0, 4.0, 4.0, 3.5])
     seq = make_seq(SamplingParams(temperature=0, repetition_penalty=2.0), prompt=[0, 1], out=[2])
     copy = scores.clone()
-    Sampler(eos_token_ids=EOS).sample(copy, [seq])
+    sample(Sampler(eos_token_ids=EOS), copy, [seq])
     assert copy[0, :6].tolist() == [2.0, -8.0, 2.0, 4.0, 4.0, 3.5]
     params = SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.25)
     copy = scores.clone()
-    Sampler(eos_token_ids=EOS).sample(copy, [make_seq(params, prompt=[0, 1], out=[2, 2, 3])])
+    sample(Sampler(eos_token_ids=EOS), copy, [make_seq(params, prompt=[0, 1], out=[2, 2, 3])])
     assert copy[0, :6].tolist() == [4.0, -4.0, 3.0, 3.25, 4.0, 3.5]
 
 
@@ -143,12 +149,12 @@ def test_logit_bias_decides_and_min_tokens_forbids_every_end() -> None:
         make_seq(SamplingParams(temperature=0, logit_bias={42: 200.0})),
         make_seq(SamplingParams(temperature=0, min_tokens=2, stop_token_ids=(11,)), out=1),
     ]
-    first, second = Sampler(eos_token_ids=EOS).sample(scores, rows).token_ids
+    first, second = sample(Sampler(eos_token_ids=EOS), scores, rows).token_ids
     assert first == 42
     assert second not in (EOS[0], 11)
     rows[1].token_ids.append(0)
     scores[:, EOS[0]] = 100.0
-    assert Sampler(eos_token_ids=EOS).sample(scores, rows).token_ids[1] == EOS[0]
+    assert sample(Sampler(eos_token_ids=EOS), scores, rows).token_ids[1] == EOS[0]
 
 
 def test_logprobs_are_of_the_model_not_of_what_the_request_made_of_it() -> None:
@@ -158,7 +164,7 @@ def test_logprobs_are_of_the_model_not_of_what_the_request_made_of_it() -> None:
         make_seq(SamplingParams(temperature=0, logit_bias={42: 200.0}, logprobs=3)),
         make_seq(SamplingParams(temperature=0)),
     ]
-    sampled = Sampler(eos_token_ids=EOS).sample(scores.clone(), rows)
+    sampled = sample(Sampler(eos_token_ids=EOS), scores.clone(), rows)
     chosen, nothing = sampled.logprobs
     assert nothing is None and chosen is not None
     assert chosen.token_id == 42
@@ -173,5 +179,5 @@ def test_a_changed_batch_gets_a_new_plan() -> None:
     greedy, biased = (
         make_seq(SamplingParams(temperature=0, logit_bias=bias)) for bias in ({}, {3: 99.0})
     )
-    assert sampler.sample(scores.clone(), [greedy]).token_ids == [int(scores.argmax())]
-    assert sampler.sample(scores.clone(), [biased]).token_ids == [3]
+    assert sample(sampler, scores.clone(), [greedy]).token_ids == [int(scores.argmax())]
+    assert sample(sampler, scores.clone(), [biased]).token_ids == [3]

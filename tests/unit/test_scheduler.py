@@ -69,6 +69,35 @@ def run_step(scheduler: Scheduler) -> list[Chunk]:
     return chunks
 
 
+class Driver:
+    """Takes steps as the loop does, one ahead if wanted and possible."""
+
+    def __init__(self, scheduler: Scheduler, *, is_ahead: bool) -> None:
+        self.scheduler = scheduler
+        self.is_ahead = is_ahead
+        self.flight: list[Chunk] = []
+        self.ends: dict[Sequence, int] = {}  # after so many tokens, which nobody knows before
+
+    def step(self) -> list[Chunk]:
+        """Launch a step and land one; return the chunks that were launched."""
+        if not (self.is_ahead and self.flight and self.scheduler.may_run_ahead()):
+            self._land(self.flight)
+            self.flight = []
+        self.scheduler.reap()
+        before, self.flight = self.flight, self.scheduler.schedule()
+        self._land(before)
+        return self.flight
+
+    def _land(self, chunks: list[Chunk]) -> None:
+        self.scheduler.advance(chunks)
+        for chunk in chunks:
+            seq = chunk.seq
+            if chunk.samples and seq.state is State.RUNNING and not seq.abort_wanted:
+                seq.token_ids.append(len(seq.token_ids) % 2)
+                if seq.output_tokens >= self.ends.get(seq, seq.max_tokens):
+                    self.scheduler.finish(seq, "stop")
+
+
 def shares(chunks: list[Chunk]) -> dict[str, tuple[int, int]]:
     return {chunk.seq.request_id: (chunk.start, chunk.count) for chunk in chunks}
 
@@ -200,6 +229,7 @@ REQUEST = st.tuples(
     st.integers(-1, 1),  # priority
     st.integers(0, 12),  # steps until the next arrival
     st.one_of(st.none(), st.integers(0, 30)),  # step at which it is aborted
+    st.integers(1, 20),  # tokens after which it ends by itself
 )
 
 
@@ -209,12 +239,14 @@ REQUEST = st.tuples(
     blocks=st.integers(8, 24),
     step_tokens=st.integers(3, 40),
     beside_decodes=st.integers(1, 40),
+    is_ahead=st.booleans(),
 )
 def test_every_request_ends_no_block_leaks_and_no_limit_is_passed(
-    requests: list[tuple[list[int], int, int, int, int | None]],
+    requests: list[tuple[list[int], int, int, int, int | None, int]],
     blocks: int,
     step_tokens: int,
     beside_decodes: int,
+    is_ahead: bool,
 ) -> None:
     scheduler = make_scheduler(
         blocks=blocks,
@@ -224,15 +256,17 @@ def test_every_request_ends_no_block_leaks_and_no_limit_is_passed(
         model_len=32,
     )
     arrivals, seqs, step = Arrivals(), [], 0
+    driver = Driver(scheduler, is_ahead=is_ahead)
     aborts: dict[int, list[Sequence]] = {}
     due = 0
     pending = list(requests)
-    while pending or scheduler.has_work():
+    while pending or scheduler.has_work() or driver.flight:
         while pending and due <= step:
-            prompt, max_tokens, priority, gap, abort_at = pending.pop(0)
+            prompt, max_tokens, priority, gap, abort_at, ends_after = pending.pop(0)
             seq = arrivals.make(
                 prompt, max_tokens=min(max_tokens, 32 - len(prompt)), priority=priority
             )
+            driver.ends[seq] = min(ends_after, seq.max_tokens)
             scheduler.add(seq)
             seqs.append(seq)
             due += gap
@@ -240,16 +274,19 @@ def test_every_request_ends_no_block_leaks_and_no_limit_is_passed(
                 aborts.setdefault(step + abort_at, []).append(seq)
         for seq in aborts.get(step, []):
             scheduler.abort(seq)
-        chunks = run_step(scheduler)
+        chunks = driver.step()
         assert sum(chunk.count for chunk in chunks) <= step_tokens
         assert len({chunk.seq.request_id for chunk in chunks}) == len(chunks)
         assert all(chunk.count > 0 for chunk in chunks)
         assert len(scheduler.running) <= 3
-        assert len({seq.row for seq in scheduler.running}) == len(scheduler.running)
+        held = {*scheduler.running, *(chunk.seq for chunk in chunks)}
+        assert len({seq.row for seq in held}) == len(held)
+        written = {block for chunk in chunks for block in chunk.seq.blocks}
+        assert all(scheduler.pool._refs[block] > 0 for block in written)
         scheduler.check()
         step += 1
         assert step < 5000, "a request never ends"
     for seq in seqs:
         assert seq.state is State.FINISHED
-        assert seq.finish_reason == "abort" or seq.output_tokens == seq.max_tokens
+        assert seq.finish_reason == "abort" or seq.output_tokens == driver.ends[seq]
     assert scheduler.pool.used == 0

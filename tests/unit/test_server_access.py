@@ -62,6 +62,7 @@ async def test_what_changes_the_server_is_for_admins() -> None:
         "POST /drain",
         "GET /adapters",
         "GET /loading",
+        "GET /model",
         "POST /sleep",
         "POST /wake",
         "POST /weights",

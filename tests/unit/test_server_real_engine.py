@@ -12,6 +12,9 @@ import pytest_asyncio
 import torch
 import tritonclient.grpc.aio
 
+from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
+from mizzen.operator.planning.model_shape import read_model_shape
+from mizzen.operator.status.fit import fit_document
 from mizzen.runtime.model.lora import LoraConfig, save_adapter
 from mizzen.runtime.model.lora.adapter import Adapter, Pair, Site
 from mizzen.runtime.train.digest import digest_of, hash_files
@@ -35,6 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def running(folder: Path) -> AsyncIterator[Running]:
     async with running_tiny_model(folder, own_process=True, adapter_root=[folder]) as running:
         yield running
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    [file] = folder.rglob("config.json")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
 
 
 async def metric(running: Running, name: str, **labels: str) -> float:
@@ -260,3 +269,17 @@ async def test_an_adapter_changes_the_answer_until_it_is_unloaded(
         await client.unload_model("support")
     gone = await running.http.post(CHAT, json=base | {"model": "tiny:support"})
     assert gone.status_code == 404
+
+
+async def test_the_admin_port_tells_the_operator_what_the_model_takes(
+    running: Running, folder: Path
+) -> None:
+    told = (await running.admin.get("/model")).json()
+    shape = read_model_shape(config_in(folder))
+    assert told["parameters"] == shape.parameters
+    assert (told["layers"], told["kvHeads"]) == (shape.layers, shape.kv_heads)
+    spec = LLMDeploymentSpec.parse({"model": {"source": "pvc://models/tiny"}})
+    plan = fit_document(told, spec, revision="r1")
+    assert plan is not None
+    assert plan["kvBytesPerToken"] == shape.kv_bytes_per_token(told["dtype"])
+    assert plan["kvTokens"] >= plan["maxModelLen"] == told["maxModelLen"]

@@ -14,18 +14,21 @@ from hack.tiny_model import write_tiny_model
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
+from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
 from mizzen.runtime.train.config import Checkpointing, Hyperparameters
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.errors import LossNotFiniteError, MemoryTooSmallError
 from mizzen.runtime.train.history import LossHistory, read_history
+from mizzen.runtime.train.ledger import DiskLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
 from mizzen.runtime.train.methods.sft import Sft
 from mizzen.runtime.train.progress import ProgressBoard
 from mizzen.runtime.train.samples import Sample
 from mizzen.runtime.train.stop import StopFlag
 from mizzen.runtime.train.trainable import Trainable, full_views
+from mizzen.runtime.train.workers import Workers
 from tests.fixtures.train_runs import run, write_job
 
 BAD = 200  # a token that makes the loss of its sample no number
@@ -65,15 +68,20 @@ def loop_of(root: Path, data: Sequence[Sample], method: Sft, **hyper: Any) -> Lo
     prepared = Prepared(
         train=(tuple(data),), weights=(1.0,), holdout=(), truncated=0, dropped=0, digest="d"
     )
+    board = ProgressBoard(generation=1)
     parts = LoopParts(
         decoder=decoder,
         trainable=Trainable(full_views(decoder), lora=None, weight_decay=0.0),
         method=method,
         order=SampleOrder(prepared, seed=0),
-        store=CheckpointStore(root / "c", fingerprint="f", generation=1, keep=2),
-        history=LossHistory(root / "c", resumed_step=0),
-        board=ProgressBoard(generation=1),
+        ledger=DiskLedger(
+            CheckpointStore(root / "c", fingerprint="f", generation=1, keep=2),
+            LossHistory(root / "c", resumed_step=0),
+            board,
+        ),
+        board=board,
         stop=StopFlag(),
+        workers=Workers(RankGroup()),
     )
     rules = {"max_steps": 6, "batch_size": 2, "micro_batch": 2, "learning_rate": 1e-3, **hyper}
     return Loop(

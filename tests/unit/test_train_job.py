@@ -135,10 +135,15 @@ FATAL = {
         "JobConfigInvalid",
         "hyperparameters.lr: Extra inputs are not permitted",
     ),
-    "more ranks than we can start": (
-        {"world_size": 2},
+    "several workers where one must do": (
+        {
+            "workers": 2,
+            "method": "grpo",
+            "rl": {"rewards": [{"type": "exactAnswer"}]},
+            "evaluation": {"suites": []},
+        },
         "JobConfigInvalid",
-        "world_size above 1 is not supported",
+        "method grpo runs on one worker: set workers to 1",
     ),
 }
 

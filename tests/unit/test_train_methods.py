@@ -18,6 +18,7 @@ from mizzen.runtime.train.config import Suite
 from mizzen.runtime.train.device import read_cpu_quota
 from mizzen.runtime.train.evaluate import Tally, decide_verdict
 from mizzen.runtime.train.loop import _clip
+from mizzen.runtime.train.measures import PERPLEXITY
 from mizzen.runtime.train.methods import token_loss
 from mizzen.runtime.train.methods.token_loss import token_losses_sum
 from mizzen.runtime.train.samples import Sample
@@ -276,6 +277,7 @@ VERDICTS = {
 def test_verdict(base: float, candidate: float, allowed: float, passed: bool) -> None:
     verdict = decide_verdict(
         Suite(name="s", max_regression_ratio=allowed),
+        PERPLEXITY,
         base=Tally(samples=1, weight=10, total=10 * base),
         candidate=Tally(samples=1, weight=10, total=10 * candidate),
     )

@@ -72,7 +72,12 @@ def test_the_time_left_follows_from_the_steps_of_this_generation() -> None:
 def full_board(*, suites: int) -> ProgressBoard:
     board = ProgressBoard(generation=1)
     verdict = Verdict(
-        suite="holdout", base=14.7, candidate=12.1, regression_ratio=-0.18, passed=True
+        suite="holdout",
+        base=14.7,
+        candidate=12.1,
+        regression_ratio=-0.18,
+        samples=40,
+        passed=True,
     )
     board.evaluated(eval_loss=2.4, verdicts=[verdict] * suites)
     board.published(Artifact(kind="adapter", path="/mnt/a", digest="sha256:ab", bytes=12))
@@ -89,6 +94,7 @@ def test_the_document_is_the_one_the_operator_reads() -> None:
             "base": 14.7,
             "candidate": 12.1,
             "regressionRatio": -0.18,
+            "samples": 40,
             "passed": True,
         }
     ]

@@ -1,0 +1,1 @@
+"""OpenAI's Files and Batches: many requests in one file, answered when nobody else asks."""

@@ -1,0 +1,132 @@
+"""What every request to a model goes through, whoever asks: a client, or a line of a batch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from multidict import CIMultiDictProxy
+
+from mizzen.runtime.gateway.body import Body
+from mizzen.runtime.gateway.directory import Directory, Route, ServedModel
+from mizzen.runtime.gateway.errors import NoReplicaError, UnknownModelError
+from mizzen.runtime.gateway.guarded import GuardedReply
+from mizzen.runtime.gateway.guardrails import RefusedByGuardrailError, check_request
+from mizzen.runtime.gateway.lifecycle import Lifecycle
+from mizzen.runtime.gateway.limits import Account
+from mizzen.runtime.gateway.metrics import GatewayMetrics
+from mizzen.runtime.gateway.prompts import apply_prompt
+from mizzen.runtime.gateway.proxy import Call, Proxy
+from mizzen.runtime.gateway.reply import Replying
+from mizzen.runtime.gateway.tokens import TokenMeter, expected_tokens
+
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked of a model, and by whom."""
+
+    path: str
+    headers: CIMultiDictProxy[str]
+    body: Body
+    request_id: str
+    client: str = ""
+    priority: int = 0
+    account: Account | None = None
+
+
+class Intake:
+    """From a name in a request to its model's replicas, counted on the way."""
+
+    def __init__(
+        self,
+        *,
+        directory: Directory,
+        lifecycle: Lifecycle,
+        metrics: GatewayMetrics,
+        proxy: Proxy,
+        most_answer_bytes: int,
+    ) -> None:
+        self._directory = directory
+        self._lifecycle = lifecycle
+        self._metrics = metrics
+        self._proxy = proxy
+        self._most_answer_bytes = most_answer_bytes
+
+    def resolve(self, name: str) -> Route:
+        """Return where requests for a model go.
+
+        Raises:
+            UnknownModelError, NoReplicaError: nowhere, or nowhere yet.
+        """
+        route = self._directory.resolve(name)
+        if route is not None:
+            return route
+        if not self._lifecycle.is_synced():
+            raise NoReplicaError("The gateway has just started; try again.", retry_after_s=1)
+        raise UnknownModelError(name, self._directory.names())
+
+    async def answer(self, asked: Asked, route: Route, reply: Replying[_Answer]) -> _Answer:
+        """Have a request answered, and its tokens paid for by its key.
+
+        Raises:
+            RateLimitedError: the key has not that many left.
+            BadPromptError, RefusedByGuardrailError, GuardrailFailedError: as the model's spec says.
+        """
+        self._metrics.on_start(route.model)
+        try:
+            checked = self._checked(asked, route.model)
+            return await self._metered(checked, route, self._guarded(reply, route.model))
+        finally:
+            self._metrics.on_end(route.model)
+
+    def _checked(self, asked: Asked, model: ServedModel) -> Asked:
+        """Apply the model's guardrails and templates, in this order: a template is trusted."""
+        body = asked.body
+        try:
+            document = check_request(body.document, model.guardrails)
+        except RefusedByGuardrailError as error:
+            self._metrics.on_guardrail(model, error.guardrail)
+            raise
+        document = apply_prompt(document, model.prompts, path=asked.path.partition("?")[0])
+        if document is body.document:
+            return asked
+        return replace(asked, body=Body(json.dumps(document).encode(), document, body.model))
+
+    def _guarded(self, reply: Replying[_Answer], model: ServedModel) -> Replying[_Answer]:
+        rails = [rail for rail in model.guardrails if rail.is_output]
+        if not rails:
+            return reply
+        return GuardedReply(
+            reply,
+            rails,
+            most_bytes=self._most_answer_bytes,
+            on_hit=lambda rail: self._metrics.on_guardrail(model, rail.name),
+        )
+
+    async def _metered(self, asked: Asked, route: Route, reply: Replying[_Answer]) -> _Answer:
+        account = asked.account
+        if account is None or account.tokens is None:
+            return await self._proxy.forward(_call(asked, route), reply)
+        size_bytes = len(asked.body.raw)
+        charged = account.charge_tokens(expected_tokens(asked.body.document, size_bytes))
+        meter = TokenMeter(expected_tokens({}, size_bytes))
+        try:
+            return await self._proxy.forward(_call(asked, route, meter), reply)
+        finally:
+            account.settle_tokens(charged=charged, used=meter.used())
+
+
+def _call(asked: Asked, route: Route, meter: TokenMeter | None = None) -> Call:
+    return Call(
+        path=asked.path,
+        headers=asked.headers,
+        route=route,
+        body=asked.body,
+        request_id=asked.request_id,
+        client=asked.client,
+        priority=asked.priority,
+        meter=meter,
+    )

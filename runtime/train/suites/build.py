@@ -1,0 +1,69 @@
+"""The exams a job's suites name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mizzen.runtime.train.config import Suite
+from mizzen.runtime.train.data import Prepared
+from mizzen.runtime.train.errors import JobConfigError
+from mizzen.runtime.train.methods.method import Method
+from mizzen.runtime.train.suites.answers import ExactMatch, Speaker, WinRate
+from mizzen.runtime.train.suites.classification import Classification
+from mizzen.runtime.train.suites.exam import Exam, MethodExam, Question, questions_of
+from mizzen.runtime.train.suites.judge import HttpJudge
+from mizzen.runtime.train.surroundings import Surroundings
+
+
+def build_exams(around: Surroundings, method: Method, data: Prepared) -> list[Exam]:
+    """Return an exam for each suite of the job.
+
+    Raises:
+        JobConfigError: the held-out samples cannot be asked in this way.
+    """
+    suites = around.config.evaluation.suites
+    if suites and not data.holdout:
+        raise JobConfigError(
+            f"None of the held-out samples is left: {data.contaminated} are too much like "
+            "training samples. Raise processing.holdoutRatio or add data."
+        )
+    return [_build(suite, around, method, data) for suite in suites]
+
+
+def _build(suite: Suite, around: Surroundings, method: Method, data: Prepared) -> Exam:
+    if suite.type == method.measure.type:
+        return MethodExam(suite, method, data.holdout)
+    config, tokenizer = around.config, around.tokenizer
+    max_tokens = min(config.processing.max_seq_len, around.spec.max_len)
+    questions = questions_of(data.held_out, tokenizer, max_tokens=max_tokens)
+    if suite.type != "winRate":
+        questions = [question for question in questions if question.answer is not None]
+    if not questions:
+        raise JobConfigError(
+            f"Suite {suite.name} of type {suite.type} finds no held-out sample with a question "
+            "and an answer that fit. Raise processing.holdoutRatio or processing.maxSeqLen."
+        )
+    if suite.type == "classification":
+        return Classification(
+            suite,
+            questions,
+            tokenizer,
+            max_tokens=max_tokens,
+            at_once=max(2, config.hyperparameters.micro_batch),
+        )
+    return _spoken(suite, questions, around)
+
+
+def _spoken(suite: Suite, questions: Sequence[Question], around: Surroundings) -> Exam:
+    if not around.spec.is_plain_causal:
+        raise JobConfigError(
+            f"Suite {suite.name} of type {suite.type} draws answers from models without windows "
+            f"and ALiBi, and the base is {around.spec.family}. Use perplexity or classification."
+        )
+    speaker = Speaker(suite, around.tokenizer, around.stop)
+    if suite.type == "exactMatch":
+        return ExactMatch(suite, questions, speaker)
+    judge_config = around.config.evaluation.judge
+    assert judge_config is not None, "checked by the job's configuration"
+    judge = HttpJudge(judge_config, api_key=around.judge_api_key)
+    return WinRate(suite, questions, speaker, judge, around.stop)

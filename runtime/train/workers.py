@@ -1,0 +1,202 @@
+"""The pods that train one model together: each learns from its share of a step's samples.
+
+Every worker holds the whole model and moves it alike; gradients are summed once in a step, and
+with them travel the loss and the wish to stop, so that all stop after the same step. Worker 0
+leads: it alone reads and writes checkpoints, evaluates and publishes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mizzen.runtime.errors import RankLostError, report_fatal
+from mizzen.runtime.parallel.connect import Meeting, connect, open_store
+from mizzen.runtime.parallel.group import RankGroup
+from mizzen.runtime.parallel.line import END, Line
+from mizzen.runtime.parallel.nodes import Nodes, meet_followers, reach_leader, read_secret
+from mizzen.runtime.parallel.shard import Span, even_span
+from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
+from mizzen.runtime.train.stop import StopFlag, leave
+
+log = logging.getLogger(__name__)
+
+_BEGIN, _STOP = b"begin", b"stop"
+_LOOK_S = 0.2
+# For a leader that is busy writing the last whole step when it hears of the loss.
+_LAST_COMMIT_S = 60.0
+_BUCKET_ELEMENTS = 16 << 20
+
+
+class Workers:
+    """The group as one worker sees it; a group of one does nothing at all."""
+
+    def __init__(self, group: RankGroup, lines: Sequence[Line] = ()) -> None:
+        self._group = group
+        self._lines = lines
+        self._begun: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._is_over = False
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this worker reads and writes what the job keeps."""
+        return self._group.rank == 0
+
+    def share(self, count: int) -> Span:
+        """Return which of a step's `count` items are this worker's."""
+        return even_span(count, rank=self._group.rank, size=self._group.size)
+
+    def watch(self, stop: StopFlag) -> None:
+        """Begin to listen to the others, and to tell them when this worker is asked to stop."""
+        for line in self._lines:
+            line.expect_life()
+            threading.Thread(target=self._listen, args=(line, stop), daemon=True).start()
+        if self._lines:
+            threading.Thread(target=self._pass_on, args=(stop,), daemon=True).start()
+
+    def begin(self) -> None:
+        """As the leader, let the others begin; as one of them, wait until they may."""
+        if self._group.size == 1:
+            return
+        if self.is_leader:
+            for line in self._lines:
+                line.send(_BEGIN)
+            return
+        while True:
+            try:
+                # Not for ever: a signal is handled only between two calls.
+                self._begun.get(timeout=_LOOK_S)
+                return
+            except queue.Empty:
+                continue
+
+    def copy_from_leader(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the tensors with the leader's."""
+        for tensor in tensors:
+            self._group.broadcast(tensor)
+
+    def sum_with_gradients(
+        self, parameters: Sequence[torch.nn.Parameter], values: Sequence[float]
+    ) -> list[float]:
+        """Sum each gradient over the workers in place, and a few numbers on the same way.
+
+        Raises:
+            RankLostError: another worker is gone; the gradients are of no use.
+        """
+        if self._group.size == 1:
+            return list(values)
+        for parameter in parameters:
+            if parameter.grad is None:  # this worker's samples did not reach it
+                parameter.grad = torch.zeros_like(parameter)
+        numbers = torch.tensor(values, dtype=torch.float32, device=parameters[0].device)
+        for bucket in _buckets([numbers, *(p.grad for p in parameters if p.grad is not None)]):
+            flat = self._group.all_reduce(torch.cat([tensor.reshape(-1) for tensor in bucket]))
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+        return numbers.tolist()
+
+    def end(self) -> None:
+        """Leave the group; the others take it for what it is."""
+        self._is_over = True
+        for line in self._lines:
+            line.end()
+
+    def _listen(self, line: Line, stop: StopFlag) -> None:
+        while True:
+            try:
+                kind, message = line.receive()
+            except RankLostError as error:
+                self._lose(error)
+                return
+            if kind == END:
+                return
+            if message == _STOP:
+                stop.ask()
+            else:
+                self._begun.put(message)
+
+    def _pass_on(self, stop: StopFlag) -> None:
+        """Hurry the others: they would hear of it only at the end of the step."""
+        stop.wait()
+        for line in self._lines:
+            try:
+                line.send(_STOP)
+            except RankLostError as error:
+                self._lose(error)
+
+    def _lose(self, error: RankLostError) -> None:
+        if self._is_over:
+            return
+        log.error("%s The generation ends.", error)
+        if self.is_leader:
+            # A collective ends with the other's connections, and what follows it is a commit.
+            # Only where these stay, as those of a stopped process do, it would wait on.
+            self._group.abort()
+            time.sleep(_LAST_COMMIT_S)
+        leave(report_fatal(error))
+
+
+def meet(config: TrainConfig, environment: TrainerEnvironment, device: torch.device) -> Workers:
+    """Find the other workers of this generation.
+
+    Raises:
+        RankLostError: not all of them came in time.
+        NodesDisagreeError: another was started for another generation.
+        SecretMissingError: the token that proves who belongs to it cannot be read.
+    """
+    if config.workers == 1:
+        return Workers(RankGroup())
+    nodes = Nodes(
+        count=config.workers,
+        index=environment.node_rank,
+        leader=environment.master_addr,
+        port=environment.master_port,
+        host=environment.host,
+        secret=read_secret(environment.admin_token_file),
+        wait_s=environment.join_seconds,
+    )
+    agreement = hashlib.sha256(config.model_dump_json(exclude={"admin_port"}).encode()).hexdigest()
+    # Between two collectives lies at most what the watchdog allows for.
+    timeout_s = config.failure.hang_timeout_s
+    if nodes.index == 0:
+        lines = meet_followers(nodes, agreement)
+        own = lines[0].own_address
+        store = open_store(own, timeout_s)
+        for line in lines:
+            line.send(json.dumps([own, store.port]).encode())
+        place = (own, store.port)
+    else:
+        lines = [reach_leader(nodes, agreement)]
+        host, port = json.loads(lines[0].receive()[1])
+        own, place = lines[0].own_address, (host, port)
+    meeting = Meeting(
+        size=nodes.count,
+        first=nodes.index,
+        store=place,
+        address=own,
+        device=device,
+        timeout_s=timeout_s,
+    )
+    return Workers(connect(nodes.index, meeting), lines)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the tensors in groups: an adapter's hundreds cross the network as one."""
+    bucket: list[Tensor] = []
+    elements = 0
+    for tensor in tensors:
+        if bucket and elements + tensor.numel() > _BUCKET_ELEMENTS:
+            yield bucket
+            bucket, elements = [], 0
+        bucket.append(tensor)
+        elements += tensor.numel()
+    yield bucket
