@@ -1,16 +1,16 @@
 """What the gateway adds to a stream, beside nginx and other routers, before one dummy backend.
 
-    python -m benchmarks.gateway_latency [--peer litellm=http://127.0.0.1:4000 ...]
+    python -m benchmarks.gateway_latency [--requests 1000] [--peers nginx litellm vllm-router]
 
 The backend answers every request with a stream of 16 events, 2 ms apart. The gateway runs as it
-does in a pod: keys on, affinity, limits. nginx is Debian's with one worker: the floor. Printed for
-prompts of 200 bytes and of 100 KB: the time to the first event added to the direct way (one request
-at a time, in turns with it), and requests per second of one core: requests over the processor
-seconds the proxy used while 16 clients asked. Processor time, unlike waiting time, hardly depends
-on what else the machine does.
-
---peer NAME=URL measures a router that you have started before the backend (--backend-port); its
-processor time is read with --peer-pid NAME=PID (its children count).
+does in a pod: keys on, affinity, limits. The others are started by the script: nginx (Debian's, one
+worker) as the floor, litellm's proxy (one worker, a key) and vllm-router from PyPI, each in an
+environment of its own that is made at the first run. Printed for prompts of 200 bytes and of 100
+KB: the time to the first event added to the direct way (one request at a time, in turns with it),
+and requests per second of one core: requests over the processor seconds the proxy used while 16
+clients asked. Processor time, unlike waiting time, hardly depends on what else the machine does.
+`ratios` are the figures to reach: Mizzen's requests per core over litellm's (5 or more), its p99
+over vllm-router's (2 or less).
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import shutil
+import os
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from mizzen.runtime.gateway.keys import hash_key, make_key
+from benchmarks.gateway_routers import ROUTERS, Place
+from benchmarks.processes import free_port
 
 _EVENTS = 16
 _GAP_S = 0.002
@@ -46,6 +47,7 @@ _CHUNK = {
 _EVENT = (
     f"data: {json.dumps({'id': 'x', 'object': 'chat.completion.chunk', **_CHUNK})}\n\n".encode()
 )
+Added = dict[str, dict[str, float]]
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -143,9 +145,11 @@ async def ask(target: Target, request: bytes, count: int) -> list[float]:
     return took
 
 
-async def added_latency(targets: list[Target], prompt_bytes: int, count: int) -> dict[str, object]:
+async def added_latency(targets: list[Target], prompt_bytes: int, count: int) -> Added:
     """Ask in turns, one request at a time; return p50 and p99 in ms, added to the direct way."""
     seen: dict[str, list[float]] = {target.name: [] for target in targets}
+    for target in targets:  # a first request pays for connections and caches
+        await ask(target, target.request(prompt_bytes), 3)
     for _ in range(count // 10):
         for target in targets:
             seen[target.name] += await ask(target, target.request(prompt_bytes), 10)
@@ -176,12 +180,6 @@ async def per_core(target: Target, prompt_bytes: int, count: int) -> float:
 # The processes.
 
 
-def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 def wait_for(port: int) -> None:
     """Return when somebody listens."""
     for _ in range(1200):
@@ -192,9 +190,16 @@ def wait_for(port: int) -> None:
 
 
 @contextmanager
-def running(command: list[str], port: int) -> Iterator[int]:
+def running(
+    command: Sequence[str], port: int, environment: Mapping[str, str] | None = None
+) -> Iterator[int]:
     """Run a server until the block ends; the value is its pid."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | (environment or {}),
+    )
     try:
         wait_for(port)
         yield process.pid
@@ -203,68 +208,35 @@ def running(command: list[str], port: int) -> Iterator[int]:
         process.wait()
 
 
-def find_nginx(cache: Path) -> Path | None:
-    """Return the installed nginx, else Debian's, unpacked into a cache; None without either."""
-    if (installed := shutil.which("nginx")) is not None:
-        return Path(installed)
-    unpacked = cache / "usr/sbin/nginx"
-    if not unpacked.exists() and shutil.which("apt-get"):
-        cache.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["apt-get", "download", "-qq", "nginx"], cwd=cache, check=False)
-        for package in cache.glob("nginx_*.deb"):
-            subprocess.run(["dpkg-deb", "-x", str(package), str(cache)], check=True)
-    return unpacked if unpacked.exists() else None
-
-
-def nginx_config(folder: Path, port: int, backend_port: int) -> Path:
-    """Write a configuration of one worker that streams."""
-    path = folder / "nginx.conf"
-    path.write_text(
-        f"daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log /dev/null;\n"
-        "events { worker_connections 1024; }\n"
-        f"http {{ access_log off; client_max_body_size 16m; client_body_buffer_size 1m;\n"
-        + "".join(
-            f"{kind}_temp_path {folder};\n"
-            for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        )
-        + f"upstream backend {{ server 127.0.0.1:{backend_port}; keepalive 64; }}\n"
-        f"server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://backend;\n"
-        'proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off; } } }\n'
-    )
-    return path
-
-
-def start_targets(stack: ExitStack, args: argparse.Namespace) -> list[Target]:
-    """Start the backend, nginx and the gateway."""
+def start_targets(stack: ExitStack, peers: Sequence[str], cache: Path) -> list[Target]:
+    """Start the backend, the gateway and the routers beside it."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    backend_port = args.backend_port or free_port()
+    backend_port = free_port()
     backend = [sys.executable, "-m", "benchmarks.gateway_latency", "--serve", str(backend_port)]
     stack.enter_context(running(backend, backend_port))
     targets = [Target("direct", backend_port)]
-    if (nginx := find_nginx(args.cache)) is not None:
-        port = free_port()
-        config = nginx_config(folder, port, backend_port)
-        command = [str(nginx), "-p", str(folder), "-c", str(config)]
-        targets.append(Target("nginx", port, pid=stack.enter_context(running(command, port))))
-    key, port = make_key(), free_port()
-    (folder / "keys").write_text(f"bench {hash_key(key)} requests-per-minute=100000000\n")
-    command = [
-        *(sys.executable, "-m", "mizzen.cli", "gateway", "--host", "127.0.0.1"),
-        *("--port", str(port), "--metrics-port", str(free_port())),
-        *("--upstream", f"dummy=http://127.0.0.1:{backend_port}"),
-        *("--keys-file", str(folder / "keys"), "--lame-duck-s", "0", "--log-level", "warning"),
-    ]
-    pid = stack.enter_context(running(command, port))
-    targets.append(Target("mizzen", port, key=key, pid=pid))
-    pids = dict(entry.split("=") for entry in args.peer_pid)
-    for entry in args.peer:
-        name, _, url = entry.partition("=")
-        peer_pid = int(pids[name]) if name in pids else None
-        port = int(url.rsplit(":", 1)[1])
-        # Some listen only once they have seen their backend well.
-        wait_for(port)
-        targets.append(Target(name, port, key="sk-bench", pid=peer_pid))
+    for name in ("mizzen", *peers):
+        router = ROUTERS[name](Place(folder, free_port(), backend_port, cache))
+        if router is None:
+            print(f"without {name}: it cannot be had here", file=sys.stderr)
+            continue
+        print(f"starting {name}", file=sys.stderr)
+        pid = stack.enter_context(running(router.command, router.port, router.environment))
+        targets.append(Target(name, router.port, key=router.key, pid=pid))
     return targets
+
+
+def ratios(added: Added, rates: Mapping[str, int]) -> dict[str, float | None]:
+    """Return the two figures to reach, as far as the peers are there."""
+    p99 = {name: figures["p99_added_ms"] for name, figures in added.items()}
+    router_ms, litellm = p99.get("vllm-router"), rates.get("litellm")
+    return {
+        "per_core_over_litellm": round(rates["mizzen"] / litellm, 2) if litellm else None,
+        # What the other one adds may be nothing at all where the machine is not quiet.
+        "p99_over_vllm_router": (
+            round(p99["mizzen"] / router_ms, 2) if router_ms and router_ms > 0 else None
+        ),
+    }
 
 
 async def measure(targets: list[Target], args: argparse.Namespace) -> None:
@@ -276,15 +248,15 @@ async def measure(targets: list[Target], args: argparse.Namespace) -> None:
             for target in targets
             if target.pid is not None
         }
-        print(json.dumps({"prompt": label, "added": added, "requests_per_s_per_core": rates}))
+        row = {"prompt": label, "added": added, "requests_per_s_per_core": rates}
+        print(json.dumps({**row, "ratios": ratios(added, rates)}), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--peer", action="append", default=[], help="NAME=URL of another router")
-    parser.add_argument("--peer-pid", action="append", default=[], help="NAME=PID of it")
-    parser.add_argument("--backend-port", type=int, default=0, help="for peers started before")
+    others = [name for name in ROUTERS if name != "mizzen"]
+    parser.add_argument("--peers", nargs="*", choices=others, default=others)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/mizzen/nginx")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -292,7 +264,7 @@ def main() -> None:
         asyncio.run(_serve_backend(args.serve))
         return
     with ExitStack() as stack:
-        asyncio.run(measure(start_targets(stack, args), args))
+        asyncio.run(measure(start_targets(stack, args.peers, args.cache), args))
 
 
 if __name__ == "__main__":

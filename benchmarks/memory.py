@@ -53,12 +53,13 @@ def main() -> None:
     with serving(start) as (server,):
         run_load(server.url, MODEL_NAME, prompts, output_tokens=arguments.output_tokens, at_once=8)
         time.sleep(_SETTLE_S)
-        pss_bytes = server.tree.pss_bytes()
+        pss_bytes, anonymous_bytes = server.tree.pss_bytes(), server.tree.anonymous_bytes()
     rows = Rows(f"Memory after {arguments.requests} requests: {model.name}")
     weights = weight_bytes(model)
     rows.add(
         {
             "pss_mb": round(pss_bytes / _MB, 1),
+            "anonymous_mb": round(anonymous_bytes / _MB, 1),
             "weights_mb": round(weights / _MB, 1),
             "kv_mb": round(kv_bytes / _MB, 1),
             "beside_mb": round((pss_bytes - weights - kv_bytes) / _MB, 1),

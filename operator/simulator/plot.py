@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from mizzen.operator.simulator.replica import Flight
 from mizzen.operator.simulator.report import demand, is_met
-from mizzen.operator.simulator.simulation import Objective, Outcome, Setting
+from mizzen.operator.simulator.simulation import Moment, Objective, Outcome, Setting
 
 _DEMAND_BIN_S = 30.0
 _ATTAINMENT_BIN_S = 60.0
@@ -41,18 +42,20 @@ def plot(outcome: Outcome, setting: Setting, path: Path, *, title: str) -> None:
         PlotError: matplotlib is missing, or the file's name has another ending.
     """
     check_plot(path)
-    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra that few need
+    from matplotlib import rc_context  # noqa: PLC0415 - an extra that few need
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
-    minutes = [moment.at / 60 for moment in outcome.moments]
+    moments = turning_points(outcome.moments)
+    minutes = [moment.at / 60 for moment in moments]
     figure = Figure(figsize=(11, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     requests = [flight.request for flight in outcome.flights]
     work = demand(requests, setting.profile, setting.objective, bin_s=_DEMAND_BIN_S)
     upper.stackplot(
         minutes,
-        [moment.ready for moment in outcome.moments],
-        [moment.starting for moment in outcome.moments],
-        [moment.draining for moment in outcome.moments],
+        [moment.ready for moment in moments],
+        [moment.starting for moment in moments],
+        [moment.draining for moment in moments],
         labels=["ready", "starting", "draining"],
         colors=["#2a7f62", "#e0a030", "#a05080"],
         alpha=0.55,
@@ -65,14 +68,32 @@ def plot(outcome: Outcome, setting: Setting, path: Path, *, title: str) -> None:
         lw=0.8,
         label="demand (replicas' worth of work)",
     )
-    upper.step(minutes, [m.wanted for m in outcome.moments], where="post", lw=1, label="wanted")
+    upper.step(minutes, [m.wanted for m in moments], where="post", lw=1, label="wanted")
     upper.set(ylabel="replicas", title=title)
     upper.margins(y=0.25)  # room for the legend
     upper.legend(loc="upper left", ncols=3, fontsize="small")
     shares = attainment_over_time(outcome.flights, setting.objective)
     lower.step([at / 60 for at, _ in shares], [share for _, share in shares], where="post")
     lower.set(ylabel="attainment", xlabel="minutes", ylim=(0, 1.05))
-    figure.savefig(path)
+    # The same picture gives the same file, and its words stay words.
+    with rc_context({"svg.hashsalt": "mizzen", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def turning_points(moments: Sequence[Moment]) -> list[Moment]:
+    """Return the moments without those that lie between two alike."""
+    last = len(moments) - 1
+    return [
+        moment
+        for index, moment in enumerate(moments)
+        if index in (0, last)
+        or not _is_alike(moments[index - 1], moment)
+        or not _is_alike(moment, moments[index + 1])
+    ]
+
+
+def _is_alike(one: Moment, other: Moment) -> bool:
+    return replace(one, at=other.at) == other
 
 
 def attainment_over_time(

@@ -138,8 +138,10 @@ class Reason(StrEnum):
     JUDGE_UNREACHABLE = "JudgeUnreachable"
     JUDGE_NOT_FOUND = "JudgeNotFound"
     MEMORY_TOO_SMALL = "MemoryTooSmall"
+    TRAINING_DOES_NOT_FIT = "TrainingDoesNotFit"
     TRAINER_HANGS = "TrainerHangs"
     CHECKPOINT_MISMATCH = "CheckpointMismatch"
+    BASE_MODEL_CHANGED = "BaseModelChanged"
     STORAGE_FULL = "StorageFull"
     STORAGE_NOT_WRITABLE = "StorageNotWritable"
 

@@ -14,6 +14,7 @@ from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.draft import DraftModel
 from mizzen.runtime.engine.graphs import graph_rows
+from mizzen.runtime.engine.memory import give_back_freed
 from mizzen.runtime.engine.runner import Runner
 from mizzen.runtime.engine.scheduler import Chunk
 from mizzen.runtime.engine.unknown import fill_unknown
@@ -185,6 +186,7 @@ def load_rank(config: EngineConfig, device: torch.device, group: RankGroup) -> D
         quantization=config.quantization,
     )
     decoder.prepack()
+    give_back_freed()
     return decoder
 
 

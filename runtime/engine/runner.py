@@ -9,7 +9,7 @@ from mizzen.runtime.attention.base import KvShape, PagedBatch
 from mizzen.runtime.attention.select import paged_attention
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.graphs import CudaCapture, DecodeGraphs
-from mizzen.runtime.engine.memory import zeros_when_touched
+from mizzen.runtime.engine.memory import give_back_freed, zeros_when_touched
 from mizzen.runtime.engine.unknown import fill_unknown
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.lora import Adapter, LoraBatch, LoraSlots
@@ -59,6 +59,7 @@ class Runner:
         self._decoder = self._cache = self._graphs = self._hidden_ND = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        give_back_freed()
 
     @torch.inference_mode()
     def run(self, step: StepInput, before_N: Tensor | None = None) -> Tensor | None:

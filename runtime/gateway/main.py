@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 import sys
 
@@ -21,7 +22,14 @@ def run(config: GatewayConfig) -> int:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
     )
+    _allow_connections()
     return asyncio.run(serve(config))
+
+
+def _allow_connections() -> None:
+    """Have as many files open as the system lets us: its usual 1024 are a few hundred clients."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def serve(config: GatewayConfig) -> int:

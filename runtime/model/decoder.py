@@ -290,4 +290,4 @@ class Decoder(nn.Module):
         kind: Quantization = (
             "int8" if part is self.head and quantization in ("int4", "fp8") else quantization
         )
-        part.pack(kind, keep_weight=part is self.embedding)
+        part.pack(kind, is_read_by_row=part is self.embedding)

@@ -71,13 +71,20 @@ class Linear(nn.Module):
         )
         return out_TO if residual_TO is None else residual_TO + out_TO
 
-    def pack(self, quantization: Quantization = "none", *, keep_weight: bool = False) -> None:
+    def pack(self, quantization: Quantization = "none", *, is_read_by_row: bool = False) -> None:
         """Pack the weight, once: it cannot be trained or loaded anew afterwards."""
         if self._packed is not None:
             return
         self._packed = pack(self.weight, quantization)
-        if not keep_weight:
+        has_rows = isinstance(self._packed, PanelWeight) and not self._packed.has_8_bits
+        if has_rows or not is_read_by_row:
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+
+    def rows(self, at_T: Tensor) -> Tensor:
+        """Return these rows of the weight; of a packed one, if `is_read_by_row` was said."""
+        if isinstance(self._packed, PanelWeight) and not self._packed.has_8_bits:
+            return self._packed.rows(at_T)
+        return F.embedding(at_T, self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +219,10 @@ class VocabTable(Linear):
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """Return each token's vector, equal on every rank."""
         if self._group.size == 1:
-            return F.embedding(token_ids_T, self.weight)
+            return self.rows(token_ids_T)
         local_T = token_ids_T - self.span.start
         is_elsewhere_T = (local_T < 0) | (local_T >= self.span.size)
-        vectors = F.embedding(local_T.masked_fill(is_elsewhere_T, 0), self.weight)
+        vectors = self.rows(local_T.masked_fill(is_elsewhere_T, 0))
         return self._group.all_reduce(vectors.masked_fill(is_elsewhere_T[:, None], 0))
 
     def logits(self, hidden_ND: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class PanelWeight:
 
     def __init__(self, weight_OI: Tensor, *, has_8_bits: bool) -> None:
         weight_OI = weight_OI.detach()
+        self.has_8_bits = has_8_bits
         self._scales_O: Tensor | None = None
         if has_8_bits:
             whole = weight_OI.float()
@@ -29,6 +30,13 @@ class PanelWeight:
         self._outputs, self._inputs = weight_OI.shape
         pairs = weight_OI.view(-1, _PANEL // _TILE, _TILE, self._inputs // _STEP, _STEP // 2, 2)
         self._panels = pairs.permute(0, 3, 1, 4, 2, 5).contiguous()
+
+    def rows(self, at_T: Tensor) -> Tensor:
+        """Return rows of the weight as they were, rows_TI; not with 8 bits."""
+        assert not self.has_8_bits, "rows of 8 bits are not what they were"
+        panels_T, within_T = at_T // _PANEL, at_T % _PANEL
+        pieces = self._panels[panels_T, :, within_T // _TILE, :, within_T % _TILE]
+        return pieces.reshape(len(at_T), self._inputs)
 
     @staticmethod
     def suits(weight_OI: Tensor) -> bool:

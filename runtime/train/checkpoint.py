@@ -23,7 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mizzen.runtime.train.durable import sha256_of, storage_faults_of, sync_path
-from mizzen.runtime.train.errors import CheckpointMismatchError, StorageFullError
+from mizzen.runtime.train.errors import (
+    BaseModelChangedError,
+    CheckpointMismatchError,
+    StorageFullError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +67,16 @@ class Committed:
 class CheckpointStore:
     """The checkpoints of one job, in one folder.
 
-    `fingerprint` says what the states belong to (settings, data); a checkpoint with another one
-    is an error and not a reason to start again from nothing.
+    `fingerprint` says what the states belong to (settings, data), `base` which base model; a
+    checkpoint with another one is an error and not a reason to start again from nothing.
     """
 
-    def __init__(self, directory: Path, *, fingerprint: str, generation: int, keep: int) -> None:
+    def __init__(
+        self, directory: Path, *, fingerprint: str, base: str, generation: int, keep: int
+    ) -> None:
         self.directory = directory
         self._fingerprint = fingerprint
+        self._base = base
         self._generation = generation
         self._keep = keep
 
@@ -112,6 +119,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointMismatchError: the newest state belongs to other settings or data.
+            BaseModelChangedError: it belongs to another base model.
         """
         self._remove_partials()
         for path in reversed(self._committed_paths()):
@@ -121,6 +129,7 @@ class CheckpointStore:
                 shutil.rmtree(path)
                 continue
             self._check_fingerprint(path, str(manifest["fingerprint"]))
+            self._check_base(path, manifest.get("base"))
             tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in manifest["stems"]}
             state = TrainState(counters=Counters(**manifest["counters"]), tensors=tensors)
             return _read_committed(path), state
@@ -138,6 +147,7 @@ class CheckpointStore:
             "counters": asdict(state.counters),
             "generation": self._generation,
             "fingerprint": self._fingerprint,
+            "base": self._base,
             "committed_at": committed_at,
             "stems": list(state.tensors),
             "sha256": hashes,
@@ -160,6 +170,15 @@ class CheckpointStore:
             raise CheckpointMismatchError(
                 f"The checkpoint {path.name} in {self.directory} was made with other settings or "
                 "data. Restore them, or give the job a new name to start afresh."
+            )
+
+    def _check_base(self, path: Path, found: str | None) -> None:
+        # Checkpoints of earlier versions do not say.
+        if found not in (None, self._base):
+            raise BaseModelChangedError(
+                f"The base model's files have changed since {path.name} was committed in "
+                f"{self.directory}. Put the former ones back, or give the job a new name to start "
+                "afresh."
             )
 
     def _committed_paths(self) -> list[Path]:

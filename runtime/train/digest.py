@@ -6,6 +6,9 @@ from pathlib import Path
 from mizzen.runtime.train.durable import sha256_of
 
 ARTIFACT_FILE = "artifact.json"
+# So many parts, evenly spread over a file, tell two trainings apart: they differ nearly everywhere.
+_PARTS = 64
+_PART_BYTES = 64 * 1024
 
 
 def hash_files(folder: Path) -> dict[str, str]:
@@ -20,3 +23,22 @@ def digest_of(hashes: dict[str, str]) -> str:
     """Return the artifact's digest: of the lines `sha256  name`, as `sha256sum` prints them."""
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def mark_model(checkpoint: Path) -> str:
+    """Return what a model's files are told apart by, taken in a moment at any size.
+
+    Sizes and parts of each file count, so that a model that was trained further, merged or
+    quantized is another; a single changed weight may go unseen.
+    """
+    digest = hashlib.sha256()
+    files = checkpoint.rglob("*") if checkpoint.is_dir() else [checkpoint]
+    for path in sorted(path for path in files if path.is_file()):
+        size = path.stat().st_size
+        name = path.relative_to(checkpoint).as_posix() if path != checkpoint else ""
+        digest.update(f"{name} {size}\n".encode())
+        with path.open("rb") as file:
+            for part in range(_PARTS):
+                file.seek(max(0, size - _PART_BYTES) * part // (_PARTS - 1))
+                digest.update(file.read(_PART_BYTES))
+    return digest.hexdigest()

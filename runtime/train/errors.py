@@ -141,6 +141,23 @@ class MemoryTooSmallError(JobError):
         )
 
 
+class TrainingDoesNotFitError(JobError):
+    """Weights, gradients and the optimizer's moments alone are more than the memory there is."""
+
+    reason = "TrainingDoesNotFit"
+
+    def __init__(
+        self, *, weights_mib: int, gradients_mib: int, moments_mib: int, limit_mib: int
+    ) -> None:
+        total_mib = weights_mib + gradients_mib + moments_mib
+        super().__init__(
+            f"Training needs {weights_mib} MiB for weights + {gradients_mib} MiB for gradients + "
+            f"{moments_mib} MiB for the optimizer = {total_mib} MiB before the first sample, and "
+            f"the trainer has {limit_mib} MiB. Use adaptation.type lora, a smaller base model, or "
+            "more memory."
+        )
+
+
 class TrainerHangsError(MizzenError):
     """No micro-batch ended for a long time; a new process may fare better."""
 
@@ -157,6 +174,12 @@ class CheckpointMismatchError(JobError):
     """The committed checkpoint belongs to a different job."""
 
     reason = "CheckpointMismatch"
+
+
+class BaseModelChangedError(JobError):
+    """The committed checkpoint was trained beside other weights than those that are there now."""
+
+    reason = "BaseModelChanged"
 
 
 class StorageFullError(MizzenError):

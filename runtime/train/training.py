@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import RankLostError
+from mizzen.runtime.model.arch import find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
@@ -20,10 +21,12 @@ from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.device import choose_dtype
+from mizzen.runtime.train.digest import mark_model
 from mizzen.runtime.train.evaluate import Examination, TallyStore
 from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.ledger import DiskLedger, Ledger, NoLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
+from mizzen.runtime.train.memory import check_fits, memory_limit, need_of
 from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.notes import Ask, NoteStore, take_notes
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
@@ -67,6 +70,8 @@ class Training:
             heads=method.heads(),
             dtype=choose_dtype(config.hyperparameters.dtype, device),
         )
+        need = need_of(self._decoder.parameters(), self._adapted.trainable.parameters)
+        check_fits(need, memory_limit(device))
         self._data = data
         if not workers.is_leader:
             workers.begin()  # until then the leader may be taking notes
@@ -87,6 +92,7 @@ class Training:
         self._store = CheckpointStore(
             directory,
             fingerprint=fingerprint,
+            base=mark_model(find_checkpoint(config.base_model)),
             generation=config.generation,
             keep=config.checkpoint.keep_last,
         )

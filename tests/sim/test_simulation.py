@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 from mizzen.cli.commands import app
 from mizzen.operator.simulator.experiment import best_static, run_policy
 from mizzen.operator.simulator.fleet import Lending
+from mizzen.operator.simulator.plot import turning_points
 from mizzen.operator.simulator.replica_profile import Profile, StartUp
 from mizzen.operator.simulator.report import ScaleEvent, build_report, count_reversals, demand
 from mizzen.operator.simulator.signals import View
 from mizzen.operator.simulator.simulation import (
+    Moment,
     Objective,
     Outcome,
     RequestTooLargeError,
@@ -229,7 +231,19 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     picture = tmp_path / "run.svg"
     base = ["simulate", "--trace", str(trace), "--format", "jsonl", "--plot", str(picture)]
     assert CliRunner().invoke(app, base).exit_code == 0
-    assert "attainment" in picture.read_text()
+    drawn = picture.read_text()
+    assert "attainment" in drawn
+    assert CliRunner().invoke(app, base).exit_code == 0
+    assert picture.read_text() == drawn, "the same run gives the same file"
+
+
+def test_a_picture_keeps_only_the_moments_at_which_something_changes() -> None:
+    counts = [1, 1, 1, 2, 2, 2, 2]
+    moments = [
+        Moment(at=5.0 * index, wanted=2, ready=ready, starting=2 - ready, draining=0)
+        for index, ready in enumerate(counts)
+    ]
+    assert [moment.at for moment in turning_points(moments)] == [0.0, 10.0, 15.0, 30.0]
 
 
 def asdict_of(request: Request) -> dict[str, float]:

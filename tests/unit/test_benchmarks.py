@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gateway_latency
 from benchmarks.checkpoint import kv_token_bytes, step_weight_bytes, weight_bytes
 from benchmarks.peers import wanted_requirements
 from benchmarks.random_models import SHAPES, write_random_model
@@ -60,6 +61,28 @@ def test_a_script_prints_a_json_line_per_row_and_a_table(
     rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     assert rows[-1][column]
     assert column in printed.splitlines()[-len(rows) - 1]  # the table's first line
+
+
+def test_the_gateway_is_measured_before_a_dummy_backend_also_without_its_peers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gateway_latency", "--peers", "--requests=160"])
+    gateway_latency.main()
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["short", "100KB"]
+    assert all(row["requests_per_s_per_core"]["mizzen"] > 0 for row in rows)
+    assert all("p99_added_ms" in row["added"]["mizzen"] for row in rows)
+
+
+def test_the_figures_to_reach_are_ratios_and_unknown_without_their_peer() -> None:
+    added = {"mizzen": {"p99_added_ms": 3.0}, "vllm-router": {"p99_added_ms": 2.0}}
+    rates = {"mizzen": 800, "litellm": 100}
+    assert gateway_latency.ratios(added, rates) == {
+        "per_core_over_litellm": 8.0,
+        "p99_over_vllm_router": 1.5,
+    }
+    alone = gateway_latency.ratios({"mizzen": {"p99_added_ms": 3.0}}, {"mizzen": 800})
+    assert set(alone.values()) == {None}
 
 
 def test_a_tied_table_is_read_in_a_step_and_one_that_only_looks_up_is_not(tmp_path: Path) -> None:

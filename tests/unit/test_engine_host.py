@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mizzen.runtime.engine.batch import StepInput, dummy_step
 from mizzen.runtime.engine.host import cpu_count, memory_available_bytes
+from mizzen.runtime.engine.memory import give_back_freed
 from mizzen.runtime.engine.wire import Allocate, Clear, Load, decode, encode
 
 
@@ -66,3 +68,18 @@ def test_memory_is_what_the_cgroup_still_allows(tmp_path: Path) -> None:
     assert memory_available_bytes(tmp_path, meminfo) == 3_000_000
     (tmp_path / "memory.max").write_text("max")
     assert memory_available_bytes(tmp_path, meminfo) == 8000 * 1024
+
+
+def anonymous_bytes() -> int:
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * int(rollup.split("Anonymous:")[1].split()[0])
+
+
+def test_freed_memory_between_blocks_in_use_is_given_back() -> None:
+    blocks = [torch.ones(25_000) for _ in range(1000)]  # 100 MB
+    kept = blocks[::2]
+    del blocks
+    before = anonymous_bytes()
+    give_back_freed()
+    assert before - anonymous_bytes() > 30_000_000
+    assert all(block[0] == 1 for block in kept)

@@ -19,6 +19,7 @@ from mizzen.runtime.gateway.batches.shelf import Shelf, claim
 from mizzen.runtime.gateway.keys import hash_key, make_key
 from mizzen.runtime.gateway.server import Gateway
 from tests.fixtures.gateway_house import CHAT, House, MakeHouse, open_houses, until
+from tests.fixtures.runtime_server import running_tiny_model
 
 
 @pytest.fixture
@@ -152,6 +153,24 @@ async def test_a_batch_ends_with_the_key_that_made_it(
     assert batch is not None and batch.errors[0]["code"] == "key_removed"
 
 
+async def test_the_real_runtime_answers_chats_completions_and_embeddings_of_batches(
+    make_house: MakeHouse, tmp_path: Path
+) -> None:
+    async with running_tiny_model(tmp_path / "model", served_model_name="tiny") as running:
+        house = await make_house(upstream=[f"tiny={running.url}"], batches_dir=tmp_path / "volume")
+        client = client_of(house)
+        bodies = {
+            CHAT: {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
+            "/v1/completions": {"prompt": "x", "max_tokens": 2},
+            "/v1/embeddings": {"input": "x"},
+        }
+        for endpoint, fields in bodies.items():
+            asked = line(0, url=endpoint, body={"model": "local/tiny", **fields})
+            batch = await ended(client, (await begin(client, jsonl(asked), endpoint=endpoint)).id)
+            good = await answers(client, batch.output_file_id)
+            assert good["line-0"]["response"]["body"]["usage"]["prompt_tokens"] > 0
+
+
 # What is refused.
 
 BAD_LINES = {
@@ -235,6 +254,22 @@ async def test_an_upload_that_is_none_is_refused_and_leaves_nothing(
             assert answer.status == 400
             assert says in (await answer.json())["error"]["message"]
     assert not contents(tmp_path)
+
+
+async def test_an_upload_that_dribbles_in_is_given_up(
+    make_house: MakeHouse, tmp_path: Path
+) -> None:
+    house = await make_house(batches_dir=tmp_path, body_timeout_s=0.3)
+    reader, writer = await asyncio.open_connection("127.0.0.1", house.gateway.port)
+    writer.write(
+        b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n"
+        b"Content-Type: multipart/form-data; boundary=B\r\n\r\n"
+        b'--B\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nsome'
+    )
+    async with asyncio.timeout(60):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 408")
+    writer.close()
+    await until(lambda: not contents(tmp_path))
 
 
 async def test_a_batch_that_has_ended_cannot_be_cancelled(

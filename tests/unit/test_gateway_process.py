@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, suppress
 
 import pytest
 from aiohttp import ClientSession
@@ -87,3 +88,33 @@ async def test_without_a_cluster_it_says_how_to_do_without(start: Start) -> None
     assert "No access to a cluster" in said.decode()
     assert "--upstream NAME=" in said.decode()
     assert "Traceback" not in said.decode()
+
+
+@pytest.fixture
+def few_open_files() -> Iterator[int]:
+    """Start with a shell's usual limit; the value is the hard one."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, before[0]), before[1]))
+    yield before[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+async def test_ten_thousand_idle_connections_keep_nobody_from_an_answer(
+    start: Start, few_open_files: int
+) -> None:
+    idle, hard = 10_000, few_open_files
+    if hard < idle + 500:
+        pytest.skip(f"this system lets a process open {hard} files, fewer than the test's clients")
+    timeouts = ("--header-timeout-s", "600", "--idle-timeout-s", "600")
+    process = await start(*LOCAL, "--port", "0", "--metrics-port", "0", *timeouts)
+    port = await _port_of(process)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with ExitStack() as connections:
+        for _ in range(idle):
+            connections.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+        async with (
+            ClientSession() as client,
+            client.get(f"http://127.0.0.1:{port}/v1/models") as answer,
+        ):
+            assert answer.status == 200
+        assert process.returncode is None

@@ -209,3 +209,20 @@ def test_the_flag_reaches_the_weights(
     packed = [part._packed for part in decoder.modules() if isinstance(part, Linear)]
     assert sum(isinstance(weight, form) for weight in packed) >= 8, "four in each of two layers"
     assert not any(isinstance(weight, OneDnnWeight) for weight in packed)
+
+
+def test_rows_of_panels_are_those_of_the_matrix() -> None:
+    matrix = WEIGHT.to(torch.bfloat16)
+    at = torch.tensor([0, 95, 31, 32, 16, 16])
+    assert torch.equal(PanelWeight(matrix, has_8_bits=False).rows(at), matrix[at])
+
+
+def test_a_tied_table_is_held_once_where_its_panels_give_rows(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path, tie_word_embeddings=True, vocab_size=256, hidden_size=64)
+    decoder = load_decoder(tmp_path, dtype=torch.bfloat16)
+    tokens = torch.tensor([3, 200, 77])
+    before = decoder.embedding.embed(tokens)
+    decoder.prepack()
+    assert torch.equal(decoder.embedding.embed(tokens), before)
+    is_panels = isinstance(decoder.embedding._packed, PanelWeight)
+    assert (decoder.embedding.weight.numel() == 0) == is_panels

@@ -1,5 +1,6 @@
 """A checkpoint is whole or is not there, and a full disk takes none of the earlier ones."""
 
+import json
 import multiprocessing
 import resource
 from pathlib import Path
@@ -9,7 +10,9 @@ import torch
 
 from mizzen.runtime.train import checkpoint
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
+from mizzen.runtime.train.digest import mark_model
 from mizzen.runtime.train.errors import (
+    BaseModelChangedError,
     CheckpointMismatchError,
     StorageFullError,
     StorageNotWritableError,
@@ -17,8 +20,10 @@ from mizzen.runtime.train.errors import (
 from mizzen.runtime.train.history import LossHistory, StepRecord, read_history
 
 
-def store_in(directory: Path, *, fingerprint: str = "same", keep: int = 2) -> CheckpointStore:
-    return CheckpointStore(directory, fingerprint=fingerprint, generation=1, keep=keep)
+def store_in(
+    directory: Path, *, fingerprint: str = "same", base: str = "model", keep: int = 2
+) -> CheckpointStore:
+    return CheckpointStore(directory, fingerprint=fingerprint, base=base, generation=1, keep=keep)
 
 
 def state_at(step: int, *, size: int = 8) -> TrainState:
@@ -175,3 +180,27 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
         file.write('{"step": 2, "lo')
     assert read_history(history.path) == [record(1)]
     assert LossHistory(tmp_path, resumed_step=5).path.read_text().count("\n") == 1
+
+
+def test_a_checkpoint_beside_another_base_model_is_an_error_unless_it_does_not_say(
+    tmp_path: Path,
+) -> None:
+    committed = store_in(tmp_path).commit(state_at(3))
+    with pytest.raises(BaseModelChangedError, match=r"have changed since step-00000003"):
+        store_in(tmp_path, base="another").restore()
+    manifest = committed.path / "manifest.json"
+    document = json.loads(manifest.read_text())
+    del document["base"]
+    manifest.write_text(json.dumps(document))
+    assert restored_step(store_in(tmp_path, base="another")) == 3
+
+
+def test_models_are_told_apart_by_name_size_and_content(tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    marks = []
+    for content in (b"a" * 200_000, b"a" * 200_001, b"a" * 199_999 + b"b"):
+        file.write_bytes(content)
+        marks += [mark_model(tmp_path), mark_model(file)]
+    file.rename(tmp_path / "v.safetensors")
+    marks.append(mark_model(tmp_path))
+    assert len(set(marks)) == len(marks)

@@ -75,7 +75,7 @@ def loop_of(root: Path, data: Sequence[Sample], method: Sft, **hyper: Any) -> Lo
         method=method,
         order=SampleOrder(prepared, seed=0),
         ledger=DiskLedger(
-            CheckpointStore(root / "c", fingerprint="f", generation=1, keep=2),
+            CheckpointStore(root / "c", fingerprint="f", base="b", generation=1, keep=2),
             LossHistory(root / "c", resumed_step=0),
             board,
         ),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.train_runs import Job, run, start, write_job
+from tests.fixtures.train_runs import Job, run, start, write_job, write_samples
 
 LORA = {"adaptation": {"type": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1}}
 FULL = {"adaptation": {"type": "full"}, "output": {"kind": "model"}}
@@ -111,3 +111,26 @@ def test_other_settings_do_not_continue_a_checkpoint(tmp_path: Path) -> None:
     assert run(job) == 42
     assert job.last_word["reason"] == "CheckpointMismatch"
     assert "Restore them, or give the job a new name" in job.last_word["message"]
+
+
+def test_a_dataset_that_shrank_does_not_continue_a_checkpoint(tmp_path: Path) -> None:
+    job = write_job(tmp_path, **LORA)
+    assert run(job, kill_at_sync=14) == -signal.SIGKILL
+    write_samples(tmp_path / "data.jsonl", count=20)
+    assert run(job) == 42
+    assert job.last_word["reason"] == "CheckpointMismatch"
+    assert "other settings or data" in job.last_word["message"]
+
+
+def test_another_base_model_at_the_same_place_does_not_continue_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    job = write_job(tmp_path, **LORA)
+    assert run(job, kill_at_sync=14) == -signal.SIGKILL
+    weights = tmp_path / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-4:] = bytes(4)
+    weights.write_bytes(bytes(content))
+    assert run(job) == 42
+    assert job.last_word["reason"] == "BaseModelChanged"
+    assert "Put the former ones back" in job.last_word["message"]

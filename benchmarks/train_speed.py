@@ -1,0 +1,109 @@
+"""Tokens a second of fine-tuning, beside transformers' Trainer (and PEFT's LoRA) in the same run.
+
+    python -m benchmarks.train_speed lora --model MODEL [--steps 20] [--rounds 3]
+    python -m benchmarks.train_speed full [--steps 60] [--rounds 3]
+
+Both learn from the same samples in the same order, with the same batch, optimizer, number type and
+threads; the runs take turns. `lora` takes a checkpoint directory, such as SmolLM2-135M-Instruct;
+`full` makes a LLaMA with 4.7 million random weights. Time goes by in training alone, without
+loading and publishing, and only tokens of samples count: padding taught nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train_jobs import run_job
+from hack.datasets import chatterbot_samples
+from hack.tiny_model import write_tiny_model
+
+_DIALOGUES = 6  # that follow each other in one sample
+
+
+def write_conversations(path: Path) -> None:
+    """Write conversations of a few hundred tokens."""
+    turns = [sample["messages"] for sample in chatterbot_samples()]
+    groups = (turns[i : i + _DIALOGUES] for i in range(0, len(turns), _DIALOGUES))
+    rows = ({"messages": [turn for dialogue in group for turn in dialogue]} for group in groups)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def describe(kind: str, model: Path, data: Path, *, steps: int) -> dict[str, Any]:
+    """Return the sections of job.json that both sides read."""
+    adaptation = {"type": "lora", "rank": 16, "alpha": 32.0} if kind == "lora" else {"type": "full"}
+    return {
+        "adaptation": adaptation,
+        "base_model": str(model),
+        "datasets": [{"name": "chat", "path": str(data)}],
+        "processing": {"max_seq_len": 512, "holdout_ratio": 0.1},
+        "hyperparameters": {
+            "max_steps": steps,
+            "batch_size": 8,
+            "micro_batch": 4,
+            "learning_rate": 2e-4 if kind == "lora" else 1e-3,
+            "scheduler": "constant",
+            "warmup_ratio": 0.0,
+        },
+    }
+
+
+def ours(root: Path, document: dict[str, Any]) -> dict[str, Any]:
+    done = run_job(root, **document)
+    return {
+        "tokens_per_s": done.last_word["tokensPerSecond"],
+        "losses": [record.loss for record in done.curve],
+    }
+
+
+def theirs(job: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.train_rival", str(job)]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return dict(json.loads(ran.stdout.splitlines()[-1]))
+
+
+def compare(kind: str, model: Path | None, *, steps: int, rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_conversations(root / "chat.jsonl")
+        if model is None:
+            model = write_tiny_model(root / "model", layers=7, width=256, heads=8, kv_heads=8)
+        document = describe(kind, model, root / "chat.jsonl", steps=steps)
+        pairs = []
+        for number in range(rounds):
+            mine = ours(root / f"job-{number}", document)
+            rival = theirs(root / f"job-{number}" / "job.json")
+            pairs.append((mine, rival))
+            report(pairs[-1:])
+        print("all rounds:")
+        report(pairs)
+
+
+def report(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    speeds = [[one["tokens_per_s"] for one in side] for side in zip(*pairs, strict=True)]
+    mine, rival = map(statistics.median, speeds)
+    last = [statistics.fmean(one["losses"][-5:]) for one in pairs[-1]]
+    print(f"ours {mine:.0f} tokens/s, Trainer {rival:.0f} tokens/s, ratio {mine / rival:.2f}")
+    print(f"mean loss of the last 5 steps: ours {last[0]:.4f}, Trainer {last[1]:.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_speed")
+    parser.add_argument("kind", choices=["lora", "full"])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    if options.kind == "lora" and options.model is None:
+        parser.error("lora needs --model")
+    compare(options.kind, options.model, steps=options.steps, rounds=options.rounds)
+
+
+if __name__ == "__main__":
+    main()
