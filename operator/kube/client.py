@@ -214,14 +214,16 @@ class Kube:
         Raises:
             Conflict: the pod changed since it was read, another gate of it perhaps.
         """
-        ref = Ref.of(pod)
-        gates = [g for g in pod["spec"].get("schedulingGates") or [] if g["name"] != gate]
-        spec: Json = {"schedulingGates": gates or None}
+        ref, query = Ref.of(pod), {"fieldManager": OPERATOR}
         if hostname:
-            spec["nodeSelector"] = {"kubernetes.io/hostname": hostname}
+            # A selector can be added only while the gate is there.
+            metadata = {"uid": uid_of(pod)}
+            spec: Json = {"nodeSelector": {"kubernetes.io/hostname": hostname}}
+            body = {"metadata": metadata, "spec": spec}
+            pod = await self._write("PATCH", object_path(ref), ref, body, MERGE, query)
+        gates = [g for g in pod["spec"].get("schedulingGates") or [] if g["name"] != gate]
         metadata = {"uid": uid_of(pod), "resourceVersion": pod["metadata"]["resourceVersion"]}
-        query = {"fieldManager": OPERATOR}
-        body = {"metadata": metadata, "spec": spec}
+        body = {"metadata": metadata, "spec": {"schedulingGates": gates or None}}
         return await self._write("PATCH", object_path(ref), ref, body, MERGE, query)
 
     async def delete(
