@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from mizzen.operator.controllers.job_inputs import find_base_model, find_judge, missing_input
+from mizzen.operator.controllers.job_inputs import (
+    find_base_model,
+    find_judge,
+    find_teacher,
+    missing_input,
+)
 from mizzen.operator.controllers.job_lending import (
     lending_of,
     preemptions_of,
@@ -154,7 +159,10 @@ async def observe(key: Key, resource: Json, kube: Kube, facts: Facts) -> Observe
     judge = find_judge(spec, key.namespace, facts.store, gateway_url=url)
     if isinstance(judge, Problem):
         return Observed(resource, None, pods, newest, judge)
-    job = Job(key.namespace, key.name, uid_of(resource), spec, base, judge)
+    teacher = find_teacher(spec, key.namespace, facts.store, gateway_url=url)
+    if isinstance(teacher, Problem):
+        return Observed(resource, None, pods, newest, teacher)
+    job = Job(key.namespace, key.name, uid_of(resource), spec, base, judge, teacher)
     problem = None if pods else await missing_input(job, kube)
     return Observed(resource, job, pods, newest, problem)
 

@@ -43,21 +43,39 @@ def find_judge(
     judge = spec.evaluation.judge if spec.evaluation else None
     if judge is None:
         return None
-    deployment = store.get(Ref(API_VERSION, DEPLOYMENT_KIND, namespace, judge.deployment))
+    found = _find_served(judge.deployment, namespace, store, gateway_url=gateway_url)
+    if isinstance(found, str):
+        return Problem(Reason.JUDGE_NOT_FOUND, f"evaluation.judge names {found}")
+    return found
+
+
+def find_teacher(
+    spec: FineTuneJobSpec, namespace: str, store: Store, *, gateway_url: str
+) -> Json | Problem | None:
+    """Return where the deployment that teaches is and its name there, None without one."""
+    name = spec.distill.deployment if spec.distill else None
+    if name is None:
+        return None
+    found = _find_served(name, namespace, store, gateway_url=gateway_url)
+    if isinstance(found, str):
+        return Problem(Reason.TEACHER_NOT_FOUND, f"distill.deployment names {found}")
+    return found
+
+
+def _find_served(name: str, namespace: str, store: Store, *, gateway_url: str) -> Json | str:
+    """Return where a deployment is asked, or its name with what is wrong."""
+    deployment = store.get(Ref(API_VERSION, DEPLOYMENT_KIND, namespace, name))
     if deployment is None:
-        return Problem(
-            Reason.JUDGE_NOT_FOUND,
-            f"evaluation.judge names {judge.deployment}, but this namespace has no LLMDeployment "
-            "of that name. Create it or correct the name.",
+        return (
+            f"{name}, but this namespace has no LLMDeployment of that name. Create it or correct "
+            "the name."
         )
     if not gateway_url:
-        return Problem(
-            Reason.JUDGE_NOT_FOUND,
-            "A judge is asked through the gateway, and the operator knows of none. Set "
-            "MIZZEN_GATEWAY_URL on the operator.",
+        return (
+            f"{name}, which is asked through the gateway, and the operator knows of none. Set "
+            "MIZZEN_GATEWAY_URL on the operator."
         )
-    model = deployment["spec"]["model"].get("servedName") or judge.deployment
-    return {"url": gateway_url, "model": model}
+    return {"url": gateway_url, "model": deployment["spec"]["model"].get("servedName") or name}
 
 
 async def missing_input(job: Job, kube: Kube) -> Problem | None:

@@ -263,7 +263,7 @@ class Promotion(ApiModel):
     ] = "HotLoadAdapter"
 
 
-_CANNOT_CHANGE = "cannot change (only suspend, workers, spareCapacity, priority can)."
+_CANNOT_CHANGE = "cannot change."
 
 
 def _unchanged(*fields: str) -> tuple[dict[str, str], ...]:

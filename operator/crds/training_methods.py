@@ -34,10 +34,33 @@ class Dpo(ApiModel):
 class Distill(ApiModel):
     """Learning from a teacher."""
 
+    rules = (
+        cel(
+            "has(self.teacher) != has(self.deployment)",
+            "Set one of distill.teacher and distill.deployment.",
+        ),
+        cel(
+            "!(has(self.onPolicy) && self.onPolicy && has(self.dataWeight)) || "
+            "self.dataWeight == 0",
+            "distill.onPolicy learns from no token of the data: leave dataWeight out.",
+        ),
+    )
+
     teacher: Annotated[
-        ModelSource,
+        ModelSource | None,
         Field(description="Model to learn from, with the base model's tokenizer."),
-    ]
+    ] = None
+    deployment: Annotated[
+        DnsLabel | None,
+        Field(description="Or an LLMDeployment, asked by the gateway in its idle moments."),
+    ] = None
+    api_key: Annotated[KeyRef | None, Field(description="Secret with a gateway's API key.")] = None
+    on_policy: Annotated[
+        bool, Field(description="The student answers the prompts and the teacher scores that.")
+    ] = False
+    max_new_tokens: Annotated[
+        int, Field(ge=1, le=8192, description="Longest answer of the student.")
+    ] = 64
     samples: Annotated[
         int,
         Field(

@@ -171,9 +171,12 @@ def _env(job: Job, worker: Worker) -> list[Json]:
         leader = f"{generation_name(job.name, worker.generation)}-0"
         env += worker_environment(job, rank=worker.rank, leader=leader)
     judge = job.spec.evaluation.judge if job.spec.evaluation else None
-    if judge is not None and judge.api_key is not None:
-        key = judge.api_key.to_api()
-        env.append({"name": "MIZZEN_JUDGE_API_KEY", "valueFrom": {"secretKeyRef": key}})
+    asked = {"MIZZEN_JUDGE_API_KEY": judge, "MIZZEN_TEACHER_API_KEY": job.spec.distill}
+    env += [
+        {"name": name, "valueFrom": {"secretKeyRef": whom.api_key.to_api()}}
+        for name, whom in asked.items()
+        if whom is not None and whom.api_key is not None
+    ]
     return env
 
 

@@ -33,6 +33,7 @@ class Job:
     spec: FineTuneJobSpec
     base_source: str
     judge: Json | None = None  # where the judge of winRate is, as the trainer is told
+    teacher: Json | None = None  # where a deployment that teaches is
 
     @property
     def output_uri(self) -> str:
@@ -98,6 +99,7 @@ def build_train_config(job: Job, generation: int, workers: int) -> Json:
         },
         "hyperparameters": spec.hyperparameters.model_dump(exclude_none=True),
         **_as_paths(method_options(spec)),
+        **_distill(job),
         "failure": {"hang_timeout_s": spec.failure.hang_timeout_seconds},
         "checkpoint": {
             "directory": _checkpoint_folder(job),
@@ -123,6 +125,15 @@ def _evaluation(job: Job) -> Json:
     suites = [suite.model_dump(exclude_none=True) for suite in evaluation.suites]
     judge = {"judge": job.judge} if job.judge else {}
     return {"on_fail": evaluation.on_fail, "suites": suites, **judge}
+
+
+def _distill(job: Job) -> Json:
+    distill = job.spec.distill
+    if distill is None:
+        return {}
+    section = distill.model_dump(exclude={"deployment", "api_key"}, exclude_none=True)
+    served = {"served": job.teacher} if job.teacher else {}
+    return {"distill": {**_as_paths(section), **served}}
 
 
 def method_options(spec: FineTuneJobSpec) -> Json:

@@ -134,6 +134,8 @@ class Reason(StrEnum):
     DATASET_UNREACHABLE = "DatasetUnreachable"
     LOSS_NOT_FINITE = "LossNotFinite"
     TEACHER_TOKENIZER_DIFFERS = "TeacherTokenizerDiffers"
+    TEACHER_NOT_FOUND = "TeacherNotFound"
+    TEACHER_UNAVAILABLE = "TeacherUnavailable"
     JUDGE_FAILED = "JudgeFailed"
     JUDGE_UNREACHABLE = "JudgeUnreachable"
     JUDGE_NOT_FOUND = "JudgeNotFound"

@@ -39,6 +39,7 @@ class Search:
     route: Route
     key: int | None
     place: Place
+    may_wait: bool = True  # and be waited for: a model wakes, or scales, for those who wait
     tried: set[str] = field(default_factory=set)
     resends: int = 0
     last: AttemptError | None = None
@@ -151,6 +152,8 @@ class Admission:
         config = self._config
         longest_s = config.hold_timeout_s if is_starting else config.queue_timeout_s
         now = self._clock()
+        if not search.may_wait:
+            return self._end_waiting(search, "has no ready replica now", is_starting=is_starting)
         if search.wait_until is None:
             search.wait_until, search.is_told_at = now + longest_s, now
         if is_starting and (why := self._why_never(model.key)) is not None:

@@ -25,6 +25,11 @@ class Body:
     document: dict[str, object]
     model: str
 
+    @property
+    def is_for_idle_moments(self) -> bool:
+        """Whether it asks for what a replica does only while nobody asks for text: scores."""
+        return self.document.get("max_tokens") == 0
+
     def for_model(self, name: str) -> bytes:
         """Return the body to send to a replica that knows the model as `name`."""
         if name == self.model:

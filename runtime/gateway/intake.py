@@ -75,6 +75,9 @@ class Intake:
             RateLimitedError: the key has not that many left.
             BadPromptError, RefusedByGuardrailError, GuardrailFailedError: as the model's spec says.
         """
+        if asked.body.is_for_idle_moments:
+            # No demand that anybody should scale for, so not counted as any.
+            return await self._metered(asked, route, reply)
         self._metrics.on_start(route.model)
         try:
             checked = self._checked(asked, route.model)

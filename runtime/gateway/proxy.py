@@ -144,7 +144,9 @@ class Proxy:
         if failure.kind is FailureKind.LOST:
             search.resends += 1
         if failure.kind is FailureKind.BUSY:
-            self._balancer.note_busy(endpoint.url)
+            # A replica without an idle moment still has room for those who ask for text.
+            if search.may_wait:
+                self._balancer.note_busy(endpoint.url)
         else:
             self._balancer.outliers.note_failure(endpoint.url)
         if failure.kind in (FailureKind.UNREACHABLE, FailureKind.LOST):
@@ -200,6 +202,7 @@ def _search(call: Call) -> Search:
     return Search(
         route=route,
         key=affinity_key(body.document, model=route.upstream_name, session=session),
+        may_wait=not body.is_for_idle_moments,
         place=Place(
             model=route.model.key,
             client=call.client,

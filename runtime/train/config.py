@@ -173,6 +173,8 @@ class TrainConfig(Part):
         self._check_suites()
         if self.workers > 1 and self.method not in SHARED:
             raise ValueError(f"method {self.method} runs on one worker: set workers to 1")
+        if self.workers > 1 and self.distill is not None and self.distill.on_policy:
+            raise ValueError("distill.on_policy runs on one worker: set workers to 1")
         is_adapter = self.is_trained and self.adaptation.type == "lora"
         wanted = "adapter" if is_adapter else "model"
         if self.output.kind != wanted:
@@ -220,6 +222,7 @@ class TrainerEnvironment(BaseSettings):
     termination_log: Path = Path("/dev/termination-log")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     judge_api_key: str | None = None
+    teacher_api_key: str | None = None
     # How the workers of a generation find each other, where there are several.
     node_rank: int = Field(default=0, ge=0)
     master_addr: str = "127.0.0.1"

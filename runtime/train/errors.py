@@ -117,6 +117,12 @@ class JudgeUnreachableError(MizzenError):
         super().__init__(f"The judge at {what}, also after several attempts.")
 
 
+class TeacherUnavailableError(MizzenError):
+    """The deployment that teaches did not answer; it may later."""
+
+    reason = "TeacherUnavailable"
+
+
 class LossNotFiniteError(JobError):
     """Training ran away; the same step would run away again."""
 

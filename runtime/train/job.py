@@ -107,8 +107,9 @@ def _prepare(
         device=choose_device(environment.device),
         stop=stop,
         judge_api_key=environment.judge_api_key,
+        teacher_api_key=environment.teacher_api_key,
     )
-    if config.method == "distill" and config.distill is not None:
+    if config.distill is not None and config.distill.teacher is not None:
         check_same_tokens(around.tokenizer, config.distill.teacher)
     if config.is_trained:
         method = build_method(around)

@@ -22,12 +22,34 @@ class Dpo(Part):
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
 
 
-class Distill(Part):
-    """`samples` ids are drawn from the teacher at each position; `data_weight` is the data's."""
+class ServedModel(Part):
+    """A model that a deployment serves; `url` is the gateway's, or a replica's own."""
 
-    teacher: Path
+    url: str = Field(pattern=r"^https?://")
+    model: str = Field(min_length=1)
+
+
+class Distill(Part):
+    """`samples` ids are drawn from the teacher at each position; `data_weight` is the data's.
+
+    `on_policy`: the student answers the data's prompts, and the teacher says how likely it finds
+    that.
+    """
+
+    teacher: Path | None = None
+    served: ServedModel | None = None
     samples: int = Field(default=32, ge=1, le=1024)
     data_weight: float = Field(default=0.0, ge=0.0, le=1.0)
+    on_policy: bool = False
+    max_new_tokens: int = Field(default=64, ge=1)  # of an answer of the student
+
+    @model_validator(mode="after")
+    def _has_one_teacher(self) -> Distill:
+        if (self.teacher is None) == (self.served is None):
+            raise ValueError("set teacher, a model's path, or served, a deployment's model")
+        if self.on_policy and self.data_weight:
+            raise ValueError("on_policy learns from no token of the data: leave data_weight out")
+        return self
 
 
 class MergePart(Part):

@@ -22,3 +22,4 @@ class Surroundings:
     device: torch.device
     stop: StopFlag
     judge_api_key: str | None = None
+    teacher_api_key: str | None = None

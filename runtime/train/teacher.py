@@ -1,14 +1,50 @@
-"""A teacher: another model that speaks of the very same tokens."""
+"""A teacher: another model that speaks of the very same tokens, in this process or served.
 
+A served one is asked for what it thinks of given tokens, which its replicas do when nobody asks
+them for text. So it may well be busy; then it is asked again, for as long as nobody wants this job
+to yield.
+"""
+
+# Shapes: N scored tokens of a sample, K ids drawn at each.
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import urllib3
+from torch import Tensor
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import find_checkpoint
-from mizzen.runtime.train.errors import TeacherTokenizerError
+from mizzen.runtime.train.errors import (
+    JobConfigError,
+    TeacherTokenizerError,
+    TeacherUnavailableError,
+)
+from mizzen.runtime.train.options import ServedModel
+from mizzen.runtime.train.samples import Sample
+from mizzen.runtime.train.surroundings import Surroundings
+
+Floats = npt.NDArray[np.float32]
+
+_AT_ONCE = 4  # a replica computes one after the other; more would only wait there
+_POLL_S = 0.2
+_READ_TIMEOUT_S = 60.0
+# Half an hour of being told to come back, at half a minute each at last.
+_RETRIES = urllib3.Retry(
+    total=60,
+    backoff_factor=0.5,
+    backoff_max=30.0,
+    status_forcelist=(429, 500, 502, 503, 504),
+    allowed_methods=None,  # a question changes nothing, so asking twice is harmless
+    raise_on_status=False,
+)
 
 
 def check_same_tokens(student: Tokenizer, teacher_path: Path) -> None:
@@ -17,13 +53,114 @@ def check_same_tokens(student: Tokenizer, teacher_path: Path) -> None:
     Raises:
         TeacherTokenizerError: the vocabularies differ.
     """
-    of_student = vocabulary_digest(student)
-    of_teacher = vocabulary_digest(Tokenizer.load(find_checkpoint(teacher_path)))
-    if of_student != of_teacher:
-        raise TeacherTokenizerError(student=of_student, teacher=of_teacher)
+    teacher = Tokenizer.load(find_checkpoint(teacher_path))
+    _check_digests(student.vocabulary_digest, teacher.vocabulary_digest)
 
 
-def vocabulary_digest(tokenizer: Tokenizer) -> str:
-    """Return the sha256 of what each token id means."""
-    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
-    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
+def _check_digests(student: str, teacher: str) -> None:
+    if student != teacher:
+        raise TeacherTokenizerError(student=student, teacher=teacher)
+
+
+class ServedTeacher:
+    """A model that a deployment serves, asked over HTTP."""
+
+    def __init__(
+        self, where: ServedModel, around: Surroundings, *, retries: urllib3.Retry = _RETRIES
+    ) -> None:
+        self._where = where
+        self._vocabulary = around.tokenizer.vocabulary_digest
+        self._stop = around.stop
+        self._headers = {"Content-Type": "application/json"}
+        if around.teacher_api_key:
+            self._headers["Authorization"] = f"Bearer {around.teacher_api_key}"
+        timeout = urllib3.Timeout(connect=5.0, read=_READ_TIMEOUT_S)
+        self._http = urllib3.PoolManager(retries=retries, timeout=timeout, maxsize=_AT_ONCE)
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="teacher")
+
+    def draw(self, samples: Sequence[Sample], *, count: int, seeds: Sequence[int]) -> list[Tensor]:
+        """Return `count` ids drawn where each label is to be predicted, drawn_NK a sample.
+
+        Raises as `log_probs` does.
+        """
+        asked = [
+            {"prompt": sample.token_ids_T.tolist(), "prompt_samples": count, "seed": seed}
+            for sample, seed in zip(samples, seeds, strict=True)
+        ]
+        choices = self._ask_all(asked)
+        return [
+            torch.tensor(_labelled(sample, choice["prompt_samples"]), dtype=torch.int32)
+            for sample, choice in zip(samples, choices, strict=True)
+        ]
+
+    def log_probs(self, samples: Sequence[Sample]) -> list[Floats]:
+        """Return each label's log-probability.
+
+        Raises:
+            YieldRequested: somebody wants this job to stop.
+            TeacherTokenizerError: the teacher's ids mean other tokens.
+            JobConfigError: the deployment refuses the question.
+            TeacherUnavailableError: it was busy or away for too long.
+        """
+        asked = [{"prompt": s.token_ids_T.tolist(), "prompt_logprobs": 0} for s in samples]
+        found = []
+        for sample, choice in zip(samples, self._ask_all(asked), strict=True):
+            places = [
+                0.0 if place is None else place[str(token_id)]["logprob"]
+                for token_id, place in zip(
+                    sample.token_ids_T.tolist(), choice["prompt_logprobs"], strict=True
+                )
+            ]
+            found.append(np.asarray(_labelled(sample, places), np.float32))
+        return found
+
+    def _ask_all(self, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        futures = [self._threads.submit(self._ask, fields) for fields in asked]
+        try:
+            return [self._wait(future) for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _wait(self, future: Future[dict[str, Any]]) -> dict[str, Any]:
+        while not future.done():
+            self._stop.check()
+            wait([future], timeout=_POLL_S)
+        return future.result()
+
+    def _ask(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Ask one question; in a thread of its own."""
+        where = self._where
+        body = json.dumps({"model": where.model, "max_tokens": 0, **fields})
+        url = f"{where.url.rstrip('/')}/v1/completions"
+        try:
+            answer = self._http.request("POST", url, body=body, headers=self._headers)
+        except urllib3.exceptions.HTTPError as error:
+            raise TeacherUnavailableError(
+                f"The teacher at {where.url} cannot be reached: {type(error).__name__}. Check "
+                "that the deployment has a replica."
+            ) from error
+        if answer.status in _RETRIES.status_forcelist:
+            raise TeacherUnavailableError(
+                f"The teacher {where.model} had no idle moment: it last answered "
+                f"{answer.status}. Give its deployment more replicas, or run at a quieter time."
+            )
+        if answer.status != 200:
+            raise JobConfigError(
+                f"The teacher {where.model} refuses to say what it thinks of tokens: "
+                f"{answer.data.decode(errors='replace')[:300]}"
+            )
+        document = answer.json()
+        if "vocabulary" not in document:
+            raise JobConfigError(
+                f"{where.url} does not say which vocabulary {where.model} has. Name a deployment "
+                "of this installation."
+            )
+        _check_digests(self._vocabulary, document["vocabulary"])
+        choice: dict[str, Any] = document["choices"][0]
+        return choice
+
+
+def _labelled(sample: Sample, places: Sequence[Any]) -> list[Any]:
+    """Return what was said of the labels; the first token is never one, nothing comes before it."""
+    return [places[at] for at in np.flatnonzero(sample.is_label_T).tolist() if at > 0]

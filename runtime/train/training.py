@@ -27,6 +27,7 @@ from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.ledger import DiskLedger, Ledger, NoLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
 from mizzen.runtime.train.memory import check_fits, memory_limit, need_of
+from mizzen.runtime.train.methods.distill import Distill
 from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.notes import Ask, NoteStore, take_notes
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
@@ -35,6 +36,7 @@ from mizzen.runtime.train.stop import StopFlag, YieldRequested
 from mizzen.runtime.train.suites.build import build_exams
 from mizzen.runtime.train.suites.exam import Subject
 from mizzen.runtime.train.surroundings import Surroundings
+from mizzen.runtime.train.teacher import ServedTeacher
 from mizzen.runtime.train.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ class Training:
                 data,
                 method,
                 NoteStore(directory, fingerprint=fingerprint),
-                ask=lambda: _asker(config, method, self._decoder, self._adapted),
+                ask=lambda: _asker(around, method, self._decoder, self._adapted),
                 at_once=config.hyperparameters.micro_batch,
             )
         self._examination = Examination(
@@ -193,14 +195,16 @@ class Training:
         return DiskLedger(self._store, history, self._board)
 
 
-def _asker(config: TrainConfig, method: Method, decoder: Decoder, adapted: Adapted) -> Ask:
+def _asker(around: Surroundings, method: Method, decoder: Decoder, adapted: Adapted) -> Ask:
     """Return what asks a teacher, or the base: a decoder is it until its state is restored."""
-    if method.asks == "teacher" and config.distill is not None:
-        device = decoder.place.device
-        dtype = choose_dtype(config.hyperparameters.dtype, device)
-        asked = load_decoder(config.distill.teacher, dtype=dtype, device=device)
-    else:
-        asked = decoder
+    asked, rules = decoder, around.config.distill
+    if isinstance(method, Distill) and rules is not None:
+        if rules.served is not None:
+            served = ServedTeacher(rules.served, around)
+            return lambda items, first: method.ask_served(served, items, first=first)
+        assert rules.teacher is not None, "there is one of the two"
+        dtype = choose_dtype(around.config.hyperparameters.dtype, around.device)
+        asked = load_decoder(rules.teacher, dtype=dtype, device=around.device)
 
     def ask(items: Sequence[Item], first: int) -> list[torch.Tensor]:
         with adapted.precision():

@@ -217,3 +217,18 @@ def test_a_trainer_is_told_who_judges_and_given_the_key_for_it() -> None:
     (variable,) = pod["spec"]["containers"][0]["env"]
     assert variable["name"] == "MIZZEN_JUDGE_API_KEY"
     assert variable["valueFrom"] == {"secretKeyRef": {"name": "keys", "key": "trainer"}}
+
+
+def test_a_trainer_is_told_which_deployment_teaches_and_given_the_key_for_it() -> None:
+    distill = {"deployment": "big", "apiKey": {"name": "keys", "key": "k"}, "onPolicy": True}
+    taught = replace(
+        job(method="distill", distill=distill),
+        teacher={"url": "http://gateway", "model": "org/big"},
+    )
+    told = TrainConfig.model_validate(build_train_config(taught, 1, 1)).distill
+    assert told is not None and told.served is not None and told.on_policy
+    assert (told.served.url, told.served.model) == ("http://gateway", "org/big")
+    pod = build_trainer_pod(taught, ALONE, image="runtime:1", pull_policy="Always")
+    (variable,) = pod["spec"]["containers"][0]["env"]
+    assert variable["name"] == "MIZZEN_TEACHER_API_KEY"
+    assert variable["valueFrom"] == {"secretKeyRef": {"name": "keys", "key": "k"}}

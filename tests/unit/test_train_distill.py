@@ -1,5 +1,6 @@
 """A student learns from ids that its teacher drew in advance."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,10 @@ from tokenizers import Tokenizer as RustTokenizer
 from hack.tiny_model import write_tiny_model
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.batches import pack
+from mizzen.runtime.train.config import load_config
+from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.methods.distill import Distill
+from mizzen.runtime.train.methods.distill_on_policy import OnPolicyDistill, ScoredAnswer
 from mizzen.runtime.train.methods.token_loss import hidden_states, token_losses_sum
 from mizzen.runtime.train.options import Distill as DistillOptions
 from mizzen.runtime.train.samples import Sample, TaughtSample
@@ -108,3 +112,75 @@ def test_a_teacher_with_other_tokens_is_refused_with_both_digests(tmp_path: Path
     word = job.last_word
     assert word["reason"] == "TeacherTokenizerDiffers"
     assert len(set(re.findall(r"[0-9a-f]{64}", word["message"]))) == 2
+
+
+def test_on_policy_a_students_answers_come_nearer_to_its_teacher(tmp_path: Path) -> None:
+    full = {"adaptation": {"type": "full"}, "output": {"kind": "model"}}
+    steps = {"max_steps": 30, "learning_rate": 0.003}
+    teacher = write_job(tmp_path / "teacher", **full, hyperparameters=steps)
+    assert run(teacher) == 0
+    student = write_job(
+        tmp_path / "student",
+        method="distill",
+        distill={"teacher": str(teacher.artifacts[0]), "on_policy": True, "max_new_tokens": 8},
+        **full,
+        hyperparameters={**steps, "max_steps": 40, "batch_size": 32, "micro_batch": 32},
+        evaluation={"suites": []},
+    )
+    assert run(student) == 0
+    apart = [json.loads(line)["measured"]["kl"] for line in student.curve.splitlines()]
+    assert sum(apart[-6:]) < 0.7 * sum(apart[:6])
+
+
+def test_the_gradient_on_policy_is_that_of_the_reverse_divergence(tmp_path: Path) -> None:
+    # Over all answers of one token, weighed by how likely they are, the estimate is exact.
+    student = load_decoder(write_tiny_model(tmp_path / "s"), dtype=torch.float32)
+    weight = student.norm.weight.requires_grad_(True)
+    prompt = np.asarray([5, 6, 7], np.int32)
+    here = pack([Sample(np.append(prompt, 0).astype(np.int32), np.arange(4) == 3)], CPU)
+    hidden_1D = hidden_states(student, here, None)[here.source_N]
+    log_probs_V = student.logits(hidden_1D).log_softmax(-1)[0]
+    teacher_V = torch.randn(len(log_probs_V), generator=torch.Generator().manual_seed(1))
+    teacher_V = teacher_V.log_softmax(-1)
+    divergence = (log_probs_V.exp() * (log_probs_V - teacher_V)).sum()
+    (wanted,) = torch.autograd.grad(divergence, [weight])
+    method: Any = OnPolicyDistill.__new__(OnPolicyDistill)
+    found = torch.zeros_like(wanted)
+    for token_id, (log_prob, teacher) in enumerate(
+        zip(log_probs_V.tolist(), teacher_V.tolist(), strict=True)
+    ):
+        answer = Sample(np.append(prompt, token_id).astype(np.int32), np.arange(4) == 3)
+        item = ScoredAnswer(
+            sample=answer,
+            old_N=np.asarray([log_prob], np.float32),
+            advantage_N=np.asarray([teacher - log_prob + 0.7], np.float32),
+        )
+        loss = method.loss_sum(student, [item], None)
+        found += np.exp(log_prob) * torch.autograd.grad(loss, [weight])[0]
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-3)
+
+
+BAD_RULES: dict[str, tuple[dict[str, Any], str]] = {
+    "no teacher": ({"samples": 4}, "set teacher, a model's path, or served"),
+    "two teachers": (
+        {"teacher": "/t", "served": {"url": "http://x", "model": "m"}},
+        "set teacher, a model's path, or served",
+    ),
+    "the data's tokens, of which on_policy learns none": (
+        {"teacher": "/t", "on_policy": True, "data_weight": 0.5},
+        "leave data_weight out",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rules", "text"), BAD_RULES.values(), ids=BAD_RULES)
+def test_rules_that_contradict_each_other_are_refused(rules: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        DistillOptions(**rules)
+
+
+def test_on_policy_runs_on_one_worker(tmp_path: Path) -> None:
+    rules = {"teacher": str(tmp_path / "model"), "on_policy": True}
+    job = write_job(tmp_path, method="distill", distill=rules, workers=2)
+    with pytest.raises(JobConfigError, match="on_policy runs on one worker"):
+        load_config(job.config_path)

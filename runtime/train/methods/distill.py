@@ -1,4 +1,4 @@
-"""Distillation: a student learns the distribution of a teacher that is read once, in advance.
+"""Distillation: a student learns the distribution of a teacher that is asked once, in advance.
 
 At every position the teacher's distribution is kept as some token ids drawn from it. Their
 cross-entropy is an unbiased estimate of the whole distribution's; the k likeliest tokens are not,
@@ -29,6 +29,7 @@ from mizzen.runtime.train.methods.token_loss import (
 )
 from mizzen.runtime.train.samples import Sample, TaughtSample
 from mizzen.runtime.train.surroundings import Surroundings
+from mizzen.runtime.train.teacher import ServedTeacher
 
 
 class Distill(Method):
@@ -65,6 +66,13 @@ class Distill(Method):
         parts = hidden_ND.split(list(batch.label_counts))
         return [self._draw(decoder, part, first + index) for index, part in enumerate(parts)]
 
+    def ask_served(
+        self, teacher: ServedTeacher, items: Sequence[Sample], *, first: int
+    ) -> list[Tensor]:
+        """Return the same of a teacher that a deployment serves."""
+        seeds = [self._seed_of(first + index) for index in range(len(items))]
+        return teacher.draw(items, count=self._rules.samples, seeds=seeds)
+
     def note(self, item: Sample, answer: Tensor) -> TaughtSample:
         """Return the item with the ids drawn for it."""
         return TaughtSample(item, answer.numpy())
@@ -75,9 +83,12 @@ class Distill(Method):
         by_teacher, by_data = log_probs[:, :-1].mean(1), log_probs[:, -1]
         return -((1 - share) * by_teacher + share * by_data).sum()
 
+    def _seed_of(self, number: int) -> int:
+        return self._seed * 1_000_003 + number
+
     def _draw(self, decoder: Decoder, hidden_ND: Tensor, number: int) -> Tensor:
         # On the CPU, whose generator gives the same numbers wherever the teacher runs.
-        random = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        random = torch.Generator().manual_seed(self._seed_of(number))
         drawn = [
             torch.multinomial(
                 decoder.logits(part).softmax(-1).cpu(),

@@ -101,7 +101,7 @@ class PolicyMethod(Method):
         """Return an answer to each prompt, with everything but its advantage."""
         answers = self._draw(decoder, prompts, lora, seed=seed)
         rewards = self._rewards(decoder, prompts, answers)
-        samples = [_joined(p, answer) for p, answer in zip(prompts, answers, strict=True)]
+        samples = [joined(p, answer) for p, answer in zip(prompts, answers, strict=True)]
         old = self._log_probs(decoder, samples, lora)
         reference = self._log_probs(self._reference_of(decoder), samples, None)
         rollouts = [
@@ -140,7 +140,7 @@ class PolicyMethod(Method):
         rewards = [self._by_rules.of(answer, prompt.answer) for prompt, answer in pairs]
         if self._rules.reward_model is not None:
             model = self._reward_model_of(decoder)
-            samples = [_joined(*pair) for pair in pairs]
+            samples = [joined(*pair) for pair in pairs]
             parts = [model.of(part) for part in split_micro(samples, self._micro_batch)]
             rewards = [r + m for r, m in zip(rewards, torch.cat(parts).tolist(), strict=True)]
         penalty, ends = self._rules.missing_eos_penalty, self._drawing.eos_ids
@@ -152,12 +152,10 @@ class PolicyMethod(Method):
     def _log_probs(
         self, decoder: Decoder, samples: Sequence[Sample], lora: LoraDelta | None
     ) -> list[Floats]:
-        found: list[Floats] = []
-        for part in split_micro(samples, self._micro_batch):
-            batch = pack(part, decoder.place.device)
-            values_N = token_log_probs(decoder, batch, lora, temperature=self._drawing.temperature)
-            found += [x.cpu().numpy() for x in values_N.split(list(batch.label_counts))]
-        return found
+        temperature = self._drawing.temperature
+        return log_probs_by_sample(
+            decoder, samples, lora, at_once=self._micro_batch, temperature=temperature
+        )
 
     def _reference_of(self, decoder: Decoder) -> Decoder:
         """Return what is never trained: the decoder behind an adapter, else a copy of the base."""
@@ -180,7 +178,26 @@ class PolicyMethod(Method):
         return self._reward_model
 
 
-def _joined(prompt: Prompt, answer: Sequence[int]) -> Sample:
+@torch.no_grad()
+def log_probs_by_sample(
+    decoder: Decoder,
+    samples: Sequence[Sample],
+    lora: LoraDelta | None,
+    *,
+    at_once: int,
+    temperature: float = 1.0,
+) -> list[Floats]:
+    """Return the log-probability of each sample's labels."""
+    found: list[Floats] = []
+    for part in split_micro(samples, at_once):
+        batch = pack(part, decoder.place.device)
+        values_N = token_log_probs(decoder, batch, lora, temperature=temperature)
+        found += [x.cpu().numpy() for x in values_N.split(list(batch.label_counts))]
+    return found
+
+
+def joined(prompt: Prompt, answer: Sequence[int]) -> Sample:
+    """Return a prompt with an answer, whose tokens are the labels."""
     token_ids_T = np.concatenate([prompt.token_ids_T, np.asarray(answer, np.int32)])
     return Sample(token_ids_T, np.arange(len(token_ids_T)) >= len(prompt))
 

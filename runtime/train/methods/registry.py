@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from mizzen.runtime.train.methods.distill import Distill
+from mizzen.runtime.train.methods.distill_on_policy import OnPolicyDistill
 from mizzen.runtime.train.methods.dpo import Dpo
 from mizzen.runtime.train.methods.grpo import Grpo
 from mizzen.runtime.train.methods.method import Method
@@ -13,11 +14,17 @@ from mizzen.runtime.train.methods.reward import Reward
 from mizzen.runtime.train.methods.sft import Sft
 from mizzen.runtime.train.surroundings import Surroundings
 
+
+def _distill(around: Surroundings) -> Method:
+    rules = around.config.distill
+    return OnPolicyDistill(around) if rules and rules.on_policy else Distill(around)
+
+
 _BUILDERS: Mapping[str, Callable[[Surroundings], Method]] = {
     "sft": lambda _: Sft(),
     "dpo": Dpo,
     "reward": Reward,
-    "distill": Distill,
+    "distill": _distill,
     "grpo": Grpo,
     "ppo": Ppo,
 }
