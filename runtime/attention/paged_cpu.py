@@ -1,22 +1,18 @@
-"""Paged attention on a CPU: our kernel over the pages for few queries, torch's for prompts.
+"""Paged attention on a CPU: our kernel reads the pages where they lie.
 
 Gathering pages so that torch can attend costs a CPU more than the attention itself.
 """
 
-# Shapes: T packed tokens, N queries that the kernel attends, H query heads, K KV heads, d head
-# dimension.
+# Shapes: T packed tokens, S sequences with one query, P with several, H query heads, K KV heads, d
+# head dimension.
 from ctypes import byref
 
 import torch
 from torch import Tensor
 
 from mizzen.runtime.attention.base import NO_BIAS, AttentionBias, PagedBatch
-from mizzen.runtime.attention.prefill import plan_prefills
 from mizzen.runtime.kernels import library
 from mizzen.runtime.kernels.library import TYPES, Attention
-
-# The kernel reads the context once per query; torch's, once for all, after it has gathered it.
-FEW_QUERIES = 8
 
 
 class PagedCpu:
@@ -28,17 +24,18 @@ class PagedCpu:
         self._kernel = kernels.paged_attention
         self._cache = cache
         _, _, _, page, kv_heads, dim = cache.shape
-        self._prefills = plan_prefills(batch, page, above=FEW_QUERIES)
         # The kernel is given their addresses, so they must live as long as this does.
-        self._queries_N3 = _plan_queries(batch)
+        self._decodes_S3, self._prompts_P4 = _plan(batch)
         self._batch = batch
         self._tables = batch.block_tables_SB.contiguous()
         self._arguments = Attention(
             slots=batch.slots_T.data_ptr(),
             tables=self._tables.data_ptr(),
-            queries=self._queries_N3.data_ptr(),
+            decodes=self._decodes_S3.data_ptr(),
+            prompts=self._prompts_P4.data_ptr(),
             tokens=len(batch.slots_T),
-            count=len(self._queries_N3),
+            count=len(self._decodes_S3),
+            prompt_count=len(self._prompts_P4),
             table_width=self._tables.shape[1],
             kv_heads=kv_heads,
             dim=dim,
@@ -69,8 +66,6 @@ class PagedCpu:
         call.slopes = None if bias.slopes_H is None else bias.slopes_H.data_ptr()
         call.window = bias.window or 0
         self._kernel(byref(call), torch.get_num_threads())
-        for prefill in self._prefills:
-            out_THd[prefill.rows] = prefill.attend((q_THd, k_TKd, v_TKd), (keys, values), bias)
         return out_THd
 
 
@@ -79,14 +74,21 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
-def _plan_queries(batch: PagedBatch) -> Tensor:
-    """Return each query's token, its sequence, and how many keys it sees."""
-    queries, token = [], 0
+def _plan(batch: PagedBatch) -> tuple[Tensor, Tensor]:
+    """Return each (first) query's token, its sequence, how many keys it sees, how many there are.
+
+    The last is left out where it is one.
+    """
+    decodes, prompts, token = [], [], 0
     for index, (query_len, context_len) in enumerate(
         zip(batch.query_lens, batch.context_lens, strict=True)
     ):
-        if query_len <= FEW_QUERIES:
-            before = context_len - query_len
-            queries += [(token + i, index, before + i + 1) for i in range(query_len)]
+        if query_len == 1:
+            decodes.append((token, index, context_len))
+        elif query_len:
+            prompts.append((token, index, context_len - query_len + 1, query_len))
         token += query_len
-    return torch.tensor(queries, dtype=torch.int64).view(-1, 3)
+    return (
+        torch.tensor(decodes, dtype=torch.int64).view(-1, 3),
+        torch.tensor(prompts, dtype=torch.int64).view(-1, 4),
+    )

@@ -35,8 +35,8 @@ class Prefill:
         return attend_causal(q_QHd, k_CKd, v_CKd, bias)
 
 
-def plan_prefills(batch: PagedBatch, block_tokens: int, *, above: int) -> list[Prefill]:
-    """Return the sequences with more than `above` queries."""
+def plan_prefills(batch: PagedBatch, block_tokens: int) -> list[Prefill]:
+    """Return the sequences with several queries."""
     starts = [0, *accumulate(batch.query_lens)]
     lens = zip(batch.query_lens, batch.context_lens, strict=True)
     return [
@@ -47,5 +47,5 @@ def plan_prefills(batch: PagedBatch, block_tokens: int, *, above: int) -> list[P
             is_whole=query_len == context_len,
         )
         for i, (query_len, context_len) in enumerate(lens)
-        if query_len > above
+        if query_len > 1
     ]

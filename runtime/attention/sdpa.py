@@ -39,7 +39,7 @@ class PagedSdpa:
         self._batch = batch
         self._block_tokens = cache.shape[3]
         self._starts = [0, *accumulate(batch.query_lens)]
-        self._prefills = plan_prefills(batch, self._block_tokens, above=1)
+        self._prefills = plan_prefills(batch, self._block_tokens)
         self._decodes_of: dict[int | None, list[_Decodes]] = {}
 
     def __call__(

@@ -28,12 +28,23 @@ class Limits:
     """What the scheduler must never exceed."""
 
     step_tokens: int
-    beside_decodes: int  # tokens of prompts in a step in which others decode
+    beside_decodes: int  # a prompt's tokens in a step in which others decode: `tokens_worth`
+    even_context: int | None = None  # where attention costs a token what its products do
     max_running: int
     model_len: int
     max_waiting: int
     max_waiting_tokens: int
     draft_tokens: int = 0  # guessed for a sequence in one step
+
+
+def tokens_worth(work: float, *, context: int, even_context: int | None) -> int:
+    """Return how many tokens of a prompt cost the products of `work` tokens; at least one.
+
+    Each is attended to all before it: the more there are, the fewer tokens take as long.
+    `even_context` is where attention costs as much as the products; without it, it costs nothing.
+    """
+    cost = 1 + context / even_context if even_context else 1
+    return max(1, int(work / cost))
 
 
 @dataclass(slots=True)
@@ -197,12 +208,18 @@ class Scheduler:
             assert self.pool.used == 0, f"{self.pool.used} blocks are held by nobody"
 
     def _budget(self) -> int:
+        limits = self.limits
+        prompts = [seq for seq in self.running if seq.length - seq.planned > 1]
         decoding = sum(1 for seq in self.running if seq.length - seq.planned == 1)
         if not decoding:
-            return self.limits.step_tokens
+            return limits.step_tokens
+        beside = tokens_worth(
+            limits.beside_decodes,
+            context=max((seq.planned for seq in prompts), default=0),
+            even_context=limits.even_context,
+        )
         # Each running sequence gets a token, whatever the limit says.
-        wanted = max(len(self.running), decoding + self.limits.beside_decodes)
-        return min(self.limits.step_tokens, wanted)
+        return min(limits.step_tokens, max(len(self.running), decoding + beside))
 
     def _schedule_running(self, budget: int) -> tuple[list[Chunk], bool]:
         chunks: list[Chunk] = []

@@ -16,16 +16,17 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as numbers.h has them
 
 
 class Attention(Structure):
-    """The arguments of `paged_attention`, as attention.c describes them."""
+    """The arguments of `paged_attention`, as attention.h describes them."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("q", "k", "v", "out", "keys", "values")),
-        *((name, c_void_p) for name in ("slots", "tables", "queries", "slopes")),
-        *((name, c_long) for name in ("q_stride", "kv_stride", "tokens", "count", "table_width")),
+        *((name, c_void_p) for name in ("slots", "tables", "decodes", "prompts", "slopes")),
+        *((name, c_long) for name in ("q_stride", "kv_stride", "tokens")),
+        *((name, c_long) for name in ("count", "prompt_count", "table_width")),
         *((name, c_long) for name in ("heads", "kv_heads", "dim", "page", "window")),
         ("scale", c_float),
         ("type", c_int),
-        *((name, c_long) for name in ("kv_per_item", "splits")),
+        *((name, c_long) for name in ("kv_per_item", "splits", "prompt_items")),
     ]
 
 
@@ -53,11 +54,12 @@ _SIGNATURES: dict[str, list[type]] = {
 def kernels() -> ctypes.CDLL | None:
     """Return the kernels, or None where none were compiled: torch then does their work."""
     for level in levels():
-        if runs(level) and library_path(level).exists():
+        if runs(level) and is_current(library_path(level)):
             return load(library_path(level))
     log.warning(
-        "Mizzen's CPU kernels are not compiled, so torch does their work, more slowly. Install a C "
-        "compiler and Mizzen again, or run `python -m mizzen.runtime.kernels.compile`."
+        "Mizzen's CPU kernels are not compiled from its present sources, so torch does their work, "
+        "more slowly. Install a C compiler and Mizzen again, or run "
+        "`python -m mizzen.runtime.kernels.compile`."
     )
     return None
 
@@ -66,6 +68,14 @@ def has_matrix_unit() -> bool:
     """Can `linear` be called?"""
     loaded = kernels()
     return loaded is not None and bool(loaded.has_linear())
+
+
+def is_current(path: Path) -> bool:
+    """Was a library compiled from sources that agree with `Attention`? Others misread it."""
+    if not path.exists():
+        return False
+    attention_bytes = getattr(ctypes.CDLL(str(path)), "attention_bytes", None)
+    return attention_bytes is not None and attention_bytes() == ctypes.sizeof(Attention)
 
 
 def load(path: Path) -> ctypes.CDLL:

@@ -11,7 +11,6 @@ enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
 /* Lets the compiler add up in any order; nothing else is relaxed, so NaN and infinity stay. */
 #define SUM(variable) _Pragma(TEXT(omp simd reduction(+ : variable)))
-#define LARGEST(variable) _Pragma(TEXT(omp simd reduction(max : variable)))
 #define TEXT(words) #words
 
 #define INLINE static inline __attribute__((always_inline))

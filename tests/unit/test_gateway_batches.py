@@ -28,6 +28,17 @@ async def make_house() -> AsyncIterator[MakeHouse]:
         yield make
 
 
+UNRUN = Batch(
+    id="batch_" + "0" * 32,
+    owner="me",
+    endpoint=CHAT,
+    input_file_id="file-" + "0" * 32,
+    completion_window="24h",
+    created_at_s=0,
+    expires_at_s=2**40,
+)
+
+
 def client_of(house: House, key: str = "none") -> AsyncOpenAI:
     return AsyncOpenAI(base_url=f"{house.url}/v1", api_key=key, max_retries=0)
 
@@ -350,6 +361,20 @@ async def test_a_cancelled_batch_keeps_the_answers_it_has(
     await asyncio.wait_for(replica.cancelled.wait(), 60)
 
 
+async def test_a_batch_that_is_cancelled_before_anybody_ran_it_runs_no_line(
+    make_house: MakeHouse, tmp_path: Path
+) -> None:
+    shelf = Shelf(tmp_path, "")
+    batch = replace(UNRUN, owner="")
+    shelf.data(batch.input_file_id).write_bytes(jsonl(line(0)) + b"{nope\n")
+    shelf.put_batch(batch)
+    shelf.cancel(batch, 7)
+    house = await make_house([], batches_dir=tmp_path)
+    seen = await ended(client_of(house), batch.id)
+    assert (seen.status, seen.cancelling_at, seen.output_file_id) == ("cancelled", 7, None)
+    assert not house.replicas[0].seen
+
+
 async def test_lines_without_an_answer_in_time_are_in_the_error_file(
     make_house: MakeHouse, tmp_path: Path
 ) -> None:
@@ -426,15 +451,7 @@ async def test_two_gateways_on_one_volume_do_not_run_a_line_twice(
 def test_one_claim_at_a_time_and_a_batch_that_was_never_written_down_is_let_go(
     tmp_path: Path,
 ) -> None:
-    batch = Batch(
-        id="batch_" + "0" * 32,
-        owner="me",
-        endpoint=CHAT,
-        input_file_id="file-" + "0" * 32,
-        completion_window="24h",
-        created_at_s=0,
-        expires_at_s=1,
-    )
+    batch = UNRUN
     Shelf(tmp_path, "me").put_batch(batch)
     first = claim(tmp_path, batch.id)
     assert first is not None and first.owner == "me"

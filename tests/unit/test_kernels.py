@@ -114,7 +114,7 @@ BIASES = {
     "a window": lambda heads: AttentionBias(window=19),
     "slopes": lambda heads: AttentionBias(alibi_slopes(heads)),
 }
-LENS = [(1, 1), (1, 16), (1, 17), (5, 40), (1, 130), (9, 9), (20, 50)]
+LENS = [(1, 1), (1, 16), (1, 17), (5, 40), (1, 130), (9, 9), (20, 50), (150, 290)]
 
 
 @pytest.mark.parametrize("bias", BIASES)
@@ -193,6 +193,18 @@ def test_without_kernels_torch_serves_and_the_log_says_so_once(
     warnings = [r.getMessage() for r in caplog.records if "kernels are not compiled" in r.message]
     assert len(warnings) == 1
     assert "python -m mizzen.runtime.kernels.compile" in warnings[0]
+
+
+def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path) -> None:
+    """Its arguments lie elsewhere: it would read and write where it must not."""
+    assert library.is_current(compiling.library_path("plain"))
+    assert not library.is_current(tmp_path / "libmizzen-plain.so")
+    texts = {"silent": "int rotate;", "smaller": "long attention_bytes(void) { return 8; }"}
+    for name, text in texts.items():
+        source, old = tmp_path / f"{name}.c", tmp_path / f"{name}.so"
+        source.write_text(text)
+        subprocess.run(["cc", "-shared", "-fPIC", source, "-o", old], check=True)
+        assert not library.is_current(old)
 
 
 def copy_of_the_sources(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

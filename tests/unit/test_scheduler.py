@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from mizzen.runtime.engine.api import EngineBusyError, PromptTooLongError, SamplingParams
 from mizzen.runtime.engine.blocks import BlockPool
-from mizzen.runtime.engine.scheduler import Chunk, Limits, Scheduler
+from mizzen.runtime.engine.scheduler import Chunk, Limits, Scheduler, tokens_worth
 from mizzen.runtime.engine.sequence import Sequence, State
 
 SIZE = 4
@@ -16,6 +16,7 @@ def make_scheduler(
     blocks: int = 32,
     step_tokens: int = 16,
     beside_decodes: int = 1000,
+    even_context: int | None = None,
     max_running: int = 4,
     model_len: int = 64,
     max_waiting: int = 100,
@@ -27,6 +28,7 @@ def make_scheduler(
         Limits(
             step_tokens=step_tokens,
             beside_decodes=beside_decodes,
+            even_context=even_context,
             max_running=max_running,
             model_len=model_len,
             max_waiting=max_waiting,
@@ -122,6 +124,31 @@ def test_beside_a_decode_a_prompt_gets_few_tokens_and_alone_the_whole_step() -> 
     assert shares(run_step(scheduler)) == {"1": (30, 1), "2": (0, 4)}
     scheduler.abort(first)
     assert shares(run_step(scheduler)) == {"2": (4, 16)}
+
+
+@pytest.mark.parametrize(
+    ("context", "even_context", "tokens"),
+    [(0, 1500, 160), (150, 1500, 145), (1500, 1500, 80), (4000, 1500, 43), (10**6, 1500, 1)],
+)
+def test_the_longer_the_context_the_fewer_tokens_take_as_long(
+    context: int, even_context: int, tokens: int
+) -> None:
+    assert tokens_worth(160, context=context, even_context=even_context) == tokens
+
+
+def test_where_attention_costs_nothing_any_context_gets_the_same_tokens() -> None:
+    assert tokens_worth(160, context=10**6, even_context=None) == 160
+
+
+def test_later_pieces_of_a_prompt_are_smaller_beside_a_decode() -> None:
+    scheduler = make_scheduler(step_tokens=16, beside_decodes=8, even_context=8)
+    arrivals = Arrivals()
+    scheduler.add(arrivals.make(2, max_tokens=20))
+    run_step(scheduler)
+    scheduler.add(arrivals.make(30))
+    pieces = [shares(run_step(scheduler)) for _ in range(4)]
+    assert [piece["2"] for piece in pieces] == [(0, 8), (8, 4), (12, 3), (15, 2)]
+    assert all(piece["1"][1] == 1 for piece in pieces)
 
 
 def test_a_long_prompt_leaves_a_token_for_each_one_behind_it() -> None:
@@ -239,6 +266,7 @@ REQUEST = st.tuples(
     blocks=st.integers(8, 24),
     step_tokens=st.integers(3, 40),
     beside_decodes=st.integers(1, 40),
+    even_context=st.none() | st.integers(1, 40),
     is_ahead=st.booleans(),
 )
 def test_every_request_ends_no_block_leaks_and_no_limit_is_passed(
@@ -246,12 +274,14 @@ def test_every_request_ends_no_block_leaks_and_no_limit_is_passed(
     blocks: int,
     step_tokens: int,
     beside_decodes: int,
+    even_context: int | None,
     is_ahead: bool,
 ) -> None:
     scheduler = make_scheduler(
         blocks=blocks,
         step_tokens=step_tokens,
         beside_decodes=beside_decodes,
+        even_context=even_context,
         max_running=3,
         model_len=32,
     )

@@ -61,11 +61,14 @@ class Job:
             OSError: the volume fails; nothing of what is written is lost.
         """
         await asyncio.to_thread(self._take_up)
-        if self.batch.status == "validating":
+        if self.batch.status == "cancelling":
+            self._stop = "cancelled"
+        elif self.batch.status == "validating":
             await self._check()
         if self.batch.is_ended:
             return
-        await self._run_lines()
+        if self._stop is None:
+            await self._run_lines()
         if self._stop != "draining":
             await asyncio.to_thread(self._end)
 

@@ -1,0 +1,216 @@
+/* Attention of single queries over the pages of the KV cache.
+
+An item is one query with all its heads, or with those of one KV head. Each head is a lane: scores
+lie by key, then head, and the softmax is taken along the way, `KEYS` keys at a time. The heads that
+share a KV head are done together, so that each key and value is read once for all of them. */
+#include "attention.h"
+
+typedef struct {
+    const Attention *a;
+    long token, sequence, seen, first_kv; /* `seen` keys, and the item's first KV head */
+    long group, vectors;                  /* heads of a KV head; vectors of a key's scores */
+} Item;
+
+static Item find_item(const Attention *a, long item) {
+    const int64_t *query = a->decodes + item / a->splits * 3;
+    const long group = a->heads / a->kv_heads;
+    return (Item){.a = a, .token = query[0], .sequence = query[1], .seen = query[2],
+                  .first_kv = item % a->splits * a->kv_per_item, .group = group,
+                  .vectors = (a->kv_per_item * group + LANES - 1) / LANES};
+}
+
+INLINE float dot(const float *a, const void *b, long dim, int type) {
+    float sum = 0.0f;
+    SUM(sum)
+    for (long i = 0; i < dim; i++) sum += a[i] * get(b, i, type);
+    return sum;
+}
+
+/* scores[t, h] = query h times key t. */
+INLINE void score(const Item *item, const float *q, const long *places, long count, Lanes *scores,
+                  long dim, int type) {
+    const Attention *a = item->a;
+    for (long t = 0; t < count; t++)
+        for (long h = 0; h < a->kv_per_item * item->group; h++) {
+            const long place = places[t] + (item->first_kv + h / item->group) * dim;
+            float *of_key = (float *)(scores + t * item->vectors);
+            of_key[h] = dot(q + h * dim, at(a->keys, place, type), dim, type);
+        }
+}
+
+#ifdef __AMX_BF16__
+/* The matrix unit multiplies a page's keys, as they lie in memory, by the queries of their group,
+which are pairs of numbers: [dim / 2][group][2]. */
+INLINE int uses_unit(const Attention *a, long dim, int type) {
+    return type == BFLOAT16 && dim % 32 == 0 && a->page % 16 == 0 && a->heads / a->kv_heads <= 16;
+}
+
+/* Tile 0 holds scores, 1 keys, 2 queries. */
+static void shape_tiles(long group) {
+    TileShapes shapes = {.palette = 1, .rows = {16, 16, 16}};
+    shapes.row_bytes[0] = shapes.row_bytes[2] = (uint16_t)(group * 4);
+    shapes.row_bytes[1] = 64;
+    _tile_loadconfig(&shapes);
+}
+
+INLINE void pair_up(const uint16_t *q, uint16_t *pairs, long heads, long group, long dim) {
+    for (long h = 0; h < heads; h++)
+        for (long i = 0; i < dim; i++)
+            pairs[(h - h % group) * dim + (i / 2 * group + h % group) * 2 + i % 2] = q[h * dim + i];
+}
+
+/* Beyond the last key of a page it reads what is nobody's, and nobody reads those scores. */
+INLINE void score_by_unit(const Item *item, const uint16_t *pairs, const long *places, long count,
+                          Lanes *scores, long dim) {
+    const Attention *a = item->a;
+    for (long t = 0; t < count; t += 16)
+        for (long kv = 0; kv < a->kv_per_item; kv++) {
+            const long place = places[t] + (item->first_kv + kv) * dim;
+            const uint16_t *keys = (const uint16_t *)a->keys + place;
+            _tile_zero(0);
+            for (long i = 0; i < dim; i += 32) {
+                _tile_loadd(1, keys + i, a->kv_heads * dim * 2);
+                _tile_loadd(2, pairs + (kv * dim + i) * item->group, item->group * 4);
+                _tile_dpbf16ps(0, 1, 2);
+            }
+            float *out = (float *)(scores + t * item->vectors) + kv * item->group;
+            _tile_stored(0, out, item->vectors * sizeof *scores);
+        }
+}
+#endif
+
+/* What some heads of a group add up: `sums` [heads, dim] from `weights` [count, 16 * vectors]. */
+typedef struct {
+    const void *values;
+    const long *places;
+    const float *weights;
+    float *sums;
+    long count, stride;
+} Mix;
+
+INLINE void mix_one(const Mix *m, long dim, int type) {
+    long i = 0;
+    for (; i + LANES <= dim; i += LANES) {
+        Lanes sum, value;
+        load(&sum, m->sums + i, FLOAT32);
+        for (long t = 0; t < m->count; t++) {
+            load(&value, at(m->values, m->places[t] + i, type), type);
+            sum += value * m->weights[t * m->stride];
+        }
+        memcpy(m->sums + i, &sum, sizeof sum);
+    }
+    for (; i < dim; i++)
+        for (long t = 0; t < m->count; t++)
+            m->sums[i] += m->weights[t * m->stride] * get(m->values, m->places[t] + i, type);
+}
+
+/* A value is read once for three heads. */
+INLINE void mix_three(const Mix *m, long dim, int type) {
+    for (long i = 0; i + 2 * LANES <= dim; i += 2 * LANES) {
+        Lanes a, b, c, d, e, f, low, high;
+        float *first = m->sums + i, *second = first + dim, *third = second + dim;
+        load(&a, first, FLOAT32), load(&b, first + LANES, FLOAT32);
+        load(&c, second, FLOAT32), load(&d, second + LANES, FLOAT32);
+        load(&e, third, FLOAT32), load(&f, third + LANES, FLOAT32);
+        for (long t = 0; t < m->count; t++) {
+            const float *weights = m->weights + t * m->stride;
+            load(&low, at(m->values, m->places[t] + i, type), type);
+            load(&high, at(m->values, m->places[t] + i + LANES, type), type);
+            a += low * weights[0], b += high * weights[0];
+            c += low * weights[1], d += high * weights[1];
+            e += low * weights[2], f += high * weights[2];
+        }
+        memcpy(first, &a, sizeof a), memcpy(first + LANES, &b, sizeof b);
+        memcpy(second, &c, sizeof c), memcpy(second + LANES, &d, sizeof d);
+        memcpy(third, &e, sizeof e), memcpy(third + LANES, &f, sizeof f);
+    }
+}
+
+INLINE void mix(const Item *item, const long *places, long count, const Lanes *weights, float *sums,
+                long dim, int type) {
+    const Attention *a = item->a;
+    for (long h = 0; h < a->kv_per_item * item->group;) {
+        const long kv = h / item->group, left = (kv + 1) * item->group - h;
+        const Mix m = {at(a->values, (item->first_kv + kv) * dim, type), places,
+                       (const float *)weights + h, sums + h * dim, count, item->vectors * LANES};
+        if (left >= 3 && dim % (2 * LANES) == 0) mix_three(&m, dim, type), h += 3;
+        else mix_one(&m, dim, type), h++;
+    }
+}
+
+/* Has all of these keys and values on their way at once: pages lie apart, so the processor cannot
+guess the next. */
+INLINE void fetch(const Item *item, const long *places, long count, long dim, int type) {
+    const Attention *a = item->a;
+    const long bytes = a->kv_per_item * dim * (type == BFLOAT16 ? 2 : 4);
+    for (long t = 0; t < count; t++) {
+        const char *keys = at(a->keys, places[t] + item->first_kv * dim, type);
+        for (long i = 0; i < bytes; i += 64) __builtin_prefetch(keys + i, 0, 2);
+    }
+    for (long t = 0; t < count; t++) {
+        const char *values = at(a->values, places[t] + item->first_kv * dim, type);
+        for (long i = 0; i < bytes; i += 64) __builtin_prefetch(values + i, 0, 2);
+    }
+}
+
+INLINE void attend(const Item *item, long dim, int type) {
+    const Attention *a = item->a;
+    const long heads = a->kv_per_item * item->group, head = item->first_kv * item->group;
+    const long place = item->token * a->q_stride + head * dim;
+    const long from = a->window && item->seen > a->window
+        ? (item->seen - a->window) / a->page * a->page : 0;
+    float q[heads * dim], sums[heads * dim];
+    Lanes scores[KEYS * item->vectors], fades[item->vectors];
+    Softmax softmax[item->vectors];
+    long places[KEYS];
+    for (long i = 0; i < heads * dim; i++)
+        q[i] = get(a->q, place + i, type) * a->scale, sums[i] = 0.0f;
+    memset(scores, 0, sizeof scores); /* some lanes may be no head's */
+    for (long v = 0; v < item->vectors; v++) start_softmax(softmax + v);
+    for (long h = 0; h < heads; h++)
+        start_lane(softmax + h / LANES, h % LANES, item->seen, a->window,
+                   a->slopes ? a->slopes[head + h] : 0.0f);
+#ifdef __AMX_BF16__
+    uint16_t pairs[heads * dim];
+    if (uses_unit(a, dim, type)) {
+        shape_tiles(item->group);
+        pair_up((const uint16_t *)a->q + place, pairs, heads, item->group, dim);
+    }
+#endif
+    for (long start = from; start < item->seen; start += KEYS) {
+        const long count = item->seen - start < KEYS ? item->seen - start : KEYS;
+        find_keys(a, item->sequence, start, count, places);
+        fetch(item, places, count, dim, type);
+#ifdef __AMX_BF16__
+        if (uses_unit(a, dim, type)) {
+            score_by_unit(item, pairs, places, count, scores, dim);
+            for (long i = 0; i < count * item->vectors; i++) scores[i] *= a->scale;
+        } else
+#endif
+            score(item, q, places, count, scores, dim, type);
+        for (long v = 0; v < item->vectors; v++) {
+            if (a->slopes || start < softmax[v].first[0])
+                bias_scores(softmax + v, scores + v, item->vectors, start, count);
+            soften(softmax + v, scores + v, item->vectors, count, fades + v);
+        }
+        for (long h = 0; h < heads; h++)
+            for (long i = 0; i < dim; i++) sums[h * dim + i] *= ((const float *)fades)[h];
+        mix(item, places, count, scores, sums, dim, type);
+    }
+    for (long h = 0; h < heads; h++) {
+        const float whole = 1.0f / softmax[h / LANES].total[h % LANES];
+        const long to = (item->token * a->heads + head + h) * dim;
+        for (long i = 0; i < dim; i++) put(a->out, to + i, sums[h * dim + i] * whole, type);
+    }
+#ifdef __AMX_BF16__
+    if (uses_unit(a, dim, type)) _tile_release();
+#endif
+}
+
+/* Most models' heads have one of two sizes; loops of a known length are twice as fast. */
+void attend_decode(const Attention *a, long index) {
+    const Item item = find_item(a, index);
+    if (a->dim == 64) BY_TYPE(a->type, attend, &item, 64);
+    else if (a->dim == 128) BY_TYPE(a->type, attend, &item, 128);
+    else BY_TYPE(a->type, attend, &item, a->dim);
+}
