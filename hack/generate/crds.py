@@ -11,7 +11,9 @@ def files() -> dict[str, str]:
     """Return path and content of every generated file."""
     found: dict[str, str] = {}
     for crd in ALL:
-        text = HEADER + yaml.safe_dump(build_crd(crd), sort_keys=False, width=1000)
+        text = HEADER + yaml.safe_dump(
+            build_crd(crd), sort_keys=False, width=1000, default_flow_style=None
+        )
         for folder in ("operator/crds/generated", "manifests/crds"):
             found[f"{folder}/mizzen.dev_{crd.plural}.yaml"] = text
     return found

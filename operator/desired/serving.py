@@ -58,6 +58,7 @@ class Serving:
     adapters: tuple[WantedAdapter, ...] = ()
     promoted: PromotedArtifact | None = None  # whose model the spec's source was replaced by
     otlp_endpoint: str = ""
+    is_let_in: bool = False  # its devices are lent to jobs, so the arbiter finds its pods a place
 
     @property
     def owner(self) -> Json:
@@ -201,6 +202,9 @@ def _pod_spec(serving: Serving, place: PodPlace) -> Json:
     if is_group:
         subdomain = ranks_name(serving.name, serving.uid)
         pod_spec |= group_spec(name=_pod_name(serving, place), subdomain=subdomain)
+    gates = [labels.GROUP_GATE] * is_group + [labels.CAPACITY_GATE] * serving.is_let_in
+    if gates:
+        pod_spec["schedulingGates"] = [{"name": gate} for gate in gates]
     return pod_spec
 
 

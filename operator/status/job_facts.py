@@ -61,6 +61,16 @@ class Promotion:
 
 
 @dataclass(frozen=True, slots=True)
+class Lending:
+    """The devices that the newest generation got, and how the last ones went back."""
+
+    nodes: tuple[str, ...] = ()
+    preemptions: int = 0
+    is_reclaimed: bool = False
+    yield_s: float | None = None  # measured now; None where there is nothing new
+
+
+@dataclass(frozen=True, slots=True)
 class JobFacts:
     """Everything the status says, as values; `output_uri` is where the artifact's claim is."""
 
@@ -73,6 +83,7 @@ class JobFacts:
     copies: tuple[str, ...]  # of the artifact, as addresses
     has_suites: bool
     promotion: Promotion | None
+    lending: Lending | None = None  # of a job that asks for devices
 
 
 def is_evaluation_failed(progress: Progress | None) -> bool:

@@ -47,10 +47,13 @@ class UntilWanted:
 
     def __init__(self) -> None:
         self.began, self.given_up = threading.Event(), 0
+        self.is_over = False
 
     def do_slice(self, is_wanted: Callable[[], bool]) -> bool:
         self.began.set()
         while not is_wanted():
+            if self.is_over:
+                return False
             time.sleep(0.001)
         self.given_up += 1
         raise Interrupted
@@ -95,6 +98,7 @@ async def test_a_request_is_answered_though_a_slice_would_never_end(engine: Engi
         assert len(await generate(engine, [1, 2, 3], max_tokens=4)) == 4
         assert work.given_up >= 1
     finally:
+        work.is_over = True
         engine._loop.remove_idle(work)
     # The queue turns again: what was given up does not hold up what comes after it.
     assert len((await engine.score(ScoreRequest(token_ids=PROMPT))).logprobs) == len(PROMPT) - 1
@@ -112,6 +116,7 @@ async def test_work_is_done_in_turns(engine: Engine) -> None:
         await asyncio.to_thread(work.began.wait)
         assert (await engine.score(ScoreRequest(token_ids=(1, 2)))).logprobs
     finally:
+        work.is_over = True
         engine._loop.remove_idle(work)
 
 
@@ -125,6 +130,7 @@ async def test_whoever_waits_too_long_for_an_idle_moment_is_sent_away(
         with pytest.raises(EngineBusyError, match="requests that come first"):
             await engine.score(ScoreRequest(token_ids=PROMPT))
     finally:
+        work.is_over = True
         engine._loop.remove_idle(work)
 
 
