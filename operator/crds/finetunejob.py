@@ -316,7 +316,7 @@ class Promotion(ApiModel):
     ] = "Auto"
 
 
-_CANNOT_CHANGE = "cannot change (only suspend, workers and spareCapacity can)."
+_CANNOT_CHANGE = "cannot change (only suspend, workers, spareCapacity and priority can)."
 
 
 def _unchanged(*fields: str) -> tuple[dict[str, str], ...]:
