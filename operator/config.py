@@ -38,6 +38,7 @@ class OperatorConfig(BaseSettings):
     workers: int = Field(32, ge=1, description="Reconciles at the same time.")
     resync_s: float = Field(300.0, gt=0, description="Between two full relists.")
     autoscale_s: float = Field(5.0, gt=0, description="Between two looks of the autoscaler.")
+    lending_s: float = Field(5.0, gt=0, description="Between two looks at who holds devices.")
     prometheus_url: str = Field(
         "",
         description="Prometheus to read the load from, such as http://prometheus:9090; empty: "

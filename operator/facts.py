@@ -1,9 +1,10 @@
 """What a reconcile may use besides the API server: settings, what is known, other parts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mizzen.operator.config import OperatorConfig
 from mizzen.operator.kube.store import Store
+from mizzen.operator.ledger import Ledger
 from mizzen.operator.metrics.source import MetricsSource
 from mizzen.operator.namespaces import Namespaces
 from mizzen.operator.nodes import NodeSizes
@@ -26,3 +27,5 @@ class Facts:
     # For canaries: an instance of its own, because one remembers of each process what it was
     # asked for last.
     metrics: MetricsSource
+    # An arbiter fills it in; without one nobody waits for devices.
+    ledger: Ledger = field(default_factory=Ledger)

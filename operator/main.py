@@ -22,6 +22,7 @@ from mizzen.operator import handlers
 from mizzen.operator.config import OperatorConfig
 from mizzen.operator.controllers import finetunejob, llmdeployment
 from mizzen.operator.controllers.autoscaler import Autoscaler
+from mizzen.operator.controllers.capacity import Arbiter
 from mizzen.operator.engine.key import Key
 from mizzen.operator.engine.lease import Lease, LeaseTimes
 from mizzen.operator.engine.results import Result
@@ -38,6 +39,7 @@ from mizzen.operator.kube.leases import LeaseObject
 from mizzen.operator.kube.relist import relist
 from mizzen.operator.kube.store import Store
 from mizzen.operator.kube.transport import HttpTransport, Transport
+from mizzen.operator.ledger import Ledger
 from mizzen.operator.metrics.gateways import Gateways
 from mizzen.operator.metrics.prometheus import PrometheusSource
 from mizzen.operator.metrics.scrape import ScrapeSource
@@ -67,6 +69,7 @@ class Parts:
     kube: Kube
     facts: Facts
     autoscaler: Autoscaler
+    arbiter: Arbiter
     metrics: MetricsSource
     lease: Lease
     health: Health
@@ -98,6 +101,7 @@ def assemble(config: OperatorConfig, transport: Transport) -> Parts:
         namespaces=Namespaces(config),
         nodes=NodeSizes(),
         metrics=metrics_source(config, kube),
+        ledger=Ledger(sees_nodes=None),
     )
     metrics = metrics_source(config, kube)
     autoscaler = Autoscaler(kube=kube, facts=facts, source=metrics, on_change=queue.add)
@@ -117,6 +121,7 @@ def assemble(config: OperatorConfig, transport: Transport) -> Parts:
         kube=kube,
         facts=facts,
         autoscaler=autoscaler,
+        arbiter=Arbiter(kube=kube, facts=facts, on_change=queue.add),
         metrics=metrics,
         lease=lease,
         health=health,
@@ -165,15 +170,20 @@ async def lead(parts: Parts, stop: asyncio.Event) -> None:
     scaling = asyncio.create_task(
         parts.autoscaler.run(every_s=parts.config.autoscale_s, clock=partial(datetime.now, UTC))
     )
+    lending = asyncio.create_task(
+        parts.arbiter.run(every_s=parts.config.lending_s, clock=partial(datetime.now, UTC))
+    )
     others = [
         scaling,
+        lending,
         asyncio.create_task(parts.lease.keep()),
         asyncio.create_task(keep_in_step(parts)),
         asyncio.create_task(stop.wait()),
     ]
     ended, _ = await asyncio.wait([workers, watching, *others], return_when=asyncio.FIRST_COMPLETED)
     stop_watching.set()
-    scaling.cancel()  # it writes too, and the Lease may be gone
+    for writer in (scaling, lending):
+        writer.cancel()  # they write too, and the Lease may be gone
     await finish(parts, workers)
     for task in others:
         task.cancel()

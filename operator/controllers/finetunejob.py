@@ -11,6 +11,12 @@ from mizzen.operator.controllers.job_inputs import (
     find_teacher,
     missing_input,
 )
+from mizzen.operator.controllers.job_lending import (
+    lending_of,
+    preemptions_of,
+    reclaimed_at,
+    request_of,
+)
 from mizzen.operator.crds.common import API_VERSION, Json
 from mizzen.operator.crds.llmdeployment import KIND as DEPLOYMENT_KIND
 from mizzen.operator.desired.jobs import (
@@ -32,10 +38,12 @@ from mizzen.operator.kube.events import Event
 from mizzen.operator.planning.generations import (
     AskToYield,
     Dismiss,
+    Fence,
     Finish,
     Generation,
     GiveUp,
     Outcome,
+    Queue,
     Range,
     Rest,
     Shrink,
@@ -44,8 +52,9 @@ from mizzen.operator.planning.generations import (
     WaitUntil,
     Watch,
     decide_generation,
+    with_lending,
 )
-from mizzen.operator.routing import ref_of
+from mizzen.operator.routing import JOB, ref_of
 from mizzen.operator.specs import InvalidSpecError
 from mizzen.operator.status.causes import pod_cause, terminated_cause
 from mizzen.operator.status.conditions import ConditionType, Document, flips, rfc3339
@@ -101,6 +110,12 @@ class Observed:
         return self.resource.get("status") or {}
 
     @property
+    def key(self) -> Key:
+        """The job's key."""
+        metadata = self.resource["metadata"]
+        return Key(JOB, metadata["namespace"], metadata["name"])
+
+    @property
     def pod(self) -> Json | None:
         """The newest generation's pod that speaks for all."""
         return leader_of(self.pods)
@@ -110,11 +125,13 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
     """Bring one job closer to its result; safe to repeat, safe to interrupt."""
     resource = facts.store.get(ref_of(key))
     if resource is None or "deletionTimestamp" in resource["metadata"]:
+        facts.ledger.withdraw(key)
         return Done()  # ownerReferences take the children with it
     observed = await observe(key, resource, kube, facts)
     if has_ended(observed.status):
+        facts.ledger.withdraw(key)
         return await report_ended(observed, kube, facts, now)
-    step = decide(observed, now)
+    step = decide(observed, facts, now)
     try:
         await apply(step, observed, kube, facts)
     except KubeError as error:
@@ -150,16 +167,31 @@ async def observe(key: Key, resource: Json, kube: Kube, facts: Facts) -> Observe
     return Observed(resource, job, pods, newest, problem)
 
 
-def decide(observed: Observed, now: datetime) -> Step | None:
+def decide(observed: Observed, facts: Facts, now: datetime) -> Step | None:
     """Return what to do next, None while something it needs is missing."""
-    if observed.job is None or observed.problem is not None:
+    job = observed.job
+    if job is None or observed.problem is not None:
+        facts.ledger.withdraw(observed.key)
         return None
-    return decide_generation(
+    step = decide_generation(
         observed.newest,
-        is_suspended=observed.job.spec.suspend,
-        backoff_limit=observed.job.spec.failure.backoff_limit,
+        is_suspended=job.spec.suspend,
+        backoff_limit=job.spec.failure.backoff_limit,
         now=now,
-        workers=Range(observed.job.spec.workers.min, observed.job.spec.workers.max),
+        workers=Range(job.spec.workers.min, job.spec.workers.max),
+    )
+    request = request_of(observed.resource, job)
+    wait = None
+    if not isinstance(step, Start) or isinstance(step, Shrink):
+        facts.ledger.withdraw(observed.key)
+    elif request is not None:
+        wait = facts.ledger.ask(observed.key, request)
+    return with_lending(
+        step,
+        wait=wait,
+        reclaimed_at=reclaimed_at(observed.pod),
+        yield_within_s=job.spec.spare_capacity.yield_within_seconds,
+        now=now,
     )
 
 
@@ -181,6 +213,10 @@ async def apply(step: Step | None, observed: Observed, kube: Kube, facts: Facts)
                     await _dismiss(pod, kube)
         case AskToYield():
             await _yield(observed, kube, facts)
+        case Fence():
+            for pod in newest_pods(observed.pods):
+                await kube.delete(pod, grace_s=0, check_version=False)
+            facts.ledger.nudged.set()
 
 
 async def _start(step: Start, observed: Observed, kube: Kube, facts: Facts) -> None:
@@ -194,8 +230,16 @@ async def _start(step: Start, observed: Observed, kube: Kube, facts: Facts) -> N
         await kube.apply(build_workers_policy(job))
         await kube.apply(build_workers_service(job))
     await kube.create(build_config_map(job, number, workers=workers))
+    hostnames = facts.ledger.admitted.get(observed.key, ())
     for rank in range(workers):
-        worker = Worker(generation=number, workers=workers, rank=rank, crashes=step.crashes)
+        worker = Worker(
+            generation=number,
+            workers=workers,
+            rank=rank,
+            crashes=step.crashes,
+            preemptions=preemptions_of(observed.resource),
+            hostname=hostnames[rank] if rank < len(hostnames) else "",
+        )
         await kube.create(
             build_trainer_pod(
                 job,
@@ -204,6 +248,7 @@ async def _start(step: Start, observed: Observed, kube: Kube, facts: Facts) -> N
                 pull_policy=facts.config.image_pull_policy,
             )
         )
+    facts.ledger.start(observed.key, hostnames)
 
 
 async def _yield(observed: Observed, kube: Kube, facts: Facts) -> None:
@@ -212,7 +257,10 @@ async def _yield(observed: Observed, kube: Kube, facts: Facts) -> None:
     if pod is None or "deletionTimestamp" in pod["metadata"]:
         return
     address = pod.get("status", {}).get("podIP")
-    if address and await facts.trainers.ask_to_yield(address, deadline_s=_YIELD_DEADLINE_S):
+    deadline_s = _YIELD_DEADLINE_S
+    if reclaimed_at(pod) is not None and observed.job is not None:
+        deadline_s = observed.job.spec.spare_capacity.yield_within_seconds
+    if address and await facts.trainers.ask_to_yield(address, deadline_s=deadline_s):
         return
     if observed.status.get("phase") == "Yielding":
         # It heard and is on its way out, its last words to be read from its pod; were it stuck,
@@ -265,6 +313,7 @@ async def report(
         ),
         has_suites=_has_suites(observed),
         promotion=_promotion(observed, progress, facts),
+        lending=lending_of(observed.job, observed.pod, step, now=now),
     )
     await _write(observed, job_facts, kube, now)
 
@@ -320,7 +369,7 @@ def _events(resource: Json, previous: Json, status: Document, now: datetime) -> 
             at=rfc3339(now),
         )
         for flip in changed
-        if flip.status == "True" or flip.is_warning
+        if flip.status == "True" or flip.is_warning or flip.reason == Reason.YIELDED
     ]
 
 
@@ -379,7 +428,7 @@ def _next_look(step: Step | None, observed: Observed, now: datetime) -> Result:
     match step:
         case None:
             return Requeue(_MISSING_INPUT_S)
-        case Watch() | AskToYield() | Start() | Dismiss():
+        case Watch() | AskToYield() | Start() | Queue() | Fence() | Dismiss():
             return Requeue(_POLL_S)
         case WaitUntil(at):
             return Requeue(max(1.0, (at - now).total_seconds()))

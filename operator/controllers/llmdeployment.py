@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
 
+from mizzen.operator.controllers.capacity_observe import gates_of
 from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen, bring_adapters
 from mizzen.operator.controllers.llmdeployment_apply import apply, set_gate
 from mizzen.operator.controllers.llmdeployment_canary import look_at_canary
@@ -32,6 +33,7 @@ from mizzen.operator.controllers.llmdeployment_report import (
 )
 from mizzen.operator.controllers.llmdeployment_rollout import Course
 from mizzen.operator.controllers.llmdeployment_swap import swap_weights
+from mizzen.operator.desired.labels import CAPACITY_GATE, GROUP_GATE
 from mizzen.operator.engine.key import Key
 from mizzen.operator.engine.results import Done, Requeue, Result, Retryable, Terminal
 from mizzen.operator.facts import Facts
@@ -67,6 +69,8 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
         )
         plan = plan_deployment(observed, canary, now=now)
     failure = await _apply(key, plan, kube=kube, facts=facts, now=now)
+    if any(CAPACITY_GATE in gates_of(pod) for group in plan.create for pod in group):
+        facts.ledger.nudged.set()
     course, unswapped = await _swap(plan, kube=kube, facts=facts)
     failure = failure or unswapped
     # As they stand after those writes, which the store has seen.
@@ -139,8 +143,8 @@ async def _let_place(groups: Iterable[Group], *, kube: Kube) -> KubeError | None
     try:
         for group in groups:
             for pod in group.pods:
-                if pod["spec"].get("schedulingGates"):
-                    await kube.let_schedule(pod)
+                if GROUP_GATE in gates_of(pod):
+                    await kube.let_schedule(pod, GROUP_GATE)
     except KubeError as error:
         return error
     return None

@@ -115,6 +115,7 @@ def read_serving(resource: Json, facts: Facts) -> Serving:
         pull_policy=config.image_pull_policy,
         pull_secrets=tuple(config.image_pull_secrets),
         otlp_endpoint=config.otlp_endpoint,
+        is_let_in=spec.accelerator.resource in facts.ledger.shared,
         adapters=wanted_adapters(spec.adapters, promoted_artifacts(jobs)),
     )
     try:

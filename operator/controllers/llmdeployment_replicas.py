@@ -55,8 +55,12 @@ class Group:
 
     @property
     def is_gated(self) -> bool:
-        """Whether the scheduler has been told to leave one of the pods alone."""
-        return any(pod.get("spec", {}).get("schedulingGates") for pod in self.pods)
+        """Whether the scheduler leaves one of the pods alone until all of the group are there."""
+        return any(
+            gate["name"] == labels.GROUP_GATE
+            for pod in self.pods
+            for gate in pod.get("spec", {}).get("schedulingGates") or []
+        )
 
     @property
     def is_running(self) -> bool:

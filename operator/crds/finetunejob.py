@@ -191,6 +191,18 @@ class JobResources(ApiModel):
     )
 
 
+class SpareCapacity(ApiModel):
+    """Devices that serving leaves idle, until it needs them."""
+
+    enabled: Annotated[
+        bool, Field(description="Run on devices that may be asked back at any time.")
+    ] = False
+    yield_within_seconds: Annotated[
+        int,
+        Field(ge=5, le=600, description="Leave at a checkpoint within this time; killed after."),
+    ] = 30
+
+
 class Failure(ApiModel):
     """What happens when the trainer crashes."""
 
@@ -251,7 +263,7 @@ class Promotion(ApiModel):
     ] = "HotLoadAdapter"
 
 
-_CANNOT_CHANGE = "cannot change once the job exists (only spec.suspend and spec.workers can)."
+_CANNOT_CHANGE = "cannot change."
 
 
 def _unchanged(*fields: str) -> tuple[dict[str, str], ...]:
@@ -280,8 +292,17 @@ class FineTuneJobSpec(ApiModel):
         *_unchanged("method", "adaptation", "baseModel", "processing", "hyperparameters"),
         *_unchanged("checkpoint", "resources", "failure"),
         *_unchanged_if_any("dataset", "evaluation", "output", "promotion", "podTemplatePatch"),
+        *_unchanged_if_any("queue"),
         *_unchanged_if_any(*METHOD_SECTIONS),
         *method_rules(),
+        cel(
+            "!self.spareCapacity.enabled || self.resources.accelerator.resource != 'none'",
+            "spareCapacity needs resources.accelerator.resource: only devices are lent.",
+        ),
+        cel(
+            "!self.spareCapacity.enabled || !has(self.queue)",
+            "Set spareCapacity.enabled or queue: with a queue it is Kueue that lends.",
+        ),
         cel(
             "!has(self.promotion) || self.promotion.strategy != 'HotLoadAdapter' || "
             "self.adaptation.type == 'lora'",
@@ -339,6 +360,16 @@ class FineTuneJobSpec(ApiModel):
     resources: Annotated[JobResources, Field(description="What the trainer pod asks for.")] = (
         JobResources()
     )
+    spare_capacity: Annotated[
+        SpareCapacity, Field(description="Run on devices that serving leaves idle.")
+    ] = SpareCapacity()
+    priority: Annotated[
+        int, Field(ge=-1000, le=1000, description="Jobs with more get devices first.")
+    ] = 0
+    queue: Annotated[
+        DnsLabel | None,
+        Field(description="Kueue's LocalQueue that admits the trainer pods instead."),
+    ] = None
     failure: Annotated[Failure, Field(description="What happens when the trainer crashes.")] = (
         Failure()
     )
@@ -367,7 +398,7 @@ class FineTuneJobSpec(ApiModel):
 class FineTuneJob(ApiModel):
     """One training run: data and base model in, an evaluated and published result out.
 
-    Its spec cannot change once it exists, but for spec.suspend and spec.workers.
+    Its spec cannot change once it exists, but for suspend, workers, spareCapacity and priority.
     """
 
     rules: ClassVar[tuple[dict[str, str], ...]] = (

@@ -76,6 +76,20 @@ class PromotionStatus(ApiModel):
     replicas: Annotated[int | None, Field(description="Replicas that should.")] = None
 
 
+class LendingStatus(ApiModel):
+    """The devices the job got, and gave back."""
+
+    nodes: Annotated[
+        list[str] | None,
+        Field(max_length=64, description="Where its pods run; none while it waits."),
+    ] = None
+    preemptions: Annotated[int, Field(description="Times it had to leave.")] = 0
+    last_yield_seconds: Annotated[float | None, Field(description="How long that took.")] = None
+    slowest_yield_seconds: Annotated[
+        float | None, Field(description="Longest; above its promise it gets no spare capacity.")
+    ] = None
+
+
 Phase = Literal[
     "Pending",
     "Admitted",
@@ -110,6 +124,9 @@ class FineTuneJobStatus(ApiModel):
     workers: Annotated[int | None, Field(description="Pods that train in this run.")] = None
     restarts: Annotated[
         int | None, Field(description="Runs that ended in a crash and were started again.")
+    ] = None
+    lending: Annotated[
+        LendingStatus | None, Field(description="The devices it got and gave back.")
     ] = None
     progress: Annotated[Progress | None, Field(description="How far the training is.")] = None
     metrics: Annotated[Metrics | None, Field(description="The latest measurements.")] = None

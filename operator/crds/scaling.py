@@ -183,6 +183,14 @@ class Scaling(ApiModel):
         ),
     ] = 1
     max: Annotated[int, Field(ge=1, le=1000, description="Most replicas.")]
+    reserve: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1000,
+            description="Further replicas whose devices are kept free of FineTuneJobs.",
+        ),
+    ] = 0
     slo: Annotated[
         ScalingSlo | None,
         Field(

@@ -121,6 +121,12 @@ FINETUNEJOB = Crd(
         Column(
             name="Restarts", type="integer", path=".status.restarts", description="Crashes so far."
         ),
+        Column(
+            name="Preempted",
+            type="integer",
+            path=".status.lending.preemptions",
+            description="Times it gave its devices back.",
+        ),
         _AGE,
         _REASON,
         _MESSAGE,

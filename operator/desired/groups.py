@@ -71,8 +71,4 @@ def group_flags(*, nodes: int, rank: int, leader: str, subdomain: str, namespace
 
 def group_spec(*, name: str, subdomain: str) -> Json:
     """Return the fields of a pod's spec that lone pods do not have."""
-    return {
-        "hostname": name,
-        "subdomain": subdomain,
-        "schedulingGates": [{"name": labels.GROUP_GATE}],
-    }
+    return {"hostname": name, "subdomain": subdomain}

@@ -12,7 +12,12 @@ from mizzen.operator.desired.labels import (
     ADMIN_PORT,
     GENERATION,
     GROUP_SIZE,
+    HOSTNAME,
     JOB,
+    KUEUE_GROUP,
+    KUEUE_GROUP_COUNT,
+    KUEUE_QUEUE,
+    PREEMPTIONS,
     RANK,
     RANKS_PORT,
     RESTARTS,
@@ -54,12 +59,14 @@ def build_config_map(job: Job, generation: int, *, workers: int) -> Json:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """One pod of a generation; `crashes` is what it has to remember."""
+    """One pod of a generation; `crashes` and `preemptions` are what it has to remember."""
 
     generation: int
     workers: int
     rank: int = 0
     crashes: int = 0
+    preemptions: int = 0
+    hostname: str = ""  # the node whose devices it was given; empty: the scheduler chooses
 
 
 def build_trainer_pod(job: Job, worker: Worker, *, image: str, pull_policy: str) -> Json:
@@ -67,7 +74,14 @@ def build_trainer_pod(job: Job, worker: Worker, *, image: str, pull_policy: str)
     name = generation_name(job.name, worker.generation)
     metadata = _metadata(job, f"{name}-{worker.rank}", worker.generation)
     metadata["labels"][RANK] = str(worker.rank)
-    metadata["annotations"] = {RESTARTS: str(worker.crashes), GROUP_SIZE: str(worker.workers)}
+    metadata["annotations"] = {
+        RESTARTS: str(worker.crashes),
+        PREEMPTIONS: str(worker.preemptions),
+        GROUP_SIZE: str(worker.workers),
+    }
+    if job.spec.queue:
+        metadata["labels"] |= _kueue_labels(job, worker)
+        metadata["annotations"] |= {KUEUE_GROUP_COUNT: str(worker.workers)}
     pod: Json = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -95,7 +109,11 @@ def build_trainer_pod(job: Job, worker: Worker, *, image: str, pull_policy: str)
     if worker.workers > 1:
         # By these the leader has a name before it is ready.
         pod["spec"] |= {"hostname": metadata["name"], "subdomain": workers_name(job)}
-    return pods.with_patch(pod, job.spec.pod_template_patch)
+    pod = pods.with_patch(pod, job.spec.pod_template_patch)
+    if worker.hostname:
+        selector = pod["spec"].get("nodeSelector", {})
+        pod["spec"]["nodeSelector"] = {**selector, HOSTNAME: worker.hostname}
+    return pod
 
 
 def _container(job: Job, worker: Worker, image: str, pull_policy: str) -> Json:
@@ -132,6 +150,12 @@ def _container(job: Job, worker: Worker, image: str, pull_policy: str) -> Json:
             ),
         ],
     }  # fmt: skip
+
+
+def _kueue_labels(job: Job, worker: Worker) -> dict[str, str]:
+    """Return what has Kueue admit the pods of a generation together."""
+    name = generation_name(job.name, worker.generation)
+    return {KUEUE_QUEUE: str(job.spec.queue), KUEUE_GROUP: name}
 
 
 def _ports(worker: Worker) -> list[Json]:

@@ -31,7 +31,16 @@ MADE_FROM = "mizzen.dev/made-from"  # JSON: what the revision was hashed from
 WAKE = "mizzen.dev/wake"  # on the LLMDeployment, by the gateways: TIME;held=N
 
 GROUP_GATE = "mizzen.dev/group"  # keeps a pod from being placed before its group is there
+CAPACITY_GATE = "mizzen.dev/capacity"  # and before devices are there that a job was using
 IN_SERVICE_GATE = "mizzen.dev/in-service"
+
+RECLAIMED_AT = "mizzen.dev/reclaimed-at"  # on a trainer's pod: since when it is to leave
+PREEMPTIONS = "mizzen.dev/preemptions"  # how often its job had to leave before it
+HOSTNAME = "kubernetes.io/hostname"  # by which a pod is bound to the node it was given
+# Kueue's contract for plain pods: which queue, which pods are admitted together, how many.
+KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
+KUEUE_GROUP = "kueue.x-k8s.io/pod-group-name"
+KUEUE_GROUP_COUNT = "kueue.x-k8s.io/pod-group-total-count"
 
 ROLE_RUNTIME = "runtime"
 ROLE_TRAINER = "trainer"

@@ -56,6 +56,7 @@ class Serving:
     pull_secrets: tuple[str, ...] = ()
     adapters: tuple[WantedAdapter, ...] = ()
     otlp_endpoint: str = ""
+    is_let_in: bool = False  # its devices are lent to jobs, so the arbiter finds its pods a place
 
     @property
     def owner(self) -> Json:
@@ -199,6 +200,9 @@ def _pod_spec(serving: Serving, place: PodPlace) -> Json:
     if is_group:
         subdomain = ranks_name(serving.name, serving.uid)
         pod_spec |= group_spec(name=_pod_name(serving, place), subdomain=subdomain)
+    gates = [labels.GROUP_GATE] * is_group + [labels.CAPACITY_GATE] * serving.is_let_in
+    if gates:
+        pod_spec["schedulingGates"] = [{"name": gate} for gate in gates]
     return pod_spec
 
 

@@ -208,11 +208,22 @@ class Kube:
         query = {"fieldManager": OPERATOR}
         return await self._write("PATCH", object_path(ref), ref, body, MERGE, query)
 
-    async def let_schedule(self, pod: Json) -> Json:
-        """Take a pod's scheduling gates away."""
-        ref = Ref.of(pod)
-        body = {"metadata": {"uid": uid_of(pod)}, "spec": {"schedulingGates": None}}
-        query = {"fieldManager": OPERATOR}
+    async def let_schedule(self, pod: Json, gate: str, *, hostname: str | None = None) -> Json:
+        """Take one of a pod's scheduling gates away; with `hostname`, bind it to that node first.
+
+        Raises:
+            Conflict: the pod changed since it was read, another gate of it perhaps.
+        """
+        ref, query = Ref.of(pod), {"fieldManager": OPERATOR}
+        if hostname:
+            # A selector can be added only while the gate is there.
+            metadata = {"uid": uid_of(pod)}
+            spec: Json = {"nodeSelector": {"kubernetes.io/hostname": hostname}}
+            body = {"metadata": metadata, "spec": spec}
+            pod = await self._write("PATCH", object_path(ref), ref, body, MERGE, query)
+        gates = [g for g in pod["spec"].get("schedulingGates") or [] if g["name"] != gate]
+        metadata = {"uid": uid_of(pod), "resourceVersion": pod["metadata"]["resourceVersion"]}
+        body = {"metadata": metadata, "spec": {"schedulingGates": gates or None}}
         return await self._write("PATCH", object_path(ref), ref, body, MERGE, query)
 
     async def delete(

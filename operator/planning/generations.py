@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
 
+from mizzen.operator.planning.lending import Wait
+
 YIELDED_EXIT_CODE = 75
 BAD_CONFIGURATION_EXIT_CODE = 42
 WORKER_LOST_EXIT_CODE = 76
@@ -87,6 +89,18 @@ class AskToYield:
 
 
 @dataclass(frozen=True, slots=True)
+class Queue:
+    """The next generation waits for devices."""
+
+    wait: Wait
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """It did not leave in the time it promised: its pods are ended where they are."""
+
+
+@dataclass(frozen=True, slots=True)
 class WaitUntil:
     """Crashed; start again at this time and not before."""
 
@@ -111,7 +125,19 @@ class GiveUp:
     crashes: int
 
 
-Step = Start | Shrink | Dismiss | Watch | AskToYield | WaitUntil | Rest | Finish | GiveUp
+Step = (
+    Start
+    | Shrink
+    | Dismiss
+    | Watch
+    | Queue
+    | AskToYield
+    | Fence
+    | WaitUntil
+    | Rest
+    | Finish
+    | GiveUp
+)
 
 
 def backoff_s(crashes: int) -> int:
@@ -192,3 +218,26 @@ def _after_crash(
     if now < ready_at:
         return WaitUntil(at=ready_at, crashes=crashes)
     return Start(newest.number + 1, crashes, workers.max)
+
+
+def with_lending(
+    step: Step,
+    *,
+    wait: Wait | None,
+    reclaimed_at: datetime | None,
+    yield_within_s: int,
+    now: datetime,
+) -> Step:
+    """Return the step as the devices allow it.
+
+    `wait` says why a job may not start yet; `reclaimed_at` since when somebody needs what its pods
+    hold.
+    """
+    match step:
+        case Start() if wait is not None:
+            return Queue(wait)
+        case Watch() | AskToYield() | Dismiss() if reclaimed_at is not None:
+            if now >= reclaimed_at + timedelta(seconds=yield_within_s):
+                return Fence()
+            return step if isinstance(step, Dismiss) else AskToYield()
+    return step

@@ -12,8 +12,10 @@ from datetime import datetime
 from mizzen.operator.planning.generations import (
     AskToYield,
     Dismiss,
+    Fence,
     Finish,
     GiveUp,
+    Queue,
     Rest,
     Start,
     WaitUntil,
@@ -27,6 +29,8 @@ from mizzen.operator.status.conditions import (
 )
 from mizzen.operator.status.job_conditions import wanted_conditions
 from mizzen.operator.status.job_facts import AT_WORK, JobFacts, is_blocked
+
+_YIELD_FIELDS = ("lastYieldSeconds", "slowestYieldSeconds")
 
 
 def has_ended(status: Mapping[str, object]) -> bool:
@@ -56,6 +60,8 @@ def next_status(
         status.update(
             {k: previous[k] for k in ("generation", "workers", "restarts") if k in previous}
         )
+    if (lending := _lending_fields(previous, facts)) is not None:
+        status["lending"] = lending
     status.update(_progress_fields(previous, facts, phase))
     if facts.promotion is not None:
         status["promotion"] = {
@@ -72,6 +78,22 @@ def next_status(
     return status
 
 
+def _lending_fields(previous: Mapping[str, object], facts: JobFacts) -> Document | None:
+    """Return what the job got and gave back, or what is known of it after its end."""
+    known = previous.get("lending")
+    before = known if isinstance(known, dict) else {}
+    if facts.lending is None:
+        return before or None
+    fields: Document = {"preemptions": facts.lending.preemptions}
+    if facts.lending.nodes:
+        fields["nodes"] = list(facts.lending.nodes)
+    measures = {key: before[key] for key in _YIELD_FIELDS if key in before}
+    if (yield_s := facts.lending.yield_s) is not None:
+        slowest = max(yield_s, float(before.get("slowestYieldSeconds", 0.0)))
+        measures = {"lastYieldSeconds": yield_s, "slowestYieldSeconds": slowest}
+    return fields | measures
+
+
 def next_phase(facts: JobFacts, previous: str) -> str:
     """Return the one word for people; programs read the conditions.
 
@@ -86,9 +108,9 @@ def next_phase(facts: JobFacts, previous: str) -> str:
             return "Failed"
         case Rest():
             return "Suspended"
-        case AskToYield():
+        case AskToYield() | Fence():
             return "Yielding"
-        case Start() | WaitUntil():
+        case Start() | Queue() | WaitUntil():
             return "Pending"
         case Watch() | Dismiss():
             return _running_phase(facts, previous)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mizzen.operator.planning.generations import Finish, Rest, Watch
+from mizzen.operator.planning.generations import (
+    AskToYield,
+    Fence,
+    Finish,
+    Queue,
+    Rest,
+    Watch,
+)
 from mizzen.operator.status.conditions import Condition, ConditionType
 from mizzen.operator.status.job_facts import (
     AT_WORK,
@@ -66,6 +73,15 @@ def _accepted(facts: JobFacts) -> Condition:
 
 
 def _admitted(facts: JobFacts, phase: str) -> Condition:
+    if isinstance(facts.step, Queue):
+        wait = facts.step.wait
+        return Condition(ConditionType.ADMITTED, False, Reason(wait.hold.value), wait.message)
+    if facts.lending and facts.lending.is_reclaimed and isinstance(facts.step, AskToYield | Fence):
+        return Condition(
+            ConditionType.ADMITTED, False, Reason.YIELDED,
+            "Its devices are needed elsewhere; it goes on from its last checkpoint once some are "
+            "free again.",
+        )  # fmt: skip
     is_admitted = facts.newest is not None and not (
         phase == "Pending" and isinstance(facts.step, Watch)
     )

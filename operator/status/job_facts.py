@@ -37,6 +37,16 @@ class Promotion:
 
 
 @dataclass(frozen=True, slots=True)
+class Lending:
+    """The devices that the newest generation got, and how the last ones went back."""
+
+    nodes: tuple[str, ...] = ()
+    preemptions: int = 0
+    is_reclaimed: bool = False
+    yield_s: float | None = None  # measured now; None where there is nothing new
+
+
+@dataclass(frozen=True, slots=True)
 class JobFacts:
     """Everything the status says, as values; `output_uri` is where the artifact's claim is."""
 
@@ -48,6 +58,7 @@ class JobFacts:
     artifact_uri: str | None
     has_suites: bool
     promotion: Promotion | None
+    lending: Lending | None = None  # of a job that asks for devices
 
 
 def is_evaluation_failed(progress: Progress | None) -> bool:

@@ -95,6 +95,12 @@ class Reason(StrEnum):
     # Fine-tune jobs.
     PENDING = "Pending"
     ADMITTED = "Admitted"
+    NO_SPARE_CAPACITY = "NoSpareCapacity"
+    YIELD_TOO_SLOW = "YieldTooSlow"
+    BEHIND_OLDER_JOB = "BehindOlderJob"
+    WAITS_FOR_DEVICES = "WaitsForDevices"
+    YIELDED = "Yielded"
+    NODES_UNKNOWN = "NodesUnknown"
     PREPARING = "Preparing"
     RUNNING = "Running"
     YIELDING = "Yielding"

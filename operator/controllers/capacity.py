@@ -1,0 +1,236 @@
+"""The arbiter: one loop that says who gets the cluster's devices, replicas or jobs.
+
+It looks at every node and pod, also those of others, but only while jobs hold or want devices. A
+replica's pods are bound to their nodes and let in; a job that has to leave gets a note on its
+pods; a job that waits reads its answer in the ledger. The jobs' own reconciles do the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from mizzen.operator.controllers.capacity_observe import (
+    Node,
+    Replica,
+    gang_nodes,
+    gates_of,
+    is_over,
+    job_of,
+    read_held,
+    read_leases,
+    read_nodes,
+    read_replicas,
+)
+from mizzen.operator.crds import finetunejob, llmdeployment
+from mizzen.operator.crds.common import Json
+from mizzen.operator.desired import labels
+from mizzen.operator.engine.key import Key
+from mizzen.operator.facts import Facts
+from mizzen.operator.kube.client import Kube
+from mizzen.operator.kube.errors import Forbidden, KubeError
+from mizzen.operator.planning.lending import Decision, Snapshot, Wait, lend, next_usage
+from mizzen.operator.planning.placement import Gang
+from mizzen.operator.routing import JOB
+from mizzen.operator.specs import InvalidSpecError
+from mizzen.operator.status.conditions import rfc3339
+from mizzen.operator.status.finetunejob import has_ended
+
+logger = logging.getLogger(__name__)
+
+# A burst of requests is answered by one look.
+_SETTLE_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one look at the cluster showed."""
+
+    nodes: Mapping[str, Node]
+    pods: tuple[Json, ...]
+    jobs: Mapping[str, Json]  # by NAMESPACE/NAME, those that ask for devices and have not ended
+
+
+class Arbiter:
+    """The loop, and how much each namespace has used of late."""
+
+    def __init__(self, *, kube: Kube, facts: Facts, on_change: Callable[[Key], None]) -> None:
+        self._kube = kube
+        self._facts = facts
+        self._on_change = on_change
+        self._used_s: dict[str, dict[str, float]] = {}
+        self._looked_at: datetime | None = None
+
+    async def run(self, *, every_s: float, clock: Callable[[], datetime]) -> None:
+        """Look every few seconds, and soon after a job asked."""
+        nudged = self._facts.ledger.nudged
+        while True:
+            try:
+                await self.look(now=clock())
+            except Exception as error:
+                if isinstance(error, KubeError):
+                    logger.warning("the arbiter's look failed: %s", error)
+                else:
+                    # A defect of ours must not end the loop that all devices need.
+                    logger.exception("the arbiter's look failed")
+            try:
+                await asyncio.wait_for(nudged.wait(), timeout=every_s)
+                await asyncio.sleep(_SETTLE_S)
+            except TimeoutError:
+                pass
+            nudged.clear()
+
+    async def look(self, *, now: datetime) -> None:
+        """Decide for every resource that jobs hold or want.
+
+        Raises:
+            KubeError: something could not be read or written; the next look tries again.
+        """
+        ledger = self._facts.ledger
+        jobs = self._jobs()
+        gated = [
+            pod for pod in self._facts.store.all("Pod") if labels.CAPACITY_GATE in gates_of(pod)
+        ]
+        shared = frozenset(map(_resource_of, jobs.values()))
+        if not shared and not gated:
+            ledger.shared = shared
+            return
+        # Made before the lists below begin, so that those show their pods.
+        begun = list(ledger.started)
+        try:
+            nodes = read_nodes((await self._kube.list("v1", "Node")).items)
+            pods = tuple((await self._kube.list("v1", "Pod")).items)
+        except Forbidden:
+            ledger.sees_nodes, ledger.shared = False, frozenset()
+            for pod in gated:
+                await self._kube.let_schedule(pod, labels.CAPACITY_GATE)
+            return
+        for key in begun:
+            ledger.started.pop(key, None)
+        seen = Look(nodes, pods, jobs)
+        ledger.sees_nodes, ledger.shared = True, shared
+        admitted: dict[Key, tuple[str, ...]] = {}
+        waits: dict[Key, Wait] = {}
+        for resource in sorted(shared | _gated_resources(pods)):
+            decision = await self._settle(resource, seen, now)
+            admitted |= {
+                _key(job): tuple(nodes[name].hostname for name in placed)
+                for job, placed in decision.admit.items()
+            }
+            waits |= {_key(job): wait for job, wait in decision.waits.items()}
+        changed = [key for key in admitted if ledger.admitted.get(key) != admitted[key]]
+        changed += [key for key in waits if ledger.waits.get(key) != waits[key]]
+        ledger.admitted, ledger.waits = admitted, waits
+        self._looked_at = now
+        for key in changed:
+            self._on_change(key)
+
+    async def _settle(self, resource: str, seen: Look, now: datetime) -> Decision:
+        """Decide for one resource and carry out what is not the jobs' to do."""
+        replicas = read_replicas(seen.pods, seen.nodes, resource)
+        snapshot = self._snapshot(resource, seen, replicas, now)
+        decision = lend(snapshot, now=now)
+        for replica in replicas:
+            nodes = decision.let_in.get(replica.want.name)
+            if nodes is not None:
+                await self._let_in(replica, nodes, seen)
+        for pod in seen.pods:
+            if (job := job_of(pod)) in decision.reclaim and not is_over(pod):
+                await self._kube.annotate(pod, {labels.RECLAIMED_AT: rfc3339(now)})
+                self._on_change(_key(str(job)))
+        return decision
+
+    async def _let_in(self, replica: Replica, nodes: tuple[str, ...], seen: Look) -> None:
+        for rank, pod in enumerate(replica.pods):
+            if labels.CAPACITY_GATE in gates_of(pod):
+                hostname = seen.nodes[nodes[rank]].hostname if nodes else None
+                await self._kube.let_schedule(pod, labels.CAPACITY_GATE, hostname=hostname)
+
+    def _snapshot(
+        self, resource: str, seen: Look, replicas: list[Replica], now: datetime
+    ) -> Snapshot:
+        ledger = self._facts.ledger
+        held = read_held(seen.pods, seen.nodes, resource)
+        names = {node.hostname: node.name for node in seen.nodes.values()}
+        for request, hostnames in ledger.started.values():
+            for node in (names[host] for host in hostnames if host in names):
+                if request.resource == resource:
+                    held[node] = held.get(node, 0) + request.job.gang.devices
+        leases = read_leases(seen.pods, seen.jobs, seen.nodes, resource, now=now)
+        elapsed_s = (now - self._looked_at).total_seconds() if self._looked_at else 0.0
+        used_s = next_usage(self._used_s.get(resource, {}), leases, elapsed_s=elapsed_s)
+        self._used_s[resource] = used_s
+        queue = []
+        for request in ledger.requests.values():
+            if request.resource == resource:
+                where = gang_nodes(request.node_selector, request.tolerations, seen.nodes)
+                gang = replace(request.job.gang, nodes=where)
+                queue.append(replace(request.job, gang=gang))
+        return Snapshot(
+            resource=resource,
+            capacity={node.name: node.devices.get(resource, 0) for node in seen.nodes.values()},
+            held=held,
+            leases=tuple(leases),
+            wants=tuple(replica.want for replica in replicas),
+            reserve=self._reserve(resource, seen),
+            queue=tuple(queue),
+            used_s=used_s,
+        )
+
+    def _reserve(self, resource: str, seen: Look) -> tuple[Gang, ...]:
+        """Return the blocks kept free for replicas that deployments may come to want."""
+        blocks: list[Gang] = []
+        for document in self._facts.store.all(llmdeployment.KIND):
+            try:
+                spec = self._facts.specs.deployment(document)
+            except InvalidSpecError:
+                continue  # its own reconcile says so
+            if spec.scaling is None or spec.accelerator.resource != resource:
+                continue
+            there = sum(_leads(pod, document) for pod in seen.pods)
+            count = max(0, min(spec.scaling.reserve, spec.scaling.max - there))
+            blocks += [Gang(spec.parallelism.nodes, spec.devices_per_pod)] * count
+        return tuple(sorted(blocks, key=lambda gang: (-gang.devices, -gang.pods)))
+
+    def _jobs(self) -> dict[str, Json]:
+        return {
+            f"{job['metadata']['namespace']}/{job['metadata']['name']}": job
+            for job in self._facts.store.all(finetunejob.KIND)
+            if _resource_of(job) != "none"
+            and not (job.get("spec") or {}).get("queue")
+            and not has_ended(job.get("status") or {})
+        }
+
+
+def _resource_of(job: Json) -> str:
+    resources = (job.get("spec") or {}).get("resources") or {}
+    return str((resources.get("accelerator") or {}).get("resource") or "none")
+
+
+def _gated_resources(pods: Iterable[Json]) -> frozenset[str]:
+    """Return the resources of pods that wait at our gate, also when no job is left."""
+    return frozenset(
+        resource
+        for pod in pods
+        if labels.CAPACITY_GATE in gates_of(pod)
+        for container in pod["spec"]["containers"]
+        for resource in (container.get("resources") or {}).get("limits") or {}
+        if "/" in resource
+    )
+
+
+def _leads(pod: Json, deployment: Json) -> bool:
+    own = pod["metadata"].get("labels") or {}
+    return (
+        pod["metadata"]["namespace"] == deployment["metadata"]["namespace"]
+        and own.get(labels.DEPLOYMENT) == deployment["metadata"]["name"]
+        and own.get(labels.RANK) == "0"
+    )
+
+
+def _key(job: str) -> Key:
+    namespace, _slash, name = job.partition("/")
+    return Key(JOB, namespace, name)

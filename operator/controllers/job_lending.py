@@ -1,0 +1,87 @@
+"""What a job asks of the arbiter, and what its pods and status say about devices given back. Pure.
+
+Since when a job is to leave stands on its pods and how often it had to in its status, so a
+restarted operator goes on where the last one was.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from mizzen.operator.crds.common import Json
+from mizzen.operator.desired import labels
+from mizzen.operator.desired.train_config import Job
+from mizzen.operator.ledger import Request
+from mizzen.operator.planning.generations import Fence, Step
+from mizzen.operator.planning.lending import QueuedJob
+from mizzen.operator.planning.placement import Gang
+from mizzen.operator.status.conditions import ConditionType, parse_rfc3339
+from mizzen.operator.status.job_facts import Lending
+from mizzen.operator.status.trainer_pods import termination_of
+
+
+def request_of(resource: Json, job: Job) -> Request | None:
+    """Return what the job asks for; None where it needs no devices or Kueue gives them."""
+    spec, accelerator = job.spec, job.spec.resources.accelerator
+    if not accelerator.is_gpu or spec.queue:
+        return None
+    lending = (resource.get("status") or {}).get("lending") or {}
+    patch = spec.pod_template_patch.to_api() if spec.pod_template_patch else {}
+    return Request(
+        resource=accelerator.resource,
+        job=QueuedJob(
+            job=f"{job.namespace}/{job.name}",
+            namespace=job.namespace,
+            gang=Gang(pods=spec.workers.max, devices=accelerator.count or 1),
+            since=_waits_since(resource),
+            is_spare=spec.spare_capacity.enabled,
+            priority=spec.priority,
+            preemptions=preemptions_of(resource),
+            yield_within_s=spec.spare_capacity.yield_within_seconds,
+            slowest_yield_s=lending.get("slowestYieldSeconds"),
+        ),
+        node_selector=patch.get("nodeSelector") or {},
+        tolerations=tuple(patch.get("tolerations") or ()),
+    )
+
+
+def preemptions_of(resource: Json) -> int:
+    """Return how often the job had to leave so far."""
+    return int(((resource.get("status") or {}).get("lending") or {}).get("preemptions") or 0)
+
+
+def reclaimed_at(pod: Json | None) -> datetime | None:
+    """Return since when the pod is to leave, None where it may stay."""
+    noted = ((pod or {}).get("metadata", {}).get("annotations") or {}).get(labels.RECLAIMED_AT)
+    return parse_rfc3339(noted) if noted else None
+
+
+def lending_of(
+    job: Job | None, pod: Json | None, step: Step | None, *, now: datetime
+) -> Lending | None:
+    """Return what there is to say about the job's devices; None where that is nothing new."""
+    if job is None or pod is None or not job.spec.resources.accelerator.is_gpu:
+        return None
+    notes = pod["metadata"].get("annotations") or {}
+    since = reclaimed_at(pod)
+    ended = termination_of(pod).get("finishedAt")
+    node = (pod.get("spec") or {}).get("nodeName")
+    yield_s = None
+    if since is not None and isinstance(step, Fence):
+        yield_s = (now - since).total_seconds()
+    elif since is not None and ended:
+        yield_s = max(0.0, (parse_rfc3339(ended) - since).total_seconds())
+    return Lending(
+        nodes=(node,) if node and not ended else (),
+        preemptions=int(notes.get(labels.PREEMPTIONS, 0)) + (since is not None),
+        is_reclaimed=since is not None,
+        yield_s=yield_s,
+    )
+
+
+def _waits_since(resource: Json) -> datetime:
+    """Return since when the job has no devices; one that never had any waits since it was made."""
+    for condition in (resource.get("status") or {}).get("conditions") or []:
+        if condition["type"] == ConditionType.ADMITTED and condition["status"] == "False":
+            return parse_rfc3339(condition["lastTransitionTime"])
+    return parse_rfc3339(resource["metadata"]["creationTimestamp"])

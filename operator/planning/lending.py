@@ -1,0 +1,255 @@
+"""Who gets a cluster's devices: replicas first, then jobs, some of them until asked to leave. Pure.
+
+Spare is what nobody holds, less the blocks that are kept free for replicas to come. Any job may
+have it. A job with `spareCapacity` gives it back when a replica, or a job that goes before it,
+finds no room elsewhere. One decision is made from one look at the cluster; the next look shows
+what came of it, so nothing is remembered in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from mizzen.operator.planning.placement import Gang, Room, place
+from mizzen.operator.planning.preemption import Lease, choose_victims, protected_from_jobs
+
+# So long a wait, or one lost lease, lifts a job by one level of priority.
+_AGEING_STEP = timedelta(hours=2)
+_USAGE_HALF_LIFE_S = 24 * 3600.0
+# A job that just left gives a wave of traffic the time to settle before it starts anew.
+SETTLE = timedelta(seconds=30)
+
+
+class Hold(StrEnum):
+    """Why a job waits."""
+
+    NO_ROOM = "NoSpareCapacity"
+    TOO_LARGE = "MoreDevicesThanAnyNode"
+    TOO_SLOW = "YieldTooSlow"
+    BEHIND = "BehindOlderJob"
+    COMING = "WaitsForDevices"
+    SETTLING = "Yielded"
+    BLIND = "NodesUnknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Why a job waits, for programs and for people."""
+
+    hold: Hold
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """A replica whose pods have no node yet; `is_gated` while the scheduler leaves them to us."""
+
+    name: str
+    gang: Gang
+    is_gated: bool
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueuedJob:
+    """A job that wants to start."""
+
+    job: str
+    namespace: str
+    gang: Gang
+    since: datetime
+    is_spare: bool
+    priority: int = 0
+    preemptions: int = 0
+    yield_within_s: int = 0
+    slowest_yield_s: float | None = None
+
+    @property
+    def is_too_slow(self) -> bool:
+        """Whether it has shown that it cannot leave in the time it promises."""
+        slowest = self.slowest_yield_s
+        return self.is_spare and slowest is not None and slowest > self.yield_within_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """One look at everything that holds or wants one resource."""
+
+    resource: str
+    capacity: Mapping[str, int]  # devices by node, of nodes that take pods
+    held: Mapping[str, int]  # of them, by whatever pod
+    leases: tuple[Lease, ...] = ()
+    wants: tuple[Want, ...] = ()
+    reserve: tuple[Gang, ...] = ()  # blocks kept free for replicas to come
+    queue: tuple[QueuedJob, ...] = ()
+    used_s: Mapping[str, float] = field(default_factory=dict)  # device-seconds by namespace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What follows from one look."""
+
+    # By replica, the node of each of its pods; none where the scheduler shall say what is missing.
+    let_in: Mapping[str, tuple[str, ...]]
+    reclaim: Mapping[str, str]  # by job, who gets its devices
+    admit: Mapping[str, tuple[str, ...]]  # by job, the node of each of its pods
+    waits: Mapping[str, Wait]  # by job
+
+
+def lend(snapshot: Snapshot, *, now: datetime) -> Decision:
+    """Return who starts, who leaves and who waits."""
+    return _Lending(snapshot, now).decide()
+
+
+def rank(job: QueuedJob, used_s: Mapping[str, float], now: datetime) -> tuple[object, ...]:
+    """Return where a job stands in the queue; the smallest goes first.
+
+    Jobs that keep what they get, then priority with age, then whose namespace had least.
+    """
+    age = int((now - job.since) / _AGEING_STEP) + job.preemptions
+    used = used_s.get(job.namespace, 0.0)
+    return (job.is_spare, -(job.priority + age), used, job.since, job.job)
+
+
+def next_usage(
+    used_s: Mapping[str, float], leases: Iterable[Lease], *, elapsed_s: float
+) -> dict[str, float]:
+    """Return each namespace's device-seconds after this time; what lies back counts ever less."""
+    fade = 0.5 ** (elapsed_s / _USAGE_HALF_LIFE_S)
+    usage = {namespace: seconds * fade for namespace, seconds in used_s.items()}
+    for lease in leases:
+        namespace = lease.job.partition("/")[0]
+        held = sum(lease.devices.values())
+        usage[namespace] = usage.get(namespace, 0.0) + held * elapsed_s
+    return {namespace: seconds for namespace, seconds in usage.items() if seconds >= 1.0}
+
+
+class _Lending:
+    """One decision under way."""
+
+    def __init__(self, snapshot: Snapshot, now: datetime) -> None:
+        self._snapshot = snapshot
+        self._now = now
+        free = {
+            node: max(0, count - snapshot.held.get(node, 0))
+            for node, count in snapshot.capacity.items()
+        }
+        leaving = [lease.devices for lease in snapshot.leases if lease.is_leaving]
+        self._room = Room(free, leaving)
+        self._let_in: dict[str, tuple[str, ...]] = {}
+        self._reclaim: dict[str, str] = {}
+        self._admit: dict[str, tuple[str, ...]] = {}
+        self._waits: dict[str, Wait] = {}
+
+    def decide(self) -> Decision:
+        for want in sorted(self._snapshot.wants, key=lambda want: (want.since, want.name)):
+            self._serve(want)
+        for gang in self._snapshot.reserve:
+            if self._room.take(gang) is None:
+                self._room.reserve(gang)
+        self._admit_jobs()
+        return Decision(
+            let_in=self._let_in, reclaim=self._reclaim, admit=self._admit, waits=self._waits
+        )
+
+    def _serve(self, want: Want) -> None:
+        nodes = self._room.take(want.gang)
+        if nodes is None and self._make_room(want.gang, want.name, self._snapshot.leases):
+            return  # its gate stays shut until the devices are there
+        if want.is_gated:
+            self._let_in[want.name] = nodes or ()
+
+    def _admit_jobs(self) -> None:
+        used_s = dict(self._snapshot.used_s)
+        waiting = list(self._snapshot.queue)
+        stuck: set[bool] = set()  # for jobs that keep their devices, and for those that lend
+        while waiting:
+            job = min(waiting, key=lambda job: rank(job, used_s, self._now))
+            waiting.remove(job)
+            wait = self._why_not(job) or self._overtaking(job, stuck) or self._start(job)
+            if wait is None:
+                # So that of a hundred jobs sent at once not all first ones are one namespace's.
+                cost = job.gang.pods * job.gang.devices * _AGEING_STEP.total_seconds()
+                used_s[job.namespace] = used_s.get(job.namespace, 0.0) + cost
+                continue
+            self._waits[job.job] = wait
+            if wait.hold is Hold.NO_ROOM and self._now - job.since >= _AGEING_STEP:
+                stuck.add(job.is_spare)
+
+    def _why_not(self, job: QueuedJob) -> Wait | None:
+        resource = self._snapshot.resource
+        if job.is_too_slow:
+            return Wait(
+                Hold.TOO_SLOW,
+                f"Once it took the job longer to leave than the {job.yield_within_s} s it "
+                "promises, so it gets no spare capacity. Raise "
+                "spec.spareCapacity.yieldWithinSeconds, or set spec.spareCapacity.enabled to "
+                "false.",
+            )
+        if place(job.gang, self._snapshot.capacity) is None:
+            return Wait(
+                Hold.TOO_LARGE,
+                f"The job asks for {_size(job.gang)} {resource} and the nodes it may run on could "
+                "not hold that even if they were empty. Lower "
+                "spec.resources.accelerator.count or add nodes.",
+            )
+        if job.is_spare and job.preemptions and self._now - job.since < SETTLE:
+            return Wait(
+                Hold.SETTLING,
+                "Its devices went back to serving; it goes on from its last checkpoint once some "
+                "are free again.",
+            )
+        return None
+
+    def _overtaking(self, job: QueuedJob, stuck: set[bool]) -> Wait | None:
+        """Return why a job waits behind one of its kind that found no room for hours.
+
+        Else small jobs would take every device that comes free, and a large one wait for ever.
+        Before a job that keeps its devices those may go that give them back.
+        """
+        if job.is_spare not in stuck:
+            return None
+        return Wait(Hold.BEHIND, "A job that has waited for hours for more devices goes first.")
+
+    def _start(self, job: QueuedJob) -> Wait | None:
+        """Give the job its devices; return why it waits, if it does."""
+        nodes = self._room.take(job.gang)
+        if nodes is not None:
+            self._admit[job.job] = nodes
+            return None
+        weaker = [
+            lease
+            for lease in self._snapshot.leases
+            if (not job.is_spare or lease.priority < job.priority)
+            and not protected_from_jobs(lease, now=self._now)
+        ]
+        if self._make_room(job.gang, job.job, weaker):
+            return Wait(Hold.COMING, "Other jobs are leaving the devices that it will get.")
+        resource = self._snapshot.resource
+        return Wait(
+            Hold.NO_ROOM,
+            f"The job asks for {_size(job.gang)} {resource} and no node can spare that now. It "
+            "starts when replicas or other jobs leave, or nodes are added.",
+        )
+
+    def _make_room(self, gang: Gang, who: str, leases: Iterable[Lease]) -> bool:
+        """Keep devices that are coming back, and ask for more where those are not enough."""
+        if self._room.reserve(gang) is not None:
+            return True
+        asked = self._reclaim
+        victims = choose_victims(
+            gang, self._room.soon, [lease for lease in leases if lease.job not in asked]
+        )
+        if victims is None:
+            return False
+        self._reclaim.update({victim.job: who for victim in victims})
+        self._room.expect(victim.devices for victim in victims)
+        self._room.reserve(gang)
+        return True
+
+
+def _size(gang: Gang) -> str:
+    return f"{gang.devices}" if gang.pods == 1 else f"{gang.pods} times {gang.devices}"
