@@ -41,7 +41,7 @@ class Distill(ApiModel):
         ),
         cel(
             "!(has(self.onPolicy) && self.onPolicy && has(self.dataWeight)) || "
-            "self.dataWeight == 0",
+            "self.dataWeight == 0.0",
             "distill.onPolicy learns from no token of the data: leave dataWeight out.",
         ),
     )
