@@ -111,6 +111,7 @@ class Reason(StrEnum):
     NOT_SUSPENDED = "NotSuspended"
     FINISHED = "Finished"
     COMPLETED = "Completed"
+    BUDGET_SPENT = "BudgetSpent"
     BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
     EVALUATION_PASSED = "EvaluationPassed"
     EVALUATION_FAILED = "EvaluationFailed"

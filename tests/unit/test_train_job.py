@@ -273,6 +273,15 @@ IMPOSSIBLE = {
         },
         "adaptation qlora is for methods that train, not prune",
     ),
+    "a budget where nothing is trained": (
+        {
+            "method": "prune",
+            "prune": {"kind": "depth"},
+            "budget": {"max_hours": 1},
+            "output": {"kind": "model"},
+        },
+        "a budget is for methods that train, not prune",
+    ),
     "a full fine-tune of a base in few bits": (
         {"adaptation": {"type": "qlora"}, "output": {"kind": "model"}},
         "adaptation qlora makes output.kind adapter",
