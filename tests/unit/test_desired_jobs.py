@@ -33,6 +33,7 @@ def job(**changes: Any) -> Job:
 SPECS: dict[str, dict[str, Any]] = {
     "the shortest job": {},
     "a full fine-tune": {"adaptation": {"type": "full"}},
+    "a base in 4 bits": {"adaptation": {"type": "qlora", "quantization": "int4"}},
     "attention only": {"adaptation": {"targets": "attention"}},
     "a gate that demands better": {
         "evaluation": {"suites": [{"name": "holdout", "maxRegressionRatio": -0.05}]}
