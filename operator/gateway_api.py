@@ -32,10 +32,12 @@ class GatewayApi:
 
     def __init__(self, config: OperatorConfig) -> None:
         self._namespaces = config.watch_namespaces or [""]
+        self.told: set[Key] = set()  # whose trouble with routes was told since the last look
         self.routing = GatewayRouting(gateway=_gateway(config), picker=_picker(config))
 
     async def look(self, kube: Kube) -> set[Key]:
         """See what is there now; return the deployments whose routes may have to change."""
+        self.told.clear()
         concerned: set[Key] = set()
         for kind, api_version in API_VERSIONS.items():
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from datetime import datetime
 
 from mizzen.operator.crds.common import Json
@@ -18,28 +19,38 @@ from mizzen.operator.kube.events import Event
 from mizzen.operator.status.conditions import rfc3339
 from mizzen.operator.status.reasons import Reason
 
+logger = logging.getLogger(__name__)
+
 
 async def bring_routes(
     key: Key, resource: Json, serving: Serving, *, kube: Kube, facts: Facts, now: datetime
-) -> KubeError | None:
-    """Write and remove what it takes; return what stopped that, if anything.
+) -> bool:
+    """Write and remove what it takes; return whether all is as wanted.
 
-    An Event tells of it, and no condition: the model serves all the same.
+    Trouble is told by an Event and no condition, and holds nothing up: the model serves all the
+    same. Events are as rare as looks at the Gateway API, however often a reconcile comes by.
     """
     try:
         await _bring(key, serving, kube, facts)
     except KubeError as error:
-        event = Event(
-            about=resource,
-            reason=Reason.ROUTE_NOT_WRITTEN.value,
-            message=str(error),
-            is_warning=True,
-            at=rfc3339(now),
-        )
-        with contextlib.suppress(KubeError):  # the log has it as well
-            await kube.create_event(event)
-        return error
-    return None
+        if key not in facts.gateway_api.told:
+            facts.gateway_api.told.add(key)
+            await _tell(key, resource, error, kube, now)
+        return False
+    return True
+
+
+async def _tell(key: Key, resource: Json, error: KubeError, kube: Kube, now: datetime) -> None:
+    logger.warning("cannot write a route", extra={"key": str(key), "error": str(error)})
+    event = Event(
+        about=resource,
+        reason=Reason.ROUTE_NOT_WRITTEN.value,
+        message=str(error),
+        is_warning=True,
+        at=rfc3339(now),
+    )
+    with contextlib.suppress(KubeError):  # the log has it
+        await kube.create_event(event)
 
 
 async def _bring(key: Key, serving: Serving, kube: Kube, facts: Facts) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mizzen.operator.config import OperatorConfig
-from mizzen.operator.engine.results import Done, Requeue, Retryable
+from mizzen.operator.engine.results import Done, Requeue
 from mizzen.operator.gateway_api import GatewayApi
 from mizzen.operator.kube.errors import Invalid, KubeError, NotFound, Unavailable
 from tests.fixtures.serving_world import CRS, KEY, World
@@ -58,6 +58,11 @@ def kinds(world: World) -> set[str]:
 def warnings(world: World) -> list[tuple[str, str]]:
     events = world.api.kind("Event").values()
     return [(e["reason"], e["message"]) for e in events if e["type"] == "Warning"]
+
+
+def refuse_routes(method: str, path: str) -> None:
+    if "httproutes" in path:
+        raise Invalid("The API server refuses: spec.parentRefs: unknown.", status=422)
 
 
 async def test_a_deployment_gets_its_pool_and_route_and_then_nothing_more_is_written() -> None:
@@ -162,7 +167,7 @@ async def test_a_route_that_somebody_else_made_is_left_alone_and_told_of() -> No
     }
     world.api.put(f"{ROUTES}/smollm2", theirs)
     await operator_with(world, parent_gateway="front")
-    assert isinstance(await world.look(), Retryable)
+    assert await world.look() == Requeue(60.0)
     assert world.api.objects[f"{ROUTES}/smollm2"]["spec"] == theirs["spec"]
     message = (
         "There is an HTTPRoute with this deployment's name that the operator has not made. "
@@ -177,11 +182,7 @@ async def test_a_route_that_somebody_else_made_is_left_alone_and_told_of() -> No
 async def test_a_route_that_is_refused_keeps_no_replica_from_serving() -> None:
     world = World()
 
-    def refuse(method: str, path: str) -> None:
-        if "httproutes" in path:
-            raise Invalid("The API server refuses: spec.parentRefs: unknown.", status=422)
-
-    world.api.fault = refuse
+    world.api.fault = refuse_routes
     await operator_with(world, **BOTH)
     for _ in range(4):
         result = await world.look()
@@ -190,6 +191,28 @@ async def test_a_route_that_is_refused_keeps_no_replica_from_serving() -> None:
     assert world.condition("Ready") == ("True", "InService", "1 of 1 replica is in service.")
     [(reason, message)] = set(warnings(world))
     assert reason == "RouteNotWritten" and "spec.parentRefs" in message
+
+
+async def test_a_route_that_is_refused_slows_no_drain_and_is_told_once_between_two_looks() -> None:
+    world = World(replicas=2)
+    await world.settle()
+    world.api.fault = refuse_routes
+    await operator_with(world, **BOTH)
+    for pod in world.pods:
+        world.runtimes.in_flight[pod["status"]["podIP"]] = 1
+    world.change(replicas=1)
+    for _ in range(5):
+        result = await world.look()
+        assert isinstance(result, Requeue) and result.after_s <= 1
+        world.pass_time(1)
+
+    def told() -> int:
+        return sum(e["count"] for e in world.api.kind("Event").values() if e["type"] == "Warning")
+
+    assert told() == 1
+    await world.facts.gateway_api.look(world.kube)
+    await world.look()
+    assert told() == 2
 
 
 async def test_an_api_server_that_does_not_answer_takes_no_route_away() -> None:
