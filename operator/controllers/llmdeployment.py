@@ -32,6 +32,7 @@ from mizzen.operator.controllers.llmdeployment_report import (
     what_is_seen,
 )
 from mizzen.operator.controllers.llmdeployment_rollout import Course
+from mizzen.operator.controllers.llmdeployment_routes import bring_routes
 from mizzen.operator.controllers.llmdeployment_swap import swap_weights
 from mizzen.operator.desired.labels import CAPACITY_GATE, GROUP_GATE
 from mizzen.operator.engine.key import Key
@@ -93,6 +94,8 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
         await report(observed, seen, kube=kube, now=now)
     except KubeError as error:
         failure = failure or error
+    unrouted = await bring_routes(key, resource, serving, kube=kube, facts=facts, now=now)
+    failure = failure or unrouted
     if failure is not None:
         return Retryable(failure) if failure.retry else Requeue(_REFUSED_S)
     if _replicas(latest) != _replicas(groups):

@@ -36,9 +36,10 @@ class Adaptation(ApiModel):
     """Which weights are trained."""
 
     type: Annotated[
-        Literal["full", "lora"],
+        Literal["full", "lora", "qlora"],
         Field(
-            description="lora trains a small adapter beside the frozen model, full every weight."
+            description="lora trains a small adapter beside the frozen model, qlora beside a "
+            "quantized one, full every weight."
         ),
     ] = "lora"
     rank: Annotated[
@@ -55,6 +56,9 @@ class Adaptation(ApiModel):
         Literal["all-linear", "attention", "mlp"],
         Field(description="Which linear layers get an adapter (lora)."),
     ] = "all-linear"
+    quantization: Annotated[
+        Literal["int8", "int4"], Field(description="How the frozen weights are kept (qlora).")
+    ] = "int8"
 
 
 class BaseModelRef(ApiModel):
@@ -367,8 +371,8 @@ class FineTuneJobSpec(ApiModel):
         ),
         cel(
             "!has(self.promotion) || self.promotion.strategy != 'HotLoadAdapter' || "
-            "self.adaptation.type == 'lora'",
-            "promotion.strategy HotLoadAdapter needs adaptation.type lora.",
+            "self.adaptation.type != 'full'",
+            "promotion.strategy HotLoadAdapter needs adaptation.type lora or qlora.",
         ),
         cel(
             "self.workers.max == 1 || self.method in ['sft', 'dpo', 'reward', 'distill']",

@@ -325,6 +325,10 @@ def method_rules() -> tuple[dict[str, str], ...]:
             f"{', '.join(COMPUTED)}.",
         ),
         cel(
+            f"self.adaptation.type != 'qlora' || !(self.method in {list(COMPUTED)})",
+            f"adaptation.type qlora is for methods that train, not for {', '.join(COMPUTED)}.",
+        ),
+        cel(
             f"has(self.dataset) && self.dataset.size() > 0 || self.method in {list(COMPUTED)}",
             "dataset must name at least one source, since this method learns from examples.",
         ),

@@ -47,7 +47,7 @@ class Job:
     def result(self) -> str:
         """What the job leaves behind: an `adapter` beside its base, or a whole `model`."""
         is_trained = self.spec.method not in COMPUTED
-        return "adapter" if is_trained and self.spec.adaptation.type == "lora" else "model"
+        return "adapter" if is_trained and self.spec.adaptation.type != "full" else "model"
 
     @property
     def output_claim(self) -> str:
@@ -96,10 +96,7 @@ def build_train_config(job: Job, generation: int, workers: int) -> Json:
         "job": f"{job.namespace}/{job.name}",
         "method": spec.method,
         "adaptation": {
-            "type": spec.adaptation.type,
-            "rank": spec.adaptation.rank,
-            "alpha": spec.adaptation.alpha,
-            "dropout": spec.adaptation.dropout,
+            **spec.adaptation.model_dump(),
             "targets": _TARGETS.get(targets, targets),
         },
         "base_model": locate(job.base_source).path,

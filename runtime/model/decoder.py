@@ -286,8 +286,17 @@ class Decoder(nn.Module):
         """Pack a part if it is a matrix that multiplies; one that is packed stays as it is."""
         if not isinstance(part, Linear) or (part is self.embedding and not self.spec.tied):
             return
+        part.pack(self._kind(part, quantization), is_read_by_row=part is self.embedding)
+
+    def store(self, part: nn.Module, quantization: Quantization) -> None:
+        """Keep a part in few bits and let gradients through, if it is a matrix that multiplies.
+
+        The table of token vectors stays as it is, and with it the head where they are one.
+        """
+        if isinstance(part, Linear) and part is not self.embedding:
+            part.store(self._kind(part, quantization))
+
+    def _kind(self, part: Linear, quantization: Quantization) -> Quantization:
         # Every token's score hangs on the head alone, so it keeps 8 bits, all of them digits.
-        kind: Quantization = (
-            "int8" if part is self.head and quantization in ("int4", "fp8") else quantization
-        )
-        part.pack(kind, is_read_by_row=part is self.embedding)
+        is_head = part is self.head and quantization in ("int4", "fp8")
+        return "int8" if is_head else quantization

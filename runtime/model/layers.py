@@ -20,6 +20,7 @@ from mizzen.runtime.kernels import ops
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.packed import PackedWeight, Quantization, pack
 from mizzen.runtime.model.panels import PanelWeight
+from mizzen.runtime.model.stored import store
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.parallel.shard import Span, even_span
 
@@ -79,6 +80,11 @@ class Linear(nn.Module):
         has_rows = isinstance(self._packed, PanelWeight) and not self._packed.has_8_bits
         if has_rows or not is_read_by_row:
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+
+    def store(self, quantization: Quantization) -> None:
+        """Keep the weight in few bits and let gradients through, for what is trained beside it."""
+        self._packed = store(self.weight, quantization)
+        self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def rows(self, at_T: Tensor) -> Tensor:
         """Return these rows of the weight; of a packed one, if `is_read_by_row` was said."""

@@ -23,12 +23,14 @@ def load_decoder(
     device: torch.device | str = "cpu",
     group: RankGroup | None = None,
     quantization: Quantization = "none",
+    is_trained_beside: bool = False,
 ) -> Decoder:
     """Read the checkpoint at `path` (a directory or a `.gguf` file) for this rank of `group`.
 
     The weights come frozen; `decoder.requires_grad_(True)` opens them for training and
     `decoder.prepack()` makes them fast on a CPU. With `quantization`, matrices are stored in 8 or 4
-    bits as soon as they are read: final, and never all in memory as they were.
+    bits as soon as they are read: final, and never all in memory as they were. Those that something
+    is trained beside let gradients through.
 
     Raises:
         BadModelError: the checkpoint is not one we can use; the message says what to change.
@@ -39,11 +41,12 @@ def load_decoder(
     spec, source = open_checkpoint(checkpoint)
     place = Placement(choose_dtype(dtype, spec, device), device, group or RankGroup())
     decoder = Decoder(spec, place)
+    keep = decoder.store if is_trained_beside else decoder.pack
     for part in decoder.parts():
         for shard in part.shards():
             _load_shard(shard, source)
         if quantization != "none":
-            decoder.pack(part, quantization)
+            keep(part, quantization)
     return decoder.eval()
 
 

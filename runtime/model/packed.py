@@ -112,6 +112,12 @@ class Int4Weight:
         return out if bias_O is None else out + bias_O
 
 
+def round_to_8_bits(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each weight's level from -127 to 127, and per output its scale, scales_O1."""
+    scales_O1 = weight_OI.abs().amax(1, keepdim=True).clamp_(min=TINY) / 127
+    return (weight_OI / scales_O1).round_().to(torch.int8), scales_O1
+
+
 def round_to_4_bits(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """Return each weight's level from 0 to 15, and per group its scale and the value of level 8."""
     groups_ONG = weight_OI.unflatten(1, (-1, GROUP))

@@ -18,7 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from mizzen.runtime.errors import QuantizationUnsupportedError
-from mizzen.runtime.model.packed import GROUP, TINY, PackedWeight, Quantization, round_to_4_bits
+from mizzen.runtime.model.packed import (
+    GROUP,
+    TINY,
+    PackedWeight,
+    Quantization,
+    round_to_4_bits,
+    round_to_8_bits,
+)
 
 _FEW_TOKENS = 64
 _TOKENS, _OUTPUTS, _COLUMNS = 16, 16, 64  # of a program's tiles; 16 is the least that `dot` takes
@@ -58,9 +65,7 @@ class GpuInt8Weight:
     """8 bits per weight and one scale per output; inputs keep their type."""
 
     def __init__(self, weight_OI: Tensor) -> None:
-        weight = weight_OI.detach().float()
-        self._scales_O1 = weight.abs().amax(1, keepdim=True).clamp_(min=TINY) / 127
-        self._stored_OI = (weight / self._scales_O1).round_().to(torch.int8)
+        self._stored_OI, self._scales_O1 = round_to_8_bits(weight_OI.detach().float())
 
     def __call__(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """Return out_TO."""

@@ -21,13 +21,17 @@ Sha256 = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{64}$")]
 
 
 class Adaptation(Part):
-    """Which weights move; rank, alpha, dropout and targets only matter to LoRA."""
+    """Which weights move; rank, alpha, dropout and targets only matter to LoRA.
 
-    type: Literal["full", "lora"] = "lora"
+    `quantization` is how qlora keeps the frozen weights.
+    """
+
+    type: Literal["full", "lora", "qlora"] = "lora"
     rank: int = Field(default=16, ge=1, le=512)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    quantization: Literal["int8", "int4"] = "int8"
 
 
 class Dataset(Part):
@@ -173,6 +177,8 @@ class TrainConfig(Part):
     def _parts_agree(self) -> TrainConfig:
         if getattr(self, self.section, True) is None:
             raise ValueError(f"method {self.method} needs a section {self.section}")
+        if self.adaptation.type == "qlora" and not self.is_trained:
+            raise ValueError(f"adaptation qlora is for methods that train, not {self.method}")
         if self.needs_data and not self.datasets:
             raise ValueError(f"method {self.method} needs datasets here")
         if self.evaluation.suites and self.processing.holdout_ratio == 0:
@@ -182,7 +188,7 @@ class TrainConfig(Part):
             raise ValueError(f"method {self.method} runs on one worker: set workers to 1")
         if self.workers > 1 and self.distill is not None and self.distill.on_policy:
             raise ValueError("distill.on_policy runs on one worker: set workers to 1")
-        is_adapter = self.is_trained and self.adaptation.type == "lora"
+        is_adapter = self.is_trained and self.adaptation.type != "full"
         wanted = "adapter" if is_adapter else "model"
         if self.output.kind != wanted:
             maker = f"adaptation {self.adaptation.type}" if self.is_trained else self.method

@@ -159,8 +159,8 @@ class TrainingDoesNotFitError(JobError):
         super().__init__(
             f"Training needs {weights_mib} MiB for weights + {gradients_mib} MiB for gradients + "
             f"{moments_mib} MiB for the optimizer = {total_mib} MiB before the first sample, and "
-            f"the trainer has {limit_mib} MiB. Use adaptation.type lora, a smaller base model, or "
-            "more memory."
+            f"the trainer has {limit_mib} MiB. Use adaptation.type lora or qlora, a smaller base "
+            "model, or more memory."
         )
 
 

@@ -154,6 +154,9 @@ def fingerprint(config: TrainConfig, data: Prepared | None) -> str:
     """
     sections = {"method", "adaptation", "base_model", "processing", config.section}
     document = config.model_dump(mode="json", include=sections)
+    if config.adaptation.type != "qlora":
+        # Says nothing then, and checkpoints of versions that did not know it stay valid.
+        del document["adaptation"]["quantization"]
     document["hyperparameters"] = config.hyperparameters.model_dump(exclude={"micro_batch"})
     document["weights"] = data.weights if data else []
     document["data"] = data.digest if data else ""

@@ -15,6 +15,7 @@ from mizzen.runtime.model.arch import find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
+from mizzen.runtime.model.packed import Quantization
 from mizzen.runtime.train.adaptation import Adapted, adapt
 from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
@@ -64,7 +65,11 @@ class Training:
         self._stop: StopFlag = around.stop
         self._tokenizer: Tokenizer = around.tokenizer
         self._decoder = load_decoder(
-            config.base_model, dtype=_load_dtype(config, device), device=device
+            config.base_model,
+            dtype=_load_dtype(config, device),
+            device=device,
+            quantization=_frozen_bits(config),
+            is_trained_beside=True,
         )
         self._adapted = adapt(
             self._decoder,
@@ -72,7 +77,8 @@ class Training:
             heads=method.heads(),
             dtype=choose_dtype(config.hyperparameters.dtype, device),
         )
-        need = need_of(self._decoder.parameters(), self._adapted.trainable.parameters)
+        held = (*self._decoder.parameters(), *self._decoder.buffers())
+        need = need_of(held, self._adapted.trainable.parameters)
         check_fits(need, memory_limit(device))
         self.data = data
         if not workers.is_leader:
@@ -218,3 +224,8 @@ def _load_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     if config.adaptation.type == "full":
         return torch.float32
     return choose_dtype(config.hyperparameters.dtype, device)
+
+
+def _frozen_bits(config: TrainConfig) -> Quantization:
+    adaptation = config.adaptation
+    return adaptation.quantization if adaptation.type == "qlora" else "none"

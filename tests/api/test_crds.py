@@ -261,7 +261,12 @@ REFUSED: dict[str, tuple[Document, str]] = {
     ),
     "a promotion of a whole model as an adapter": (
         job(promotion={"deployment": "smollm2"}, adaptation={"type": "full"}),
-        "HotLoadAdapter needs adaptation.type lora.",
+        "HotLoadAdapter needs adaptation.type lora or qlora.",
+    ),
+    "a base in few bits where nothing is trained": (
+        job(method="merge", merge={"kind": "adapter", "parts": [{"source": "pvc://models/a"}]},
+            adaptation={"type": "qlora"}),
+        "adaptation.type qlora is for methods that train, not for merge, quantize, prune.",
     ),
     "a result with no place to go": (
         job(baseModel={"source": "file:///models/smollm2"}),

@@ -23,8 +23,16 @@ LORA = {"adaptation": {"type": "lora", "rank": 4, "alpha": 8.0}}
 FULL = {"adaptation": {"type": "full"}, "output": {"kind": "model"}}
 
 
-def test_a_lora_job_publishes_an_adapter_that_peft_loads(tmp_path: Path) -> None:
-    job = write_job(tmp_path, **LORA)
+BESIDE = {
+    "the base as it is": {},
+    "a base in 8 bits": {"type": "qlora", "quantization": "int8"},
+    "a base in 4 bits": {"type": "qlora", "quantization": "int4"},
+}
+
+
+@pytest.mark.parametrize("base", BESIDE.values(), ids=BESIDE)
+def test_publishes_an_adapter_that_peft_loads_beside(tmp_path: Path, base: dict) -> None:
+    job = write_job(tmp_path, adaptation={**LORA["adaptation"], **base})
     assert run(job) == 0
     word = job.last_word
     (suite,) = word["evaluation"]
@@ -258,6 +266,19 @@ IMPOSSIBLE = {
     "an adapter of a full fine-tune": (
         {"adaptation": {"type": "full"}},
         "adaptation full makes output.kind model",
+    ),
+    "a frozen base in few bits where nothing is trained": (
+        {
+            "method": "prune",
+            "prune": {"kind": "depth"},
+            "adaptation": {"type": "qlora"},
+            "output": {"kind": "model"},
+        },
+        "adaptation qlora is for methods that train, not prune",
+    ),
+    "a full fine-tune of a base in few bits": (
+        {"adaptation": {"type": "qlora"}, "output": {"kind": "model"}},
+        "adaptation qlora makes output.kind adapter",
     ),
     "a gate without a holdout": (
         {"processing": {"holdout_ratio": 0}},
