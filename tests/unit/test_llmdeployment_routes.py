@@ -221,3 +221,18 @@ async def test_an_api_server_that_does_not_answer_takes_no_route_away() -> None:
     PartOfAnApi(world).fault = lambda path: Unavailable() if "httproutes" in path else None
     assert await world.facts.gateway_api.look(world.kube) == set()
     assert world.facts.gateway_api.routing.kinds == {POOL, ROUTE}
+
+
+async def test_an_installation_for_chosen_namespaces_lists_in_those_only() -> None:
+    asked: list[str] = []
+
+    class Lists:
+        async def request(self, method: str, path: str, **more: Any) -> Any:
+            asked.append(path)
+            return {"items": [], "metadata": {"resourceVersion": "1"}}
+
+    world = World()
+    world.kube.transport = Lists()
+    await GatewayApi(OperatorConfig(watch_namespaces=["team", "other"])).look(world.kube)
+    others = [path.replace("/team/", "/other/") for path in (POOLS, ROUTES)]
+    assert sorted(asked) == sorted([POOLS, ROUTES, *others])
