@@ -38,32 +38,38 @@ class Ledger:
     # Whether the arbiter may look at nodes; None before its first look.
     sees_nodes: bool | None = False
     requests: dict[Key, Request] = field(default_factory=dict)
-    # Hostnames given to jobs whose pods the arbiter has not seen yet.
-    started: dict[Key, tuple[Request, tuple[str, ...]]] = field(default_factory=dict)
     admitted: Mapping[Key, tuple[str, ...]] = field(default_factory=dict)  # hostnames
     waits: Mapping[Key, Wait] = field(default_factory=dict)
     # Resources that jobs hold or want: replicas get theirs from the arbiter too.
     shared: frozenset[str] = frozenset()
     nudged: asyncio.Event = field(default_factory=asyncio.Event)
+    # Held by a look and by the making of a job's pods. So a look sees all pods that its earlier
+    # answers have led to, and no job starts on devices that a look is giving to somebody else.
+    handing_out: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def ask(self, key: Key, request: Request) -> Wait | None:
         """Return why the job waits; None where it may start, on the nodes in `admitted` if any."""
-        if self.sees_nodes is False:
-            # Whoever does not lend may start: the scheduler makes it wait.
-            return _BLIND if request.job.is_spare else None
         if self.requests.get(key) != request:
             self.requests[key] = request
             self.nudged.set()
-        if key in self.admitted:
+        return self.wait_of(key)
+
+    def wait_of(self, key: Key) -> Wait | None:
+        """Return why a job waits, None where it may start or has not asked."""
+        request = self.requests.get(key)
+        if request is None or key in self.admitted:
             return None
+        if self.sees_nodes is False:
+            # Whoever does not lend may start: the scheduler makes it wait.
+            return _BLIND if request.job.is_spare else None
         return self.waits.get(key, _NOT_YET)
 
-    def start(self, key: Key, hostnames: tuple[str, ...]) -> None:
-        """Note that the job's pods were made, bound to these nodes."""
-        request = self.requests.pop(key, None)
-        if request is not None and hostnames:
-            self.started[key] = (request, hostnames)
+    def take(self, key: Key) -> tuple[str, ...]:
+        """Return the hostnames that the job was given; it has to ask again for others."""
+        hostnames = self.admitted.get(key, ())
+        self.requests.pop(key, None)
         self._forget_answer(key)
+        return hostnames
 
     def withdraw(self, key: Key) -> None:
         """Forget that the job asked."""

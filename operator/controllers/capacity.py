@@ -89,6 +89,10 @@ class Arbiter:
         Raises:
             KubeError: something could not be read or written; the next look tries again.
         """
+        async with self._facts.ledger.handing_out:
+            await self._look(now)
+
+    async def _look(self, now: datetime) -> None:
         ledger = self._facts.ledger
         jobs = self._jobs()
         gated = [
@@ -98,8 +102,6 @@ class Arbiter:
         if not shared and not gated:
             ledger.shared = shared
             return
-        # Made before the lists below begin, so that those show their pods.
-        begun = list(ledger.started)
         try:
             nodes = read_nodes((await self._kube.list("v1", "Node")).items)
             pods = tuple((await self._kube.list("v1", "Pod")).items)
@@ -108,8 +110,6 @@ class Arbiter:
             for pod in gated:
                 await self._kube.let_schedule(pod, labels.CAPACITY_GATE)
             return
-        for key in begun:
-            ledger.started.pop(key, None)
         seen = Look(nodes, pods, jobs)
         ledger.sees_nodes, ledger.shared = True, shared
         admitted: dict[Key, tuple[str, ...]] = {}
@@ -152,19 +152,12 @@ class Arbiter:
     def _snapshot(
         self, resource: str, seen: Look, replicas: list[Replica], now: datetime
     ) -> Snapshot:
-        ledger = self._facts.ledger
-        held = read_held(seen.pods, seen.nodes, resource)
-        names = {node.hostname: node.name for node in seen.nodes.values()}
-        for request, hostnames in ledger.started.values():
-            for node in (names[host] for host in hostnames if host in names):
-                if request.resource == resource:
-                    held[node] = held.get(node, 0) + request.job.gang.devices
         leases = read_leases(seen.pods, seen.jobs, seen.nodes, resource, now=now)
         elapsed_s = (now - self._looked_at).total_seconds() if self._looked_at else 0.0
         used_s = next_usage(self._used_s.get(resource, {}), leases, elapsed_s=elapsed_s)
         self._used_s[resource] = used_s
         queue = []
-        for request in ledger.requests.values():
+        for request in self._facts.ledger.requests.values():
             if request.resource == resource:
                 where = gang_nodes(request.node_selector, request.tolerations, seen.nodes)
                 gang = replace(request.job.gang, nodes=where)
@@ -172,7 +165,7 @@ class Arbiter:
         return Snapshot(
             resource=resource,
             capacity={node.name: node.devices.get(resource, 0) for node in seen.nodes.values()},
-            held=held,
+            held=read_held(seen.pods, seen.nodes, resource),
             leases=tuple(leases),
             wants=tuple(replica.want for replica in replicas),
             reserve=self._reserve(resource, seen),

@@ -84,6 +84,8 @@ def devices_of(pod: Json, resource: str) -> int:
 
 def node_of(pod: Json, nodes: Mapping[str, Node]) -> str | None:
     """Return the node a pod is on, or is bound to and will be on."""
+    if labels.CAPACITY_GATE in gates_of(pod):
+        return None  # a selector of its own only says where it may go
     spec = pod.get("spec") or {}
     if spec.get("nodeName"):
         return str(spec["nodeName"])
@@ -196,8 +198,7 @@ def _lease(
         if node := node_of(pod, nodes):
             devices[node] += devices_of(pod, resource)
     started_at = min(parse_rfc3339(pod["metadata"]["creationTimestamp"]) for pod in pods)
-    saved_at = (status.get("checkpoint") or {}).get("committedAt")
-    last = max(started_at, parse_rfc3339(saved_at)) if saved_at else started_at
+    last = max(started_at, _saved_at(status) or started_at)
     return Lease(
         job=name,
         devices=dict(devices),
@@ -208,6 +209,15 @@ def _lease(
         unsaved_s=max(0.0, (now - last).total_seconds()),
         yield_s=float((status.get("lending") or {}).get("slowestYieldSeconds") or 0.0),
     )
+
+
+def _saved_at(status: Json) -> datetime | None:
+    """Return when the last checkpoint was committed, as far as the trainer's words tell."""
+    try:
+        saved_at = parse_rfc3339(str((status.get("checkpoint") or {}).get("committedAt")))
+    except ValueError:
+        return None  # one trainer's odd words must not keep devices from everybody
+    return saved_at if saved_at.tzinfo else None
 
 
 def _is_leaving(pod: Json) -> bool:

@@ -55,6 +55,7 @@ from mizzen.operator.planning.generations import (
     decide_generation,
     with_lending,
 )
+from mizzen.operator.planning.lending import Wait
 from mizzen.operator.routing import JOB, PROMOTES_TO, ref_of
 from mizzen.operator.specs import InvalidSpecError
 from mizzen.operator.status.causes import pod_cause, terminated_cause
@@ -71,6 +72,8 @@ from mizzen.operator.status.trainer_pods import (
     newest_generation,
     newest_pods,
     outcome_of,
+    pods_of,
+    rank_of,
     size_of,
     telling_pod,
     termination_of,
@@ -134,7 +137,7 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
         return await report_ended(observed, kube, facts, now)
     step = decide(observed, facts, now)
     try:
-        await apply(step, observed, kube, facts)
+        step = await apply(step, observed, kube, facts)
     except KubeError as error:
         if not error.retry:
             refused = Problem(Reason.POD_REFUSED, str(error))
@@ -183,12 +186,13 @@ def decide(observed: Observed, facts: Facts, now: datetime) -> Step | None:
         now=now,
         workers=Range(job.spec.workers.min, job.spec.workers.max),
     )
-    request = request_of(observed.resource, job)
     wait = None
     if not isinstance(step, Start) or isinstance(step, Shrink):
         facts.ledger.withdraw(observed.key)
-    elif request is not None:
-        wait = facts.ledger.ask(observed.key, request)
+    else:
+        made = pods_of(observed.pods, step.number)
+        if request := request_of(observed.resource, job, made=made):
+            wait = facts.ledger.ask(observed.key, request)
     return with_lending(
         step,
         wait=wait,
@@ -198,18 +202,17 @@ def decide(observed: Observed, facts: Facts, now: datetime) -> Step | None:
     )
 
 
-async def apply(step: Step | None, observed: Observed, kube: Kube, facts: Facts) -> None:
-    """Carry a step out."""
+async def apply(step: Step | None, observed: Observed, kube: Kube, facts: Facts) -> Step | None:
+    """Carry a step out; return it, or what was done instead since its devices are gone."""
     job = observed.job
     if job is None:
-        return
+        return step
     match step:
-        case Shrink(number):
-            await _start(step, observed, kube, facts)
-            await _forget_generations(observed, kube, before=number)
         case Start(number):
-            await _start(step, observed, kube, facts)
-            await _forget_generations(observed, kube, before=number - 1)
+            if (wait := await _start(step, observed, kube, facts)) is not None:
+                return Queue(wait)
+            oldest = number if isinstance(step, Shrink) else number - 1
+            await _forget_generations(observed, kube, before=oldest)
         case Dismiss():
             for pod in newest_pods(observed.pods):
                 if outcome_of(pod) in (Outcome.PENDING, Outcome.RUNNING):
@@ -220,38 +223,44 @@ async def apply(step: Step | None, observed: Observed, kube: Kube, facts: Facts)
             for pod in newest_pods(observed.pods):
                 await kube.delete(pod, grace_s=0, check_version=False)
             facts.ledger.nudged.set()
+    return step
 
 
-async def _start(step: Start, observed: Observed, kube: Kube, facts: Facts) -> None:
+async def _start(step: Start, observed: Observed, kube: Kube, facts: Facts) -> Wait | None:
+    """Make a generation's pods; return why they have to wait after all, if they do."""
     job, number = observed.job, step.number
     assert job is not None
     # What an operator that died in between has made already says how many there shall be.
-    made = [pod for pod in observed.pods if generation_of(pod) == number]
+    made = pods_of(observed.pods, number)
     workers = size_of(made[0]) if made else step.workers
     await facts.namespaces.prepare(job.namespace, kube)
     if workers > 1:
         await kube.apply(build_workers_policy(job))
         await kube.apply(build_workers_service(job))
     await kube.create(build_config_map(job, number, workers=workers))
-    hostnames = facts.ledger.admitted.get(observed.key, ())
-    for rank in range(workers):
-        worker = Worker(
-            generation=number,
-            workers=workers,
-            rank=rank,
-            crashes=step.crashes,
-            preemptions=preemptions_of(observed.resource),
-            hostname=hostnames[rank] if rank < len(hostnames) else "",
-        )
-        await kube.create(
-            build_trainer_pod(
-                job,
-                worker,
-                image=facts.config.runtime_image,
-                pull_policy=facts.config.image_pull_policy,
+    missing = sorted(set(range(workers)) - {rank_of(pod) for pod in made})
+    async with facts.ledger.handing_out:
+        if (wait := facts.ledger.wait_of(observed.key)) is not None:
+            return wait  # a look that has just ended gave the devices to somebody else
+        hostnames = dict(zip(missing, facts.ledger.take(observed.key), strict=False))
+        for rank in missing:
+            worker = Worker(
+                generation=number,
+                workers=workers,
+                rank=rank,
+                crashes=step.crashes,
+                preemptions=preemptions_of(observed.resource),
+                hostname=hostnames.get(rank, ""),
             )
-        )
-    facts.ledger.start(observed.key, hostnames)
+            await kube.create(
+                build_trainer_pod(
+                    job,
+                    worker,
+                    image=facts.config.runtime_image,
+                    pull_policy=facts.config.image_pull_policy,
+                )
+            )
+    return None
 
 
 async def _yield(observed: Observed, kube: Kube, facts: Facts) -> None:
@@ -386,7 +395,7 @@ async def _progress(step: Step | None, observed: Observed, facts: Facts) -> Prog
     pod = observed.pod
     if pod is None:
         return None
-    if isinstance(step, Finish | Rest):
+    if isinstance(step, Finish | Rest | Queue | Start | WaitUntil):
         return last_progress(pod)
     address = pod.get("status", {}).get("podIP")
     if isinstance(step, Watch | AskToYield) and address:

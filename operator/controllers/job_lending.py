@@ -17,22 +17,26 @@ from mizzen.operator.planning.lending import QueuedJob
 from mizzen.operator.planning.placement import Gang
 from mizzen.operator.status.conditions import ConditionType, parse_rfc3339
 from mizzen.operator.status.job_facts import Lending
-from mizzen.operator.status.trainer_pods import termination_of
+from mizzen.operator.status.trainer_pods import size_of, termination_of
 
 
-def request_of(resource: Json, job: Job) -> Request | None:
-    """Return what the job asks for; None where it needs no devices or Kueue gives them."""
+def request_of(resource: Json, job: Job, *, made: list[Json]) -> Request | None:
+    """Return what the job asks for; None where it needs no devices or Kueue gives them.
+
+    `made` are pods of the generation that an operator made before it died: they have their places.
+    """
     spec, accelerator = job.spec, job.spec.resources.accelerator
     if not accelerator.is_gpu or spec.queue:
         return None
     lending = (resource.get("status") or {}).get("lending") or {}
+    workers = size_of(made[0]) if made else spec.workers.max
     patch = spec.pod_template_patch.to_api() if spec.pod_template_patch else {}
     return Request(
         resource=accelerator.resource,
         job=QueuedJob(
             job=f"{job.namespace}/{job.name}",
             namespace=job.namespace,
-            gang=Gang(pods=spec.workers.max, devices=accelerator.count or 1),
+            gang=Gang(pods=workers - len(made), devices=accelerator.count or 1),
             since=_waits_since(resource),
             is_spare=spec.spare_capacity.enabled,
             priority=spec.priority,

@@ -209,21 +209,20 @@ class Kube:
         return await self._write("PATCH", object_path(ref), ref, body, MERGE, query)
 
     async def let_schedule(self, pod: Json, gate: str, *, hostname: str | None = None) -> Json:
-        """Take one of a pod's scheduling gates away; with `hostname`, bind it to that node first.
+        """Take one of a pod's scheduling gates away; with `hostname`, bind it to that node.
 
         Raises:
             Conflict: the pod changed since it was read, another gate of it perhaps.
         """
         ref, query = Ref.of(pod), {"fieldManager": OPERATOR}
-        if hostname:
-            # A selector can be added only while the gate is there.
-            metadata = {"uid": uid_of(pod)}
-            spec: Json = {"nodeSelector": {"kubernetes.io/hostname": hostname}}
-            body = {"metadata": metadata, "spec": spec}
-            pod = await self._write("PATCH", object_path(ref), ref, body, MERGE, query)
         gates = [g for g in pod["spec"].get("schedulingGates") or [] if g["name"] != gate]
+        spec: Json = {"schedulingGates": gates or None}
+        if hostname:
+            # With the gate and not before it: a pod that is bound but held back would be neither
+            # waiting nor on its way. The API server allows a selector until the last gate is gone.
+            spec["nodeSelector"] = {"kubernetes.io/hostname": hostname}
         metadata = {"uid": uid_of(pod), "resourceVersion": pod["metadata"]["resourceVersion"]}
-        body = {"metadata": metadata, "spec": {"schedulingGates": gates or None}}
+        body = {"metadata": metadata, "spec": spec}
         return await self._write("PATCH", object_path(ref), ref, body, MERGE, query)
 
     async def delete(

@@ -48,6 +48,7 @@ class Reason(StrEnum):
     DOES_NOT_FIT = "DoesNotFit"
     TOO_MANY_DEVICES = "MoreDevicesThanAnyNode"
     UNSCHEDULABLE = "Unschedulable"
+    ROUTE_NOT_WRITTEN = "RouteNotWritten"
     CLAIM_NOT_FOUND = "ClaimNotFound"
     CLAIM_NOT_BOUND = "ClaimNotBound"
     IMAGE_PULL_FAILED = "ImagePullFailed"

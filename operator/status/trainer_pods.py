@@ -27,9 +27,13 @@ def generation_of(pod: Json) -> int:
 
 def newest_pods(pods: Iterable[Json]) -> list[Json]:
     """Return the pods of the newest generation, by rank."""
-    by_rank = sorted(pods, key=_rank)
-    number = max(map(generation_of, by_rank), default=0)
-    return [pod for pod in by_rank if generation_of(pod) == number]
+    by_rank = sorted(pods, key=rank_of)
+    return pods_of(by_rank, max(map(generation_of, by_rank), default=0))
+
+
+def pods_of(pods: Iterable[Json], number: int) -> list[Json]:
+    """Return the pods of one generation."""
+    return [pod for pod in pods if generation_of(pod) == number]
 
 
 def size_of(pod: Json) -> int:
@@ -39,7 +43,7 @@ def size_of(pod: Json) -> int:
 
 def leader_of(pods: Iterable[Json]) -> Json | None:
     """Return the newest generation's leader, which speaks for all, if it is there."""
-    return next((pod for pod in newest_pods(pods) if _rank(pod) == 0), None)
+    return next((pod for pod in newest_pods(pods) if rank_of(pod) == 0), None)
 
 
 def telling_pod(pods: Iterable[Json], outcome: Outcome) -> Json | None:
@@ -64,7 +68,7 @@ def newest_generation(pods: list[Json], status: Mapping[str, object]) -> Generat
 
 
 def _generation(pods: list[Json]) -> Generation:
-    by_rank = {_rank(pod): pod for pod in pods}
+    by_rank = {rank_of(pod): pod for pod in pods}
     size = size_of(pods[0])
     outcomes = [outcome_of(by_rank[r]) if r in by_rank else Outcome.LOST for r in range(size)]
     times = (_time(termination_of(pod).get("finishedAt")) for pod in pods)
@@ -79,7 +83,8 @@ def _generation(pods: list[Json]) -> Generation:
     )
 
 
-def _rank(pod: Json) -> int:
+def rank_of(pod: Json) -> int:
+    """Return the pod's place in its generation; 0 leads."""
     return int(pod["metadata"]["labels"].get(RANK, 0))
 
 
@@ -105,7 +110,7 @@ def outcome_of(pod: Json) -> Outcome:
     phase = status.get("phase")
     if phase == "Succeeded":
         return Outcome.DONE
-    if _rank(pod) > 0 and phase != "Failed" and "deletionTimestamp" in pod["metadata"]:
+    if rank_of(pod) > 0 and phase != "Failed" and "deletionTimestamp" in pod["metadata"]:
         # On its way out, or on a node that nobody hears of: it writes nothing, so nobody waits.
         return Outcome.LOST
     if phase == "Running":

@@ -236,7 +236,7 @@ REFUSED: dict[str, tuple[Document, str]] = {
     ),
     "a reward model that shall answer": (
         job(method="reward", promotion={"deployment": "smollm2"}),
-        "needs a method whose result answers (sft, dpo, distill, grpo, ppo).",
+        "needs a method whose result answers (sft, dpo, distill, grpo, ppo), or strategy Canary.",
     ),
     "a policy without settings": (job(method="ppo"), "Method grpo or ppo needs spec.rl,"),
     "a policy that nothing rewards": (
@@ -448,7 +448,7 @@ def test_kubectl_get_llm_lists_both_kinds_with_their_columns(
     table = cluster.kubectl("get", "-n", namespace, "llm")
     heads = [line.split() for line in table.splitlines() if line.startswith("NAME")]
     assert heads == [
-        ["NAME", "METHOD", "BASE", "PHASE", "STEP", "LOSS", "ETA", "RESTARTS", "AGE"],
+        ["NAME", "METHOD", "BASE", "PHASE", "STEP", "LOSS", "ETA", "RESTARTS", "PREEMPTED", "AGE"],
         ["NAME", "MODEL", "READY", "STATE", "GPUS", "URL", "AGE"],
     ]
 

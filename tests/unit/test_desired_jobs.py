@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from mizzen.operator.controllers.job_lending import request_of
 from mizzen.operator.crds.finetunejob import FineTuneJobSpec
 from mizzen.operator.desired.jobs import (
     Worker,
@@ -16,6 +17,7 @@ from mizzen.operator.desired.train_config import Job, build_train_config
 from mizzen.operator.desired.workers import build_workers_policy, build_workers_service
 from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
 
+GPU = {"accelerator": {"resource": "example.com/gpu"}}
 ALONE = Worker(generation=1, workers=1)
 
 
@@ -254,3 +256,17 @@ def test_a_trainer_is_told_which_deployment_teaches_and_given_the_key_for_it() -
     (variable,) = pod["spec"]["containers"][0]["env"]
     assert variable["name"] == "MIZZEN_TEACHER_API_KEY"
     assert variable["valueFrom"] == {"secretKeyRef": {"name": "teachers", "key": "api-key"}}
+
+
+def test_a_queue_s_pods_are_one_group_to_kueue_and_nothing_is_asked_of_our_arbiter() -> None:
+    queued = job(queue="research", workers={"max": 2}, resources=GPU)
+    for rank in (0, 1):
+        worker = Worker(generation=3, workers=2, rank=rank)
+        metadata = build_trainer_pod(queued, worker, image="r:1", pull_policy="Never")["metadata"]
+        assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "research"
+        assert metadata["labels"]["kueue.x-k8s.io/pod-group-name"] == "support-g3"
+        assert metadata["annotations"]["kueue.x-k8s.io/pod-group-total-count"] == "2"
+    resource = {"metadata": {"creationTimestamp": "2026-09-01T12:00:00Z"}}
+    assert request_of(resource, queued, made=[]) is None
+    ours = request_of(resource, job(workers={"max": 2}, resources=GPU), made=[])
+    assert ours is not None and (ours.job.gang.pods, ours.job.gang.devices) == (2, 1)

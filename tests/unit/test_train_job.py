@@ -255,7 +255,10 @@ def test_the_contracts_example_is_a_job(tmp_path: Path) -> None:
 
 
 IMPOSSIBLE = {
-    "a dataset without a place": ({"datasets": [{"name": "a"}]}, "set either path or url"),
+    "a dataset without a place": (
+        {"datasets": [{"name": "a"}]},
+        "set exactly one of path, url and feedback",
+    ),
     "a scheme we do not fetch": (
         {"datasets": [{"name": "a", "url": "file:///etc/passwd"}]},
         "datasets.0.url: String should match pattern",

@@ -1,0 +1,267 @@
+"""Devices change hands on a real API server and scheduler: replicas, a borrower, a gang.
+
+The whole operator runs. Trainers are played: their pods run on a simulated node, what they are
+asked is kept, and a test says when and how they end.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes.aio.config import kube_config
+
+from hack.cluster import fake_nodes
+from hack.cluster.api_only import ApiCluster
+from mizzen.operator.desired import labels
+from mizzen.operator.status.progress import Progress, parse_progress
+from mizzen.operator.trainers import TrainerClient
+from tests.fixtures.running_operator import RunningOperator
+from tests.fixtures.serving_world import FakeRuntimes
+
+pytestmark = pytest.mark.api
+
+INSTALLATION = "mizzen-lending"
+GPU = "example.com/gpu"
+NODE = "lender"
+DEVICES = 4
+TAINT = {"key": "lending", "value": "only", "effect": "NoSchedule"}
+Json = dict[str, Any]
+
+
+class PlayedTrainers(TrainerClient):
+    """Trainers that are at work and hear everything; keeps whom it was to ask."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/nowhere"))
+        self.asked_to_yield: list[str] = []
+
+    async def progress(self, pod_ip: str) -> Progress | None:
+        return parse_progress({"phase": "Running", "step": 3, "totalSteps": 40})
+
+    async def ask_to_yield(self, pod_ip: str, *, deadline_s: int) -> bool:
+        self.asked_to_yield.append(pod_ip)
+        return True
+
+
+@pytest.fixture(scope="module")
+def trainers() -> PlayedTrainers:
+    return PlayedTrainers()
+
+
+@pytest.fixture(scope="module")
+def operator(cluster: ApiCluster, trainers: PlayedTrainers) -> Iterator[RunningOperator]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(cluster.kubeconfig))
+        cluster.create_namespace(INSTALLATION)
+        token = base64.b64encode(b"token").decode()
+        secret = {"apiVersion": "v1", "kind": "Secret", "data": {"token": token}}
+        metadata = {"name": "mizzen-admin", "namespace": INSTALLATION}
+        cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(secret | {"metadata": metadata}))
+        with RunningOperator(
+            FakeRuntimes(),
+            trainers=trainers,
+            namespace=INSTALLATION,
+            lease_name="mizzen-lending",
+            lending_s=1.0,
+        ) as running:
+            yield running
+
+
+class Team:
+    """One test's namespace beside one node of four devices, with the words its tests need."""
+
+    def __init__(self, cluster: ApiCluster, name: str, trainers: PlayedTrainers) -> None:
+        self.cluster, self.name, self.trainers = cluster, name, trainers
+
+    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
+        return self.cluster.kubectl("-n", self.name, *arguments, stdin=stdin)
+
+    def apply(self, document: Json) -> None:
+        self.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(document))
+
+    def serve(self, replicas: int) -> None:
+        spec = {
+            "model": {"source": "file:///models/smollm2"},
+            "accelerator": {"resource": GPU},
+            "replicas": replicas,
+            "podTemplatePatch": {"tolerations": [TAINT]},
+        }
+        self.apply(_resource("LLMDeployment", "chat", spec))
+
+    def train(self, count: int, **spec: Any) -> None:
+        self.apply(
+            _resource(
+                "FineTuneJob",
+                "tune",
+                {
+                    "baseModel": {"source": "pvc://models/smollm2"},
+                    "dataset": [{"name": "tickets", "uri": "pvc://models/data.jsonl"}],
+                    "resources": {"accelerator": {"resource": GPU, "count": count}},
+                    "podTemplatePatch": {"tolerations": [TAINT]},
+                }
+                | spec,
+            )
+        )
+
+    def status(self, kind: str, name: str) -> Json:
+        found: Json = json.loads(self.kubectl("get", kind, name, "-o", "json"))
+        return found.get("status", {})
+
+    def is_serving(self, replicas: int) -> bool:
+        return self.status("llmd", "chat").get("ready") == f"{replicas}/{replicas}"
+
+    def admitted(self) -> tuple[str, str]:
+        for condition in self.status("ftj", "tune").get("conditions", []):
+            if condition["type"] == "Admitted":
+                return condition["status"], condition["reason"]
+        return "", ""
+
+    def pods(self, role: str) -> dict[str, Json]:
+        found = json.loads(self.kubectl("get", "pods", "-l", f"{labels.ROLE}={role}", "-o", "json"))
+        return {pod["metadata"]["name"]: pod for pod in found["items"]}
+
+    def gated(self) -> list[str]:
+        """Return the replicas' pods that wait at our gate."""
+        return [
+            name
+            for name, pod in self.pods(labels.ROLE_RUNTIME).items()
+            if {"name": labels.CAPACITY_GATE} in pod["spec"].get("schedulingGates", [])
+        ]
+
+    def is_training(self, pod: str) -> bool:
+        found = self.pods(labels.ROLE_TRAINER).get(pod, {})
+        return found.get("status", {}).get("phase") == "Running"
+
+    def is_asked(self, pod: str) -> bool:
+        """Whether the trainer in this pod was asked to yield."""
+        return (
+            self.pods(labels.ROLE_TRAINER)[pod]["status"]["podIP"] in self.trainers.asked_to_yield
+        )
+
+    def yield_now(self, pod: str) -> None:
+        """Have the trainer commit a checkpoint and leave."""
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        words = {"phase": "Running", "step": 7, "checkpoint": {"step": 7, "committedAt": now}}
+        ended = {"exitCode": 75, "message": json.dumps(words), "startedAt": now, "finishedAt": now}
+        container = {"name": "trainer", "image": "r", "imageID": "r", "ready": False,
+                     "restartCount": 0, "state": {"terminated": ended}}  # fmt: skip
+        status = {"phase": "Failed", "containerStatuses": [container]}
+        self.kubectl("patch", "pod", pod, "--subresource=status", "--type=merge",
+                     "-p", json.dumps({"status": status}))  # fmt: skip
+
+
+@pytest.fixture
+def team(
+    cluster: ApiCluster, namespace: str, operator: RunningOperator, trainers: PlayedTrainers
+) -> Iterator[Team]:
+    made = Team(cluster, namespace, trainers)
+    node = fake_nodes.build_node(NODE, gpus=0, cpus=64, memory_gib=512, tainted=False)
+    for amounts in node["status"].values():
+        amounts[GPU] = str(DEVICES)
+    node["spec"]["taints"] = [TAINT]
+    cluster.kube.create("/api/v1/nodes", node)
+    volume = f"models-{namespace}"
+    for document in _claim_with_volume(volume):
+        made.apply(document)
+    yield made
+    made.kubectl("delete", "llmd,ftj", "--all")
+    made.kubectl("delete", "pods", "--all", "--force")
+    cluster.kubectl("delete", "node", NODE)
+    made.kubectl("delete", "pvc", "--all", "--wait=false")
+    cluster.kubectl("delete", "pv", volume, "--wait=false")
+
+
+def _resource(kind: str, name: str, spec: Json) -> Json:
+    metadata = {"name": name}
+    return {"apiVersion": "mizzen.dev/v1alpha1", "kind": kind, "metadata": metadata, "spec": spec}
+
+
+def _claim_with_volume(volume: str) -> list[Json]:
+    """Return a claim and its volume: pods of a claim without one are never placed."""
+    size, modes = {"storage": "1Gi"}, ["ReadWriteMany"]
+    return [
+        {
+            "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": volume},
+            "spec": {"capacity": size, "accessModes": modes, "hostPath": {"path": "/nowhere"},
+                     "storageClassName": ""},
+        },
+        {
+            "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "models"},
+            "spec": {"accessModes": modes, "resources": {"requests": size},
+                     "storageClassName": "", "volumeName": volume},
+        },
+    ]  # fmt: skip
+
+
+def wait_until(is_true: Callable[[], bool], *, timeout_s: float = 180) -> None:
+    """Wait for a state that must come; the limit only ends a broken run."""
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.3)
+
+
+def test_a_borrower_leaves_for_a_replica_and_comes_back_when_it_is_gone(team: Team) -> None:
+    team.serve(1)
+    wait_until(lambda: team.is_serving(1))
+    team.train(3, spareCapacity={"enabled": True, "yieldWithinSeconds": 300})
+    wait_until(lambda: team.is_training("tune-g1-0"))
+    wait_until(lambda: team.admitted()[0] == "True")
+    assert team.status("ftj", "tune")["lending"]["nodes"] == [NODE]
+
+    team.serve(2)
+    wait_until(lambda: team.is_asked("tune-g1-0"))
+    assert len(team.gated()) == 1, "no node is taken from the trainer while it commits"
+    wait_until(lambda: team.admitted() == ("False", "Yielded"))
+    team.yield_now("tune-g1-0")
+    wait_until(lambda: team.is_serving(2))
+    assert not team.gated()
+
+    wait_until(lambda: team.admitted() == ("False", "NoSpareCapacity"))
+    status = team.status("ftj", "tune")
+    assert (status["phase"], status["lending"]["preemptions"]) == ("Pending", 1)
+    assert status["checkpoint"]["step"] == 7
+    assert "tune-g2-0" not in team.pods(labels.ROLE_TRAINER)
+
+    team.serve(1)
+    wait_until(lambda: team.is_training("tune-g2-0"))
+    wait_until(lambda: team.admitted()[0] == "True")
+    assert team.is_serving(1)
+
+
+def test_a_gang_waits_until_there_is_room_for_all_of_it(team: Team) -> None:
+    team.serve(1)
+    wait_until(lambda: team.is_serving(1))
+    team.train(2, workers={"max": 2})
+    wait_until(lambda: team.admitted() == ("False", "NoSpareCapacity"))
+    assert team.pods(labels.ROLE_TRAINER) == {}, "one of the two would have had room"
+
+    team.serve(0)
+    wait_until(lambda: team.is_training("tune-g1-0") and team.is_training("tune-g1-1"))
+    wait_until(lambda: team.admitted()[0] == "True")
+
+
+def test_a_borrower_that_does_not_leave_is_ended_and_borrows_no_more(team: Team) -> None:
+    team.serve(1)
+    wait_until(lambda: team.is_serving(1))
+    team.train(3, spareCapacity={"enabled": True, "yieldWithinSeconds": 5})
+    wait_until(lambda: team.is_training("tune-g1-0"))
+
+    team.serve(2)
+    wait_until(lambda: "tune-g1-0" not in team.pods(labels.ROLE_TRAINER))
+    wait_until(lambda: team.is_serving(2))
+    team.serve(1)
+    wait_until(lambda: team.admitted() == ("False", "YieldTooSlow"))
+    assert team.status("ftj", "tune")["lending"]["slowestYieldSeconds"] > 5
+    assert team.pods(labels.ROLE_TRAINER) == {}
+
+    team.train(3, spareCapacity={"enabled": True, "yieldWithinSeconds": 600})
+    wait_until(lambda: team.is_training("tune-g2-0"))
