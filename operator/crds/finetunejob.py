@@ -205,6 +205,15 @@ class Checkpointing(ApiModel):
         int, Field(ge=1, description="Save after this many seconds, if steps are slow.")
     ] = 300
     keep_last: Annotated[int, Field(ge=1, le=100, description="Checkpoints kept.")] = 2
+    keep_best: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=100,
+            description="How many are also kept that are best on the held-out data, measured every "
+            "everySteps; the best is the result. 0: the last is.",
+        ),
+    ] = 0
 
 
 class Budget(ApiModel):
@@ -376,6 +385,11 @@ class FineTuneJobSpec(ApiModel):
         ),
         *_unchanged_if_any("queue"),
         *method_rules(),
+        cel(
+            "self.checkpoint.keepBest == 0 || "
+            "self.processing.holdoutRatio > 0.0 && self.workers.max == 1",
+            "checkpoint.keepBest needs processing.holdoutRatio above 0 and workers.max 1.",
+        ),
         cel(
             "!self.spareCapacity.enabled || self.resources.accelerator.resource != 'none'",
             "spareCapacity needs resources.accelerator.resource: only devices are lent.",

@@ -116,6 +116,7 @@ def build_train_config(job: Job, generation: int, workers: int) -> Json:
             "every_steps": spec.checkpoint.every_steps,
             "every_seconds": spec.checkpoint.every_seconds,
             "keep_last": spec.checkpoint.keep_last,
+            "keep_best": spec.checkpoint.keep_best,
         },
         "output": _output(job),
         "evaluation": _evaluation(job),

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,6 +80,7 @@ class CheckpointStore:
         self._base = base
         self._generation = generation
         self._keep = keep
+        self._protected: frozenset[int] = frozenset()
 
     def commit(self, state: TrainState) -> Committed:
         """Write a state; when this returns, a power cut cannot take it back.
@@ -107,7 +108,7 @@ class CheckpointStore:
             # What we half wrote must not be what keeps the volume full.
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        self._prune()
+        self.prune()
         return Committed(
             step=state.counters.step, committed_at=committed_at, path=self.directory / name
         )
@@ -131,10 +132,22 @@ class CheckpointStore:
                 continue
             self._check_fingerprint(path, str(manifest["fingerprint"]))
             self._check_base(path, manifest.get("base"))
-            tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in manifest["stems"]}
-            state = TrainState(counters=Counters(**manifest["counters"]), tensors=tensors)
-            return _read_committed(path), state
+            return _read_committed(path), _read_state(path, manifest)
         return None
+
+    def steps(self) -> list[int]:
+        """Return the committed steps, oldest first."""
+        return [_step_of(path) for path in self._committed_paths()]
+
+    def protect(self, steps: Iterable[int]) -> None:
+        """Keep these steps beside the last ones, however old they are, and no others."""
+        self._protected = frozenset(steps)
+
+    def load(self, step: int) -> TrainState | None:
+        """Return one committed state, None where it is damaged."""
+        path = self.directory / f"step-{step:08d}"
+        manifest = _intact_manifest(path)
+        return None if manifest is None else _read_state(path, manifest)
 
     def _fill(self, partial: Path, state: TrainState, committed_at: str) -> None:
         hashes = {}
@@ -188,14 +201,25 @@ class CheckpointStore:
             return []
         return sorted(path for path in self.directory.iterdir() if _COMMITTED.match(path.name))
 
-    def _prune(self) -> None:
-        for path in self._committed_paths()[: -self._keep]:
+    def prune(self) -> None:
+        """Remove what is neither among the last nor protected."""
+        old = self._committed_paths()[: -self._keep]
+        for path in (path for path in old if _step_of(path) not in self._protected):
             shutil.rmtree(path, ignore_errors=True)
 
     def _remove_partials(self) -> None:
         if self.directory.is_dir():
             for path in self.directory.glob(f"{_PARTIAL_PREFIX}*"):
                 shutil.rmtree(path)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _read_state(path: Path, manifest: dict) -> TrainState:  # type: ignore[type-arg]
+    tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in manifest["stems"]}
+    return TrainState(counters=Counters(**manifest["counters"]), tensors=tensors)
 
 
 def _read_committed(path: Path) -> Committed:

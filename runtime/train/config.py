@@ -89,6 +89,9 @@ class Checkpointing(Part):
     every_steps: int | None = Field(default=50, ge=1)
     every_seconds: float | None = Field(default=60.0, gt=0)
     keep_last: int = Field(default=2, ge=1)
+    keep_best: int = Field(
+        default=0, ge=0
+    )  # beside the last; of steps that are due by their number
 
 
 class Budget(Part):
@@ -194,6 +197,8 @@ class TrainConfig(Part):
         if self.evaluation.suites and self.processing.holdout_ratio == 0:
             raise ValueError("evaluation.suites need processing.holdout_ratio above 0")
         self._check_suites()
+        if self.checkpoint.keep_best:
+            self._check_keep_best()
         if self.workers > 1 and self.method not in SHARED:
             raise ValueError(f"method {self.method} runs on one worker: set workers to 1")
         if self.workers > 1 and self.distill is not None and self.distill.on_policy:
@@ -204,6 +209,15 @@ class TrainConfig(Part):
             maker = f"adaptation {self.adaptation.type}" if self.is_trained else self.method
             raise ValueError(f"{maker} makes output.kind {wanted}")
         return self
+
+    def _check_keep_best(self) -> None:
+        if self.processing.holdout_ratio == 0 or self.checkpoint.every_steps is None:
+            raise ValueError(
+                "checkpoint.keep_best needs checkpoint.every_steps and processing.holdout_ratio "
+                "above 0"
+            )
+        if self.workers > 1:
+            raise ValueError("checkpoint.keep_best runs on one worker: set workers to 1")
 
     def _check_suites(self) -> None:
         possible = {_MEASURE_OF.get(self.method, "perplexity")}

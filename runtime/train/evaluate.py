@@ -87,7 +87,7 @@ class Examination:
             YieldRequested: somebody asked to stop; what was counted is kept.
         """
         for exam in self.exams:
-            self._tally(f"base/{exam.suite.name}", exam, subject, base=None)
+            self.tally(f"base/{exam.suite.name}", exam, subject, base=None)
 
     def ask_candidate(self, subject: Subject) -> list[Verdict]:
         """Return each suite's verdict.
@@ -98,7 +98,7 @@ class Examination:
         verdicts: list[Verdict] = []
         for exam in self.exams:
             base = self.store.get(f"base/{exam.suite.name}")
-            candidate = self._tally(f"candidate/{exam.suite.name}", exam, subject, base=base)
+            candidate = self.tally(f"candidate/{exam.suite.name}", exam, subject, base=base)
             verdicts.append(
                 decide_verdict(exam.suite, exam.measure, base=base, candidate=candidate)
             )
@@ -114,7 +114,12 @@ class Examination:
         return next(iter(losses.values()), None)
 
     @torch.no_grad()
-    def _tally(self, name: str, exam: Exam, subject: Subject, *, base: Tally | None) -> Tally:
+    def tally(self, name: str, exam: Exam, subject: Subject, *, base: Tally | None) -> Tally:
+        """Return an exam's tally, counted to its end under `name`.
+
+        Raises:
+            YieldRequested: somebody asked to stop; what was counted is kept.
+        """
         tally = self.store.get(name)
         try:
             while tally.samples < len(exam):

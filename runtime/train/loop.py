@@ -52,6 +52,7 @@ class LoopParts:
     board: ProgressBoard
     stop: StopFlag
     workers: Workers
+    validate: Callable[[int], None] | None = None  # of a committed step, where the best are kept
 
 
 class _NotFinite(Exception):
@@ -105,6 +106,7 @@ class Loop:
             LossNotFiniteError: the job diverged.
             MemoryTooSmallError: not even one sample fits.
         """
+        self._validate()
         self._timed_at_s = time.monotonic()
         while self.counters.step < self.total_steps and self._spent() is None:
             try:
@@ -115,9 +117,22 @@ class Loop:
             self._bad_in_a_row = 0
             if self._is_commit_due():
                 self.commit()
+                self._validate()
         self.commit()
+        self._validate(is_last=True)
         if self.counters.step < self.total_steps:
             self._parts.board.ended_early(self._spent())
+
+    def _validate(self, *, is_last: bool = False) -> None:
+        """Measure the weights where that is due by the number of steps, whatever commits there are.
+
+        A run that was interrupted then measures the same steps as one that was not.
+        """
+        every, step = self._checkpointing.every_steps, self.counters.step
+        is_due = is_last or (step > 0 and every is not None and step % every == 0)
+        if self._parts.validate is not None and is_due:
+            self._parts.validate(step)
+            self._timed_at_s = time.monotonic()  # no step has taken this time
 
     def _spent(self) -> Spent | None:
         return find_spent(self._budget, self.counters)

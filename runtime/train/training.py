@@ -34,11 +34,12 @@ from mizzen.runtime.train.notes import Ask, NoteStore, take_notes
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
 from mizzen.runtime.train.samples import Item
 from mizzen.runtime.train.stop import StopFlag, YieldRequested
-from mizzen.runtime.train.suites.build import build_exams
+from mizzen.runtime.train.suites.build import build_exams, build_validation
 from mizzen.runtime.train.suites.exam import Subject
 from mizzen.runtime.train.surroundings import Surroundings
 from mizzen.runtime.train.teacher import ServedTeacher
 from mizzen.runtime.train.utilization import peak_tokens_per_second
+from mizzen.runtime.train.validation import Validation
 from mizzen.runtime.train.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,15 @@ class Training:
             generation=config.generation,
             keep=config.checkpoint.keep_last,
         )
+        self._validation: Validation | None = None
+        if config.checkpoint.keep_best:
+            self._validation = Validation(
+                build_validation(method, self.data),
+                self._examination,
+                self._store,
+                keep=config.checkpoint.keep_best,
+                subject=lambda: self._subject(self._adapted.trainable.lora),
+            )
         restored = self._store.restore() if workers.is_leader else None
         self._state = restored[1] if restored else None
         self.step = self._state.counters.step if self._state else 0
@@ -139,6 +149,7 @@ class Training:
             loop.run()
             self.step = loop.counters.step
             adapted.set_training(False)
+            self._take_best()
             self._board.enter("Evaluating")
             adapted.round_for_publishing()
             verdicts = examination.ask_candidate(self._subject(adapted.trainable.lora))
@@ -154,6 +165,21 @@ class Training:
             raise
         self._board.evaluated(eval_loss=examination.loss(), verdicts=verdicts)
         return verdicts
+
+    def _take_best(self) -> None:
+        """Put the weights back that were best on the holdout, where the best are kept."""
+        for step in self._validation.best_first() if self._validation else ():
+            if (state := self._store.load(step)) is not None:
+                log.info("The best step on the holdout is %d.", step)
+                self._adapted.trainable.restore(state.tensors, steps=step)
+                self.step = step
+                return
+
+    def _validate(self, step: int) -> None:
+        assert self._validation is not None, "the loop asks only where there is one"
+        self._adapted.set_training(False)
+        self._validation.measure(step)
+        self._adapted.set_training(True)
 
     def _subject(self, lora: LoraDelta | None) -> Subject:
         return Subject(decoder=self._decoder, lora=lora, precision=self._adapted.precision)
@@ -195,6 +221,7 @@ class Training:
             board=self._board,
             stop=self._stop,
             workers=self._workers,
+            validate=self._validate if self._validation else None,
         )
         return Loop(
             parts,

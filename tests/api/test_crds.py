@@ -268,6 +268,10 @@ REFUSED: dict[str, tuple[Document, str]] = {
             adaptation={"type": "qlora"}),
         "adaptation.type qlora is for methods that train, not for merge, quantize, prune.",
     ),
+    "best checkpoints of several workers": (
+        job(checkpoint={"keepBest": 1}, workers={"min": 1, "max": 2}),
+        "checkpoint.keepBest needs processing.holdoutRatio above 0 and workers.max 1.",
+    ),
     "a budget of nothing": (job(budget={}), "Set budget.maxHours, maxTokens or both."),
     "a budget where nothing is trained": (
         job(method="merge", merge={"kind": "adapter", "parts": [{"source": "pvc://models/a"}]},

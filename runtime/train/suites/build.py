@@ -22,12 +22,28 @@ def build_exams(around: Surroundings, method: Method, data: Prepared) -> list[Ex
         JobConfigError: the held-out samples cannot be asked in this way.
     """
     suites = around.config.evaluation.suites
-    if suites and not data.holdout:
+    if suites:
+        _check_holdout(data)
+    return [_build(suite, around, method, data) for suite in suites]
+
+
+def build_validation(method: Method, data: Prepared) -> Exam:
+    """Return what checkpoints are compared by: the measure that belongs to the method.
+
+    Raises:
+        JobConfigError: no held-out sample is left.
+    """
+    _check_holdout(data)
+    suite = Suite(name="validation", type=method.measure.type)
+    return MethodExam(suite, method, data.holdout)
+
+
+def _check_holdout(data: Prepared) -> None:
+    if not data.holdout:
         raise JobConfigError(
             f"None of the held-out samples is left: {data.contaminated} are too much like "
             "training samples. Raise processing.holdoutRatio or add data."
         )
-    return [_build(suite, around, method, data) for suite in suites]
 
 
 def _build(suite: Suite, around: Surroundings, method: Method, data: Prepared) -> Exam:

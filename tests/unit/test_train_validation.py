@@ -1,0 +1,110 @@
+"""The checkpoints that are best on the holdout are kept, and the best of them is the result."""
+
+import json
+import signal
+from itertools import count, takewhile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
+from mizzen.runtime.train.trainable import WEIGHTS
+from tests.fixtures.train_runs import Job, run, write_job
+
+KEEP = {"keep_best": 1, "keep_last": 1}
+
+
+def kept(job: Job) -> list[str]:
+    return sorted(path.name for path in job.checkpoints.glob("step-*"))
+
+
+def losses(job: Job) -> dict[int, float]:
+    """Mean losses on the holdout by step, those that were counted to their end."""
+    tallies = json.loads((job.checkpoints / "evaluation.json").read_text())["tallies"]
+    samples = tallies["base/holdout"]["samples"]
+    return {
+        int(name.split("/")[0].removeprefix("step-")): tally["total"] / tally["weight"]
+        for name, tally in tallies.items()
+        if name.endswith("/validation") and tally["samples"] == samples
+    }
+
+
+def published_step(job: Job) -> int:
+    path = Path(job.last_word["artifact"]["path"])
+    return int(json.loads((path / "artifact.json").read_text())["step"])
+
+
+def published_weights(job: Job) -> dict[str, torch.Tensor]:
+    path = Path(job.last_word["artifact"]["path"]) / "adapter_model.safetensors"
+    return {name.removeprefix("base_model.model."): t for name, t in load_file(path).items()}
+
+
+def test_the_best_are_kept_beside_the_last_and_the_best_is_published(tmp_path: Path) -> None:
+    job = write_job(tmp_path, checkpoint={**KEEP, "keep_best": 2})
+    assert run(job) == 0
+    measured = losses(job)
+    assert list(measured) == [2, 4, 6, 8]
+    best = sorted(measured, key=lambda step: measured[step])
+    assert kept(job) == sorted(f"step-{step:08d}" for step in {*best[:2], 8})
+    assert published_step(job) == best[0]
+
+
+def test_a_better_earlier_step_is_the_result_though_training_went_on(tmp_path: Path) -> None:
+    job = write_job(tmp_path, checkpoint={**KEEP, "keep_best": 4})
+    assert run(job) == 0
+    file = job.checkpoints / "evaluation.json"
+    document = json.loads(file.read_text())
+    document["tallies"]["step-00000004/validation"]["total"] = 0.0
+    file.write_text(json.dumps(document))
+    assert run(job) == 0
+    assert published_step(job) == 4
+    assert job.last_word["step"] == 8
+    expected = load_file(job.checkpoints / "step-00000004" / f"{WEIGHTS}.safetensors")
+    last = load_file(job.checkpoints / "step-00000008" / f"{WEIGHTS}.safetensors")
+    total = sum(t.double().abs().sum() for t in published_weights(job).values())
+    assert torch.allclose(total, sum(t.double().abs().sum() for t in expected.values()))
+    assert not torch.allclose(total, sum(t.double().abs().sum() for t in last.values()))
+
+
+def test_a_damaged_best_gives_way_to_the_second_best(tmp_path: Path) -> None:
+    job = write_job(tmp_path, checkpoint={**KEEP, "keep_best": 4})
+    assert run(job) == 0
+    measured = losses(job)
+    best = sorted(measured, key=lambda step: measured[step])
+    (job.checkpoints / f"step-{best[0]:08d}" / f"{WEIGHTS}.safetensors").write_bytes(b"")
+    assert run(job) == 0
+    expected = best[0] if best[0] == 8 else best[1]  # a damaged last step is made again
+    assert published_step(job) == expected
+
+
+def test_a_run_killed_over_and_over_keeps_and_publishes_what_the_undisturbed_one_does(
+    tmp_path: Path,
+) -> None:
+    short = {"checkpoint": KEEP, "hyperparameters": {"max_steps": 4}}
+    reference = write_job(tmp_path / "reference", **short)
+    assert run(reference) == 0
+    job = write_job(tmp_path / "killed", **short)
+    codes = list(
+        takewhile(lambda code: code != 0, (run(job, kill_at_sync=n) for n in count(10, 4)))
+    )
+    assert set(codes) == {-signal.SIGKILL}
+    assert losses(job) == losses(reference)
+    assert kept(job) == kept(reference)
+    assert job.weights_digest == reference.weights_digest
+
+
+@pytest.mark.parametrize(("protected", "left"), [((), [3, 4]), ((1,), [1, 3, 4])])
+def test_a_protected_step_outlives_the_last_ones(
+    tmp_path: Path, protected: tuple[int, ...], left: list[int]
+) -> None:
+    store = CheckpointStore(tmp_path, fingerprint="f", base="b", generation=1, keep=2)
+    store.protect(protected)
+    for step in (1, 2, 3, 4):
+        tensors = {WEIGHTS: {"a": torch.full((2,), float(step))}}
+        store.commit(TrainState(counters=Counters(step=step), tensors=tensors))
+    assert store.steps() == left
+    newest = store.load(4)
+    assert newest is not None
+    assert newest.tensors[WEIGHTS]["a"].tolist() == [4.0, 4.0]
