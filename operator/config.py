@@ -35,10 +35,31 @@ class OperatorConfig(BaseSettings):
     )
     cluster_domain: str = Field("cluster.local", description="DNS domain of the cluster.")
 
+    parent_gateway: str = Field(
+        "",
+        description="Gateway (gateway.networking.k8s.io) to attach an HTTPRoute of each deployment "
+        "to; empty: none is made.",
+    )
+    parent_gateway_namespace: str = Field(
+        "", description="Its namespace; the deployment's own when empty."
+    )
+    parent_gateway_section: str = Field(
+        "", description="The one listener of it to attach to; all when empty."
+    )
+    endpoint_picker: str = Field(
+        "",
+        description="Endpoint picker's Service in a deployment's namespace, for an InferencePool "
+        "of each; {deployment} stands for the deployment's name. Empty: none is made.",
+    )
+    endpoint_picker_port: int = Field(9002, ge=1, le=65535, description="Port of that Service.")
+
     workers: int = Field(32, ge=1, description="Reconciles at the same time.")
     resync_s: float = Field(300.0, gt=0, description="Between two full relists.")
     autoscale_s: float = Field(5.0, gt=0, description="Between two looks of the autoscaler.")
     lending_s: float = Field(5.0, gt=0, description="Between two looks at who holds devices.")
+    gateway_api_s: float = Field(
+        30.0, gt=0, description="Between two looks at which kinds of the Gateway API exist."
+    )
     prometheus_url: str = Field(
         "",
         description="Prometheus to read the load from, such as http://prometheus:9090; empty: "

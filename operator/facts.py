@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from mizzen.operator.config import OperatorConfig
+from mizzen.operator.gateway_api import GatewayApi
 from mizzen.operator.kube.store import Store
 from mizzen.operator.ledger import Ledger
 from mizzen.operator.metrics.source import MetricsSource
@@ -22,6 +23,7 @@ class Facts:
     specs: SpecCache
     namespaces: Namespaces
     nodes: NodeSizes
+    gateway_api: GatewayApi
     runtimes: Runtimes
     trainers: TrainerClient
     # For canaries: an instance of its own, because one remembers of each process what it was

@@ -23,6 +23,7 @@ from mizzen.operator.config import OperatorConfig
 from mizzen.operator.controllers import finetunejob, llmdeployment
 from mizzen.operator.controllers.autoscaler import Autoscaler
 from mizzen.operator.controllers.capacity import Arbiter
+from mizzen.operator.desired.routes import API_VERSIONS as ROUTE_KINDS
 from mizzen.operator.engine.key import Key
 from mizzen.operator.engine.lease import Lease, LeaseTimes
 from mizzen.operator.engine.results import Result
@@ -30,6 +31,7 @@ from mizzen.operator.engine.resync import repeat
 from mizzen.operator.engine.workers import Reconcile, run_workers
 from mizzen.operator.engine.workqueue import WorkQueue
 from mizzen.operator.facts import Facts
+from mizzen.operator.gateway_api import GatewayApi
 from mizzen.operator.health import Health, serve_health, watch_loop_lag
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.connect import open_client
@@ -88,7 +90,7 @@ def assemble(config: OperatorConfig, transport: Transport) -> Parts:
     kube = Kube(
         transport,
         store,
-        listed=frozenset(followed.kind for followed in handlers.FOLLOWED),
+        listed=frozenset({*(followed.kind for followed in handlers.FOLLOWED), *ROUTE_KINDS}),
         on_status=look_at_neighbours,
         observer=telemetry,
     )
@@ -100,6 +102,7 @@ def assemble(config: OperatorConfig, transport: Transport) -> Parts:
         trainers=TrainerClient(config.admin_token_file),
         namespaces=Namespaces(config),
         nodes=NodeSizes(),
+        gateway_api=GatewayApi(config),
         metrics=metrics_source(config, kube),
         ledger=Ledger(sees_nodes=None),
     )
@@ -154,6 +157,7 @@ def reconcilers(parts: Parts) -> dict[str, Reconcile]:
 async def lead(parts: Parts, stop: asyncio.Event) -> None:
     """Do the leader's work until asked to stop or something it needs has ended."""
     await resync(parts)
+    await look_at_gateway_api(parts)
     for followed in handlers.RESOURCES:
         for resource in parts.store.all(followed.kind):
             parts.queue.add(next(iter(route(resource))))
@@ -178,6 +182,9 @@ async def lead(parts: Parts, stop: asyncio.Event) -> None:
         lending,
         asyncio.create_task(parts.lease.keep()),
         asyncio.create_task(keep_in_step(parts)),
+        asyncio.create_task(
+            repeat(partial(look_at_gateway_api, parts), every_s=parts.config.gateway_api_s)
+        ),
         asyncio.create_task(stop.wait()),
     ]
     ended, _ = await asyncio.wait([workers, watching, *others], return_when=asyncio.FIRST_COMPLETED)
@@ -223,6 +230,12 @@ async def resync(parts: Parts) -> None:
     for key in concerned:
         parts.queue.add(key)
     parts.health.last_resync_at = asyncio.get_running_loop().time()
+
+
+async def look_at_gateway_api(parts: Parts) -> None:
+    """See which of its kinds exist now and what became of our objects there."""
+    for key in await parts.facts.gateway_api.look(parts.kube):
+        parts.queue.add(key)
 
 
 async def keep_in_step(parts: Parts) -> None:

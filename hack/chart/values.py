@@ -224,6 +224,44 @@ class Gateway(Pods):
     )
 
 
+class ParentRef(Values):
+    """Where HTTPRoutes attach."""
+
+    name: str = Field("", description="Name of a Gateway; empty: no HTTPRoute is made.")
+    namespace: str = Field("", description="Its namespace; the deployment's own when empty.")
+    section_name: str = Field(
+        "",
+        alias="sectionName",
+        description="The one listener of it to attach to; all when empty.",
+    )
+
+
+class PickerRef(Values):
+    """Who chooses among the replicas of an InferencePool."""
+
+    name: str = Field(
+        "",
+        description="Name of a Service in the deployment's namespace, such as {deployment}-epp; "
+        "empty: no InferencePool is made.",
+    )
+    port: int = Field(9002, ge=1, le=65535, description="Port of that Service.")
+
+
+class GatewayApi(Values):
+    """The cluster's own Gateway API, as a second way to the models beside our gateway."""
+
+    parent_ref: ParentRef = Field(
+        default_factory=ParentRef,
+        alias="parentRef",
+        description="Gateway to attach an HTTPRoute of each deployment to.",
+    )
+    endpoint_picker: PickerRef = Field(
+        default_factory=PickerRef,
+        alias="endpointPicker",
+        description="Endpoint picker of an InferencePool of each deployment.",
+    )
+
+
 class AdminToken(Values):
     """The token by which the operator talks to runtimes and trainers (Secret mizzen-admin)."""
 
@@ -325,6 +363,11 @@ class ChartValues(Values):
     )
     operator: Operator = Field(default_factory=Operator, description="The operator.")
     gateway: Gateway = Field(default_factory=Gateway, description="The gateway.")
+    gateway_api: GatewayApi = Field(
+        default_factory=GatewayApi,
+        alias="gatewayApi",
+        description="The cluster's own Gateway API; what is named is made once its CRDs exist.",
+    )
     admin_token: AdminToken = Field(
         default_factory=AdminToken,
         alias="adminToken",

@@ -32,6 +32,7 @@ from mizzen.operator.controllers.llmdeployment_report import (
     what_is_seen,
 )
 from mizzen.operator.controllers.llmdeployment_rollout import Course
+from mizzen.operator.controllers.llmdeployment_routes import bring_routes
 from mizzen.operator.controllers.llmdeployment_swap import swap_weights
 from mizzen.operator.desired.labels import CAPACITY_GATE, GROUP_GATE
 from mizzen.operator.engine.key import Key
@@ -93,11 +94,12 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
         await report(observed, seen, kube=kube, now=now)
     except KubeError as error:
         failure = failure or error
+    is_routed = await bring_routes(key, resource, serving, kube=kube, facts=facts, now=now)
     if failure is not None:
         return Retryable(failure) if failure.retry else Requeue(_REFUSED_S)
     if _replicas(latest) != _replicas(groups):
         return Requeue(_MOVED_ON_S)
-    return _next_look(plan, adapters, loading)
+    return _next_look(plan, adapters, loading, is_routed=is_routed)
 
 
 def _replicas(groups: Iterable[Group]) -> list[Replica]:
@@ -159,12 +161,14 @@ async def _bring_adapters(
     return await bring_adapters(groups, observed.serving.adapters, facts.runtimes)
 
 
-def _next_look(plan: Plan, adapters: AdaptersSeen, loading: LoadingSeen) -> Result:
+def _next_look(
+    plan: Plan, adapters: AdaptersSeen, loading: LoadingSeen, *, is_routed: bool
+) -> Result:
     waits = [
         plan.look_again_after_s,
         loading.look_again_after_s,
         _UNANSWERED_S if adapters.incomplete else None,
-        _REFUSED_S if adapters.errors else None,
+        _REFUSED_S if adapters.errors or not is_routed else None,
     ]
     wait = min((wait for wait in waits if wait is not None), default=None)
     return Done() if wait is None else Requeue(max(0.1, wait))

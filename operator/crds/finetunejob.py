@@ -207,6 +207,19 @@ class Checkpointing(ApiModel):
     keep_last: Annotated[int, Field(ge=1, le=100, description="Checkpoints kept.")] = 2
 
 
+class Budget(ApiModel):
+    """What the job may use; then it ends with what it has."""
+
+    rules = (
+        cel("has(self.maxHours) || has(self.maxTokens)", "Set budget.maxHours, maxTokens or both."),
+    )
+
+    max_hours: Annotated[
+        float | None, Field(gt=0, le=100000, description="Hours of training steps, over all runs.")
+    ] = None
+    max_tokens: Annotated[int | None, Field(ge=1, description="Tokens trained on.")] = None
+
+
 class Workers(ApiModel):
     """How many pods train together, each on its share of a step's sequences."""
 
@@ -358,7 +371,9 @@ class FineTuneJobSpec(ApiModel):
         *_unchanged("method", "adaptation", "baseModel", "processing", "hyperparameters"),
         *_unchanged("checkpoint", "resources", "failure"),
         _unchanged_sections(),
-        *_unchanged_if_any("dataset", "evaluation", "output", "promotion", "podTemplatePatch"),
+        *_unchanged_if_any(
+            "dataset", "evaluation", "output", "promotion", "budget", "podTemplatePatch"
+        ),
         *_unchanged_if_any("queue"),
         *method_rules(),
         cel(
@@ -422,6 +437,9 @@ class FineTuneJobSpec(ApiModel):
     checkpoint: Annotated[Checkpointing, Field(description="When progress is saved.")] = (
         Checkpointing()
     )
+    budget: Annotated[
+        Budget | None, Field(description="What it may use; then it ends with what it has.")
+    ] = None
     workers: Annotated[Workers, Field(description="How many pods train together.")] = Workers()
     resources: Annotated[JobResources, Field(description="What the trainer pod asks for.")] = (
         JobResources()

@@ -19,6 +19,13 @@ class Progress(ApiModel):
     epoch: Annotated[float | None, Field(description="Passes over the data so far.")] = None
     tokens: Annotated[int | None, Field(description="Tokens trained on.")] = None
     tokens_per_second: Annotated[float | None, Field(description="Current speed.")] = None
+    mfu_ratio: Annotated[
+        float | None, Field(description="That speed over that of the devices' peak FLOP/s.")
+    ] = None
+    budget_spent: Annotated[
+        Literal["maxHours", "maxTokens"] | None,
+        Field(description="What part of the budget ended it before its last step."),
+    ] = None
     eta_seconds: Annotated[int | None, Field(description="Seconds left at this speed.")] = None
     eta: Annotated[
         str | None, Field(max_length=32, description="The same for people, such as 4m10s.")

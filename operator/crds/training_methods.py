@@ -329,6 +329,10 @@ def method_rules() -> tuple[dict[str, str], ...]:
             f"adaptation.type qlora is for methods that train, not for {', '.join(COMPUTED)}.",
         ),
         cel(
+            f"!has(self.budget) || !(self.method in {list(COMPUTED)})",
+            f"budget is for methods that train, not for {', '.join(COMPUTED)}.",
+        ),
+        cel(
             f"has(self.dataset) && self.dataset.size() > 0 || self.method in {list(COMPUTED)}",
             "dataset must name at least one source, since this method learns from examples.",
         ),

@@ -110,6 +110,7 @@ def build_train_config(job: Job, generation: int, workers: int) -> Json:
         **_as_paths(method_options(spec)),
         **_distill(job),
         "failure": {"hang_timeout_s": spec.failure.hang_timeout_seconds},
+        "budget": spec.budget.model_dump() if spec.budget else {},
         "checkpoint": {
             "directory": _checkpoint_folder(job),
             "every_steps": spec.checkpoint.every_steps,

@@ -24,12 +24,17 @@ async def relist(
     concerned: set[Key] = set()
     for kind in followed:
         for namespace in namespaces or ("",):
-            concerned |= await _relist_kind(kube, kind, namespace)
+            concerned |= await relist_kind(kube, kind, namespace)
     kube.store.drop_except(kube.listed)
     return concerned
 
 
-async def _relist_kind(kube: Kube, followed: Followed, namespace: str) -> set[Key]:
+async def relist_kind(kube: Kube, followed: Followed, namespace: str) -> set[Key]:
+    """Bring the store up to date on one kind, in one namespace or everywhere.
+
+    Raises:
+        NotFound: the API server does not know the kind.
+    """
     concerned: set[Key] = set()
     present: set[Ref] = set()
     version = 0

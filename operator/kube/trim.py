@@ -17,7 +17,10 @@ _POD_STATUS = (
     "startTime",
 )
 # Their status is other controllers' business, and changes often.
-_WITHOUT_STATUS = ("PodDisruptionBudget", "Service", "NetworkPolicy")
+_WITHOUT_STATUS = (
+    *("PodDisruptionBudget", "Service", "NetworkPolicy"),
+    *("InferencePool", "HTTPRoute"),
+)
 _METADATA_DROPPED = ("managedFields", "selfLink", "generateName")
 # kubectl's copy of the whole object.
 _LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"

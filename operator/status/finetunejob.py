@@ -155,6 +155,8 @@ def _progress_fields(previous: Mapping[str, object], facts: JobFacts, phase: str
         if "epoch" in numbers:
             report["epoch"] = round(numbers["epoch"], 2)
         report.update({name: int(numbers[name]) for name in ("tokens",) if name in numbers})
+        if progress.budget_spent:
+            report["budgetSpent"] = progress.budget_spent
         if phase in AT_WORK:
             report.update(_pace(numbers))
         fields["progress"] = report
@@ -185,6 +187,8 @@ def _pace(numbers: Mapping[str, float]) -> Document:
     pace: Document = {}
     if "tokensPerSecond" in numbers:
         pace["tokensPerSecond"] = round(numbers["tokensPerSecond"], 1)
+    if "mfuRatio" in numbers:
+        pace["mfuRatio"] = round(numbers["mfuRatio"], 4)
     if "etaSeconds" in numbers:
         eta_s = int(numbers["etaSeconds"])
         pace["etaSeconds"] = eta_s

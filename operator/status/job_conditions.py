@@ -41,11 +41,12 @@ def wanted_conditions(facts: JobFacts, phase: str) -> Iterable[Condition]:
         else "Nothing is published yet.",
     )  # fmt: skip
     yield _promoted(facts)
-    yield Condition(
-        ConditionType.SUCCEEDED, phase == "Succeeded",
-        Reason.COMPLETED if phase == "Succeeded" else _reason_of(phase),
-        "The job is complete." if phase == "Succeeded" else "The job is not complete.",
-    )  # fmt: skip
+    if phase == "Succeeded":
+        yield Condition(ConditionType.SUCCEEDED, True, *_completion(facts))
+    else:
+        yield Condition(
+            ConditionType.SUCCEEDED, False, _reason_of(phase), "The job is not complete."
+        )
     yield _failed(facts, phase)
     if phase not in {"Succeeded", "Failed", "Suspended"}:
         yield Condition(
@@ -57,11 +58,22 @@ def wanted_conditions(facts: JobFacts, phase: str) -> Iterable[Condition]:
 
 def _ready(facts: JobFacts, phase: str) -> Condition:
     if phase == "Succeeded":
-        return Condition(ConditionType.READY, True, Reason.COMPLETED, "The job is complete.")
+        return Condition(ConditionType.READY, True, *_completion(facts))
     if phase == "Failed" or facts.problem is not None:
         why = _why_stopped(facts)
         return Condition(ConditionType.READY, False, why.reason, why.message)
     return Condition(ConditionType.READY, False, _reason_of(phase), _SENTENCES[phase])
+
+
+def _completion(facts: JobFacts) -> tuple[Reason, str]:
+    """Return why a job is complete, and a sentence: it need not have made all its steps."""
+    if facts.progress is None or facts.progress.budget_spent is None:
+        return Reason.COMPLETED, "The job is complete."
+    return (
+        Reason.BUDGET_SPENT,
+        f"The job is complete: budget.{facts.progress.budget_spent} ended it before its last step, "
+        "and what it had learned by then is the result.",
+    )
 
 
 def _accepted(facts: JobFacts) -> Condition:

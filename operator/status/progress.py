@@ -54,10 +54,11 @@ class Progress:
     checkpoint: Document | None = None
     scores: tuple[Score, ...] = ()
     artifact: Artifact | None = None
+    budget_spent: str | None = None
 
 
 _NUMBERS = (
-    "step", "totalSteps", "epoch", "tokens", "tokensPerSecond", "etaSeconds",
+    "step", "totalSteps", "epoch", "tokens", "tokensPerSecond", "mfuRatio", "etaSeconds",
     "loss", "evalLoss", "learningRate", "reward", "kl",
 )  # fmt: skip
 
@@ -84,6 +85,7 @@ def parse_progress(document: Mapping[str, object]) -> Progress:
         checkpoint=dict(checkpoint) if isinstance(checkpoint, Mapping) else None,
         scores=tuple(map(_score, scores)) if isinstance(scores, list) else (),
         artifact=_artifact(document.get("artifact")),
+        budget_spent=str(spent) if (spent := document.get("budgetSpent")) else None,
     )
 
 

@@ -54,6 +54,7 @@ class Linear(nn.Module):
 
     def __init__(self, rows: int, columns: int, *, bias: bool, place: Placement) -> None:
         super().__init__()
+        self.outputs, self.inputs = rows, columns
         self.weight = place.empty(rows, columns)
         self.bias = place.empty(rows) if bias else None
         self._packed: PackedWeight | None = None

@@ -30,6 +30,7 @@ _GAUGES = {
     "mizzen_train_learning_rate": ("learningRate", "Learning rate of the last step."),
     "mizzen_train_tokens": ("tokens", "Tokens trained on, over all generations."),
     "mizzen_train_tokens_per_second": ("tokensPerSecond", "Tokens a second, last 20 steps."),
+    "mizzen_train_mfu_ratio": ("mfuRatio", "Speed over that of the devices' peak FLOP/s."),
     "mizzen_train_eta_seconds": ("etaSeconds", "Seconds of training left, from measured steps."),
 }
 

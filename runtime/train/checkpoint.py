@@ -44,6 +44,7 @@ class Counters:
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    trained_ms: int = 0  # of steps, by the leader's clock; nothing but the budget asks
     skipped: int = 0  # of the samples, those whose gradient was not finite
 
 

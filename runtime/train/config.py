@@ -91,6 +91,13 @@ class Checkpointing(Part):
     keep_last: int = Field(default=2, ge=1)
 
 
+class Budget(Part):
+    """What a job may use before it ends with what it has; only the steps count, of all runs."""
+
+    max_hours: float | None = Field(default=None, gt=0)
+    max_tokens: int | None = Field(default=None, ge=1)
+
+
 class Failure(Part):
     """When a process that stands still is ended, so that the next one can go on."""
 
@@ -165,6 +172,7 @@ class TrainConfig(Part):
     quantize: Quantize | None = None
     prune: Prune | None = None
     rl: Rl | None = None
+    budget: Budget = Budget()
     failure: Failure = Failure()
     checkpoint: Checkpointing
     output: Output
@@ -179,6 +187,8 @@ class TrainConfig(Part):
             raise ValueError(f"method {self.method} needs a section {self.section}")
         if self.adaptation.type == "qlora" and not self.is_trained:
             raise ValueError(f"adaptation qlora is for methods that train, not {self.method}")
+        if self.budget != Budget() and not self.is_trained:
+            raise ValueError(f"a budget is for methods that train, not {self.method}")
         if self.needs_data and not self.datasets:
             raise ValueError(f"method {self.method} needs datasets here")
         if self.evaluation.suites and self.processing.holdout_ratio == 0:

@@ -19,8 +19,9 @@ import torch
 
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.train.batches import SampleOrder, total_steps
+from mizzen.runtime.train.budget import Spent, find_spent
 from mizzen.runtime.train.checkpoint import Counters
-from mizzen.runtime.train.config import Checkpointing, Hyperparameters
+from mizzen.runtime.train.config import Budget, Checkpointing, Hyperparameters
 from mizzen.runtime.train.errors import LossNotFiniteError, MemoryTooSmallError
 from mizzen.runtime.train.history import StepRecord
 from mizzen.runtime.train.ledger import Ledger
@@ -66,13 +67,16 @@ class Loop:
         *,
         hyper: Hyperparameters,
         checkpointing: Checkpointing,
+        budget: Budget,
         counters: Counters,
     ) -> None:
         self._parts = parts
         self._hyper = hyper
         self._checkpointing = checkpointing
         self._device = parts.decoder.place.device
-        self._committed_at_s = time.monotonic()
+        self._budget = budget
+        self._committed_at_s = self._timed_at_s = time.monotonic()
+        self._untold_ms = 0.0  # of training, since the last whole step
         self._micro_batch = hyper.micro_batch
         self._bad_in_a_row = 0
         self._is_rolled_back = False
@@ -91,7 +95,7 @@ class Loop:
         )
 
     def run(self) -> None:
-        """Make the steps that are left and commit the last one.
+        """Make the steps that are left, or those the budget is enough for; commit the last one.
 
         A batch without a finite gradient is skipped; several in a row mean that the weights
         themselves went astray, so the last committed ones are taken, once.
@@ -101,7 +105,8 @@ class Loop:
             LossNotFiniteError: the job diverged.
             MemoryTooSmallError: not even one sample fits.
         """
-        while self.counters.step < self.total_steps:
+        self._timed_at_s = time.monotonic()
+        while self.counters.step < self.total_steps and self._spent() is None:
             try:
                 self._step()
             except _NotFinite:
@@ -111,6 +116,11 @@ class Loop:
             if self._is_commit_due():
                 self.commit()
         self.commit()
+        if self.counters.step < self.total_steps:
+            self._parts.board.ended_early(self._spent())
+
+    def _spent(self) -> Spent | None:
+        return find_spent(self._budget, self.counters)
 
     def commit(self) -> None:
         """Commit the state as it was after the last whole step."""
@@ -153,8 +163,13 @@ class Loop:
             losses.append(loss)
             tokens += sum(map(len, items)) if number == 0 else 0
         self.counters = replace(
-            done, step=step, samples=done.samples + len(samples), tokens=done.tokens + tokens
+            done,
+            step=step,
+            samples=done.samples + len(samples),
+            tokens=done.tokens + tokens,
+            trained_ms=done.trained_ms + round(self._untold_ms),
         )
+        self._untold_ms = 0.0
         record = StepRecord(
             step=step,
             loss=sum(losses) / len(losses),
@@ -183,7 +198,8 @@ class Loop:
         back = None if self._is_rolled_back else parts.ledger.roll_back(parts.trainable)
         if back is None:
             raise LossNotFiniteError(step)
-        self.counters = replace(back, samples=self.counters.samples, skipped=self.counters.skipped)
+        kept = ("samples", "skipped", "trained_ms")  # not undone with the weights
+        self.counters = replace(back, **{name: getattr(self.counters, name) for name in kept})
         self.take_from_leader()
         self._is_rolled_back, self._bad_in_a_row = True, 0
 
@@ -226,12 +242,21 @@ class Loop:
     def _agree(self, loss: float, *, can_stop: bool) -> float:
         """Sum gradients and loss over the workers; stop here if any of them was asked to."""
         parts = self._parts
-        values = [loss, float(parts.stop.is_asked)]
-        loss, asked = parts.workers.sum_with_gradients(parts.trainable.parameters, values)
+        # One clock for all: with their own, some would take a last step without the others.
+        elapsed_ms = self._elapsed_ms() if parts.workers.is_leader else 0.0
+        values = [loss, float(parts.stop.is_asked), elapsed_ms]
+        loss, asked, elapsed_ms = parts.workers.sum_with_gradients(
+            parts.trainable.parameters, values
+        )
         if asked and can_stop:
             parts.trainable.drop_gradients()
             raise YieldRequested
+        self._untold_ms += elapsed_ms
         return loss
+
+    def _elapsed_ms(self) -> float:
+        before_s, self._timed_at_s = self._timed_at_s, time.monotonic()
+        return (self._timed_at_s - before_s) * 1000
 
     def _is_commit_due(self) -> bool:
         rules = self._checkpointing

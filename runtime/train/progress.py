@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from mizzen.runtime.train.budget import Spent
 from mizzen.runtime.train.checkpoint import Committed, Counters
 from mizzen.runtime.train.history import StepRecord
 
@@ -51,6 +52,7 @@ class ProgressBoard:
     def __init__(self, *, generation: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
+        self._peak_tokens_per_second: float | None = None
         self._steps: deque[tuple[float, int]] = deque(maxlen=_MEASURED_STEPS + 1)
         self._document: dict[str, Any] = {
             "phase": "Preparing",
@@ -65,7 +67,9 @@ class ProgressBoard:
             "skippedSamples": None,
             "tokens": None,
             "tokensPerSecond": None,
+            "mfuRatio": None,
             "etaSeconds": None,
+            "budgetSpent": None,
             "checkpoint": None,
             "evaluation": [],
             "artifact": None,
@@ -111,6 +115,15 @@ class ProgressBoard:
                 skippedSamples=counters.skipped,
             )
 
+    def peak(self, tokens_per_second: float | None) -> None:
+        """Note how fast the devices could be at their very best, where that is known."""
+        self._peak_tokens_per_second = tokens_per_second
+
+    def ended_early(self, spent: Spent | None) -> None:
+        """Note what part of the budget ended the training before its last step."""
+        with self._lock:
+            self._document["budgetSpent"] = spent
+
     def skipped(self, counters: Counters) -> None:
         """Note samples that were left out because their gradient was not finite."""
         with self._lock:
@@ -124,13 +137,15 @@ class ProgressBoard:
             elapsed_s = max(ended_at - began_at, 1e-9)
             step_s = elapsed_s / (len(self._steps) - 1)
             steps_left = self._document["totalSteps"] - record.step
+            speed, peak = (record.tokens - tokens_before) / elapsed_s, self._peak_tokens_per_second
             self._document.update(
                 step=record.step,
                 tokens=record.tokens,
                 epoch=round(epoch, 4),
                 loss=record.loss,
                 learningRate=record.lr,
-                tokensPerSecond=round((record.tokens - tokens_before) / elapsed_s, 1),
+                tokensPerSecond=round(speed, 1),
+                mfuRatio=round(speed / peak, 4) if peak else None,
                 etaSeconds=round(steps_left * step_s),
                 **record.measured,
             )

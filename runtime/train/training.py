@@ -38,6 +38,7 @@ from mizzen.runtime.train.suites.build import build_exams
 from mizzen.runtime.train.suites.exam import Subject
 from mizzen.runtime.train.surroundings import Surroundings
 from mizzen.runtime.train.teacher import ServedTeacher
+from mizzen.runtime.train.utilization import peak_tokens_per_second
 from mizzen.runtime.train.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,14 @@ class Training:
         restored = self._store.restore() if workers.is_leader else None
         self._state = restored[1] if restored else None
         self.step = self._state.counters.step if self._state else 0
+        board.peak(
+            peak_tokens_per_second(
+                self._decoder,
+                dtype=choose_dtype(config.hyperparameters.dtype, device),
+                is_frozen=config.adaptation.type != "full",
+                workers=config.workers,
+            )
+        )
         if restored:
             board.committed(restored[0])
             log.info("Resuming from step %d.", self.step)
@@ -191,6 +200,7 @@ class Training:
             parts,
             hyper=config.hyperparameters,
             checkpointing=config.checkpoint,
+            budget=config.budget,
             counters=counters,
         )
 

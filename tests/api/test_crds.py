@@ -268,6 +268,12 @@ REFUSED: dict[str, tuple[Document, str]] = {
             adaptation={"type": "qlora"}),
         "adaptation.type qlora is for methods that train, not for merge, quantize, prune.",
     ),
+    "a budget of nothing": (job(budget={}), "Set budget.maxHours, maxTokens or both."),
+    "a budget where nothing is trained": (
+        job(method="merge", merge={"kind": "adapter", "parts": [{"source": "pvc://models/a"}]},
+            budget={"maxHours": 1}),
+        "budget is for methods that train, not for merge, quantize, prune.",
+    ),
     "a result with no place to go": (
         job(baseModel={"source": "file:///models/smollm2"}),
         "Set output.uri",

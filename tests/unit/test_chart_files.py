@@ -36,6 +36,10 @@ EVERYTHING = {
         "service": {"type": "LoadBalancer", "annotations": {"lb": "internal"}},
         "batches": {"volume": "batch-files"},
     },
+    "gatewayApi": {
+        "parentRef": {"name": "front", "namespace": "edge", "sectionName": "https"},
+        "endpointPicker": {"name": "{deployment}-epp", "port": 9003},
+    },
     "metrics": {"podMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
     "tracing": {"endpoint": "http://otel-collector.monitoring:4318"},
     "test": {"model": "pvc://models/smollm2"},
@@ -271,6 +275,33 @@ def test_a_collector_of_traces_is_told_to_the_gateway_and_through_the_operator(
     # An empty variable would be read as one that is set.
     gateway = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint} if endpoint else {}
     assert told == {"MIZZEN_OTLP_ENDPOINT": endpoint, **gateway}
+
+
+@needs_helm
+def test_the_gateway_and_the_picker_to_use_are_told_to_the_operator() -> None:
+    [pod] = (s for name, s in pod_specs(render(EVERYTHING)) if name.endswith("-operator"))
+    told = {v["name"]: v.get("value") for v in pod["containers"][0]["env"]}
+    assert {name: told[name] for name in told if "PARENT_" in name or "PICKER" in name} == {
+        "MIZZEN_PARENT_GATEWAY": "front",
+        "MIZZEN_PARENT_GATEWAY_NAMESPACE": "edge",
+        "MIZZEN_PARENT_GATEWAY_SECTION": "https",
+        "MIZZEN_ENDPOINT_PICKER": "{deployment}-epp",
+        "MIZZEN_ENDPOINT_PICKER_PORT": "9003",
+    }
+
+
+@needs_helm
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["whole cluster", "chosen namespaces"])
+def test_the_operator_may_also_remove_routes_that_an_earlier_setting_made(
+    values: Document,
+) -> None:
+    kind = "Role" if values else "ClusterRole"
+    roles = [r for r in of_kind(render(values), kind) if r["metadata"]["name"] == "mizzen-operator"]
+    assert roles
+    for role in roles:
+        verbs = {what: rule["verbs"] for rule in role["rules"] for what in rule["resources"]}
+        for what in ("httproutes", "inferencepools"):
+            assert verbs[what] == ["get", "list", "create", "patch", "delete"]
 
 
 @needs_helm

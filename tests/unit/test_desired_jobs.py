@@ -34,6 +34,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "the shortest job": {},
     "a full fine-tune": {"adaptation": {"type": "full"}},
     "a base in 4 bits": {"adaptation": {"type": "qlora", "quantization": "int4"}},
+    "a budget": {"budget": {"maxHours": 1.5, "maxTokens": 1000000}},
     "attention only": {"adaptation": {"targets": "attention"}},
     "a gate that demands better": {
         "evaluation": {"suites": [{"name": "holdout", "maxRegressionRatio": -0.05}]}

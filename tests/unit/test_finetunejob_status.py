@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mizzen.operator.controllers.finetunejob import progress_of
 from mizzen.operator.planning.generations import (
     AskToYield,
     Finish,
@@ -145,6 +146,28 @@ def test_the_gate_says(progress: Progress, message: str) -> None:
     status: dict[str, Any] = next_status({}, replace(END, progress=progress), generation=1, now=NOW)
     (said,) = [one for one in status["conditions"] if one["type"] == "EvaluationPassed"]
     assert said["message"] == message
+
+
+def test_a_job_that_its_budget_ended_is_complete_and_says_so_for_ever() -> None:
+    spent = replace(DONE, budget_spent="maxTokens")
+    facts = replace(END, progress=spent, artifact_uri="pvc://models/a")
+    status: dict[str, Any] = next_status({}, facts, generation=1, now=NOW)
+    assert status["phase"] == "Succeeded"
+    later = replace(facts, progress=progress_of(status))
+    assert next_status(status, later, generation=1, now=NOW) == status
+    told = {one["type"]: one for one in status["conditions"]}
+    assert told["Succeeded"]["status"] == told["Ready"]["status"] == "True"
+    assert told["Succeeded"]["reason"] == told["Ready"]["reason"] == "BudgetSpent"
+    assert told["Succeeded"]["message"] == (
+        "The job is complete: budget.maxTokens ended it before its last step, and what it had "
+        "learned by then is the result."
+    )
+
+
+def test_utilization_is_shown_while_a_trainer_is_at_work() -> None:
+    working = replace(WORKING, numbers={**WORKING.numbers, "mfuRatio": 0.41237})
+    status: Any = next_status({}, replace(BASE, progress=working), generation=1, now=NOW)
+    assert status["progress"]["mfuRatio"] == 0.4124
 
 
 def test_progress_speaks_to_people() -> None:

@@ -17,7 +17,7 @@ from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
-from mizzen.runtime.train.config import Checkpointing, Hyperparameters
+from mizzen.runtime.train.config import Budget, Checkpointing, Hyperparameters
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.errors import LossNotFiniteError, MemoryTooSmallError
 from mizzen.runtime.train.history import LossHistory, read_history
@@ -88,6 +88,7 @@ def loop_of(root: Path, data: Sequence[Sample], method: Sft, **hyper: Any) -> Lo
         parts,
         hyper=Hyperparameters(**rules),
         checkpointing=Checkpointing(directory=root / "c", every_steps=1),
+        budget=Budget(),
         counters=Counters(),
     )
 

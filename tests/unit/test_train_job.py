@@ -255,7 +255,10 @@ def test_the_contracts_example_is_a_job(tmp_path: Path) -> None:
 
 
 IMPOSSIBLE = {
-    "a dataset without a place": ({"datasets": [{"name": "a"}]}, "set either path or url"),
+    "a dataset without a place": (
+        {"datasets": [{"name": "a"}]},
+        "set exactly one of path, url and feedback",
+    ),
     "a scheme we do not fetch": (
         {"datasets": [{"name": "a", "url": "file:///etc/passwd"}]},
         "datasets.0.url: String should match pattern",
@@ -272,6 +275,15 @@ IMPOSSIBLE = {
             "output": {"kind": "model"},
         },
         "adaptation qlora is for methods that train, not prune",
+    ),
+    "a budget where nothing is trained": (
+        {
+            "method": "prune",
+            "prune": {"kind": "depth"},
+            "budget": {"max_hours": 1},
+            "output": {"kind": "model"},
+        },
+        "a budget is for methods that train, not prune",
     ),
     "a full fine-tune of a base in few bits": (
         {"adaptation": {"type": "qlora"}, "output": {"kind": "model"}},

@@ -69,6 +69,19 @@ def test_the_time_left_follows_from_the_steps_of_this_generation() -> None:
     assert document["etaSeconds"] == 84
 
 
+@pytest.mark.parametrize(("peak", "ratio"), [(80.0, 0.25), (None, None)])
+def test_utilization_is_measured_speed_over_the_devices_best_where_that_is_known(
+    peak: float | None, ratio: float | None
+) -> None:
+    clock = Clock()
+    board = ProgressBoard(generation=1, clock=clock)
+    board.peak(peak)
+    board.plan(counters=Counters(), total_steps=4, epoch=0.0, last=None)
+    clock.now_s += 3.0
+    board.advance(record(1, 60), epoch=0.2)
+    assert board.document()["mfuRatio"] == ratio
+
+
 def full_board(*, suites: int) -> ProgressBoard:
     board = ProgressBoard(generation=1)
     verdict = Verdict(

@@ -134,6 +134,13 @@ topologySpreadConstraints:
 - apiGroups: [keda.sh]
   resources: [scaledobjects]
   verbs: [list]
+# The optional way through the cluster's Gateway API; also to remove what an earlier setting made.
+- apiGroups: [gateway.networking.k8s.io]
+  resources: [httproutes]
+  verbs: [get, list, create, patch, delete]
+- apiGroups: [inference.networking.k8s.io]
+  resources: [inferencepools]
+  verbs: [get, list, create, patch, delete]
 # Its own token, copied to where the pods are. No other Secret can be read.
 - apiGroups: [""]
   resources: [secrets]
