@@ -34,7 +34,7 @@ from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.errors import Forbidden, KubeError
 from mizzen.operator.planning.lending import Decision, Snapshot, Wait, lend, next_usage
 from mizzen.operator.planning.placement import Gang
-from mizzen.operator.routing import JOB
+from mizzen.operator.routing import DEPLOYMENT, JOB
 from mizzen.operator.specs import InvalidSpecError
 from mizzen.operator.status.conditions import rfc3339
 from mizzen.operator.status.finetunejob import has_ended
@@ -137,6 +137,8 @@ class Arbiter:
             nodes = decision.let_in.get(replica.want.name)
             if nodes is not None:
                 await self._let_in(replica, nodes, seen)
+            elif replica.want.is_gated:
+                await self._tell_that_it_waits(replica, now)
         for pod in seen.pods:
             if (job := job_of(pod)) in decision.reclaim and not is_over(pod):
                 await self._kube.annotate(pod, {labels.RECLAIMED_AT: rfc3339(now)})
@@ -148,6 +150,16 @@ class Arbiter:
             if labels.CAPACITY_GATE in gates_of(pod):
                 hostname = seen.nodes[nodes[rank]].hostname if nodes else None
                 await self._kube.let_schedule(pod, labels.CAPACITY_GATE, hostname=hostname)
+
+    async def _tell_that_it_waits(self, replica: Replica, now: datetime) -> None:
+        """Note it on the pods, once: most wait only for the next look, which is no trouble."""
+        for pod in replica.pods:
+            if labels.WAITS_SINCE not in (pod["metadata"].get("annotations") or {}):
+                await self._kube.annotate(pod, {labels.WAITS_SINCE: rfc3339(now)})
+                # The echo of a write of ours is no news to anybody.
+                metadata = pod["metadata"]
+                name = metadata["labels"][labels.DEPLOYMENT]
+                self._on_change(Key(DEPLOYMENT, metadata["namespace"], name))
 
     def _snapshot(
         self, resource: str, seen: Look, replicas: list[Replica], now: datetime

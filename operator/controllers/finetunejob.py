@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 
-from mizzen.operator.controllers.job_inputs import (
-    find_base_model,
-    find_judge,
-    find_teacher,
-    missing_input,
-)
+from mizzen.operator.controllers.job_apply import apply
 from mizzen.operator.controllers.job_lending import (
     lending_of,
-    preemptions_of,
     reclaimed_at,
     request_of,
 )
+from mizzen.operator.controllers.job_observe import Observed, observe
 from mizzen.operator.crds.common import API_VERSION, Json
 from mizzen.operator.crds.finetunejob import KIND
 from mizzen.operator.crds.llmdeployment import KIND as DEPLOYMENT_KIND
 from mizzen.operator.desired.jobs import (
-    Worker,
     artifact_uri,
-    build_config_map,
-    build_trainer_pod,
-    generation_name,
 )
-from mizzen.operator.desired.train_config import Job
-from mizzen.operator.desired.workers import build_workers_policy, build_workers_service
 from mizzen.operator.engine.key import Key
 from mizzen.operator.engine.results import Done, Requeue, Result, Retryable
 from mizzen.operator.facts import Facts
 from mizzen.operator.kube.client import Kube
-from mizzen.operator.kube.documents import Ref, uid_of
+from mizzen.operator.kube.documents import Ref
 from mizzen.operator.kube.errors import KubeError
 from mizzen.operator.kube.events import Event
 from mizzen.operator.planning.generations import (
@@ -41,7 +29,6 @@ from mizzen.operator.planning.generations import (
     Dismiss,
     Fence,
     Finish,
-    Generation,
     GiveUp,
     Outcome,
     Queue,
@@ -55,9 +42,7 @@ from mizzen.operator.planning.generations import (
     decide_generation,
     with_lending,
 )
-from mizzen.operator.planning.lending import Wait
-from mizzen.operator.routing import JOB, PROMOTES_TO, ref_of
-from mizzen.operator.specs import InvalidSpecError
+from mizzen.operator.routing import PROMOTES_TO, ref_of
 from mizzen.operator.status.causes import pod_cause, terminated_cause
 from mizzen.operator.status.conditions import ConditionType, Document, flips, rfc3339
 from mizzen.operator.status.finetunejob import has_ended, next_status
@@ -66,22 +51,15 @@ from mizzen.operator.status.progress import Progress, parse_progress
 from mizzen.operator.status.promotion import find_promotion, promotion_target
 from mizzen.operator.status.reasons import Reason
 from mizzen.operator.status.trainer_pods import (
-    generation_of,
     last_progress,
-    leader_of,
-    newest_generation,
     newest_pods,
-    outcome_of,
     pods_of,
-    rank_of,
-    size_of,
     telling_pod,
     termination_of,
 )
 
 _POLL_S = 3.0
 _MISSING_INPUT_S = 15.0
-_YIELD_DEADLINE_S = 60
 _NO_RESULT = (
     "The trainer ended well but left no result in its last words, so nothing can be published. "
     "Its log says more; submit the job anew to go on."
@@ -96,33 +74,6 @@ _EVENT_CONDITIONS = (
     ConditionType.SUCCEEDED,
     ConditionType.FAILED,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """One look at a job and its pods."""
-
-    resource: Json
-    job: Job | None
-    pods: list[Json]
-    newest: Generation | None
-    problem: Problem | None
-
-    @property
-    def status(self) -> Json:
-        """The status as it was last written."""
-        return self.resource.get("status") or {}
-
-    @property
-    def key(self) -> Key:
-        """The job's key."""
-        metadata = self.resource["metadata"]
-        return Key(JOB, metadata["namespace"], metadata["name"])
-
-    @property
-    def pod(self) -> Json | None:
-        """The newest generation's pod that speaks for all."""
-        return leader_of(self.pods)
 
 
 async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Result:
@@ -146,31 +97,6 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
         return Retryable(error)
     await report(observed, step, kube, facts, now)
     return _next_look(step, observed, now)
-
-
-async def observe(key: Key, resource: Json, kube: Kube, facts: Facts) -> Observed:
-    """Gather what the decision needs; the API server is asked only before a job has pods."""
-    pods = facts.store.children(key, "Pod")
-    newest = newest_generation(pods, resource.get("status") or {})
-    try:
-        spec = facts.specs.job(resource)
-    except InvalidSpecError as error:
-        return Observed(resource, None, pods, newest, Problem(Reason.INVALID_SPEC, str(error)))
-    base = find_base_model(spec, key.namespace, facts.store)
-    if isinstance(base, Problem):
-        return Observed(resource, None, pods, newest, base)
-    url = facts.config.gateway_url
-    judge = find_judge(spec, key.namespace, facts.store, gateway_url=url)
-    if isinstance(judge, Problem):
-        return Observed(resource, None, pods, newest, judge)
-    teacher = find_teacher(spec, key.namespace, facts.store, gateway_url=url)
-    if isinstance(teacher, Problem):
-        return Observed(resource, None, pods, newest, teacher)
-    created_at = str(resource["metadata"]["creationTimestamp"])
-    identity = (key.namespace, key.name, uid_of(resource))
-    job = Job(*identity, spec, base, created_at, judge, teacher)
-    problem = None if pods else await missing_input(job, kube)
-    return Observed(resource, job, pods, newest, problem)
 
 
 def decide(observed: Observed, facts: Facts, now: datetime) -> Step | None:
@@ -200,104 +126,6 @@ def decide(observed: Observed, facts: Facts, now: datetime) -> Step | None:
         yield_within_s=job.spec.spare_capacity.yield_within_seconds,
         now=now,
     )
-
-
-async def apply(step: Step | None, observed: Observed, kube: Kube, facts: Facts) -> Step | None:
-    """Carry a step out; return it, or what was done instead since its devices are gone."""
-    job = observed.job
-    if job is None:
-        return step
-    match step:
-        case Start(number):
-            if (wait := await _start(step, observed, kube, facts)) is not None:
-                return Queue(wait)
-            oldest = number if isinstance(step, Shrink) else number - 1
-            await _forget_generations(observed, kube, before=oldest)
-        case Dismiss():
-            for pod in newest_pods(observed.pods):
-                if outcome_of(pod) in (Outcome.PENDING, Outcome.RUNNING):
-                    await _dismiss(pod, kube)
-        case AskToYield():
-            await _yield(observed, kube, facts)
-        case Fence():
-            for pod in newest_pods(observed.pods):
-                await kube.delete(pod, grace_s=0, check_version=False)
-            facts.ledger.nudged.set()
-    return step
-
-
-async def _start(step: Start, observed: Observed, kube: Kube, facts: Facts) -> Wait | None:
-    """Make a generation's pods; return why they have to wait after all, if they do."""
-    job, number = observed.job, step.number
-    assert job is not None
-    # What an operator that died in between has made already says how many there shall be.
-    made = pods_of(observed.pods, number)
-    workers = size_of(made[0]) if made else step.workers
-    await facts.namespaces.prepare(job.namespace, kube)
-    if workers > 1:
-        await kube.apply(build_workers_policy(job))
-        await kube.apply(build_workers_service(job))
-    await kube.create(build_config_map(job, number, workers=workers))
-    missing = sorted(set(range(workers)) - {rank_of(pod) for pod in made})
-    async with facts.ledger.handing_out:
-        if (wait := facts.ledger.wait_of(observed.key)) is not None:
-            return wait  # a look that has just ended gave the devices to somebody else
-        hostnames = dict(zip(missing, facts.ledger.take(observed.key), strict=False))
-        for rank in missing:
-            worker = Worker(
-                generation=number,
-                workers=workers,
-                rank=rank,
-                crashes=step.crashes,
-                preemptions=preemptions_of(observed.resource),
-                hostname=hostnames.get(rank, ""),
-            )
-            await kube.create(
-                build_trainer_pod(
-                    job,
-                    worker,
-                    image=facts.config.runtime_image,
-                    pull_policy=facts.config.image_pull_policy,
-                )
-            )
-    return None
-
-
-async def _yield(observed: Observed, kube: Kube, facts: Facts) -> None:
-    """Ask the leader, which tells the others."""
-    pod = observed.pod
-    if pod is None or "deletionTimestamp" in pod["metadata"]:
-        return
-    address = pod.get("status", {}).get("podIP")
-    deadline_s = _YIELD_DEADLINE_S
-    if reclaimed_at(pod) is not None and observed.job is not None:
-        deadline_s = observed.job.spec.spare_capacity.yield_within_seconds
-    if address and await facts.trainers.ask_to_yield(address, deadline_s=deadline_s):
-        return
-    if observed.status.get("phase") == "Yielding":
-        # It heard and is on its way out, its last words to be read from its pod; were it stuck,
-        # its liveness probe would end it.
-        return
-    # Not running yet, or deaf: SIGTERM means the same to a trainer.
-    await _dismiss(pod, kube)
-
-
-async def _dismiss(pod: Json, kube: Kube) -> None:
-    live = await kube.get(Ref.of(pod))
-    if live is not None and uid_of(live) == uid_of(pod):
-        await kube.delete(live, check_version=False)
-
-
-async def _forget_generations(observed: Observed, kube: Kube, *, before: int) -> None:
-    """Delete what generations before this one left; the last one stays for its log."""
-    assert observed.job is not None
-    for pod in observed.pods:
-        if (number := generation_of(pod)) < before:
-            name = generation_name(observed.job.name, number)
-            await _dismiss(pod, kube)
-            ref = Ref("v1", "ConfigMap", observed.job.namespace, name)
-            if (config_map := await kube.get(ref)) is not None:
-                await kube.delete(config_map, check_version=False)
 
 
 async def report(

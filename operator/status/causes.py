@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mizzen.operator.crds.common import Json
+from mizzen.operator.desired.labels import CAPACITY_GATE, WAITS_SINCE
 from mizzen.operator.status.reasons import Reason, reason_or
 
 BAD_CONFIGURATION_EXIT_CODE = 42
@@ -42,6 +43,12 @@ class Cause:
     needs_change: bool = True
 
 
+_NO_DEVICES = Cause(
+    Reason.WAITS_FOR_DEVICES,
+    "The replica waits for devices that fine-tune jobs have borrowed and were asked to give back.",
+    needs_change=False,
+)
+
 # Where several pods fail for several causes, the first of these is told.
 _FIRST_TOLD = (
     Reason.IMAGE_PULL_FAILED, Reason.CONTAINER_CONFIG, Reason.CLAIM_NOT_FOUND,
@@ -49,7 +56,7 @@ _FIRST_TOLD = (
 )  # fmt: skip
 _LAST_TOLD = (
     Reason.OUT_OF_MEMORY, Reason.RUNTIME_CRASHED, Reason.CLAIM_NOT_BOUND, Reason.UNSCHEDULABLE,
-    Reason.POD_REFUSED, Reason.EVICTED,
+    Reason.POD_REFUSED, Reason.EVICTED, Reason.WAITS_FOR_DEVICES,
 )  # fmt: skip
 
 
@@ -163,7 +170,9 @@ def _ended_cause(status: Json) -> Cause:
 
 def _scheduling_cause(condition: Json, pod: Json) -> Cause | None:
     if condition.get("reason") == "SchedulingGated":
-        return None
+        gates = [gate["name"] for gate in pod.get("spec", {}).get("schedulingGates") or []]
+        is_told = WAITS_SINCE in (pod.get("metadata", {}).get("annotations") or {})
+        return _NO_DEVICES if is_told and gates == [CAPACITY_GATE] else None
     message = str(condition.get("message") or "")
     if claim := _CLAIM_MISSING.search(message):
         namespace = pod.get("metadata", {}).get("namespace", "")

@@ -118,9 +118,15 @@ class Team:
     def is_serving(self, replicas: int) -> bool:
         return self.status("llmd", "chat").get("ready") == f"{replicas}/{replicas}"
 
+    def serving_reason(self) -> str:
+        return self._condition("llmd", "chat", "Ready")[1]
+
     def admitted(self) -> tuple[str, str]:
-        for condition in self.status("ftj", "tune").get("conditions", []):
-            if condition["type"] == "Admitted":
+        return self._condition("ftj", "tune", "Admitted")
+
+    def _condition(self, kind: str, name: str, type_: str) -> tuple[str, str]:
+        for condition in self.status(kind, name).get("conditions", []):
+            if condition["type"] == type_:
                 return condition["status"], condition["reason"]
         return "", ""
 
@@ -221,6 +227,7 @@ def test_a_borrower_leaves_for_a_replica_and_comes_back_when_it_is_gone(team: Te
     wait_until(lambda: team.is_asked("tune-g1-0"))
     assert len(team.gated()) == 1, "no node is taken from the trainer while it commits"
     wait_until(lambda: team.admitted() == ("False", "Yielded"))
+    wait_until(lambda: team.serving_reason() == "WaitsForDevices")
     team.yield_now("tune-g1-0")
     wait_until(lambda: team.is_serving(2))
     assert not team.gated()

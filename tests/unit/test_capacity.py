@@ -34,7 +34,10 @@ class Cluster:
         self.now = NOW
         object.__setattr__(self.world.facts, "ledger", Ledger(sees_nodes=None))
         self.facts = self.world.facts
-        self.arbiter = Arbiter(kube=self.world.kube, facts=self.facts, on_change=lambda key: None)
+        self.changed: list[Key] = []
+        self.arbiter = Arbiter(
+            kube=self.world.kube, facts=self.facts, on_change=self.changed.append
+        )
         self.api.put(
             "/api/v1/nodes/a",
             {
@@ -183,6 +186,8 @@ async def test_a_replica_is_let_in_once_the_job_has_left_and_the_job_waits() -> 
     assert status["lending"]["preemptions"] == 1
     waiting = cluster.pod("two")
     assert waiting is not None and waiting["spec"]["schedulingGates"]
+    assert labels.WAITS_SINCE in waiting["metadata"]["annotations"]
+    assert Key("llmdeployment", "team", "chat") in cluster.changed
 
     # It does not leave in time, so its pod is ended where it is.
     cluster.now += timedelta(seconds=31)
@@ -293,6 +298,20 @@ async def test_a_gang_half_made_by_an_operator_that_died_needs_only_the_rest() -
         pod = cluster.pod(name)
         assert pod is not None
         assert pod["spec"]["nodeSelector"] == {labels.HOSTNAME: "host-a"}
+
+
+async def test_a_generation_made_smaller_keeps_the_places_it_has() -> None:
+    cluster = Cluster()
+    cluster.submit(workers=2)
+    await cluster.look()
+    placed = cluster.pod("tune-g1-1")
+    assert placed is not None
+    cluster.api.put(f"{PODS}/tune-g1-1", placed | {"spec": placed["spec"] | {"nodeName": "a"}})
+    cluster.now += timedelta(minutes=5)
+    await cluster.look()
+    alone = cluster.pod("tune-g2-0")
+    assert alone is not None and cluster.pod("tune-g2-1") is None
+    assert alone["spec"]["nodeSelector"] == {labels.HOSTNAME: "host-a"}
 
 
 async def test_a_replica_of_two_pods_is_let_in_whole_and_only_when_all_are_there() -> None:

@@ -34,6 +34,13 @@ def unscheduled(message: str, reason: str = "Unschedulable") -> Json:
     return pod(phase="Pending", conditions=[condition])
 
 
+def gated(*gates: str, waits: bool = False) -> Json:
+    return unscheduled("gated", reason="SchedulingGated") | {
+        "metadata": {"annotations": {"mizzen.dev/waits-since": "now"} if waits else {}},
+        "spec": {"schedulingGates": [{"name": gate} for gate in gates]},
+    }
+
+
 LAST_WORDS = json.dumps({"reason": "NotAModel", "message": "No config.json in /mnt/pvc/models."})
 CASES: dict[str, tuple[Json, Reason | None, str]] = {
     "nothing to say of a pod that was just made": (pod(phase="Pending"), None, ""),
@@ -122,6 +129,16 @@ CASES: dict[str, tuple[Json, Reason | None, str]] = {
     ),
     "nothing to say of a pod that is held back on purpose": (
         unscheduled("gated", reason="SchedulingGated"), None, "",
+    ),
+    "borrowed devices that are on their way back": (
+        gated("mizzen.dev/capacity", waits=True),
+        Reason.WAITS_FOR_DEVICES, "fine-tune jobs have borrowed",
+    ),
+    "nothing to say of a pod that waits for the next look at devices": (
+        gated("mizzen.dev/capacity"), None, "",
+    ),
+    "nothing to say of devices before the group is complete": (
+        gated("mizzen.dev/capacity", "mizzen.dev/group", waits=True), None, "",
     ),
 }  # fmt: skip
 

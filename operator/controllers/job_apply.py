@@ -1,0 +1,148 @@
+"""Carries out what was decided about the generations of a job's pods."""
+
+from __future__ import annotations
+
+from mizzen.operator.controllers.job_lending import preemptions_of, reclaimed_at
+from mizzen.operator.controllers.job_observe import Observed
+from mizzen.operator.crds.common import Json
+from mizzen.operator.desired.jobs import (
+    Worker,
+    build_config_map,
+    build_trainer_pod,
+    generation_name,
+)
+from mizzen.operator.desired.labels import HOSTNAME
+from mizzen.operator.desired.train_config import Job
+from mizzen.operator.desired.workers import build_workers_policy, build_workers_service
+from mizzen.operator.facts import Facts
+from mizzen.operator.kube.client import Kube
+from mizzen.operator.kube.documents import Ref, uid_of
+from mizzen.operator.planning.generations import (
+    AskToYield,
+    Dismiss,
+    Fence,
+    Outcome,
+    Queue,
+    Shrink,
+    Start,
+    Step,
+)
+from mizzen.operator.planning.lending import Wait
+from mizzen.operator.status.trainer_pods import (
+    generation_of,
+    newest_pods,
+    outcome_of,
+    pods_of,
+    rank_of,
+    size_of,
+)
+
+_YIELD_DEADLINE_S = 60
+
+
+async def apply(step: Step | None, observed: Observed, kube: Kube, facts: Facts) -> Step | None:
+    """Carry a step out; return it, or what was done instead since its devices are gone."""
+    job = observed.job
+    if job is None:
+        return step
+    match step:
+        case Start(number):
+            if (wait := await _start(step, observed, kube, facts)) is not None:
+                return Queue(wait)
+            oldest = number if isinstance(step, Shrink) else number - 1
+            await _forget_generations(observed, kube, before=oldest)
+        case Dismiss():
+            for pod in newest_pods(observed.pods):
+                if outcome_of(pod) in (Outcome.PENDING, Outcome.RUNNING):
+                    await _dismiss(pod, kube)
+        case AskToYield():
+            await _yield(observed, kube, facts)
+        case Fence():
+            for pod in newest_pods(observed.pods):
+                await kube.delete(pod, grace_s=0, check_version=False)
+            facts.ledger.nudged.set()
+    return step
+
+
+async def _start(step: Start, observed: Observed, kube: Kube, facts: Facts) -> Wait | None:
+    """Make a generation's pods; return why they have to wait after all, if they do."""
+    job, number = observed.job, step.number
+    assert job is not None
+    # What an operator that died in between has made already says how many there shall be.
+    made = pods_of(observed.pods, number)
+    workers = size_of(made[0]) if made else step.workers
+    await facts.namespaces.prepare(job.namespace, kube)
+    if workers > 1:
+        await kube.apply(build_workers_policy(job))
+        await kube.apply(build_workers_service(job))
+    await kube.create(build_config_map(job, number, workers=workers))
+    missing = sorted(set(range(workers)) - {rank_of(pod) for pod in made})
+    async with facts.ledger.handing_out:
+        if (wait := facts.ledger.wait_of(observed.key)) is not None:
+            return wait  # a look that has just ended gave the devices to somebody else
+        given = facts.ledger.take(observed.key)
+        if isinstance(step, Shrink):
+            given = await _places(observed.pods, kube)
+        hostnames = dict(zip(missing, given, strict=False))
+        for rank in missing:
+            worker = Worker(
+                generation=number,
+                workers=workers,
+                rank=rank,
+                crashes=step.crashes,
+                preemptions=preemptions_of(observed.resource),
+                hostname=hostnames.get(rank, ""),
+            )
+            await _create(job, worker, kube, facts)
+    return None
+
+
+async def _create(job: Job, worker: Worker, kube: Kube, facts: Facts) -> None:
+    image, pull_policy = facts.config.runtime_image, facts.config.image_pull_policy
+    await kube.create(build_trainer_pod(job, worker, image=image, pull_policy=pull_policy))
+
+
+async def _places(pods: list[Json], kube: Kube) -> tuple[str, ...]:
+    """Return the hostnames that the newest pods were bound to, of those that have a node."""
+    placed = [pod for pod in newest_pods(pods) if pod["spec"].get("nodeName")]
+    # Asked of the API server: the store keeps no selectors.
+    live = [await kube.get(Ref.of(pod)) for pod in placed]
+    selectors = [(pod or {}).get("spec", {}).get("nodeSelector") or {} for pod in live]
+    return tuple(selector[HOSTNAME] for selector in selectors if HOSTNAME in selector)
+
+
+async def _yield(observed: Observed, kube: Kube, facts: Facts) -> None:
+    """Ask the leader, which tells the others."""
+    pod = observed.pod
+    if pod is None or "deletionTimestamp" in pod["metadata"]:
+        return
+    address = pod.get("status", {}).get("podIP")
+    deadline_s = _YIELD_DEADLINE_S
+    if reclaimed_at(pod) is not None and observed.job is not None:
+        deadline_s = observed.job.spec.spare_capacity.yield_within_seconds
+    if address and await facts.trainers.ask_to_yield(address, deadline_s=deadline_s):
+        return
+    if observed.status.get("phase") == "Yielding":
+        # It heard and is on its way out, its last words to be read from its pod; were it stuck,
+        # its liveness probe would end it.
+        return
+    # Not running yet, or deaf: SIGTERM means the same to a trainer.
+    await _dismiss(pod, kube)
+
+
+async def _dismiss(pod: Json, kube: Kube) -> None:
+    live = await kube.get(Ref.of(pod))
+    if live is not None and uid_of(live) == uid_of(pod):
+        await kube.delete(live, check_version=False)
+
+
+async def _forget_generations(observed: Observed, kube: Kube, *, before: int) -> None:
+    """Delete what generations before this one left; the last one stays for its log."""
+    assert observed.job is not None
+    for pod in observed.pods:
+        if (number := generation_of(pod)) < before:
+            name = generation_name(observed.job.name, number)
+            await _dismiss(pod, kube)
+            ref = Ref("v1", "ConfigMap", observed.job.namespace, name)
+            if (config_map := await kube.get(ref)) is not None:
+                await kube.delete(config_map, check_version=False)

@@ -1,0 +1,76 @@
+"""One look at a FineTuneJob: what it says, what its pods say, what it still lacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mizzen.operator.controllers.job_inputs import (
+    find_base_model,
+    find_judge,
+    find_teacher,
+    missing_input,
+)
+from mizzen.operator.crds.common import Json
+from mizzen.operator.desired.train_config import Job
+from mizzen.operator.engine.key import Key
+from mizzen.operator.facts import Facts
+from mizzen.operator.kube.client import Kube
+from mizzen.operator.kube.documents import uid_of
+from mizzen.operator.planning.generations import Generation
+from mizzen.operator.routing import JOB
+from mizzen.operator.specs import InvalidSpecError
+from mizzen.operator.status.job_facts import Problem
+from mizzen.operator.status.reasons import Reason
+from mizzen.operator.status.trainer_pods import leader_of, newest_generation
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """One look at a job and its pods."""
+
+    resource: Json
+    job: Job | None
+    pods: list[Json]
+    newest: Generation | None
+    problem: Problem | None
+
+    @property
+    def status(self) -> Json:
+        """The status as it was last written."""
+        return self.resource.get("status") or {}
+
+    @property
+    def key(self) -> Key:
+        """The job's key."""
+        metadata = self.resource["metadata"]
+        return Key(JOB, metadata["namespace"], metadata["name"])
+
+    @property
+    def pod(self) -> Json | None:
+        """The newest generation's pod that speaks for all."""
+        return leader_of(self.pods)
+
+
+async def observe(key: Key, resource: Json, kube: Kube, facts: Facts) -> Observed:
+    """Gather what the decision needs; the API server is asked only before a job has pods."""
+    pods = facts.store.children(key, "Pod")
+    newest = newest_generation(pods, resource.get("status") or {})
+    try:
+        spec = facts.specs.job(resource)
+    except InvalidSpecError as error:
+        return Observed(resource, None, pods, newest, Problem(Reason.INVALID_SPEC, str(error)))
+    base = find_base_model(spec, key.namespace, facts.store)
+    if isinstance(base, Problem):
+        return Observed(resource, None, pods, newest, base)
+    url = facts.config.gateway_url
+    judge = find_judge(spec, key.namespace, facts.store, gateway_url=url)
+    if isinstance(judge, Problem):
+        return Observed(resource, None, pods, newest, judge)
+    teacher = find_teacher(spec, key.namespace, facts.store, gateway_url=url)
+    if isinstance(teacher, Problem):
+        return Observed(resource, None, pods, newest, teacher)
+    created_at = str(resource["metadata"]["creationTimestamp"])
+    identity = (key.namespace, key.name, uid_of(resource))
+    job = Job(*identity, spec, base, created_at, judge, teacher)
+    problem = None if pods else await missing_input(job, kube)
+    return Observed(resource, job, pods, newest, problem)
