@@ -1,5 +1,6 @@
 """The full local cluster as the quickstart leaves it, for every test of this folder."""
 
+import contextlib
 import json
 import os
 import re
@@ -94,7 +95,8 @@ def kill_container(container: str) -> None:
             continue  # ended meanwhile
     assert found, f"no process of container {container}"
     for pid in found:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # the first one's end ends the others
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
