@@ -43,7 +43,18 @@ def test_three_ranks_sum_and_gather_on_each_message() -> None:
             assert ranks.group.all_gather(torch.tensor([[0.0]])).tolist() == [[0.0, 1.0, 2.0]]
 
 
+def listeners() -> set[tuple[int, str, int]]:
+    """Return by process where this one and those it started listen: (pid, address, port)."""
+    found = set()
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.add((process.pid, connection.laddr.ip, connection.laddr.port))
+    return found
+
+
 def test_two_groups_in_one_pod_do_not_meet_and_listen_on_loopback_only() -> None:
+    before = listeners()
     with (
         started(2, rank_work.echo_sum) as ours,
         started(2, rank_work.echo_sum) as theirs,
@@ -52,14 +63,8 @@ def test_two_groups_in_one_pod_do_not_meet_and_listen_on_loopback_only() -> None
             ranks.send(b"%d" % number)
             assert ranks.group.all_reduce(torch.tensor([100.0])).item() == 100 + number
             ranks.group.all_gather(torch.tensor([[0.0]]))
-        heard = [
-            connection.laddr.ip
-            for process in (psutil.Process(), *psutil.Process().children(recursive=True))
-            for connection in process.net_connections("inet")
-            if connection.status == psutil.CONN_LISTEN
-        ]
-        assert heard
-        assert set(heard) == {"127.0.0.1"}
+        heard = {address for _pid, address, _port in listeners() - before}
+        assert heard == {"127.0.0.1"}
 
 
 def test_a_dead_rank_breaks_the_collective_and_takes_the_group_down() -> None:
