@@ -5,16 +5,15 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from mizzen.operator.crds.common import (
-    Accelerator,
     AdapterName,
     ApiModel,
     DnsLabel,
-    ModelSource,
     PodTemplatePatch,
     address_rules,
     cel,
 )
 from mizzen.operator.crds.finetunejob_status import FineTuneJobStatus
+from mizzen.operator.crds.training_data import BaseModelRef, ClaimFolder, Dataset, Processing
 from mizzen.operator.crds.training_methods import (
     METHOD_SECTIONS,
     Distill,
@@ -26,6 +25,14 @@ from mizzen.operator.crds.training_methods import (
     Quantize,
     Rl,
     method_rules,
+)
+from mizzen.operator.crds.training_run import (
+    Budget,
+    Checkpointing,
+    Failure,
+    JobResources,
+    SpareCapacity,
+    Workers,
 )
 
 KIND = "FineTuneJob"
@@ -61,107 +68,6 @@ class Adaptation(ApiModel):
     ] = "int8"
 
 
-class BaseModelRef(ApiModel):
-    """The model to start from."""
-
-    rules = (
-        cel(
-            "has(self.deployment) != has(self.source)",
-            "Set exactly one of baseModel.deployment and baseModel.source.",
-        ),
-    )
-
-    deployment: Annotated[
-        DnsLabel | None,
-        Field(description="An LLMDeployment of this namespace: its spec.model.source is used."),
-    ] = None
-    source: Annotated[
-        ModelSource | None,
-        Field(description="A model path: pvc://CLAIM/PATH or file:///PATH."),
-    ] = None
-
-
-ClaimFolder = Annotated[
-    str,
-    Field(
-        min_length=1,
-        max_length=512,
-        json_schema_extra=address_rules(
-            r"pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.+",
-            "A folder must look like pvc://CLAIM/PATH",
-        ),
-    ),
-]
-
-
-class FeedbackRef(ApiModel):
-    """A deployment's feedback log."""
-
-    deployment: Annotated[DnsLabel, Field(description="The LLMDeployment.")]
-    folder: Annotated[
-        ClaimFolder, Field(description="Folder of the logs, pvc://CLAIM/PATH, by deployment.")
-    ]
-
-
-class Dataset(ApiModel):
-    """One source of examples."""
-
-    rules = (
-        cel("has(self.uri) != has(self.feedbackRef)", "Set exactly one of uri and feedbackRef."),
-    )
-
-    name: Annotated[DnsLabel, Field(description="Name of the source in status and logs.")]
-    uri: Annotated[
-        str | None,
-        Field(
-            min_length=1,
-            max_length=1024,
-            description="A JSONL file, as configMap://NAME/KEY, pvc://CLAIM/PATH or http(s)://.",
-            json_schema_extra=address_rules(
-                r"configMap://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[-._a-zA-Z0-9]+"
-                r"|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.+|https?://.+",
-                "A dataset's uri must look like configMap://NAME/KEY, pvc://CLAIM/PATH or "
-                "https://HOST/PATH",
-            ),
-        ),
-    ] = None
-    feedback_ref: Annotated[
-        FeedbackRef | None,
-        Field(description="What people said of a deployment's answers, until the job was made."),
-    ] = None
-    format: Annotated[
-        Literal["auto", "messages", "promptCompletion"],
-        Field(description="Shape of a line for sft and distill; auto looks at the first one."),
-    ] = "auto"
-    weight: Annotated[
-        float,
-        Field(gt=0, le=1000, description="How often its examples are drawn, beside the others'."),
-    ] = 1.0
-    sha256: Annotated[
-        str | None,
-        Field(
-            pattern=r"^[0-9a-f]{64}$",
-            description="Digest the file must have.",
-        ),
-    ] = None
-
-
-class Processing(ApiModel):
-    """How examples become training sequences."""
-
-    loss_on: Annotated[
-        Literal["assistant", "all"],
-        Field(description="Learn the assistant's tokens only, or every token."),
-    ] = "assistant"
-    max_seq_len: Annotated[
-        int, Field(ge=16, le=131072, description="Longest sequence in tokens; longer are cut.")
-    ] = 1024
-    holdout_ratio: Annotated[
-        float,
-        Field(ge=0, le=0.5, description="Share of the examples kept back for evaluation."),
-    ] = 0.05
-
-
 class Hyperparameters(ApiModel):
     """Settings of the optimisation."""
 
@@ -195,89 +101,6 @@ class Hyperparameters(ApiModel):
         float, Field(ge=0, le=1000, description="Largest norm of the gradient; 0 switches it off.")
     ] = 1.0
     seed: Annotated[int, Field(ge=0, le=4294967295, description="Seed of data and dropout.")] = 0
-
-
-class Checkpointing(ApiModel):
-    """When progress is saved."""
-
-    every_steps: Annotated[int, Field(ge=1, description="Save after this many steps.")] = 50
-    every_seconds: Annotated[
-        int, Field(ge=1, description="Save after this many seconds, if steps are slow.")
-    ] = 300
-    keep_last: Annotated[int, Field(ge=1, le=100, description="Checkpoints kept.")] = 2
-    keep_best: Annotated[
-        int,
-        Field(
-            ge=0,
-            le=100,
-            description="How many are also kept that are best on the held-out data, measured every "
-            "everySteps; the best is the result. 0: the last is.",
-        ),
-    ] = 0
-
-
-class Budget(ApiModel):
-    """What the job may use; then it ends with what it has."""
-
-    rules = (
-        cel("has(self.maxHours) || has(self.maxTokens)", "Set budget.maxHours, maxTokens or both."),
-    )
-
-    max_hours: Annotated[
-        float | None, Field(gt=0, le=100000, description="Hours of training steps, over all runs.")
-    ] = None
-    max_tokens: Annotated[int | None, Field(ge=1, description="Tokens trained on.")] = None
-
-
-class Workers(ApiModel):
-    """How many pods train together, each on its share of a step's sequences."""
-
-    rules = (cel("self.min <= self.max", "workers.min must not be above workers.max."),)
-
-    min: Annotated[
-        int, Field(ge=1, le=64, description="Fewest to train with where there is no room for max.")
-    ] = 1
-    max: Annotated[int, Field(ge=1, le=64, description="How many to train with.")] = 1
-
-
-class JobResources(ApiModel):
-    """What the trainer pod asks for."""
-
-    accelerator: Annotated[Accelerator, Field(description="The devices of the trainer pod.")] = (
-        Accelerator()
-    )
-
-
-class SpareCapacity(ApiModel):
-    """Devices that serving leaves idle, until it needs them."""
-
-    enabled: Annotated[
-        bool, Field(description="Run on devices that may be asked back at any time.")
-    ] = False
-    yield_within_seconds: Annotated[
-        int,
-        Field(ge=5, le=600, description="Leave at a checkpoint within this time; killed after."),
-    ] = 30
-
-
-class Failure(ApiModel):
-    """What happens when the trainer crashes."""
-
-    backoff_limit: Annotated[
-        int,
-        Field(
-            ge=0,
-            le=1000,
-            description="Crashes in a row without a new checkpoint until the job fails.",
-        ),
-    ] = 6
-    hang_timeout_seconds: Annotated[
-        int,
-        Field(
-            ge=1,
-            description="A trainer that ends no micro-batch for so long is started again.",
-        ),
-    ] = 1800
 
 
 class Output(ApiModel):

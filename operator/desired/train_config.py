@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mizzen.operator.crds.common import Json
-from mizzen.operator.crds.finetunejob import Dataset, FineTuneJobSpec
+from mizzen.operator.crds.finetunejob import FineTuneJobSpec
+from mizzen.operator.crds.training_data import Dataset
 from mizzen.operator.crds.training_methods import COMPUTED, METHOD_SECTIONS
 from mizzen.operator.desired.labels import ADMIN_PORT
 from mizzen.operator.desired.sources import CLAIM_ROOT, claims_of, locate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mizzen.operator.crds.llmdeployment import LLMDeploymentStatus
+from mizzen.operator.crds.llmdeployment_status import LLMDeploymentStatus
 from mizzen.operator.engine.results import Terminal
 from mizzen.operator.planning.fit import GIB
 from tests.fixtures.serving_world import World

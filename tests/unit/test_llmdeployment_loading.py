@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mizzen.operator.crds.llmdeployment import LLMDeploymentStatus
+from mizzen.operator.crds.llmdeployment_status import LLMDeploymentStatus
 from mizzen.operator.engine.results import Requeue
 from tests.fixtures.serving_world import World
 

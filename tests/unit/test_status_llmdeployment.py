@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mizzen.operator.crds.llmdeployment import LLMDeploymentStatus
+from mizzen.operator.crds.llmdeployment_status import LLMDeploymentStatus
 from mizzen.operator.planning.rollout import Standing as S
 from mizzen.operator.status.causes import Cause
 from mizzen.operator.status.llmdeployment import (
