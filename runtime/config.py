@@ -74,7 +74,9 @@ class ServeConfig(BaseSettings):
     )
     block_size: int = Field(16, ge=1, description="Tokens in one block of the KV cache.")
     kv_cache_gib: float | None = Field(
-        None, gt=0, description="Memory of the KV cache; default: chosen from what is free."
+        None,
+        gt=0,
+        description="Memory of the KV cache over all ranks; default: chosen from what is free.",
     )
     max_waiting: int = Field(
         512, ge=0, description="Requests that may wait; more are answered 429."

@@ -96,8 +96,8 @@ class Engine(ApiModel):
             alias="kvCacheGiB",
             gt=0,
             le=4096,
-            description="Memory for the keys and values of running requests, in GiB per rank. "
-            "Measured at start when left out.",
+            description="Memory for the keys and values of running requests, in GiB, all ranks "
+            "together. Measured at start when left out.",
         ),
     ] = None
 

@@ -8,7 +8,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from mizzen.runtime.engine.api import AdapterLoadError, AdapterState, UnknownAdapterError
+from mizzen.runtime.engine.api import AdapterState
+from mizzen.runtime.engine.errors import AdapterLoadError, UnknownAdapterError
 
 
 @dataclass(slots=True, eq=False)

@@ -2,13 +2,8 @@
 
 from collections.abc import Sequence
 
-from mizzen.runtime.engine.api import (
-    GenerationRequest,
-    InvalidRequestError,
-    PromptTooLongError,
-    SamplingParams,
-    ScoreRequest,
-)
+from mizzen.runtime.engine.api import GenerationRequest, SamplingParams, ScoreRequest
+from mizzen.runtime.engine.errors import InvalidRequestError, PromptTooLongError
 
 MAX_LOGPROBS = 100
 MAX_STOPS = 64

@@ -11,7 +11,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mizzen.runtime.engine.api import InvalidRequestError, Message
+from mizzen.runtime.engine.api import Message
+from mizzen.runtime.engine.errors import InvalidRequestError
 
 
 class _GenerationTag(Extension):

@@ -12,14 +12,9 @@ from typing import TypeVar
 from mizzen.runtime.engine.adapters import AdapterTable, SlotUse, content_hash
 from mizzen.runtime.engine.admission import check_request, check_scored
 from mizzen.runtime.engine.api import (
-    AdapterLoadError,
     AdapterState,
-    AsleepError,
-    DrainingError,
-    EngineDeadError,
     EngineStats,
     GenerationRequest,
-    InvalidRequestError,
     PromptScores,
     Recorder,
     SamplingParams,
@@ -29,6 +24,13 @@ from mizzen.runtime.engine.api import (
 from mizzen.runtime.engine.blocks import root_hash
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.detokenizer import DetokenizerFactory
+from mizzen.runtime.engine.errors import (
+    AdapterLoadError,
+    AsleepError,
+    DrainingError,
+    EngineDeadError,
+    InvalidRequestError,
+)
 from mizzen.runtime.engine.grammar import GrammarCompiler, GrammarState
 from mizzen.runtime.engine.idle import IdleWork, busy
 from mizzen.runtime.engine.live import Live

@@ -14,7 +14,8 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
-from mizzen.runtime.engine.api import JSON_ON_ONE_LINE, Grammar, InvalidRequestError
+from mizzen.runtime.engine.api import JSON_ON_ONE_LINE, Grammar
+from mizzen.runtime.engine.errors import InvalidRequestError
 from mizzen.runtime.engine.tokenizer import Tokenizer
 
 COMPILE_LIMIT_S = 5.0

@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mizzen.runtime.attention.causal import CausalAttention
-from mizzen.runtime.engine.api import EngineBusyError
+from mizzen.runtime.engine.errors import EngineBusyError
 
 MAX_WAITING = 256
 RETRY_S = 5.0

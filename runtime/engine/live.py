@@ -3,12 +3,7 @@
 from dataclasses import dataclass, replace
 
 from mizzen.runtime.engine.adapters import SlotUse
-from mizzen.runtime.engine.api import (
-    FinishedRequest,
-    FinishReason,
-    TokenLogprob,
-    TokenOutput,
-)
+from mizzen.runtime.engine.api import FinishedRequest, FinishReason, TokenLogprob, TokenOutput
 from mizzen.runtime.engine.detokenizer import Delta, Detokenizer
 from mizzen.runtime.engine.sequence import Sequence
 from mizzen.runtime.engine.streams import Stream

@@ -19,13 +19,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from mizzen.runtime.engine.adapters import AdapterTable, SlotUse
-from mizzen.runtime.engine.api import (
-    EngineDeadError,
-    FinishReason,
-    GenerationFailedError,
-    Recorder,
-    TokenOutput,
-)
+from mizzen.runtime.engine.api import FinishReason, Recorder, TokenOutput
+from mizzen.runtime.engine.errors import EngineDeadError, GenerationFailedError
 from mizzen.runtime.engine.flight import Flight, Launcher
 from mizzen.runtime.engine.idle import IdleQueue, IdleWork
 from mizzen.runtime.engine.live import Live

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from mizzen.runtime import errors
-from mizzen.runtime.engine import api
+from mizzen.runtime.engine import errors as engine_errors
 from mizzen.runtime.engine.api import (
     AdapterState,
     EngineStats,
@@ -228,4 +228,7 @@ def _errors_of(module: ModuleType) -> dict[str, type[Exception]]:
     return {name: kind for name, kind in classes if issubclass(kind, MizzenError)}
 
 
-_KNOWN: dict[str, type[Exception]] = {**_errors_of(errors), **_errors_of(api)}
+_KNOWN: dict[str, type[Exception]] = {
+    **_errors_of(errors),
+    **_errors_of(engine_errors),
+}

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mizzen.runtime.attention.base import KvShape
-from mizzen.runtime.engine.api import InvalidRequestError
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.draft import DraftModel
+from mizzen.runtime.engine.errors import InvalidRequestError
 from mizzen.runtime.engine.graphs import graph_rows
 from mizzen.runtime.engine.memory import give_back_freed
 from mizzen.runtime.engine.runner import Runner

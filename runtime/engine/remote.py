@@ -13,16 +13,15 @@ from pathlib import Path
 
 from mizzen.runtime.engine.api import (
     AdapterState,
-    EngineDeadError,
     EngineStats,
     GenerationRequest,
-    InvalidRequestError,
     PromptScores,
     Recorder,
     ScoreRequest,
     TokenOutput,
 )
 from mizzen.runtime.engine.config import EngineConfig
+from mizzen.runtime.engine.errors import EngineDeadError, InvalidRequestError
 from mizzen.runtime.engine.messages import (
     Abort,
     AnyCall,

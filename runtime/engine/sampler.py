@@ -12,13 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mizzen.runtime.engine.api import (
-    GenerationFailedError,
-    InvalidRequestError,
-    SamplingParams,
-    TokenLogprob,
-)
+from mizzen.runtime.engine.api import SamplingParams, TokenLogprob
 from mizzen.runtime.engine.draw_row import draw_row
+from mizzen.runtime.engine.errors import GenerationFailedError, InvalidRequestError
 from mizzen.runtime.engine.grammar import GrammarState
 from mizzen.runtime.engine.penalties import apply_bias, apply_penalties, forbid_ends
 from mizzen.runtime.engine.sequence import Sequence

@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from mizzen.runtime.engine.api import EngineBusyError, FinishReason, PromptTooLongError
+from mizzen.runtime.engine.api import FinishReason
 from mizzen.runtime.engine.blocks import BlockPool, next_hash
+from mizzen.runtime.engine.errors import EngineBusyError, PromptTooLongError
 from mizzen.runtime.engine.sequence import Sequence, State
 from mizzen.runtime.engine.speculation import MAX_RUNNING, Guesser
 

@@ -11,12 +11,8 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-from mizzen.runtime.engine.api import (
-    GenerationFailedError,
-    PromptScores,
-    ScoreRequest,
-    TokenLogprob,
-)
+from mizzen.runtime.engine.api import PromptScores, ScoreRequest, TokenLogprob
+from mizzen.runtime.engine.errors import GenerationFailedError
 from mizzen.runtime.engine.idle import InterruptibleAttention
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta

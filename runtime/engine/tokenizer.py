@@ -9,8 +9,9 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from mizzen.runtime.engine.api import InvalidRequestError, Message
+from mizzen.runtime.engine.api import Message
 from mizzen.runtime.engine.chat_template import knows_tools, render_chat
+from mizzen.runtime.engine.errors import InvalidRequestError
 from mizzen.runtime.engine.gguf_vocab import build_tokenizer
 from mizzen.runtime.errors import WeightsMissingError
 

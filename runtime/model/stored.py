@@ -12,6 +12,7 @@ Source: QLoRA (Dettmers et al., 2023), section 3, with the runtime's own 8 and 4
 
 # Shapes: T packed tokens, I and O a linear's input and output width on this rank, G groups of
 # inputs, R some of the outputs.
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,16 +27,16 @@ from mizzen.runtime.model.packed import GROUP, Quantization, round_to_4_bits, ro
 _WHOLE_WEIGHTS = 1 << 22
 
 
-class StoredWeight(nn.Module):
+class StoredWeight(nn.Module, ABC):
     """A weight that multiplies and can be differentiated by its input. It has no parameter."""
 
     def forward(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """Return out_TO in the type of `x`."""
         return _Product.apply(x_TI, bias_O, self)
 
+    @abstractmethod
     def rows(self, span: slice, dtype: torch.dtype) -> Tensor:
         """Return these outputs' weights as numbers, rows_RI."""
-        raise NotImplementedError
 
     def spans(self) -> Iterator[slice]:
         """Yield the outputs that are made whole together, in order."""
@@ -45,9 +46,9 @@ class StoredWeight(nn.Module):
             yield slice(first, min(first + at_once, outputs))
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """Outputs and inputs."""
-        raise NotImplementedError
 
 
 class Stored8Bits(StoredWeight):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from mizzen.runtime.engine.api import AdapterLoadError, EngineDeadError
+from mizzen.runtime.engine.errors import AdapterLoadError, EngineDeadError
 from mizzen.runtime.errors import MizzenError
 from mizzen.runtime.server.errors import ApiError, invalid, to_api_error
 from mizzen.runtime.server.service import Service

@@ -3,7 +3,7 @@
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from mizzen.runtime.engine.api import (
+from mizzen.runtime.engine.errors import (
     AdapterLoadError,
     AsleepError,
     DrainingError,

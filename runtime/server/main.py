@@ -11,7 +11,8 @@ from typing import Any
 import uvloop
 
 from mizzen.runtime.config import ServeConfig
-from mizzen.runtime.engine.api import EngineApi, EngineDeadError
+from mizzen.runtime.engine.api import EngineApi
+from mizzen.runtime.engine.errors import EngineDeadError
 from mizzen.runtime.engine.remote import RemoteEngine
 from mizzen.runtime.engine.spawn import EngineProcess
 from mizzen.runtime.errors import MizzenError, report_fatal

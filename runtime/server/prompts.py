@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from mizzen.runtime.engine.api import EngineApi, PromptTooLongError
+from mizzen.runtime.engine.api import EngineApi
+from mizzen.runtime.engine.errors import PromptTooLongError
 from mizzen.runtime.server.errors import invalid
 from mizzen.runtime.server.schemas import ChatRequest, Prompts
 

@@ -14,12 +14,7 @@ from enum import StrEnum
 from typing import cast
 
 from mizzen.runtime.config import ServeConfig
-from mizzen.runtime.engine.api import (
-    EngineApi,
-    GenerationRequest,
-    SamplingParams,
-    TokenOutput,
-)
+from mizzen.runtime.engine.api import EngineApi, GenerationRequest, SamplingParams, TokenOutput
 from mizzen.runtime.server.errors import ApiError, not_ready, to_api_error, unknown_model
 from mizzen.runtime.server.files import ModelFiles
 from mizzen.runtime.server.metrics import Metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes.aio.config import kube_config
 
 from hack.cluster.api_only import ApiCluster
-from tests.fixtures.running_operator import RunningOperator
+from tests.fixtures.running_operator import RunningOperator, installation
 from tests.fixtures.serving_world import FakeRuntimes
 
 pytestmark = pytest.mark.api
@@ -26,15 +24,9 @@ BOTH = {"parent_gateway": "front", "endpoint_picker": "{deployment}-epp"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def installation(cluster: ApiCluster) -> Iterator[None]:
+def installed(cluster: ApiCluster) -> Iterator[None]:
     """The operator's namespace and token; the foreign kinds are gone afterwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(cluster.kubeconfig))
-        cluster.create_namespace(INSTALLATION)
-        token = base64.b64encode(b"token").decode()
-        secret = {"apiVersion": "v1", "kind": "Secret", "data": {"token": token}}
-        metadata = {"name": "mizzen-admin", "namespace": INSTALLATION}
-        cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(secret | {"metadata": metadata}))
+    with installation(cluster, INSTALLATION):
         yield
         cluster.kubectl("delete", "-f", CRDS, "--ignore-not-found", "--wait=false")
 

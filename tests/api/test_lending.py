@@ -6,7 +6,6 @@ asked is kept, and a test says when and how they end.
 
 from __future__ import annotations
 
-import base64
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +15,13 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes.aio.config import kube_config
 
 from hack.cluster import fake_nodes
 from hack.cluster.api_only import ApiCluster
 from mizzen.operator.desired import labels
 from mizzen.operator.status.progress import Progress, parse_progress
 from mizzen.operator.trainers import TrainerClient
-from tests.fixtures.running_operator import RunningOperator
+from tests.fixtures.running_operator import RunningOperator, installation
 from tests.fixtures.serving_world import FakeRuntimes
 
 pytestmark = pytest.mark.api
@@ -58,21 +56,17 @@ def trainers() -> PlayedTrainers:
 
 @pytest.fixture(scope="module")
 def operator(cluster: ApiCluster, trainers: PlayedTrainers) -> Iterator[RunningOperator]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(cluster.kubeconfig))
-        cluster.create_namespace(INSTALLATION)
-        token = base64.b64encode(b"token").decode()
-        secret = {"apiVersion": "v1", "kind": "Secret", "data": {"token": token}}
-        metadata = {"name": "mizzen-admin", "namespace": INSTALLATION}
-        cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(secret | {"metadata": metadata}))
-        with RunningOperator(
+    with (
+        installation(cluster, INSTALLATION),
+        RunningOperator(
             FakeRuntimes(),
             trainers=trainers,
             namespace=INSTALLATION,
             lease_name="mizzen-lending",
             lending_s=1.0,
-        ) as running:
-            yield running
+        ) as running,
+    ):
+        yield running
 
 
 class Team:

@@ -6,7 +6,6 @@ on real ones is shown by the tests in tests/e2e.
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import time
@@ -15,10 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes.aio.config import kube_config
 
 from hack.cluster.api_only import ApiCluster
-from tests.fixtures.running_operator import RunningOperator
+from tests.fixtures.running_operator import RunningOperator, installation
 from tests.fixtures.serving_world import FakeRuntimes
 
 pytestmark = pytest.mark.api
@@ -36,16 +34,11 @@ def runtimes() -> FakeRuntimes:
 
 @pytest.fixture(scope="module")
 def operator(cluster: ApiCluster, runtimes: FakeRuntimes) -> Iterator[RunningOperator]:
-    with pytest.MonkeyPatch.context() as patch:
-        # The client library reads $KUBECONFIG once, at its import.
-        patch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(cluster.kubeconfig))
-        cluster.create_namespace(INSTALLATION)
-        token = base64.b64encode(b"token-of-the-installation").decode()
-        secret = {"apiVersion": "v1", "kind": "Secret", "data": {"token": token}}
-        metadata = {"name": "mizzen-admin", "namespace": INSTALLATION}
-        cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(secret | {"metadata": metadata}))
-        with RunningOperator(runtimes, namespace=INSTALLATION) as running:
-            yield running
+    with (
+        installation(cluster, INSTALLATION),
+        RunningOperator(runtimes, namespace=INSTALLATION) as running,
+    ):
+        yield running
 
 
 class Namespace:

@@ -6,7 +6,6 @@ pods have no process, so the operator is told where to look instead of their add
 
 from __future__ import annotations
 
-import base64
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +14,13 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes.aio.config import kube_config
 
 from hack.cluster.api_only import ApiCluster
 from mizzen.operator.metrics.figures import Measured, Name, Target
 from mizzen.operator.metrics.scrape import ScrapeSource
 from mizzen.runtime.gateway.directory import ServedModel
 from tests.fixtures.exporters import IDLE, Exporters
-from tests.fixtures.running_operator import RunningOperator
+from tests.fixtures.running_operator import RunningOperator, installation
 from tests.fixtures.serving_world import FakeRuntimes
 
 pytestmark = pytest.mark.api
@@ -66,22 +64,18 @@ def exporters() -> Iterator[Exporters]:
 
 @pytest.fixture(scope="module")
 def operator(cluster: ApiCluster, exporters: Exporters) -> Iterator[RunningOperator]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(cluster.kubeconfig))
-        cluster.create_namespace(INSTALLATION)
-        token = base64.b64encode(b"token").decode()
-        secret = {"apiVersion": "v1", "kind": "Secret", "data": {"token": token}}
-        metadata = {"name": "mizzen-admin", "namespace": INSTALLATION}
-        cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(secret | {"metadata": metadata}))
-        with RunningOperator(
+    with (
+        installation(cluster, INSTALLATION),
+        RunningOperator(
             FakeRuntimes(),
             metrics=LoopbackSource(exporters),
             namespace=INSTALLATION,
             lease_name="mizzen-scaling",
             autoscale_s=1.0,
             metrics_interval_s=1.0,
-        ) as running:
-            yield running
+        ) as running,
+    ):
+        yield running
 
 
 def apply(cluster: ApiCluster, namespace: str, name: str, **spec: Any) -> None:

@@ -11,12 +11,12 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mizzen.runtime.engine.api import (
+from mizzen.runtime.engine.engine import Engine
+from mizzen.runtime.engine.errors import (
     AdapterLoadError,
     GenerationFailedError,
     UnknownAdapterError,
 )
-from mizzen.runtime.engine.engine import Engine
 from tests.fixtures.engine_models import generate, greedy_reference, save_served_llama, tiny_config
 
 PROMPT = list(range(30, 70))

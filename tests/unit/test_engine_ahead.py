@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mizzen.runtime.engine.api import GenerationFailedError
 from mizzen.runtime.engine.batch import StepInput
+from mizzen.runtime.engine.errors import GenerationFailedError
 from mizzen.runtime.engine.sequence import Sequence, State
 from tests.fixtures.engine_models import save_served_llama
 from tests.fixtures.rank_work import random_tokens

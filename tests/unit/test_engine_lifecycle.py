@@ -8,19 +8,17 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from mizzen.runtime.engine.api import (
+from mizzen.runtime.engine.api import FinishedRequest, GenerationRequest, SamplingParams
+from mizzen.runtime.engine.batch import StepInput
+from mizzen.runtime.engine.engine import Engine
+from mizzen.runtime.engine.errors import (
     DrainingError,
     EngineBusyError,
     EngineDeadError,
-    FinishedRequest,
-    GenerationRequest,
     InvalidRequestError,
     PromptTooLongError,
-    SamplingParams,
     UnknownAdapterError,
 )
-from mizzen.runtime.engine.batch import StepInput
-from mizzen.runtime.engine.engine import Engine
 from mizzen.runtime.engine.startup import ContextTooLongError, KvCacheTooSmallError
 from tests.fixtures.engine_models import collect, generate, save_served_llama, tiny_config
 

@@ -17,21 +17,23 @@ import pytest_asyncio
 
 from mizzen.runtime.engine import remote
 from mizzen.runtime.engine.api import (
-    AdapterLoadError,
-    AsleepError,
-    EngineDeadError,
     EngineStats,
     GenerationRequest,
     Grammar,
-    InvalidRequestError,
     ModelSizes,
-    PromptTooLongError,
     SamplingParams,
     TokenLogprob,
     TokenOutput,
-    UnknownAdapterError,
 )
 from mizzen.runtime.engine.config import EngineConfig
+from mizzen.runtime.engine.errors import (
+    AdapterLoadError,
+    AsleepError,
+    EngineDeadError,
+    InvalidRequestError,
+    PromptTooLongError,
+    UnknownAdapterError,
+)
 from mizzen.runtime.engine.messages import (
     FromEngine,
     Generate,

@@ -13,15 +13,15 @@ import torch
 from transformers import PreTrainedModel
 
 from mizzen.runtime.engine import engine as engine_module
-from mizzen.runtime.engine.api import (
+from mizzen.runtime.engine.api import ScoreRequest
+from mizzen.runtime.engine.engine import Engine
+from mizzen.runtime.engine.errors import (
     EngineBusyError,
     EngineDeadError,
     InvalidRequestError,
     PromptTooLongError,
-    ScoreRequest,
     UnknownAdapterError,
 )
-from mizzen.runtime.engine.engine import Engine
 from mizzen.runtime.engine.idle import MAX_WAITING, IdleQueue, Interrupted, InterruptibleAttention
 from tests.fixtures.engine_models import generate, save_served_llama, tiny_config
 from tests.fixtures.runtime_server import Running, running_tiny_model

@@ -21,7 +21,7 @@ from tritonclient.grpc import service_pb2 as pb
 from hack.fuzz.described import rounds
 from hack.fuzz.send import GrpcSender, HttpSender, Sender, SocketSender
 from hack.fuzz.tally import Tally
-from mizzen.runtime.engine.api import EngineBusyError
+from mizzen.runtime.engine.errors import EngineBusyError
 from tests.fixtures.fake_engine import FakeEngine
 from tests.fixtures.gateway_house import open_houses
 from tests.fixtures.runtime_server import Running, eventually, running_server, running_tiny_model

@@ -19,7 +19,7 @@ import tritonclient.http
 import tritonclient.http.aio
 from tritonclient.utils import InferenceServerException
 
-from mizzen.runtime.engine.api import EngineBusyError
+from mizzen.runtime.engine.errors import EngineBusyError
 from tests.fixtures.fake_engine import FakeEngine
 from tests.fixtures.runtime_server import Running, eventually, running_server
 from tests.fixtures.triton_tensors import tensors

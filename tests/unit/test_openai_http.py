@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from mizzen.runtime.engine.api import EngineBusyError, EngineDeadError
+from mizzen.runtime.engine.errors import EngineBusyError, EngineDeadError
 from tests.fixtures.fake_engine import FakeEngine
 from tests.fixtures.runtime_server import Running, eventually, running_server
 

@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mizzen.runtime.engine.api import EngineBusyError, PromptTooLongError, SamplingParams
+from mizzen.runtime.engine.api import SamplingParams
 from mizzen.runtime.engine.blocks import BlockPool
+from mizzen.runtime.engine.errors import EngineBusyError, PromptTooLongError
 from mizzen.runtime.engine.scheduler import Chunk, Limits, Scheduler, tokens_worth
 from mizzen.runtime.engine.sequence import Sequence, State
 

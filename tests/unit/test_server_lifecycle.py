@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mizzen.runtime.config import ServeConfig
-from mizzen.runtime.engine.api import EngineDeadError
+from mizzen.runtime.engine.errors import EngineDeadError
 from mizzen.runtime.engine.spawn import EngineProcess
 from mizzen.runtime.server.listen import PortTakenError, bind_port
 from mizzen.runtime.server.main import Server, serve

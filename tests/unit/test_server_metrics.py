@@ -8,7 +8,8 @@ import pytest
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mizzen.runtime.engine.api import EngineBusyError, FinishedRequest
+from mizzen.runtime.engine.api import FinishedRequest
+from mizzen.runtime.engine.errors import EngineBusyError
 from mizzen.runtime.server.errors import ApiError, to_api_error
 from mizzen.runtime.server.metrics import Metrics
 from tests.fixtures.fake_engine import FakeEngine

@@ -7,7 +7,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hack.tiny_model import write_tiny_model
-from mizzen.runtime.engine.api import InvalidRequestError
+from mizzen.runtime.engine.errors import InvalidRequestError
 from mizzen.runtime.engine.gguf_vocab import UnknownTokenizerError, build_tokenizer
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import WeightsMissingError

@@ -14,7 +14,7 @@ import pytest
 import tritonclient.grpc.aio
 from tritonclient.utils import InferenceServerException
 
-from mizzen.runtime.engine.api import EngineBusyError, EngineDeadError
+from mizzen.runtime.engine.errors import EngineBusyError, EngineDeadError
 from mizzen.runtime.tracing import NO_TRACING, start_tracing
 from tests.fixtures.fake_engine import FakeEngine
 from tests.fixtures.gateway_house import CHAT, House, open_houses
