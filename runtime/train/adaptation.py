@@ -12,10 +12,11 @@ from torch import nn
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import PATHS, LoraConfig, TrainableLora, save_adapter
 from mizzen.runtime.model.packed import Quantization
 from mizzen.runtime.train.config import TrainConfig
-from mizzen.runtime.train.device import choose_dtype
+from mizzen.runtime.train.device import choose_dtype, products_in
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.export import check_exportable, published_dtype, write_model
 from mizzen.runtime.train.trainable import NamedView, Trainable, full_views
@@ -63,9 +64,7 @@ class FullAdaptation:
 
     def precision(self) -> AbstractContextManager[object]:
         """Return autocast where products are in bfloat16."""
-        if self._dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self._decoder.place.device.type, dtype=self._dtype)
+        return products_in(self._dtype, self._decoder.place.device)
 
     def set_training(self, is_training: bool) -> None:
         """Tell the decoder."""
@@ -128,9 +127,20 @@ def adapt(
     Raises:
         JobConfigError: the job names linears there are not, or its result could not be written.
     """
-    adaptation, hyper = config.adaptation, config.hyperparameters
-    if adaptation.type == "full":
-        return FullAdaptation(decoder, heads=heads, weight_decay=hyper.weight_decay, dtype=dtype)
+    weight_decay = config.hyperparameters.weight_decay
+    if config.adaptation.type == "full":
+        return FullAdaptation(decoder, heads=heads, weight_decay=weight_decay, dtype=dtype)
+    lora = build_lora(decoder, config)
+    return LoraAdaptation(lora, heads=heads, weight_decay=weight_decay)
+
+
+def build_lora(decoder: Decoder, config: TrainConfig) -> TrainableLora:
+    """Return the adapter that the job trains, as it is before the first step.
+
+    Raises:
+        JobConfigError: the job names linears there are not.
+    """
+    adaptation = config.adaptation
     targets = tuple(PATHS) if adaptation.targets == "all-linear" else adaptation.targets
     if unknown := sorted(set(targets) - PATHS.keys()):
         raise JobConfigError(
@@ -143,8 +153,22 @@ def adapt(
         dropout=adaptation.dropout,
         targets=targets,
     )
-    lora = TrainableLora(decoder, rules, seed=hyper.seed)
-    return LoraAdaptation(lora, heads=heads, weight_decay=hyper.weight_decay)
+    return TrainableLora(decoder, rules, seed=config.hyperparameters.seed)
+
+
+def load_base(config: TrainConfig, device: torch.device) -> Decoder:
+    """Read the base as it is trained, rounded where the adapter learns beside a rounded one.
+
+    Raises:
+        BadModelError: the checkpoint is not one we can use.
+    """
+    return load_decoder(
+        config.base_model,
+        dtype=load_dtype(config, device),
+        device=device,
+        quantization=frozen_bits(config),
+        is_trained_beside=True,
+    )
 
 
 def load_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

@@ -182,6 +182,7 @@ class TrainConfig(Part):
     checkpoint: Checkpointing
     output: Output
     evaluation: Evaluation = Evaluation()
+    roles: Literal["InProcess", "Ray"] = "InProcess"  # who draws and judges answers
     workers: int = Field(default=1, ge=1)  # pods of this generation
     generation: int = Field(default=1, ge=0)
     admin_port: int = Field(default=8002, ge=0, le=65535)
@@ -201,6 +202,8 @@ class TrainConfig(Part):
         self._check_suites()
         if self.checkpoint.keep_best:
             self._check_keep_best()
+        if self.roles == "Ray" and self.method not in ("grpo", "ppo"):
+            raise ValueError(f"roles Ray are for methods grpo and ppo, not {self.method}")
         if self.workers > 1 and self.method not in SHARED:
             raise ValueError(f"method {self.method} runs on one worker: set workers to 1")
         if self.workers > 1 and self.distill is not None and self.distill.on_policy:

@@ -15,7 +15,7 @@ from mizzen.runtime.model.arch import find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
-from mizzen.runtime.train.adaptation import Adapted, adapt, frozen_bits, load_dtype
+from mizzen.runtime.train.adaptation import Adapted, adapt, load_base
 from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
 from mizzen.runtime.train.data import Prepared
@@ -63,13 +63,7 @@ class Training:
         self._workers = workers
         self._stop: StopFlag = around.stop
         self._tokenizer: Tokenizer = around.tokenizer
-        self._decoder = load_decoder(
-            config.base_model,
-            dtype=load_dtype(config, device),
-            device=device,
-            quantization=frozen_bits(config),
-            is_trained_beside=True,
-        )
+        self._decoder = load_base(config, device)
         self._adapted = adapt(
             self._decoder,
             config,
