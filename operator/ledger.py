@@ -30,6 +30,11 @@ class Request:
     node_selector: Mapping[str, str]
     tolerations: tuple[Json, ...]
 
+    @property
+    def places(self) -> tuple[object, ...]:
+        """What decides which nodes would do; the rest only says when it is its turn."""
+        return (self.resource, self.job.gang, self.node_selector, self.tolerations)
+
 
 @dataclass(slots=True)
 class Ledger:
@@ -49,7 +54,10 @@ class Ledger:
 
     def ask(self, key: Key, request: Request) -> Wait | None:
         """Return why the job waits; None where it may start, on the nodes in `admitted` if any."""
-        if self.requests.get(key) != request:
+        known = self.requests.get(key)
+        if known is not None and known.places != request.places:
+            self._forget_answer(key)  # it was to another question
+        if known != request:
             self.requests[key] = request
             self.nudged.set()
         return self.wait_of(key)

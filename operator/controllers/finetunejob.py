@@ -153,7 +153,7 @@ async def report(
         copies=tuple(map(artifact_uri, artifact.copies)) if artifact else (),
         has_suites=_has_suites(observed),
         promotion=_promotion(observed, progress, facts, now),
-        lending=lending_of(observed.job, observed.pod, step, now=now),
+        lending=lending_of(observed.job, observed.pods, step, now=now),
     )
     await _write(observed, job_facts, kube, now)
 
