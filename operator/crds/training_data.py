@@ -60,6 +60,10 @@ class Dataset(ApiModel):
 
     rules = (
         cel("has(self.uri) != has(self.feedbackRef)", "Set exactly one of uri and feedbackRef."),
+        cel(
+            "!(has(self.feedbackRef) && has(self.sha256))",
+            "sha256 is for a file: leave it out beside feedbackRef.",
+        ),
     )
 
     name: Annotated[DnsLabel, Field(description="Name of the source in status and logs.")]

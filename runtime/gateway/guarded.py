@@ -59,11 +59,24 @@ class GuardedReply(Generic[_Answer]):
             AnswerCutError, AnswerTooLongError: before anything of it was passed on.
         """
         if opened.response.content_type == _EVENT_STREAM:
-            guarded: Opened = GuardedStream(opened, Watch(self._rails, self._on_hit))
-            guarded.first_chunk = guarded.first_chunk or await guarded.next_chunk()
+            guarded = await self._begun(opened, on_cut)
         else:
             guarded = await self._whole(opened, on_cut)
         return await self._reply.relay(guarded, on_cut=on_cut, on_chunk=on_chunk)
+
+    async def _begun(self, opened: Opened, on_cut: Callable[[Exception], None]) -> Opened:
+        """Return a stream once something of it may pass."""
+        try:
+            guarded = GuardedStream(opened, Watch(self._rails, self._on_hit))
+            guarded.first_chunk = guarded.first_chunk or await guarded.next_chunk()
+        except ReplicaLostError as error:
+            opened.close()
+            on_cut(error)
+            raise AnswerCutError() from None
+        except BaseException:
+            opened.close()
+            raise
+        return guarded
 
     async def _whole(self, opened: Opened, on_cut: Callable[[Exception], None]) -> Opened:
         body, chunk = bytearray(), opened.first_chunk

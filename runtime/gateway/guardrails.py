@@ -18,8 +18,10 @@ from mizzen.runtime.gateway.errors import BadBodyError, GatewayError
 log = logging.getLogger(__name__)
 
 _REDACTED = "[redacted]"
-# Names, not text: a guardrail that blacked them out would break the request.
-_NOT_TEXT = frozenset(("model", "role", "type", "id"))
+# Where a request has a name that a guardrail would break by blacking it out.
+_NAMES = frozenset(("model", "role", "type", "id"))
+# A template's variables have names of their own choice, and all of them are text.
+_VARIABLES = "variables"
 
 
 class RefusedByGuardrailError(BadBodyError):
@@ -61,14 +63,15 @@ class Guardrail:
         Raises:
             GuardrailFailedError: one is wrong.
         """
-        try:
-            return [_compiled(pattern) for pattern in self.deny]
-        except re2.error as error:
-            if self.fails_open:
-                return []
-            why = error.args[0] if error.args else error
-            text = why.decode(errors="replace") if isinstance(why, bytes) else why
-            raise GuardrailFailedError(self.name, text) from None
+        found = [_compiled(pattern) for pattern in self.deny]
+        wrong = next((one for one in found if isinstance(one, re2.error)), None)
+        if wrong is None:
+            return found
+        if self.fails_open:
+            return []
+        why = wrong.args[0] if wrong.args else wrong
+        text = why.decode(errors="replace") if isinstance(why, bytes) else why
+        raise GuardrailFailedError(self.name, text)
 
     def first_hit(self, text: str) -> int | None:
         """Return where the first thing begins that no text may have."""
@@ -88,7 +91,7 @@ def check_request(document: dict[str, object], rails: Sequence[Guardrail]) -> di
         if rail.is_output:
             continue
         if rail.redacts:
-            document = {name: _redacted(name, v, patterns) for name, v in document.items()}
+            document = _redacted(document, patterns)
             _refuse_tokens(rail, document)
             continue
         _refuse_tokens(rail, document)
@@ -102,39 +105,62 @@ def check_request(document: dict[str, object], rails: Sequence[Guardrail]) -> di
     return document
 
 
+def refuse_scores(rails: Sequence[Guardrail]) -> None:
+    """Refuse to say how likely tokens are where answers are checked: that shows them unchecked.
+
+    Raises:
+        RefusedByGuardrailError: answers are checked.
+    """
+    for rail in rails:
+        if rail.is_output:
+            why = "scores cannot be checked, so ask for at least one token ('max_tokens')"
+            raise RefusedByGuardrailError(rail.name, why)
+
+
 def _refuse_tokens(rail: Guardrail, document: dict[str, object]) -> None:
+    # A runtime takes "15" and 15.0 for the token 15, so only what is text for sure may pass.
     for name in ("prompt", "input"):
-        if any(isinstance(leaf, int) for leaf in _leaves(document.get(name))):
-            raise RefusedByGuardrailError(rail.name, f"{name!r} must be text, not tokens")
+        given = document.get(name)
+        is_template = name == "prompt" and isinstance(given, dict)
+        texts = given if isinstance(given, list) else [given]
+        if given is None or is_template or all(isinstance(text, str) for text in texts):
+            continue
+        why = f"{name!r} must be text, not tokens: a string or a list of strings"
+        raise RefusedByGuardrailError(rail.name, why)
 
 
-def texts_of(node: object) -> Iterator[str]:
+def texts_of(node: object, names: frozenset[str] = _NAMES) -> Iterator[str]:
     """Yield every text in a document."""
-    for leaf in _leaves(node):
-        if isinstance(leaf, str):
-            yield leaf
-
-
-def _leaves(node: object) -> Iterator[object]:
     if isinstance(node, dict):
         for name, value in node.items():
-            if name not in _NOT_TEXT:
-                yield from _leaves(value)
+            if not _is_name(name, value, names):
+                yield from texts_of(value, _names_below(name, names))
     elif isinstance(node, list):
         for value in node:
-            yield from _leaves(value)
-    else:
+            yield from texts_of(value, names)
+    elif isinstance(node, str):
         yield node
 
 
-def _redacted(name: str, node: object, patterns: Sequence[Any]) -> Any:
-    if name in _NOT_TEXT:
-        return node
+def _redacted(node: object, patterns: Sequence[Any], names: frozenset[str] = _NAMES) -> Any:
     if isinstance(node, dict):
-        return {key: _redacted(key, value, patterns) for key, value in node.items()}
+        return {
+            name: value
+            if _is_name(name, value, names)
+            else _redacted(value, patterns, _names_below(name, names))
+            for name, value in node.items()
+        }
     if isinstance(node, list):
-        return [_redacted("", value, patterns) for value in node]
+        return [_redacted(value, patterns, names) for value in node]
     return _blacked_out(node, patterns) if isinstance(node, str) else node
+
+
+def _is_name(name: str, value: object, names: frozenset[str]) -> bool:
+    return name in names and isinstance(value, str)
+
+
+def _names_below(name: str, names: frozenset[str]) -> frozenset[str]:
+    return frozenset() if name == _VARIABLES else names
 
 
 def _blacked_out(text: str, patterns: Sequence[Any]) -> str:
@@ -151,10 +177,12 @@ def readable(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> Any:
+    """Return a pattern ready to use, or what is wrong with it: said in the log once."""
     options = re2.Options()
     options.log_errors = False
     try:
         return re2.compile(pattern, options)
     except re2.error as error:
         log.warning("a guardrail's pattern %r is not RE2's: %s", pattern, error)
-        raise
+        # Without its traceback, which would keep every frame of the request.
+        return error.with_traceback(None)

@@ -12,7 +12,7 @@ from mizzen.runtime.gateway.body import Body
 from mizzen.runtime.gateway.directory import Directory, Route, ServedModel
 from mizzen.runtime.gateway.errors import NoReplicaError, UnknownModelError
 from mizzen.runtime.gateway.guarded import GuardedReply
-from mizzen.runtime.gateway.guardrails import RefusedByGuardrailError, check_request
+from mizzen.runtime.gateway.guardrails import RefusedByGuardrailError, check_request, refuse_scores
 from mizzen.runtime.gateway.lifecycle import Lifecycle
 from mizzen.runtime.gateway.limits import Account
 from mizzen.runtime.gateway.metrics import GatewayMetrics
@@ -77,7 +77,7 @@ class Intake:
         """
         if asked.body.is_for_idle_moments:
             # No demand that anybody should scale for, so not counted as any.
-            return await self._metered(asked, route, reply)
+            return await self._metered(self._checked(asked, route.model), route, reply)
         self._metrics.on_start(route.model)
         try:
             checked = self._checked(asked, route.model)
@@ -90,6 +90,8 @@ class Intake:
         body = asked.body
         try:
             document = check_request(body.document, model.guardrails)
+            if body.is_for_idle_moments:
+                refuse_scores(model.guardrails)
         except RefusedByGuardrailError as error:
             self._metrics.on_guardrail(model, error.guardrail)
             raise

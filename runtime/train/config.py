@@ -53,6 +53,8 @@ class Dataset(Part):
     def _one_source(self) -> Dataset:
         if sum(place is not None for place in (self.path, self.url, self.feedback)) != 1:
             raise ValueError("set exactly one of path, url and feedback")
+        if self.feedback is not None and self.sha256 is not None:
+            raise ValueError("sha256 is for a file: leave it out beside feedback")
         return self
 
 

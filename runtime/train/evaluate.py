@@ -7,7 +7,7 @@ job that is asked to yield goes on where it stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,7 +37,10 @@ class Tally:
 
 
 class TallyStore:
-    """The tallies of a job on disk, by who was asked what, such as `base/holdout`."""
+    """The tallies of a job on disk, by who was asked what: `base/holdout`, `candidate-8/holdout`.
+
+    Several steps may become the candidate one after the other, where the best one is damaged.
+    """
 
     def __init__(self, directory: Path, *, fingerprint: str) -> None:
         self._path = directory / "evaluation.json"
@@ -89,8 +92,8 @@ class Examination:
         for exam in self.exams:
             self.tally(f"base/{exam.suite.name}", exam, subject, base=None)
 
-    def ask_candidate(self, subject: Subject) -> list[Verdict]:
-        """Return each suite's verdict.
+    def ask_candidate(self, subject: Subject, *, step: int) -> list[Verdict]:
+        """Return each suite's verdict on the weights after `step`.
 
         Raises:
             YieldRequested: somebody asked to stop; what was counted is kept.
@@ -98,20 +101,17 @@ class Examination:
         verdicts: list[Verdict] = []
         for exam in self.exams:
             base = self.store.get(f"base/{exam.suite.name}")
-            candidate = self.tally(f"candidate/{exam.suite.name}", exam, subject, base=base)
+            candidate = self.tally(_candidate(step, exam), exam, subject, base=base)
             verdicts.append(
                 decide_verdict(exam.suite, exam.measure, base=base, candidate=candidate)
             )
         return verdicts
 
-    def loss(self) -> float | None:
-        """Return the candidate's mean loss on the holdout, where a suite has measured one."""
-        losses: Mapping[str, float] = {
-            exam.measure.type: self.store.get(f"candidate/{exam.suite.name}").mean
-            for exam in self.exams
-            if not exam.measure.is_higher_better
-        }
-        return next(iter(losses.values()), None)
+    def loss(self, *, step: int) -> float | None:
+        """Return that candidate's mean loss on the holdout, where a suite has measured one."""
+        losses = (e for e in self.exams if not e.measure.is_higher_better)
+        exam = next(losses, None)
+        return None if exam is None else self.store.get(_candidate(step, exam)).mean
 
     @torch.no_grad()
     def tally(self, name: str, exam: Exam, subject: Subject, *, base: Tally | None) -> Tally:
@@ -135,6 +135,10 @@ class Examination:
         finally:
             self.store.put(name, tally)
         return tally
+
+
+def _candidate(step: int, exam: Exam) -> str:
+    return f"candidate-{step}/{exam.suite.name}"
 
 
 def decide_verdict(suite: Suite, measure: Measure, *, base: Tally, candidate: Tally) -> Verdict:

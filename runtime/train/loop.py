@@ -139,8 +139,10 @@ class Loop:
 
     def commit(self) -> None:
         """Commit the state as it was after the last whole step."""
+        began_at_s = time.monotonic()
         self._parts.ledger.commit(self.counters, self._parts.trainable)
         self._committed_at_s = time.monotonic()
+        self._timed_at_s += self._committed_at_s - began_at_s  # no step has taken this time
 
     def take_from_leader(self) -> None:
         """Go on from where the leader stands: its files are the only ones."""

@@ -19,28 +19,31 @@ from mizzen.runtime.errors import (
 )
 from mizzen.runtime.train.config import TrainerEnvironment, load_config
 from mizzen.runtime.train.errors import JobError
-from mizzen.runtime.train.stop import EXIT_CRASH, EXIT_YIELDED, StopFlag, leave
+from mizzen.runtime.train.stop import EXIT_CRASH, EXIT_DONE, StopFlag, leave
+
+log = logging.getLogger(__name__)
 
 
 def train(config_path: Path) -> int:
-    """Run one generation of the job described at `config_path`; return the exit code.
+    """Run one generation of the job described at `config_path`; return 0 once it is done.
 
-    A job that yields does not return: somebody waits for its device.
+    Any other end is the process's: the interpreter's shutdown would wait for threads that ask a
+    teacher or a judge again, or for a rank that is lost, while somebody waits for the device.
     """
     stop = StopFlag()
     stop.listen_to_signals()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         code = _run(config_path, stop)
-    except (JobError, BadModelError, BadAdapterError) as error:
-        return report_fatal(error)
-    except RankLostError as error:
-        # Without the interpreter's shutdown, which waits for what the lost one left unanswered.
-        leave(report_fatal(error))
+    except (JobError, BadModelError, BadAdapterError, RankLostError) as error:
+        code = report_fatal(error)
     except MizzenError as error:
         report_fatal(error)
-        return EXIT_CRASH
-    if code == EXIT_YIELDED:
+        code = EXIT_CRASH
+    except Exception:
+        log.exception("The trainer crashed.")
+        code = EXIT_CRASH
+    if code != EXIT_DONE:
         leave(code)
     return code
 

@@ -152,7 +152,8 @@ class Training:
             self._take_best()
             self._board.enter("Evaluating")
             adapted.round_for_publishing()
-            verdicts = examination.ask_candidate(self._subject(adapted.trainable.lora))
+            candidate = self._subject(adapted.trainable.lora)
+            verdicts = examination.ask_candidate(candidate, step=self.step)
         except YieldRequested:
             if loop is None:
                 loop = self._start_loop()
@@ -163,7 +164,8 @@ class Training:
             if loop is not None:
                 loop.commit()  # a step is whole or has not begun to move anything
             raise
-        self._board.evaluated(eval_loss=examination.loss(), verdicts=verdicts)
+        loss = examination.loss(step=self.step)
+        self._board.evaluated(eval_loss=loss, verdicts=verdicts)
         return verdicts
 
     def _take_best(self) -> None:

@@ -67,8 +67,9 @@ class Transform:
         if examination is None:
             return []
         self.board.enter("Evaluating")
-        verdicts = examination.ask_candidate(self._subject(self.folder))
-        self.board.evaluated(eval_loss=examination.loss(), verdicts=verdicts)
+        verdicts = examination.ask_candidate(self._subject(self.folder), step=self.step)
+        loss = examination.loss(step=self.step)
+        self.board.evaluated(eval_loss=loss, verdicts=verdicts)
         return verdicts
 
     def write(self, folder: Path) -> None:

@@ -214,6 +214,18 @@ REFUSED: dict[str, tuple[Document, str]] = {
     "a dataset from nowhere": (
         job(dataset=[{"name": "a"}]), "Set exactly one of uri and feedbackRef.",
     ),
+    "a digest of feedback, which grows": (
+        job(
+            dataset=[
+                {
+                    "name": "a",
+                    "feedbackRef": {"deployment": "chat", "folder": "pvc://logs/said"},
+                    "sha256": "0" * 64,
+                }
+            ]
+        ),
+        "sha256 is for a file: leave it out beside feedbackRef.",
+    ),
     "a whole model promoted as an adapter's canary": (
         job(promotion={"deployment": "smollm2", "strategy": "Canary"}),
         "promotion.strategy Canary needs a whole model: adaptation.type full, or method",

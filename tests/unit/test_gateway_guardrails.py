@@ -14,7 +14,7 @@ from mizzen.operator.crds.front import Guardrail, PromptTemplate
 from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
 from mizzen.runtime.gateway.directory import ServedModel
 from mizzen.runtime.gateway.sinks import parse_model
-from tests.fixtures.gateway_house import CHAT, House, MakeHouse, open_houses
+from tests.fixtures.gateway_house import CHAT, House, MakeHouse, open_houses, until
 from tests.fixtures.runtime_server import running_tiny_model
 
 
@@ -123,7 +123,19 @@ INPUTS = {
         CHAT,
         {"prompt": {"id": "translate", "variables": {"language": "sk-1", "tone": "x"}}},
     ),
+    "a variable of a template that has a field's name": (
+        CHAT,
+        {"prompt": {"id": "translate", "variables": {"type": "sk-1"}}},
+    ),
+    "a property of a tool that has a field's name": (
+        CHAT,
+        {"tools": [{"function": {"parameters": {"properties": {"id": {"description": "BEGIN"}}}}}]},
+    ),
     "a prompt": ("/v1/completions", {"prompt": ["fine", "sk-zz"]}),
+    "a prompt whose tokens are to be scored": (
+        "/v1/completions",
+        {"prompt": "sk-zz", "max_tokens": 0},
+    ),
     "a text to embed": ("/v1/embeddings", {"input": "sk-zz"}),
 }
 
@@ -145,20 +157,47 @@ async def test_a_pattern_is_found_wherever_a_request_has_text(
 async def test_what_is_to_be_redacted_does_not_reach_the_replica(make_house: MakeHouse) -> None:
     house = await make_house([])
     house.serve(*house.replicas, model=model(guardrails=[{**KEYS, "action": "Redact"}]))
-    status, _ = await post(house, messages=said("a sk-1 b sk-2 \ud800 c"))
+    tools = [{"type": "function", "function": {"parameters": {"id": {"title": "sk-3"}}}}]
+    status, _ = await post(house, messages=said("a sk-1 b sk-2 \ud800 c"), tools=tools)
     assert status == 200
     sent = json.loads(house.replicas[0].bodies[0])
     assert sent["messages"] == said("a [redacted] b [redacted] ? c")
+    assert sent["tools"][0]["function"]["parameters"] == {"id": {"title": "[redacted]"}}
     assert sent["model"] == "tiny"
 
 
+async def test_a_variable_is_redacted_whatever_its_name(make_house: MakeHouse) -> None:
+    house = await make_house([])
+    template = {"id": "say", "messages": [{"role": "user", "content": "{{type}}"}]}
+    served = model(prompts=[template], guardrails=[{**KEYS, "action": "Redact"}])
+    house.serve(*house.replicas, model=served)
+    status, _ = await post(house, prompt={"id": "say", "variables": {"type": "sk-1"}})
+    assert status == 200
+    assert json.loads(house.replicas[0].bodies[0])["messages"] == said("[redacted]")
+
+
+NO_TEXTS = {
+    "tokens": [[1, 2]],
+    "tokens as fractions": [1.0, 2.0],
+    "tokens as strings": [["15", "27"]],
+    "a token beside a text": ["fine", 15],
+    "a truth": True,
+}
+
+
 @pytest.mark.parametrize("action", ["Refuse", "Redact"])
-async def test_tokens_cannot_be_checked_and_are_refused(make_house: MakeHouse, action: str) -> None:
+@pytest.mark.parametrize("prompt", NO_TEXTS.values(), ids=NO_TEXTS)
+async def test_what_is_no_text_cannot_be_checked_and_is_refused(
+    make_house: MakeHouse, action: str, prompt: Any
+) -> None:
     house = await make_house([])
     house.serve(*house.replicas, model=model(guardrails=[{**KEYS, "action": action}]))
-    status, document = await post(house, "/v1/completions", prompt=[[1, 2]])
-    assert status == 400
-    assert "must be text, not tokens" in document["error"]["message"]
+    asked = {"/v1/completions": {"prompt": prompt}, "/v1/embeddings": {"input": prompt}}
+    for path, fields in asked.items():
+        status, document = await post(house, path, **fields)
+        assert status == 400
+        assert "must be text, not tokens: a string or a list" in document["error"]["message"]
+    assert not house.replicas[0].seen
 
 
 async def test_a_request_may_have_so_many_characters_and_no_more(make_house: MakeHouse) -> None:
@@ -230,6 +269,38 @@ async def test_a_replica_lost_in_the_middle_is_still_said_to_be(make_house: Make
     assert (status, document["error"]["code"]) == (500, "replica_lost")
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole answer"])
+async def test_a_replica_lost_before_anything_could_pass_is_said_to_be(
+    make_house: MakeHouse, stream: bool
+) -> None:
+    house = await make_house(["die_mid_event" if stream else "die_mid_json"])
+    house.serve(*house.replicas, model=model(guardrails=[OUT]))
+    status, document = await post(house, messages=[], stream=stream)
+    assert (status, document["error"]["code"]) == (500, "replica_lost")
+    assert house.sample("mizzen_gateway_cut_streams_total") == 1
+
+
+async def test_a_client_that_leaves_before_anything_could_pass_stops_the_replica(
+    make_house: MakeHouse,
+) -> None:
+    house = await make_house(["stall_mid_event"])
+    house.serve(*house.replicas, model=model(guardrails=[OUT]))
+    asking = asyncio.create_task(house.stream())
+    await until(lambda: house.sample("mizzen_gateway_time_to_first_byte_seconds_count"))
+    asking.cancel()
+    await asyncio.wait_for(house.replicas[0].cancelled.wait(), 60)
+
+
+async def test_where_answers_are_checked_no_scores_are_given(make_house: MakeHouse) -> None:
+    house = await make_house([])
+    house.serve(*house.replicas, model=model(guardrails=[OUT]))
+    status, document = await post(house, "/v1/completions", prompt="x", max_tokens=0)
+    assert (status, document["error"]["code"]) == (400, "content_filter")
+    assert "'no-keys-out'" in document["error"]["message"]
+    assert "at least one token ('max_tokens')" in document["error"]["message"]
+    assert not house.replicas[0].seen
+
+
 # A check that fails.
 
 
@@ -246,6 +317,18 @@ async def test_while_a_check_fails_nothing_is_answered_unless_the_field_says_so(
     assert "invalid perl operator" in document["error"]["message"]
     house.serve(*house.replicas, model=model(guardrails=[{**broken, "onError": "Allow"}]))
     assert (await post(house, messages=said("x")))[0] == 200
+
+
+async def test_a_pattern_that_is_wrong_is_said_once_in_the_log(
+    make_house: MakeHouse, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house("says_secret")
+    house.replicas[0].may_continue.set()
+    rail = {"name": "broken", "stage": "Output", "deny": ["(?=once)"], "onError": "Allow"}
+    house.serve(*house.replicas, model=model(guardrails=[rail]))
+    for _ in range(2):
+        assert b"so keep it" in await house.stream()
+    assert caplog.text.count("pattern '(?=once)' is not RE2's") == 1
 
 
 def test_the_fields_that_make_no_sense_together_are_refused_by_the_api() -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.parallel.group import RankGroup
+from mizzen.runtime.train import loop as loop_module
 from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
 from mizzen.runtime.train.config import Budget, Checkpointing, Hyperparameters
@@ -102,6 +104,26 @@ def test_samples_without_a_finite_gradient_are_skipped_and_counted(tmp_path: Pat
     records = read_history(tmp_path / "c" / "metrics.jsonl")
     assert [record.step for record in records] == [1, 2, 3, 4, 5, 6]
     assert all(np.isfinite(record.loss) for record in records)
+
+
+def test_the_time_of_a_commit_is_not_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, now_s = loop_of(tmp_path, samples(15), Fragile()), [0.0]
+    monkeypatch.setattr(loop_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    ledger, count = loop._parts.ledger, Fragile.loss_sum
+
+    def commit(*args: Any) -> None:
+        now_s[0] += 3600
+
+    def loss_sum(*args: Any) -> Tensor:
+        now_s[0] += 2
+        return count(*args)
+
+    monkeypatch.setattr(ledger, "commit", commit)
+    monkeypatch.setattr(Fragile, "loss_sum", loss_sum)
+    loop.run()
+    assert (loop.counters.step, loop.counters.trained_ms) == (6, 6 * 2000)
 
 
 def test_weights_that_went_astray_are_taken_back_to_the_last_committed_ones(

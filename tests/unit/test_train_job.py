@@ -259,6 +259,10 @@ IMPOSSIBLE = {
         {"datasets": [{"name": "a"}]},
         "set exactly one of path, url and feedback",
     ),
+    "a digest of feedback, which grows": (
+        {"datasets": [{"name": "a", "feedback": "/log", "sha256": "0" * 64}]},
+        "sha256 is for a file: leave it out beside feedback",
+    ),
     "a scheme we do not fetch": (
         {"datasets": [{"name": "a", "url": "file:///etc/passwd"}]},
         "datasets.0.url: String should match pattern",
