@@ -62,6 +62,27 @@ class Ledger:
             self.nudged.set()
         return self.wait_of(key)
 
+    def answer(
+        self,
+        asked: Mapping[Key, Request],
+        *,
+        admitted: Mapping[Key, tuple[str, ...]],
+        waits: Mapping[Key, Wait],
+    ) -> list[Key]:
+        """Keep a look's answers to what was asked; return the jobs for which they are news.
+
+        Who asked for something else during the look is answered by the next one.
+        """
+        known = {key: request.places for key, request in self.requests.items()}
+        holds = {key for key, request in asked.items() if known.get(key) == request.places}
+        news = [
+            *(key for key in admitted if self.admitted.get(key) != admitted[key]),
+            *(key for key in waits if self.waits.get(key) != waits[key]),
+        ]
+        self.admitted = {key: nodes for key, nodes in admitted.items() if key in holds}
+        self.waits = {key: wait for key, wait in waits.items() if key in holds}
+        return [key for key in news if key in holds]
+
     def wait_of(self, key: Key) -> Wait | None:
         """Return why a job waits, None where it may start or has not asked."""
         request = self.requests.get(key)

@@ -32,6 +32,7 @@ from mizzen.operator.engine.key import Key
 from mizzen.operator.facts import Facts
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.errors import Forbidden, KubeError
+from mizzen.operator.ledger import Request
 from mizzen.operator.planning.lending import Decision, Snapshot, Wait, lend, next_usage
 from mizzen.operator.planning.placement import Gang
 from mizzen.operator.routing import DEPLOYMENT, JOB
@@ -52,6 +53,7 @@ class Look:
     nodes: Mapping[str, Node]
     pods: tuple[Json, ...]
     jobs: Mapping[str, Json]  # by NAMESPACE/NAME, those that ask for devices and have not ended
+    requests: Mapping[Key, Request]
     now: datetime
     elapsed_s: float  # since the look before
 
@@ -118,7 +120,7 @@ class Arbiter:
             return
         elapsed_s = (now - self._looked_at).total_seconds() if self._looked_at else 0.0
         self._looked_at = now
-        seen = Look(nodes, pods, jobs, now, elapsed_s)
+        seen = Look(nodes, pods, jobs, dict(ledger.requests), now, elapsed_s)
         ledger.sees_nodes, ledger.shared = True, shared
         admitted: dict[Key, tuple[str, ...]] = {}
         waits: dict[Key, Wait] = {}
@@ -129,10 +131,7 @@ class Arbiter:
                 for job, placed in decision.admit.items()
             }
             waits |= {_key(job): wait for job, wait in decision.waits.items()}
-        changed = [key for key in admitted if ledger.admitted.get(key) != admitted[key]]
-        changed += [key for key in waits if ledger.waits.get(key) != waits[key]]
-        ledger.admitted, ledger.waits = admitted, waits
-        for key in changed:
+        for key in ledger.answer(seen.requests, admitted=admitted, waits=waits):
             self._on_change(key)
 
     async def _settle(self, resource: str, seen: Look) -> Decision:
@@ -181,7 +180,7 @@ class Arbiter:
         used_s = next_usage(before, leases, elapsed_s=seen.elapsed_s)
         self._used_s[resource] = used_s
         queue = []
-        for request in self._facts.ledger.requests.values():
+        for request in seen.requests.values():
             if request.resource == resource:
                 where = gang_nodes(request.node_selector, request.tolerations, seen.nodes)
                 gang = replace(request.job.gang, nodes=where)

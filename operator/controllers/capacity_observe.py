@@ -16,6 +16,9 @@ from mizzen.operator.status.conditions import parse_rfc3339
 
 _KEEPS_PODS_AWAY = ("NoSchedule", "NoExecute")
 _ENDED = ("Succeeded", "Failed")
+# A replica has two and a half minutes to leave if its user names no other time. For a pod that
+# may take hours nobody is to wait while a borrower could leave in seconds.
+_SOON = timedelta(minutes=3)
 # Past its grace a pod of a node that answers is gone in seconds.
 _OVERDUE = timedelta(minutes=1)
 
@@ -119,10 +122,10 @@ def read_returning(
 ) -> dict[str, int]:
     """Return the devices, by node, of pods that are about to be gone; those of `jobs` are leases.
 
-    Not of a pod that should have been gone already: nobody is to wait for one that is stuck.
+    Not of a pod that should have been gone already: it is stuck.
     """
-    leaving = (pod for pod in pods if job_of(pod) not in jobs and _is_ending(pod, now))
-    return read_held(leaving, nodes, resource)
+    ending = (pod for pod in pods if job_of(pod) not in jobs and _is_ending(pod, now))
+    return read_held(ending, nodes, resource)
 
 
 def read_leases(
@@ -242,7 +245,7 @@ def _is_leaving(pod: Json) -> bool:
 def _is_ending(pod: Json, now: datetime) -> bool:
     # The time says when its grace is over, not when it was deleted.
     until = pod["metadata"].get("deletionTimestamp")
-    return until is not None and now < parse_rfc3339(until) + _OVERDUE
+    return until is not None and -_OVERDUE < parse_rfc3339(until) - now <= _SOON
 
 
 def _devices(allocatable: Mapping[str, object]) -> dict[str, int]:

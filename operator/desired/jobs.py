@@ -111,7 +111,7 @@ def build_trainer_pod(job: Job, worker: Worker, *, image: str, pull_policy: str)
         pod["spec"] |= {"hostname": metadata["name"], "subdomain": workers_name(job)}
     pod = pods.with_patch(pod, job.spec.pod_template_patch)
     # Which nodes an affinity allows is the scheduler's to say.
-    if worker.hostname and "affinity" not in pod["spec"]:
+    if worker.hostname and not pod["spec"].get("affinity"):
         selector = pod["spec"].get("nodeSelector", {})
         pod["spec"]["nodeSelector"] = {**selector, HOSTNAME: worker.hostname}
     return pod

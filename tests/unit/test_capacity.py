@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any
 
 import pytest
 
 from mizzen.operator.controllers import finetunejob
 from mizzen.operator.controllers.capacity import Arbiter
-from mizzen.operator.controllers.capacity_observe import read_leases, read_nodes
 from mizzen.operator.desired import labels
 from mizzen.operator.engine.key import Key
 from mizzen.operator.kube.errors import Conflict
 from mizzen.operator.ledger import Ledger
+from mizzen.operator.planning.lending import Hold
+from mizzen.operator.planning.placement import Gang
 from tests.fixtures.shared_cluster import GPU, JOBS, KEY, NOW, PODS, Cluster, admitted
 
 GROUP_GATES = [{"name": labels.CAPACITY_GATE}, {"name": labels.GROUP_GATE}]
-
-
-def trainer_pod() -> dict[str, Any]:
-    own = {labels.ROLE: labels.ROLE_TRAINER, labels.JOB: "tune"}
-    return {
-        "metadata": {"namespace": "team", "labels": own,
-                     "creationTimestamp": "2026-09-01T12:00:00Z"},
-        "spec": {"nodeName": "a", "containers": [{"resources": {"limits": {GPU: "1"}}}]},
-    }  # fmt: skip
 
 
 async def test_a_job_starts_on_the_node_it_was_given() -> None:
@@ -311,6 +303,27 @@ async def test_a_job_that_asks_for_more_before_it_starts_waits_for_the_whole_of_
         assert pod["spec"]["nodeSelector"] == {labels.HOSTNAME: "host-a"}
 
 
+async def test_an_answer_to_what_a_job_asked_before_the_look_ended_is_dropped() -> None:
+    cluster = Cluster()
+    cluster.submit()
+    cluster.replica("two", is_gated=True)
+    await finetunejob.reconcile(KEY, kube=cluster.world.kube, facts=cluster.facts, now=NOW)
+    ledger = cluster.facts.ledger
+    asked = ledger.requests[KEY]
+
+    def ask_for_more(method: str, path: str) -> None:
+        if path.endswith("/two"):
+            ledger.ask(KEY, replace(asked, job=replace(asked.job, gang=Gang(2, 1))))
+
+    cluster.api.fault = ask_for_more
+    await cluster.arbiter.look(now=NOW)
+    assert not cluster.is_gated("two")
+    assert KEY not in ledger.admitted
+    await cluster.arbiter.look(now=NOW)  # one device is left, and two are asked for now
+    wait = ledger.wait_of(KEY)
+    assert wait is not None and wait.hold is Hold.NO_ROOM
+
+
 async def test_status_names_the_nodes_of_all_workers() -> None:
     cluster = Cluster()
     cluster.node("b")
@@ -345,31 +358,3 @@ async def test_no_borrower_leaves_while_another_replica_is_on_its_way_out() -> N
     cluster.now += timedelta(minutes=3)  # it is stuck, so somebody else has to
     status = await cluster.look()
     assert status["lending"]["preemptions"] == 1
-
-
-@pytest.mark.parametrize(
-    ("committed_at", "unsaved_s"),
-    [
-        ("2026-09-01T12:09:00Z", 60.0),
-        ("2026-09-01T12:09:00", 600.0),
-        ("soon", 600.0),
-        (None, 600.0),
-    ],
-)
-def test_a_checkpoint_of_unknown_time_counts_as_none(
-    committed_at: str | None, unsaved_s: float
-) -> None:
-    pod = trainer_pod()
-    jobs: dict[str, Any] = {"team/tune": {"status": {"checkpoint": {"committedAt": committed_at}}}}
-    (lease,) = read_leases([pod], jobs, {}, GPU, now=NOW)
-    assert lease.unsaved_s == unsaved_s
-
-
-def test_pods_that_kueue_admits_are_no_lease_of_ours() -> None:
-    cluster = Cluster()
-    nodes = read_nodes([cluster.api.objects["/api/v1/nodes/a"]])
-    pod = trainer_pod()
-    jobs: dict[str, Any] = {"team/tune": {}}
-    assert [lease.job for lease in read_leases([pod], jobs, nodes, GPU, now=NOW)] == ["team/tune"]
-    pod["metadata"]["labels"][labels.KUEUE_QUEUE] = "research"
-    assert read_leases([pod], jobs, nodes, GPU, now=NOW) == []
