@@ -131,10 +131,14 @@ INPUTS = {
         CHAT,
         {"tools": [{"function": {"parameters": {"properties": {"id": {"description": "BEGIN"}}}}}]},
     ),
+    "a type in a tool's schema": (
+        CHAT,
+        {"tools": [{"function": {"parameters": {"properties": {"x": {"type": "sk-1"}}}}}]},
+    ),
     "a prompt": ("/v1/completions", {"prompt": ["fine", "sk-zz"]}),
     "a prompt whose tokens are to be scored": (
         "/v1/completions",
-        {"prompt": "sk-zz", "max_tokens": 0},
+        {"prompt": "sk-zz", "max_tokens": 0, "prompt_logprobs": 0},
     ),
     "a text to embed": ("/v1/embeddings", {"input": "sk-zz"}),
 }
@@ -291,13 +295,17 @@ async def test_a_client_that_leaves_before_anything_could_pass_stops_the_replica
     await asyncio.wait_for(house.replicas[0].cancelled.wait(), 60)
 
 
-async def test_where_answers_are_checked_no_scores_are_given(make_house: MakeHouse) -> None:
+@pytest.mark.parametrize("tokens", [0, "0"])
+@pytest.mark.parametrize("scores", [{"prompt_logprobs": 0}, {"prompt_samples": 1}])
+async def test_where_answers_are_checked_no_scores_are_given(
+    make_house: MakeHouse, tokens: object, scores: dict[str, object]
+) -> None:
     house = await make_house([])
     house.serve(*house.replicas, model=model(guardrails=[OUT]))
-    status, document = await post(house, "/v1/completions", prompt="x", max_tokens=0)
+    status, document = await post(house, "/v1/completions", prompt="x", max_tokens=tokens, **scores)
     assert (status, document["error"]["code"]) == (400, "content_filter")
     assert "'no-keys-out'" in document["error"]["message"]
-    assert "at least one token ('max_tokens')" in document["error"]["message"]
+    assert "leave out 'prompt_logprobs' and" in document["error"]["message"]
     assert not house.replicas[0].seen
 
 
