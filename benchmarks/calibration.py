@@ -6,8 +6,8 @@ First the three costs of a step are measured on a server that is otherwise idle:
 one for each running sequence (from inter-token times at several concurrencies) and one for each
 prompt token (from times to the first token of prompts of several lengths). Then requests arrive at
 random, at shares of the rate at which steps would take for ever, and a simulated replica of that
-profile is given the very same. Below the knee, mean ITL and p95 TTFT shall agree within 15 %. About
-five minutes with SmolLM2-135M on two cores.
+profile is given the very same. The aim: below the knee, mean ITL and p95 TTFT agree within 15 %.
+About five minutes with SmolLM2-135M on two cores.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from benchmarks.gate_job import run_job
 from benchmarks.rows import Rows
+from benchmarks.train_jobs import run_job
 
 JOBS: dict[str, dict[str, Any]] = {
     "int8": {"method": "quantize", "quantize": {"scheme": "int8"}},
@@ -47,15 +47,12 @@ def main() -> None:
         for name, method in JOBS.items():
             word = run_job(
                 Path(folder) / name.replace(" ", "-").replace(":", "-"),
-                {
-                    **method,
-                    "base_model": str(options.model),
-                    "datasets": [{"name": "prose", "path": str(data)}],
-                    "processing": {"max_seq_len": 512, "holdout_ratio": 0.5},
-                    "output": {"kind": "model"},
-                    "evaluation": {"suites": [{"name": "prose", "max_regression_ratio": 0.02}]},
-                },
-            )
+                **method,
+                base_model=str(options.model),
+                datasets=[{"name": "prose", "path": str(data)}],
+                processing={"max_seq_len": 512, "holdout_ratio": 0.5},
+                evaluation={"suites": [{"name": "prose", "max_regression_ratio": 0.02}]},
+            ).last_word
             (suite,) = word["evaluation"]
             rows.add(
                 {

@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.gate_job import run_job
 from benchmarks.rows import Rows
+from benchmarks.train_jobs import run_job
 from hack.datasets import write_sentiment
 
 
@@ -30,29 +30,26 @@ def main() -> None:
         began_s = time.monotonic()
         word = run_job(
             Path(folder) / "sentiment",
-            {
-                "base_model": str(options.model),
-                "adaptation": {"type": "lora", "rank": 8, "alpha": 16.0},
-                "datasets": [{"name": "reviews", "path": str(data)}],
-                "processing": {"max_seq_len": 192, "holdout_ratio": 0.33},
-                "hyperparameters": {
-                    "max_steps": options.steps,
-                    "batch_size": 8,
-                    "micro_batch": 8,
-                    "learning_rate": 1e-3,
-                },
-                "output": {"kind": "adapter"},
-                "evaluation": {
-                    "suites": [
-                        {
-                            "name": "sentiment",
-                            "type": "classification",
-                            "labels": ["positive", "negative"],
-                        }
-                    ]
-                },
+            base_model=str(options.model),
+            adaptation={"type": "lora", "rank": 8, "alpha": 16.0},
+            datasets=[{"name": "reviews", "path": str(data)}],
+            processing={"max_seq_len": 192, "holdout_ratio": 0.33},
+            hyperparameters={
+                "max_steps": options.steps,
+                "batch_size": 8,
+                "micro_batch": 8,
+                "learning_rate": 1e-3,
             },
-        )
+            evaluation={
+                "suites": [
+                    {
+                        "name": "sentiment",
+                        "type": "classification",
+                        "labels": ["positive", "negative"],
+                    }
+                ]
+            },
+        ).last_word
     (suite,) = word["evaluation"]
     rows.add(
         {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mizzen.runtime.train.checkpoint import Counters
 from mizzen.runtime.train.history import StepRecord, read_history
 
 
@@ -19,6 +20,7 @@ class Done:
 
     last_word: dict[str, Any]
     curve: list[StepRecord]
+    counters: Counters
 
     @property
     def artifact(self) -> Path:
@@ -49,4 +51,13 @@ def run_job(root: Path, **document: Any) -> Done:
     if code:
         raise SystemExit(f"the job in {root} exits with {code}:\n{log.read_text()}")
     word = json.loads((root / "last-word").read_text())
-    return Done(word, read_history(root / "checkpoints" / "metrics.jsonl"))
+    return read_done(word, root / "checkpoints")
+
+
+def read_done(word: dict[str, Any], checkpoints: Path) -> Done:
+    """Return what a job left; one that trained nothing has neither curve nor counters."""
+    folders = sorted(checkpoints.glob("step-*"))
+    if not folders:
+        return Done(word, [], Counters())
+    manifest = json.loads((folders[-1] / "manifest.json").read_text())
+    return Done(word, read_history(checkpoints / "metrics.jsonl"), Counters(**manifest["counters"]))

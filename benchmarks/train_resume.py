@@ -3,9 +3,9 @@
     python -m benchmarks.train_resume [--steps 30] [--kills 200] [--seed 0]
 
 Both jobs are real `mizzen train` processes on a tiny random model and real dialogues. A kill is
-SIGKILL at a random moment of what the undisturbed run's steps take: while weights are read, in a
-step, in a commit. When the job is done it starts again from nothing, so that kills come at all
-steps; each finished run must have the undisturbed one's weights, and each kill a valid resume.
+SIGKILL at a random moment of the undisturbed run's whole life: while weights are read, in a step,
+in a commit. When the job is done it starts again from nothing, so that kills come at all steps;
+each finished run must have the undisturbed one's weights, and each kill a valid resume.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.config import TrainConfig, load_config
 from mizzen.runtime.train.data import prepare
-from mizzen.runtime.train.device import choose_dtype
+from mizzen.runtime.train.device import choose_dtype, use_own_cpus
 from mizzen.runtime.train.sources import load_source
 
 _IGNORED = -100
@@ -27,6 +27,7 @@ _IGNORED = -100
 
 def run_rival(job: Path) -> dict[str, Any]:
     """Train as job.json says, with transformers' Trainer."""
+    use_own_cpus()
     config = load_config(job)
     hyper = config.hyperparameters
     rows = ordered_rows(config)

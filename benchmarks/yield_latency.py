@@ -13,7 +13,6 @@ import argparse
 import json
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import tempfile
@@ -24,6 +23,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.processes import free_port
+from benchmarks.rows import percentile
 from benchmarks.train_resume import committed_step, curve, start
 from hack.datasets import write_chatterbot
 
@@ -59,11 +60,6 @@ def write_job(root: Path, model: Path, data: Path, *, steps: int) -> Path:
     path = root / "job.json"
     path.write_text(json.dumps(job))
     return path
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
 
 
 def ask(job: Path, process: subprocess.Popen[bytes]) -> str:
@@ -102,11 +98,10 @@ def report(yields: list[Yield]) -> None:
     for phase, count in Counter(one.phase for one in yields).items():
         waits = [one.exit_s for one in yields if one.phase == phase]
         print(f"{phase:<11} {count:>3} asked, longest exit {max(waits):.2f} s")
-    waits = sorted(one.exit_s for one in yields)
-    p95 = waits[min(len(waits) - 1, int(0.95 * len(waits)))]
+    waits = [one.exit_s for one in yields]
     # Before its handler stands a trainer ends by the signal itself, with nothing done yet.
     fine = [one for one in yields if one.code in (YIELDED, -signal.SIGTERM)]
-    print(f"exit after: median {statistics.median(waits):.2f} s, p95 {p95:.2f} s")
+    print(f"exit after: median {statistics.median(waits):.2f} s, p95 {percentile(waits, 95):.2f} s")
     print(f"yielded: {len(fine)} of {len(yields)}; finished instead: {count_code(yields, 0)}")
     print(f"steps done and not committed, most: {max(one.lost_steps for one in yields)}")
 

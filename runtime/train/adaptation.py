@@ -13,7 +13,9 @@ from torch import nn
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.lora import PATHS, LoraConfig, TrainableLora, save_adapter
+from mizzen.runtime.model.packed import Quantization
 from mizzen.runtime.train.config import TrainConfig
+from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.export import check_exportable, published_dtype, write_model
 from mizzen.runtime.train.trainable import NamedView, Trainable, full_views
@@ -143,3 +145,16 @@ def adapt(
     )
     lora = TrainableLora(decoder, rules, seed=hyper.seed)
     return LoraAdaptation(lora, heads=heads, weight_decay=hyper.weight_decay)
+
+
+def load_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Return the type the base weights are kept in; weights that move are always float32."""
+    if config.adaptation.type == "full":
+        return torch.float32
+    return choose_dtype(config.hyperparameters.dtype, device)
+
+
+def frozen_bits(config: TrainConfig) -> Quantization:
+    """Return in how many bits the base weights are kept."""
+    adaptation = config.adaptation
+    return adaptation.quantization if adaptation.type == "qlora" else "none"

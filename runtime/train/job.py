@@ -21,6 +21,7 @@ from mizzen.runtime.train.data import Prepared, prepare
 from mizzen.runtime.train.device import choose_device, use_own_cpus
 from mizzen.runtime.train.digest import model_digest
 from mizzen.runtime.train.evaluate import TallyStore
+from mizzen.runtime.train.memory import check_memory
 from mizzen.runtime.train.methods.registry import build_method
 from mizzen.runtime.train.progress import ProgressBoard, Verdict, fit_termination_log
 from mizzen.runtime.train.publish import publish
@@ -119,6 +120,8 @@ def _prepare(
         judge_api_key=environment.judge_api_key,
         teacher_api_key=environment.teacher_api_key,
     )
+    if config.is_trained:
+        check_memory(around)
     if config.distill is not None and config.distill.teacher is not None:
         check_same_tokens(around.tokenizer, config.distill.teacher)
     if config.is_trained:

@@ -1,4 +1,4 @@
-"""Does a job fit, before a sample is read? What a model's training holds on to, against the limit.
+"""Does a job fit, before anything is read? What training holds on to, against the limit.
 
 Activations are left out: they follow from the samples, and too many at once are halved later on.
 """
@@ -13,7 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mizzen.runtime.model.arch import ArchSpec
+from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.layers import Placement
+from mizzen.runtime.parallel.group import RankGroup
+from mizzen.runtime.train.adaptation import adapt, frozen_bits, load_dtype
+from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.errors import TrainingDoesNotFitError
+from mizzen.runtime.train.surroundings import Surroundings
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MOMENTS = 2  # of Adam, each in the type of the weight it belongs to
@@ -33,6 +40,30 @@ class Need:
         return self.weights + self.gradients + self.moments
 
 
+def check_memory(around: Surroundings) -> None:
+    """Refuse a job that could never make its first step, before it reads or allocates anything.
+
+    A method's own head is left out: it is one row.
+
+    Raises:
+        TrainingDoesNotFitError: it needs more than there is.
+        JobConfigError: the base model cannot be trained in the way the job asks for.
+    """
+    need = plan_need(around.config, around.spec, around.device)
+    check_fits(need, memory_limit(around.device))
+
+
+def plan_need(config: TrainConfig, spec: ArchSpec, device: torch.device) -> Need:
+    """Return what a job needs on a device, from its model's shape alone."""
+    place = Placement(load_dtype(config, device), torch.device("meta"), RankGroup())
+    decoder, bits = Decoder(spec, place), frozen_bits(config)
+    if bits != "none":
+        for part in decoder.parts():
+            decoder.store(part, bits)
+    adapted = adapt(decoder, config, heads=(), dtype=place.dtype)
+    return need_of((*decoder.parameters(), *decoder.buffers()), adapted.trainable.parameters)
+
+
 def need_of(weights: Iterable[Tensor], moving: Iterable[Tensor]) -> Need:
     """Return what weights need of which some move; those may be among the others or beside them."""
     moving = list(moving)
@@ -42,11 +73,7 @@ def need_of(weights: Iterable[Tensor], moving: Iterable[Tensor]) -> Need:
 
 
 def check_fits(need: Need, limit_bytes: int) -> None:
-    """Refuse a job that could never make its first step.
-
-    Raises:
-        TrainingDoesNotFitError: it needs more than there is.
-    """
+    """Raise TrainingDoesNotFitError if that is more than the limit."""
     if need.total > limit_bytes:
         raise TrainingDoesNotFitError(
             weights_mib=_mib(need.weights),

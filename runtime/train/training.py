@@ -15,11 +15,9 @@ from mizzen.runtime.model.arch import find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
-from mizzen.runtime.model.packed import Quantization
-from mizzen.runtime.train.adaptation import Adapted, adapt
+from mizzen.runtime.train.adaptation import Adapted, adapt, frozen_bits, load_dtype
 from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
-from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.digest import mark_model
@@ -27,7 +25,6 @@ from mizzen.runtime.train.evaluate import Examination, TallyStore
 from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.ledger import DiskLedger, Ledger, NoLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
-from mizzen.runtime.train.memory import check_fits, memory_limit, need_of
 from mizzen.runtime.train.methods.distill import Distill
 from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.notes import Ask, NoteStore, take_notes
@@ -68,9 +65,9 @@ class Training:
         self._tokenizer: Tokenizer = around.tokenizer
         self._decoder = load_decoder(
             config.base_model,
-            dtype=_load_dtype(config, device),
+            dtype=load_dtype(config, device),
             device=device,
-            quantization=_frozen_bits(config),
+            quantization=frozen_bits(config),
             is_trained_beside=True,
         )
         self._adapted = adapt(
@@ -79,9 +76,6 @@ class Training:
             heads=method.heads(),
             dtype=choose_dtype(config.hyperparameters.dtype, device),
         )
-        held = (*self._decoder.parameters(), *self._decoder.buffers())
-        need = need_of(held, self._adapted.trainable.parameters)
-        check_fits(need, memory_limit(device))
         self.data = data
         if not workers.is_leader:
             workers.begin()  # until then the leader may be taking notes
@@ -256,15 +250,3 @@ def _asker(around: Surroundings, method: Method, decoder: Decoder, adapted: Adap
             return method.ask(asked, items, first=first)
 
     return ask
-
-
-def _load_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """Return the type the base weights are kept in; weights that move are always float32."""
-    if config.adaptation.type == "full":
-        return torch.float32
-    return choose_dtype(config.hyperparameters.dtype, device)
-
-
-def _frozen_bits(config: TrainConfig) -> Quantization:
-    adaptation = config.adaptation
-    return adaptation.quantization if adaptation.type == "qlora" else "none"
