@@ -9,7 +9,7 @@ from typing import TypeVar
 from mizzen.runtime.gateway.asked import Asked
 from mizzen.runtime.gateway.body import Body
 from mizzen.runtime.gateway.directory import Directory, Route, ServedModel
-from mizzen.runtime.gateway.errors import NoReplicaError, UnknownModelError
+from mizzen.runtime.gateway.errors import BadBodyError, NoReplicaError, UnknownModelError
 from mizzen.runtime.gateway.guarded import GuardedReply
 from mizzen.runtime.gateway.guardrails import RefusedByGuardrailError, check_request, refuse_scores
 from mizzen.runtime.gateway.lifecycle import Lifecycle
@@ -59,6 +59,7 @@ class Intake:
         Raises:
             RateLimitedError: the key has not that many left.
             BadPromptError, RefusedByGuardrailError, GuardrailFailedError: as the model's spec says.
+            BadBodyError: it is nested too deeply for that.
         """
         if asked.body.is_for_idle_moments:
             # No demand that anybody should scale for, so not counted as any.
@@ -80,6 +81,9 @@ class Intake:
         except RefusedByGuardrailError as error:
             self._metrics.on_guardrail(model, error.guardrail)
             raise
+        except RecursionError:
+            message = "The request is nested too deeply to be checked: make it flatter."
+            raise BadBodyError(message) from None
         document = apply_prompt(document, model.prompts, path=asked.endpoint)
         if document is body.document:
             return asked

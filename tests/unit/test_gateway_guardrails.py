@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 
 from mizzen.operator.crds.front import Guardrail, PromptTemplate
 from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
+from mizzen.runtime.gateway import guardrails as rules
 from mizzen.runtime.gateway.directory import ServedModel
 from mizzen.runtime.gateway.sinks import parse_model
-from tests.fixtures.gateway_house import CHAT, House, MakeHouse, open_houses, until
+from tests.fixtures.gateway_house import CHAT, MODEL, House, MakeHouse, open_houses, until
 from tests.fixtures.runtime_server import running_tiny_model
 
 
@@ -337,6 +339,25 @@ async def test_a_pattern_that_is_wrong_is_said_once_in_the_log(
     for _ in range(2):
         assert b"so keep it" in await house.stream()
     assert caplog.text.count("pattern '(?=once)' is not RE2's") == 1
+
+
+class DeepGuardrail(rules.Guardrail):
+    """Finds every text too deep, as some are from some depth on, another with each Python."""
+
+    def first_hit(self, text: str) -> int | None:
+        raise RecursionError
+
+
+async def test_what_is_nested_too_deeply_to_be_checked_is_the_client_s_mistake(
+    make_house: MakeHouse,
+) -> None:
+    house = await make_house([])
+    rail = DeepGuardrail("deep", is_output=False)
+    house.serve(*house.replicas, model=replace(MODEL, guardrails=(rail,)))
+    status, document = await post(house, messages=said("x"))
+    assert status == 400
+    assert "nested too deeply to be checked" in document["error"]["message"]
+    assert not house.replicas[0].seen
 
 
 def test_the_fields_that_make_no_sense_together_are_refused_by_the_api() -> None:
