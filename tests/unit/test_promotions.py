@@ -147,7 +147,7 @@ def model_served(**rollout: Any) -> Json:
     promoted = {"job": "big", "digest": "sha256:1", "revision": "new"}
     deployment["status"] |= {"promotedModel": promoted, "revision": "new"}
     if rollout:
-        deployment["status"]["rollout"] = {"revision": "new", **rollout}
+        deployment["status"]["rollout"] = {"revision": "new"} | rollout
     return deployment
 
 
@@ -156,6 +156,8 @@ def test_a_model_is_promoted_when_its_rollout_is_over_and_failed_when_it_was_tak
     assert seen(job, deployment=model_served()).is_done
     assert not seen(job, deployment=model_served(stable="old")).is_done
     assert not seen(job, deployment=SERVING).is_done
+    later = model_served(revision="later", stable="new", failure={"message": "Too many errors."})
+    assert seen(job, deployment=later).is_done
     back = seen(job, deployment=model_served(failure={"message": "Too many errors."}))
     assert back.has_failed and back.problem is not None
     assert back.problem.message.endswith("model before: Too many errors.")
@@ -166,6 +168,14 @@ def test_a_model_is_promoted_when_its_rollout_is_over_and_failed_when_it_was_tak
 
 def adapters(world: World) -> list[tuple[str, str, str]]:
     return [(a["name"], a["digest"], a["job"]) for a in world.status["adapters"]]
+
+
+async def job_status(world: World, name: str) -> Json:
+    key = Key("finetunejob", "team", name)
+    await finetunejob.reconcile(key, kube=world.kube, facts=world.facts, now=world.now)
+    (path,) = [path for path in world.api.objects if path.endswith(f"/{name}")]
+    status: Json = world.api.objects[path]["status"]
+    return status
 
 
 async def test_a_name_moves_to_a_newer_version_and_back_when_its_job_is_deleted() -> None:
@@ -209,15 +219,7 @@ async def test_a_model_that_fails_as_a_canary_is_taken_back_by_itself() -> None:
     await world.settle()
     assert world.status["rollout"]["failure"]["reason"]
     assert world.status["revision"] == stable
-    (path,) = [path for path in world.api.objects if path.endswith("/big")]
-
-    async def job_status() -> Json:
-        key = Key("finetunejob", "team", "big")
-        await finetunejob.reconcile(key, kube=world.kube, facts=world.facts, now=world.now)
-        status: Json = world.api.objects[path]["status"]
-        return status
-
-    failed = await job_status()
+    failed = await job_status(world, "big")
     (condition,) = [c for c in failed["conditions"] if c["type"] == "Failed"]
     assert (failed["phase"], condition["reason"]) == ("Failed", "RolledBack")
 
@@ -228,7 +230,7 @@ async def test_a_model_that_fails_as_a_canary_is_taken_back_by_itself() -> None:
     assert world.status["revision"] != stable
     assert "promotedModel" not in world.status
     assert all("/mnt/pvc/models/smollm2" in str(pod["spec"]) for pod in world.pods)
-    assert await job_status() == failed
+    assert await job_status(world, "big") == failed
 
 
 async def test_a_model_that_does_well_as_a_canary_is_what_the_deployment_serves() -> None:
@@ -243,3 +245,27 @@ async def test_a_model_that_does_well_as_a_canary_is_what_the_deployment_serves(
     assert world.status["revision"] == world.status["promotedModel"]["revision"]
     (pod,) = world.pods
     assert "/mnt/pvc/models/big" in str(pod["spec"])
+
+
+async def test_a_model_that_is_served_outlives_a_later_revision_that_is_rolled_back() -> None:
+    world = World(replicas=2)
+    await world.settle()
+    publish_job(
+        world, "big", digest="sha256:9", uri="pvc://models/big", kind="model", strategy="Canary"
+    )
+    await go_on(world, 30)
+    await world.settle()
+    assert "rollout" not in world.status
+    served = world.status["revision"]
+    canary = {"steps": STEPS, "rollbackOn": {"errorRatio": 0.01}}
+    world.change(engine={"image": "registry/runtime:bad"}, rollout={"canary": canary})
+    await go_on(world, 10)
+    bad = world.status["rollout"]["revision"]
+    world.metrics.answers = {bad: answers(400, failures=200), served: answers(400)}
+    await go_on(world, 90)
+    await world.settle()
+    assert world.status["rollout"]["failure"]["reason"]
+    assert world.status["promotedModel"]["revision"] == world.status["revision"] == served
+    job = await job_status(world, "big")
+    (promoted,) = [c for c in job["conditions"] if c["type"] == "Promoted"]
+    assert (job["phase"], promoted["status"]) == ("Succeeded", "True")
