@@ -153,7 +153,7 @@ async def report(
         copies=tuple(map(artifact_uri, artifact.copies)) if artifact else (),
         has_suites=_has_suites(observed),
         promotion=_promotion(observed, progress, facts, now),
-        lending=lending_of(observed.job, observed.pod, step, now=now),
+        lending=lending_of(observed.job, observed.pods, step, now=now),
     )
     await _write(observed, job_facts, kube, now)
 
@@ -161,8 +161,8 @@ async def report(
 async def report_ended(observed: Observed, kube: Kube, facts: Facts, now: datetime) -> Result:
     """Follow the promotion of a job whose training is over; its pods may be long gone."""
     progress = progress_of(observed.status)
-    if progress is None or progress.artifact is None:
-        return Done()  # failed: its status is final
+    if progress is None or progress.artifact is None or observed.status.get("phase") == "Failed":
+        return Done()  # its status is final, also where a result was taken back
     promotion = _promotion(observed, progress, facts, now)
     job_facts = JobFacts(
         step=Finish(),

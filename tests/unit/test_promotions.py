@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from mizzen.operator.controllers import finetunejob
+from mizzen.operator.engine.key import Key
 from mizzen.operator.planning.promotions import MODEL, choose_holders, promoted_at
 from mizzen.operator.status.job_facts import Approval, Promotion
 from mizzen.operator.status.progress import Progress, parse_progress
@@ -29,6 +31,12 @@ def published(name: str, *, hour: int = 0, **promotion: str) -> Json:
             "conditions": [{"type": "Published", "status": "True", "lastTransitionTime": at}]
         },
     }
+
+
+def rolled_back(job: Json) -> Json:
+    failed = {"type": "Failed", "status": "True", "lastTransitionTime": "2026-01-01T09:00:00Z"}
+    job["status"]["conditions"].append(failed)
+    return job
 
 
 def names(jobs: list[Json]) -> dict[str, str]:
@@ -54,6 +62,9 @@ HOLDERS = {
         [published("a", strategy="Canary"), published("b")], {MODEL: "a", "b": "b"}),
     "a job that needs approval holds nothing before": (
         [published("a", approval="Manual")], {}),
+    "a job whose model was rolled back leaves its place to the one before": (
+        [published("a", hour=1, strategy="Canary"),
+         rolled_back(published("b", hour=2, strategy="Canary", replaces="a"))], {MODEL: "a"}),
 }  # fmt: skip
 
 
@@ -198,13 +209,26 @@ async def test_a_model_that_fails_as_a_canary_is_taken_back_by_itself() -> None:
     await world.settle()
     assert world.status["rollout"]["failure"]["reason"]
     assert world.status["revision"] == stable
-    job = published("big", strategy="Canary")
-    progress = parse_progress(
-        {"phase": "Succeeded", "artifact": {**ARTIFACT, "kind": "model", "digest": "sha256:9"}}
-    )
-    deployment = {**SERVING, "status": world.status}
-    found = seen(job, deployment=deployment, progress=progress)
-    assert found.has_failed and found.problem is not None and found.problem.reason == "RolledBack"
+    (path,) = [path for path in world.api.objects if path.endswith("/big")]
+
+    async def job_status() -> Json:
+        key = Key("finetunejob", "team", "big")
+        await finetunejob.reconcile(key, kube=world.kube, facts=world.facts, now=world.now)
+        status: Json = world.api.objects[path]["status"]
+        return status
+
+    failed = await job_status()
+    (condition,) = [c for c in failed["conditions"] if c["type"] == "Failed"]
+    assert (failed["phase"], condition["reason"]) == ("Failed", "RolledBack")
+
+    # A new revision for another reason is no second chance for it.
+    world.change(engine={"image": "registry/runtime:2"})
+    await go_on(world, 90)
+    await world.settle()
+    assert world.status["revision"] != stable
+    assert "promotedModel" not in world.status
+    assert all("/mnt/pvc/models/smollm2" in str(pod["spec"]) for pod in world.pods)
+    assert await job_status() == failed
 
 
 async def test_a_model_that_does_well_as_a_canary_is_what_the_deployment_serves() -> None:
