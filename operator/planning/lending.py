@@ -196,7 +196,8 @@ class _Lending:
                 Hold.TOO_LARGE,
                 f"The job asks for {_size(job.gang)} {resource} and the nodes it may run on could "
                 "not hold that even if they were empty. Lower "
-                "spec.resources.accelerator.count or add nodes.",
+                "spec.resources.accelerator.count, add nodes, or let it run on more of them: see "
+                "nodeSelector and tolerations in spec.podTemplatePatch.",
             )
         if job.is_spare and job.preemptions and self._now - job.since < SETTLE:
             return Wait(

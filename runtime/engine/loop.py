@@ -72,7 +72,7 @@ class Loop:
         self._outbox = Outbox()
         self._work = threading.Condition(self.lock)
         self._calls: deque[tuple[Callable[[], object], Future[Any]]] = deque()
-        self._idle = IdleQueue()
+        self._idle = IdleQueue(self.lock)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mizzen-engine", daemon=True)
 
@@ -101,7 +101,7 @@ class Loop:
                 self._work.notify()
 
     def release_adapter(self, use: SlotUse) -> None:
-        """End one use of an adapter by a request that was never added."""
+        """End one use of an adapter by who is no request that was added: those end their own."""
         with self._work:
             self._release(use)
 
@@ -130,7 +130,7 @@ class Loop:
             self._work.notify()
 
     def remove_idle(self, work: IdleWork) -> None:
-        """Have the work done no more; the slice that runs now may still end."""
+        """Have the work done no more; what is under way goes on until it looks up."""
         with self._work:
             self._idle.remove(work)
 
@@ -180,8 +180,8 @@ class Loop:
             self._flight = self._launcher.launch(chunks, before, now=time.monotonic())
         if before is not None:
             self._land(before)
-        elif not chunks and self._idle:
-            self._idle.do_slice(self._is_wanted)
+        elif not chunks:
+            self._idle.do_first(self._look_up)
 
     def _may_run_ahead(self) -> bool:
         if self._flight is None or not self._is_ahead or self._calls:
@@ -194,7 +194,9 @@ class Loop:
         if flight is not None:
             self._land(flight)
 
-    def _is_wanted(self) -> bool:
+    def _look_up(self) -> bool:
+        """Return whether idle work has to give way; its thread is seen to be alive by this."""
+        self.heartbeat_at = time.monotonic()
         return self.scheduler.has_work() or bool(self._calls) or self._stopping
 
     def _next_chunks(self) -> list[Chunk]:

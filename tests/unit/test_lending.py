@@ -348,7 +348,7 @@ def test_a_job_that_left_too_slowly_gets_no_spare_capacity(
 def test_a_job_that_no_empty_node_could_hold_is_told_so() -> None:
     wait = lend(cluster(free=4, queue=(job("huge", 8),)), now=NOW).waits["huge"]
     assert wait.hold is Hold.TOO_LARGE
-    assert "Lower spec.resources.accelerator.count" in wait.message
+    assert "Lower spec.resources.accelerator.count, add nodes, or let it run on" in wait.message
 
 
 def test_a_job_that_just_left_waits_for_the_wave_to_pass() -> None:
