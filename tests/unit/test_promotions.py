@@ -170,14 +170,6 @@ def adapters(world: World) -> list[tuple[str, str, str]]:
     return [(a["name"], a["digest"], a["job"]) for a in world.status["adapters"]]
 
 
-async def job_status(world: World, name: str) -> Json:
-    key = Key("finetunejob", "team", name)
-    await finetunejob.reconcile(key, kube=world.kube, facts=world.facts, now=world.now)
-    (path,) = [path for path in world.api.objects if path.endswith(f"/{name}")]
-    status: Json = world.api.objects[path]["status"]
-    return status
-
-
 async def test_a_name_moves_to_a_newer_version_and_back_when_its_job_is_deleted() -> None:
     world = World()
     publish_job(world, "one", digest="sha256:1", adapter="support")
@@ -197,6 +189,68 @@ async def test_a_name_moves_to_a_newer_version_and_back_when_its_job_is_deleted(
     world.api.put(path, leaving)
     await world.settle()
     assert list(world.runtimes.loaded.values()) == [{"support": "sha256:1"}]
+
+
+PROBES = [
+    {"prompt": "The capital of France is", "expect": "Paris"},
+    {"prompt": "Two and two are", "expect": "4|four|Paris"},
+]
+
+
+async def reconcile_job(world: World, name: str) -> Json:
+    key = Key("finetunejob", "team", name)
+    await finetunejob.reconcile(key, kube=world.kube, facts=world.facts, now=world.now)
+    (path,) = [path for path in world.api.objects if path.endswith(f"/finetunejobs/{name}")]
+    status: Json = world.api.objects[path]["status"]
+    return status
+
+
+def promoted(status: Json) -> tuple[str, str, str]:
+    (condition,) = [c for c in status["conditions"] if c["type"] == "Promoted"]
+    return status["phase"], condition["status"], condition["reason"]
+
+
+async def served_with_probes() -> World:
+    """A name that moved on to a second job, which has probes."""
+    world = World()
+    publish_job(world, "one", digest="sha256:1", adapter="support")
+    await world.settle()
+    publish_job(
+        world, "two", digest="sha256:2", at="2026-01-01T01:00:00Z",
+        adapter="support", replaces="one", probes=PROBES,
+    )  # fmt: skip
+    await world.settle()
+    assert list(world.runtimes.loaded.values()) == [{"support": "sha256:2"}]
+    return world
+
+
+async def test_an_adapter_that_talks_no_sense_is_taken_back_and_the_one_before_serves() -> None:
+    world = await served_with_probes()
+    world.runtimes.answer = " a large cheese"
+    failed = await reconcile_job(world, "two")
+    assert promoted(failed) == ("Failed", "False", "RolledBack")
+    (why,) = [c["message"] for c in failed["conditions"] if c["type"] == "Failed"]
+    assert "probe 1 does not match 'Paris': ' a large cheese'" in why
+    await world.settle()
+    assert list(world.runtimes.loaded.values()) == [{"support": "sha256:1"}]
+    assert promoted(await reconcile_job(world, "one")) == ("Succeeded", "True", "Promoted")
+    world.runtimes.answer = " Paris"
+    assert await reconcile_job(world, "two") == failed, "there is no second chance"
+
+
+async def test_an_adapter_waits_for_its_probes_and_is_asked_no_more_once_it_is_promoted() -> None:
+    world = await served_with_probes()
+    (address,) = world.runtimes.loaded
+    world.runtimes.silent.add(address)
+    assert promoted(await reconcile_job(world, "two")) == ("Promoting", "False", "Promoting")
+    world.runtimes.silent.clear()
+    world.runtimes.answer, world.runtimes.prompted = " Paris", []
+    assert promoted(await reconcile_job(world, "two")) == ("Succeeded", "True", "Promoted")
+    asked = [(address, "support", probe["prompt"]) for probe in PROBES]
+    assert world.runtimes.prompted == asked
+    world.runtimes.answer = " something else"
+    assert promoted(await reconcile_job(world, "two")) == ("Succeeded", "True", "Promoted")
+    assert world.runtimes.prompted == asked
 
 
 async def test_a_model_that_fails_as_a_canary_is_taken_back_by_itself() -> None:
@@ -219,7 +273,7 @@ async def test_a_model_that_fails_as_a_canary_is_taken_back_by_itself() -> None:
     await world.settle()
     assert world.status["rollout"]["failure"]["reason"]
     assert world.status["revision"] == stable
-    failed = await job_status(world, "big")
+    failed = await reconcile_job(world, "big")
     (condition,) = [c for c in failed["conditions"] if c["type"] == "Failed"]
     assert (failed["phase"], condition["reason"]) == ("Failed", "RolledBack")
 
@@ -230,7 +284,7 @@ async def test_a_model_that_fails_as_a_canary_is_taken_back_by_itself() -> None:
     assert world.status["revision"] != stable
     assert "promotedModel" not in world.status
     assert all("/mnt/pvc/models/smollm2" in str(pod["spec"]) for pod in world.pods)
-    assert await job_status(world, "big") == failed
+    assert await reconcile_job(world, "big") == failed
 
 
 async def test_a_model_that_does_well_as_a_canary_is_what_the_deployment_serves() -> None:
@@ -266,6 +320,4 @@ async def test_a_model_that_is_served_outlives_a_later_revision_that_is_rolled_b
     await world.settle()
     assert world.status["rollout"]["failure"]["reason"]
     assert world.status["promotedModel"]["revision"] == world.status["revision"] == served
-    job = await job_status(world, "big")
-    (promoted,) = [c for c in job["conditions"] if c["type"] == "Promoted"]
-    assert (job["phase"], promoted["status"]) == ("Succeeded", "True")
+    assert promoted(await reconcile_job(world, "big")) == ("Succeeded", "True", "Promoted")
