@@ -16,7 +16,6 @@ from mizzen.operator.planning.canary import Probe
 from mizzen.operator.planning.promotions import place_of
 from mizzen.operator.planning.rollout import Standing
 from mizzen.operator.routing import DEPLOYMENT
-from mizzen.operator.status.conditions import ConditionType, condition_status
 from mizzen.operator.status.job_facts import Problem, Promotion
 from mizzen.operator.status.reasons import Reason
 
@@ -33,10 +32,8 @@ async def probe_promotion(
     They are asked of one replica when every ready replica has the result and before the job says
     `Promoted`: a name that has been served with once is not taken back for a changed answer.
     """
-    conditions = (job.get("status") or {}).get("conditions") or []
-    is_known = condition_status(conditions, ConditionType.PROMOTED) == "True"
     probes = _probes_of(job)
-    if not probes or is_known or not promotion.is_done or promotion.replaced_by:
+    if not probes or promotion.was_done or not promotion.is_done or promotion.replaced_by:
         return promotion
     address = _replica(deployment, facts, now)
     for number, probe in enumerate(probes if address else (), 1):

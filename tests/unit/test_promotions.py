@@ -128,6 +128,19 @@ def test_a_job_whose_name_moved_on_is_done_and_says_to_whom() -> None:
     assert seen(second, first).is_done
 
 
+def test_a_promotion_stays_done_while_its_deployment_sleeps_or_gets_more_replicas() -> None:
+    asleep, growing = copy.deepcopy(SERVING), copy.deepcopy(SERVING)
+    asleep["status"] = {}
+    growing["status"]["readyReplicas"] = 3
+    job = published("x")
+    assert not seen(job, deployment=asleep).is_done
+    assert not seen(job, deployment=growing).is_done
+    job["status"]["conditions"].append({"type": "Promoted", "status": "True"})
+    assert seen(job, deployment=asleep).is_done
+    assert seen(job, deployment=growing).is_done
+    assert not seen(job, deployment=None).is_done
+
+
 def test_an_approval_is_kept_with_who_and_when() -> None:
     job = published("x", approval="Manual")
     problem = seen(job).problem
