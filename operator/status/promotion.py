@@ -101,10 +101,10 @@ def _model(job: Json, artifact: Artifact, deployment: Json) -> tuple[int, int, P
     promoted = status.get("promotedModel") or {}
     if promoted.get("job") != job["metadata"]["name"] or promoted["digest"] != artifact.digest:
         return 0, replicas, None
-    if rollout is None:
-        return (replicas if status.get("revision") == promoted["revision"] else 0), replicas, None
+    if rollout is None or rollout["revision"] != promoted["revision"]:
+        return replicas, replicas, None  # where there is a rollout, both its revisions serve it
     failure = rollout.get("failure")
-    if failure is None or rollout.get("revision") != promoted["revision"]:
+    if failure is None:
         return 0, replicas, None
     return (
         0,
