@@ -299,14 +299,18 @@ class Loop:
         self._recorder.on_step(step_s, tokens)
 
     def _run_calls(self) -> None:
-        while self._calls:
-            call, future = self._calls.popleft()
+        while (waiting := self._next_call()) is not None:
+            call, future = waiting
             if not future.set_running_or_notify_cancel():
                 continue
             try:
                 future.set_result(call())
             except Exception as error:
                 future.set_exception(error)
+
+    def _next_call(self) -> tuple[Callable[[], object], Future[Any]] | None:
+        with self.lock:  # `fail` may be ending them
+            return self._calls.popleft() if self._calls else None
 
     def _end_everything(self) -> None:
         outbox = Outbox()  # another than the loop's, which may be at work with that one
@@ -317,7 +321,9 @@ class Loop:
             self.live.clear()
             self._work.notify_all()
             while self._calls:
-                self._calls.popleft()[1].set_exception(self._dead_error())
+                future = self._calls.popleft()[1]
+                if future.set_running_or_notify_cancel():  # its asker may have left
+                    future.set_exception(self._dead_error())
             self._idle.fail(self._dead_error())
         outbox.flush()
 

@@ -123,15 +123,16 @@ class ServedTeacher:
                 f"The teacher {where.model} refuses to say what it thinks of tokens: "
                 f"{answer.data.decode(errors='replace')[:300]}"
             )
-        document = answer.json()
-        if "vocabulary" not in document:
+        try:
+            document = answer.json()
+            vocabulary, choice = document["vocabulary"], document["choices"][0]
+        except (ValueError, LookupError, TypeError) as error:
             raise JobConfigError(
                 f"{where.url} does not say which vocabulary {where.model} has. Name a deployment "
                 "of this installation."
-            )
-        _check_digests(self._vocabulary, document["vocabulary"])
-        choice: dict[str, Any] = document["choices"][0]
-        return choice
+            ) from error
+        _check_digests(self._vocabulary, vocabulary)
+        return dict(choice)
 
 
 def _labelled(sample: Sample, places: Sequence[Any]) -> list[Any]:

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mizzen.runtime.engine import engine as engine_module
+from mizzen.runtime.engine import scoring as scoring_module
 from mizzen.runtime.engine.api import ScoreRequest
 from mizzen.runtime.engine.engine import Engine
 from mizzen.runtime.engine.errors import (
@@ -176,9 +177,12 @@ def test_a_score_is_given_up_when_its_asker_leaves(engine: Engine) -> None:
     scoring.do(lambda: True)  # nobody waits: it is over before it looks up
 
 
-def test_an_asker_that_leaves_at_the_last_moment_is_told_nothing() -> None:
-    scoring = Scoring(ScoreRequest(token_ids=PROMPT), None, None)
-    scoring.done.cancel()
+def test_an_asker_that_leaves_at_the_last_moment_is_told_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scoring = Scoring(ScoreRequest(token_ids=PROMPT), lambda: None, lambda: None)
+    monkeypatch.setattr(scoring_module, "score", lambda *_: scoring.done.cancel())
+    scoring.do(lambda: False)
     scoring.fail(ZeroDivisionError())
     assert scoring.done.cancelled()
 

@@ -157,10 +157,13 @@ def test_a_busy_teacher_is_asked_again_and_then_named(
     assert kind.asked == 2
 
 
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"<html>", b'{"vocabulary": "a", "choices": []}'])
 def test_a_server_that_names_no_vocabulary_is_no_teacher(
-    answers: tuple[type[Answers], str], tiny: Path
+    answers: tuple[type[Answers], str], tiny: Path, body: bytes
 ) -> None:
-    asked = ServedTeacher(ServedModel(url=answers[1], model="big"), around(tiny), retries=1)
+    kind, url = answers
+    kind.body = body
+    asked = ServedTeacher(ServedModel(url=url, model="big"), around(tiny), retries=1)
     with pytest.raises(JobConfigError, match="which vocabulary big has"):
         asked.log_probs([SAMPLE])
 
