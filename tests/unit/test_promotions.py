@@ -299,6 +299,14 @@ async def test_a_model_that_fails_as_a_canary_is_taken_back_by_itself() -> None:
     assert all("/mnt/pvc/models/smollm2" in str(pod["spec"]) for pod in world.pods)
     assert await reconcile_job(world, "big") == failed
 
+    # Its files are still there for whoever wants to try once more.
+    world.metrics.answers = {}
+    world.change(model={"source": failed["artifact"]["uri"]}, rollout={"canary": None})
+    await go_on(world, 90)
+    await world.settle()
+    assert "rollout" not in world.status
+    assert all("/mnt/pvc/models/big" in str(pod["spec"]) for pod in world.pods)
+
 
 async def test_a_model_that_does_well_as_a_canary_is_what_the_deployment_serves() -> None:
     world = World(replicas=1)
