@@ -13,6 +13,7 @@ from mizzen.operator.crds.common import (
     cel,
 )
 from mizzen.operator.crds.finetunejob_status import FineTuneJobStatus
+from mizzen.operator.crds.rollout import Probe
 from mizzen.operator.crds.training_data import BaseModelRef, ClaimFolder, Dataset, Processing
 from mizzen.operator.crds.training_methods import (
     METHOD_SECTIONS,
@@ -139,6 +140,11 @@ class Promotion(ApiModel):
             "self.strategy == 'None' || has(self.deployment)",
             "promotion.strategy needs promotion.deployment, the LLMDeployment to promote to.",
         ),
+        cel(
+            "!has(self.probes) || self.strategy == 'HotLoadAdapter'",
+            "promotion.probes are for HotLoadAdapter; a whole model has the deployment's "
+            "rollout.canary.rollbackOn.probe.",
+        ),
     )
 
     deployment: Annotated[
@@ -163,6 +169,15 @@ class Promotion(ApiModel):
         Literal["Auto", "Manual"],
         Field(description="Manual waits for `kubectl mizzen approve NAME`."),
     ] = "Auto"
+    probes: Annotated[
+        list[Probe] | None,
+        Field(
+            min_length=1,
+            max_length=16,
+            description="Prompts put to the adapter once a replica has loaded it. An answer "
+            "without what is expected takes it back, and the job fails with RolledBack.",
+        ),
+    ] = None
 
 
 _CANNOT_CHANGE = "cannot change (only suspend, workers, spareCapacity and priority can)."
@@ -201,7 +216,7 @@ class FineTuneJobSpec(ApiModel):
 
     rules = (
         *_unchanged("method", "adaptation", "baseModel", "processing", "hyperparameters"),
-        *_unchanged("checkpoint", "resources", "failure"),
+        *_unchanged("checkpoint", "resources", "failure", "roles"),
         _unchanged_sections(),
         *_unchanged_if_any(
             "dataset", "evaluation", "output", "promotion", "budget", "podTemplatePatch"
@@ -229,6 +244,10 @@ class FineTuneJobSpec(ApiModel):
         cel(
             "self.workers.max == 1 || self.method in ['sft', 'dpo', 'reward', 'distill']",
             "workers.max above 1 needs method sft, dpo, reward or distill.",
+        ),
+        cel(
+            "self.roles == 'InProcess' || self.method in ['grpo', 'ppo']",
+            "roles Ray needs method grpo or ppo.",
         ),
         cel(
             "has(self.output) && has(self.output.uri) || has(self.baseModel.deployment) || "
@@ -278,6 +297,13 @@ class FineTuneJobSpec(ApiModel):
         Budget | None, Field(description="What it may use; then it ends with what it has.")
     ] = None
     workers: Annotated[Workers, Field(description="How many pods train together.")] = Workers()
+    roles: Annotated[
+        Literal["InProcess", "Ray"],
+        Field(
+            description="Who draws answers, judges them and knows the base (grpo, ppo): the "
+            "trainer, or processes of their own beside it."
+        ),
+    ] = "InProcess"
     resources: Annotated[JobResources, Field(description="What the trainer pod asks for.")] = (
         JobResources()
     )

@@ -121,6 +121,7 @@ def build_train_config(job: Job, generation: int, workers: int) -> Json:
         },
         "output": _output(job),
         "evaluation": _evaluation(job),
+        "roles": spec.roles,
         "workers": workers,
         "generation": generation,
         "admin_port": ADMIN_PORT,
