@@ -21,6 +21,7 @@ from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.digest import mark_model
+from mizzen.runtime.train.errors import RoleLostError
 from mizzen.runtime.train.evaluate import Examination, TallyStore
 from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.ledger import DiskLedger, Ledger, NoLedger
@@ -148,7 +149,7 @@ class Training:
             loop.commit()
             log.info("Yielding at step %d.", loop.counters.step)
             raise
-        except RankLostError:
+        except (RankLostError, RoleLostError):
             if loop is not None:
                 loop.commit()  # a step is whole or has not begun to move anything
             raise
