@@ -242,8 +242,9 @@ class FineTuneJobSpec(ApiModel):
             "promotion.strategy HotLoadAdapter needs adaptation.type lora or qlora.",
         ),
         cel(
-            "self.workers.max == 1 || self.method in ['sft', 'dpo', 'reward', 'distill']",
-            "workers.max above 1 needs method sft, dpo, reward or distill.",
+            "self.workers.max == 1 || self.roles == 'Ray' || "
+            "self.method in ['sft', 'dpo', 'reward', 'distill']",
+            "workers.max above 1 needs method sft, dpo, reward or distill, or roles Ray.",
         ),
         cel(
             "self.roles == 'InProcess' || self.method in ['grpo', 'ppo']",

@@ -26,9 +26,10 @@ from mizzen.runtime.train.methods.registry import build_method
 from mizzen.runtime.train.progress import ProgressBoard, Verdict, fit_termination_log
 from mizzen.runtime.train.publish import publish
 from mizzen.runtime.train.records import Shape
+from mizzen.runtime.train.roles.cast import open_stage
 from mizzen.runtime.train.sources import load_source
 from mizzen.runtime.train.stop import EXIT_DONE, EXIT_YIELDED, StopFlag, YieldRequested
-from mizzen.runtime.train.surroundings import Surroundings
+from mizzen.runtime.train.surroundings import Stage, Surroundings
 from mizzen.runtime.train.teacher import check_same_tokens
 from mizzen.runtime.train.training import Training
 from mizzen.runtime.train.transform import Transform
@@ -69,7 +70,13 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
     with stop.nothing_to_lose():
         workers = meet(config, environment, choose_device(environment.device))
         workers.watch(stop)
-        work = _prepare(config, environment, board, stop, workers)
+        stage = open_stage(config, environment, workers)
+    if stage is not None and not workers.is_leader:
+        board.enter("Running")
+        workers.wait_for_end()
+        return EXIT_YIELDED if stop.is_asked else EXIT_DONE
+    with stop.nothing_to_lose():
+        work = _prepare(config, environment, board, stop, workers, stage)
     watch(stop, timeout_s=config.failure.hang_timeout_s)
     try:
         if isinstance(work, Training) and not workers.is_leader:
@@ -109,6 +116,7 @@ def _prepare(
     board: ProgressBoard,
     stop: StopFlag,
     workers: Workers,
+    stage: Stage | None,
 ) -> Work:
     checkpoint = find_checkpoint(config.base_model)
     around = Surroundings(
@@ -119,6 +127,7 @@ def _prepare(
         stop=stop,
         judge_api_key=environment.judge_api_key,
         teacher_api_key=environment.teacher_api_key,
+        stage=stage,
     )
     if config.is_trained:
         check_memory(around)

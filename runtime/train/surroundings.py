@@ -12,6 +12,14 @@ from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.stop import StopFlag
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where roles are played on Ray: its head's address, and a place in each pod."""
+
+    head: str
+    places: tuple[str, ...]  # the trainer's first
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """What a method may need to know."""
@@ -23,3 +31,4 @@ class Surroundings:
     stop: StopFlag
     judge_api_key: str | None = None
     teacher_api_key: str | None = None
+    stage: Stage | None = None  # where others than the trainer draw and judge

@@ -1,6 +1,8 @@
 """Roles on Ray: the same answers and curve as in one process, and an end that nobody waits for."""
 
+import contextlib
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -11,14 +13,36 @@ import grpc
 import numpy as np
 import psutil
 import pytest
+import ray
 import torch
 import urllib3
+from ray.exceptions import RayActorError, RayTaskError
 
+from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.train.config import load_config
+from mizzen.runtime.train.errors import JobConfigError, RoleLostError, TrainerHangsError
 from mizzen.runtime.train.history import read_history
-from mizzen.runtime.train.roles.actors import RolloutRole, Seat, cut_weights, moving_weights
+from mizzen.runtime.train.roles.actors import (
+    ReferenceRole,
+    RewardRole,
+    RolloutRole,
+    Seat,
+    choose_device_of,
+    cut_weights,
+    moving_weights,
+)
+from mizzen.runtime.train.roles.on_ray import RayRoles
 from mizzen.runtime.train.samples import Prompt
-from tests.fixtures.train_runs import Job, run, start, write_job, write_prompts
+from mizzen.runtime.train.stop import StopFlag, YieldRequested
+from tests.fixtures.train_runs import (
+    Job,
+    exit_codes,
+    run,
+    start,
+    start_workers,
+    write_job,
+    write_prompts,
+)
 
 # Ray starts half a dozen processes, and each role imports torch.
 WAIT_S = 400
@@ -53,6 +77,11 @@ def temporary() -> Iterator[Path]:
     # Ray's sockets lie in there, and a socket's path has room for a hundred letters.
     path = Path(tempfile.mkdtemp(prefix="mz", dir="/tmp"))
     yield path
+    # The raylet's agents try for a minute to tell its death to a head that is dead too.
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TMPDIR") == str(path):
+                process.kill()
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -110,19 +139,49 @@ def test_a_rollout_role_draws_what_the_trainer_would_with_its_weights(tmp_path: 
     assert role.draw(prompts, 7) == wanted
 
 
+DEVICES = {
+    "on a CPU": ("cpu", 0, ["cpu"] * 3),
+    "with one GPU": ("cuda", 1, ["cuda:0"] * 3),
+    "with two GPUs": ("cuda", 2, ["cuda:1", "cuda:0", "cuda:1"]),
+    "with four GPUs": ("cuda", 4, ["cuda:1", "cuda:2", "cuda:3"]),
+}
+
+
+@pytest.mark.parametrize(("trainer", "gpus", "expected"), DEVICES.values(), ids=DEVICES)
+def test_roles_take_the_devices_in_turn(trainer: str, gpus: int, expected: list[str]) -> None:
+    roles = (RolloutRole, ReferenceRole, RewardRole)
+    found = [choose_device_of(role, torch.device(trainer), gpus) for role in roles]
+    assert found == expected
+
+
+def test_roles_on_ray_are_refused_where_nothing_is_drawn(tmp_path: Path) -> None:
+    with pytest.raises(JobConfigError, match="roles Ray are for methods grpo and ppo, not sft"):
+        load_config(write_job(tmp_path, roles="Ray").config_path)
+
+
+def test_more_pods_than_one_need_roles_to_play(tmp_path: Path) -> None:
+    with pytest.raises(JobConfigError, match="method grpo runs on one worker"):
+        load_config(rl_job(tmp_path, "grpo", workers=2).config_path)
+
+
 def test_a_yield_in_the_midst_ends_ray_too_and_changes_no_number(
     tmp_path: Path, temporary: Path
 ) -> None:
-    alone = rl_job(tmp_path / "alone", "ppo", steps=6, **FULL)
+    alone = rl_job(tmp_path / "alone", "ppo", steps=20, **FULL)
     assert run(alone) == 0
-    job = rl_job(tmp_path / "cast", "ppo", steps=6, roles="Ray", **FULL)
+    job = rl_job(tmp_path / "cast", "ppo", steps=20, roles="Ray", **FULL)
     trainer = start(job, temporary=temporary)
     wait_until(lambda: steps_of(job), "the first step")
-    processes = psutil.Process(trainer.pid).children(recursive=True)
+    processes = [
+        each
+        for each in psutil.Process(trainer.pid).children(recursive=True)
+        if not each.cmdline()[0].endswith("Agent")
+    ]
+    assert len(processes) >= 5
     trainer.terminate()
     trainer.join()
     assert trainer.exitcode == 75
-    assert 0 < steps_of(job) < 6
+    assert 0 < steps_of(job) < 20
     wait_until(lambda: not any(map(psutil.Process.is_running, processes)), "the end of Ray")
     assert run(job, temporary=temporary) == 0
     assert job.curve == alone.curve
@@ -137,6 +196,7 @@ def test_a_role_that_dies_ends_the_generation_and_no_port_is_for_others(
     trainer = start(job, temporary=temporary)
     wait_until(lambda: steps_of(job), "the first step")
     processes = psutil.Process(trainer.pid).children(recursive=True)
+    # What the trainer itself has is its progress, for which the pod's probes ask.
     listening = [socket for each in processes for socket in listens(each)]
     assert {address for address, _ in listening} <= {"127.0.0.1", "::ffff:127.0.0.1"}
     assert len(listening) >= 5
@@ -148,3 +208,75 @@ def test_a_role_that_dies_ends_the_generation_and_no_port_is_for_others(
     assert job.last_word["reason"] == "RoleLost"
     committed = sorted(job.checkpoints.glob("step-*"))[-1]
     assert int(committed.name.removeprefix("step-")) == steps_of(job)
+
+
+def test_pods_that_play_roles_change_no_number_whichever_of_them_ends(
+    tmp_path: Path, temporary: Path
+) -> None:
+    alone = rl_job(tmp_path / "alone", "grpo", steps=20)
+    assert run(alone) == 0
+    job = rl_job(tmp_path / "cast", "grpo", steps=20, roles="Ray")
+    pods = start_workers(job, 3, temporary=temporary)
+    wait_until(lambda: steps_of(job), "the first step")
+    pods[1].kill()
+    assert exit_codes(pods) == [76, -signal.SIGKILL, 76]
+    assert job.last_word["reason"] == "RankLost"
+    done = steps_of(job)
+    pods = start_workers(job, 2, temporary=temporary)
+    wait_until(lambda: steps_of(job) > done, "another step")
+    pods[1].terminate()
+    assert exit_codes(pods) == [75, 75]
+    assert exit_codes(start_workers(job, 2, temporary=temporary)) == [0, 0]
+    assert job.curve == alone.curve
+    assert job.weights_digest == alone.weights_digest
+
+
+class Answering(RayRoles):
+    """Ray's roles without Ray: only what becomes of an answer."""
+
+    def __init__(self, *, timeout_s: float = 60.0, is_alone: bool = True) -> None:
+        self._stop, self._timeout_s, self._is_alone = StopFlag(), timeout_s, is_alone
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def get(asked: list[Any]) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "wait", lambda asked, timeout: (asked, []))
+    monkeypatch.setattr(ray, "get", get)
+
+
+def test_a_mistake_that_a_role_finds_is_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    mistake = JobConfigError("It is no reward model.")
+    answering(monkeypatch, RayTaskError("of", "traceback", mistake))
+    with pytest.raises(JobConfigError, match="no reward model"):
+        Answering()._wait(["asked"])
+
+
+def test_a_bug_in_a_role_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, RayTaskError("of", "traceback", ZeroDivisionError("oh")))
+    with pytest.raises(RayTaskError):
+        Answering()._wait(["asked"])
+
+
+@pytest.mark.parametrize(("is_alone", "kind"), [(True, RoleLostError), (False, RankLostError)])
+def test_a_lost_role_in_another_pod_may_be_the_pods_end(
+    monkeypatch: pytest.MonkeyPatch, is_alone: bool, kind: type[Exception]
+) -> None:
+    answering(monkeypatch, RayActorError())
+    with pytest.raises(kind, match="role on Ray"):
+        Answering(is_alone=is_alone)._wait(["asked"])
+
+
+def test_a_role_that_never_answers_ends_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "wait", lambda asked, timeout: ([], asked))
+    with pytest.raises(TrainerHangsError, match="hangTimeoutSeconds"):
+        Answering(timeout_s=0.0)._wait(["asked"])
+
+
+def test_nobody_waits_for_a_role_when_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "wait", lambda asked, timeout: ([], asked))
+    roles = Answering()
+    roles._stop.ask()
+    with pytest.raises(YieldRequested):
+        roles._wait(["asked"])

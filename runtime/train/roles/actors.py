@@ -150,3 +150,9 @@ class RewardRole:
 
     def _base(self) -> Decoder:
         return load_base(self._seat.config, self._device)
+
+
+def choose_device_of(role: type, trainer: torch.device, gpus: int) -> str:
+    """Return a role's device: the pod's GPUs in turn, of which the trainer has the first. Pure."""
+    number = 1 + (RolloutRole, ReferenceRole, RewardRole).index(role)
+    return f"cuda:{number % gpus}" if trainer.type == "cuda" else trainer.type

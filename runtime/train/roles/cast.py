@@ -1,4 +1,4 @@
-"""Who plays a job's roles: the trainer, or processes of their own on Ray."""
+"""Who plays a job's roles: the trainer, or processes of their own on Ray, in its pod and others."""
 
 from __future__ import annotations
 
@@ -6,22 +6,45 @@ import os
 import secrets
 from collections.abc import Mapping
 
+from mizzen.runtime.parallel.handshake import group_key
+from mizzen.runtime.parallel.nodes import read_secret
+from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
 from mizzen.runtime.train.roles.roles import OwnRoles, Roles
-from mizzen.runtime.train.surroundings import Surroundings
+from mizzen.runtime.train.surroundings import Stage, Surroundings
+from mizzen.runtime.train.workers import Workers
 
 _LOOPBACK = "127.0.0.1"
 
 
-def cast_roles(around: Surroundings) -> Roles:
-    """Return who plays the roles, ready to begin; Ray's processes end with this one."""
-    if around.config.roles == "InProcess":
-        return OwnRoles(around)
-    os.environ.update(ray_settings(token=secrets.token_hex(32), address=_LOOPBACK))
+def open_stage(
+    config: TrainConfig, environment: TrainerEnvironment, workers: Workers
+) -> Stage | None:
+    """Start this pod's part of Ray and return where roles can be played; None where none are.
+
+    Raises:
+        SecretMissingError: the token that proves who belongs to the job cannot be read.
+    """
+    if config.roles == "InProcess":
+        return None
+    address = workers.own_address or _LOOPBACK
+    os.environ.update(ray_settings(token=_token(config, environment), address=address))
     # Ray reads its settings when it is imported, takes seconds for that, and few jobs want it.
     from mizzen.runtime.train.roles.node import start_node  # noqa: PLC0415
-    from mizzen.runtime.train.roles.on_ray import RayRoles  # noqa: PLC0415
 
-    return RayRoles(around, start_node(address=_LOOPBACK, place="rank0"), places=["rank0"])
+    head = None if workers.is_leader else workers.hear().decode()
+    head = start_node(address=address, place=_place(environment.node_rank), head=head)
+    if workers.is_leader:
+        workers.tell(head.encode())
+    return Stage(head, tuple(map(_place, range(config.workers))))
+
+
+def cast_roles(around: Surroundings) -> Roles:
+    """Return who plays the roles, ready to begin; Ray's processes end with this one."""
+    if around.stage is None:
+        return OwnRoles(around)
+    from mizzen.runtime.train.roles.on_ray import RayRoles  # noqa: PLC0415 - as above
+
+    return RayRoles(around, around.stage)
 
 
 def ray_settings(*, token: str, address: str) -> Mapping[str, str]:
@@ -39,3 +62,14 @@ def ray_settings(*, token: str, address: str) -> Mapping[str, str]:
         "RAY_worker_register_timeout_seconds": "600",
         "RAY_agent_register_timeout_ms": "600000",
     }
+
+
+def _token(config: TrainConfig, environment: TrainerEnvironment) -> str:
+    if config.workers == 1:
+        return secrets.token_hex(32)
+    secret = read_secret(environment.admin_token_file)
+    return group_key(secret, f"Ray {config.job} {config.generation}").hex()
+
+
+def _place(rank: int) -> str:
+    return f"rank{rank}"

@@ -15,7 +15,7 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from mizzen.runtime.errors import MizzenError
+from mizzen.runtime.errors import MizzenError, RankLostError
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.train.errors import RoleLostError, TrainerHangsError
 from mizzen.runtime.train.generate import AT_ONCE
@@ -24,38 +24,41 @@ from mizzen.runtime.train.roles.actors import (
     RewardRole,
     RolloutRole,
     Seat,
+    choose_device_of,
     cut_weights,
     moving_weights,
 )
 from mizzen.runtime.train.roles.roles import Pending
 from mizzen.runtime.train.samples import Floats, Prompt, Sample
-from mizzen.runtime.train.surroundings import Surroundings
+from mizzen.runtime.train.surroundings import Stage, Surroundings
 
 log = logging.getLogger(__name__)
 
 _LOOK_S = 0.2
+_LOST = "A role on Ray in another pod is gone, or that pod is."
 
 
 class RayRoles:
     """One actor that draws in each place but the trainer's, one that judges, one that compares."""
 
-    def __init__(self, around: Surroundings, head: str, *, places: Sequence[str]) -> None:
-        ray.init(address=head, log_to_driver=False, configure_logging=False)
+    def __init__(self, around: Surroundings, stage: Stage) -> None:
+        ray.init(address=stage.head, log_to_driver=False, configure_logging=False)
         around.stop.listen_to_signals()  # Ray has put its own in our place
         self._stop = around.stop
         self._timeout_s = around.config.failure.hang_timeout_s
-        seats = [
+        self._is_alone = len(stage.places) == 1
+        rollout, reference, reward = (
             Seat(
                 config=around.config,
-                device=choose_seat_device(around.device, number, torch.cuda.device_count()),
+                device=choose_device_of(role, around.device, torch.cuda.device_count()),
                 threads=torch.get_num_threads(),
             )
-            for number in range(1, 4)
-        ]
-        others = places[1:] or places
-        self._rollouts = [_place(RolloutRole, seats[0], place) for place in others]
-        self._reference = _place(ReferenceRole, seats[1], others[0])
-        self._reward = _place(RewardRole, seats[2], others[-1])
+            for role in (RolloutRole, ReferenceRole, RewardRole)
+        )
+        others = stage.places[1:] or stage.places
+        self._rollouts = [_place(RolloutRole, rollout, place) for place in others]
+        self._reference = _place(ReferenceRole, reference, others[0])
+        self._reward = _place(RewardRole, reward, others[-1])
 
     def draw(
         self, decoder: Decoder, prompts: Sequence[Prompt], lora: Any, *, seed: int
@@ -94,6 +97,7 @@ class RayRoles:
         Raises:
             YieldRequested: somebody wants the trainer to stop.
             RoleLostError: whoever should answer is gone.
+            RankLostError: the same, in another pod.
             TrainerHangsError: no answer came for as long as the job allows.
         """
         ends_at_s = time.monotonic() + self._timeout_s
@@ -111,12 +115,7 @@ class RayRoles:
             raise
         except RayActorError as error:
             log.error("%s", error)
-            raise RoleLostError from None
-
-
-def choose_seat_device(trainer: torch.device, number: int, gpus: int) -> str:
-    """Return a role's device: the pod's GPUs in turn, of which the trainer has the first. Pure."""
-    return f"cuda:{number % gpus}" if trainer.type == "cuda" else trainer.type
+            raise RoleLostError if self._is_alone else RankLostError(_LOST) from None
 
 
 def _place(role: type, seat: Seat, place: str) -> Any:
