@@ -26,7 +26,7 @@ from mizzen.runtime.train.methods.registry import build_method
 from mizzen.runtime.train.progress import ProgressBoard, Verdict, fit_termination_log
 from mizzen.runtime.train.publish import publish
 from mizzen.runtime.train.records import Shape
-from mizzen.runtime.train.roles.cast import open_stage
+from mizzen.runtime.train.roles.cast import close_stage, open_stage
 from mizzen.runtime.train.sources import load_source
 from mizzen.runtime.train.stop import EXIT_DONE, EXIT_YIELDED, StopFlag, YieldRequested
 from mizzen.runtime.train.surroundings import Stage, Surroundings
@@ -88,6 +88,7 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
         workers.end()
         _report(environment.termination_log, board)
         return EXIT_YIELDED
+    close_stage(stage)
     workers.end()
     with stop.nothing_to_lose():
         failed = [verdict.suite for verdict in verdicts if not verdict.passed]

@@ -6,6 +6,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,19 @@ def temporary() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def wait_until(is_so: Callable[[], Any], what: str) -> Any:
+def wait_until(is_so: Callable[[], bool], what: str) -> None:
     ends_at = time.monotonic() + WAIT_S
-    while not (found := is_so()):
+    while not is_so():
         assert time.monotonic() < ends_at, f"waited in vain for {what}"
         time.sleep(0.1)
-    return found
+
+
+def wait_for_step(job: Job, step: int, *pods: BaseProcess) -> None:
+    def is_there() -> bool:
+        assert [pod.exitcode for pod in pods] == [None] * len(pods), "it ended before"
+        return steps_of(job) >= step
+
+    wait_until(is_there, f"step {step}")
 
 
 def steps_of(job: Job) -> int:
@@ -171,7 +179,7 @@ def test_a_yield_in_the_midst_ends_ray_too_and_changes_no_number(
     assert run(alone) == 0
     job = rl_job(tmp_path / "cast", "ppo", steps=20, roles="Ray", **FULL)
     trainer = start(job, temporary=temporary)
-    wait_until(lambda: steps_of(job), "the first step")
+    wait_for_step(job, 1, trainer)
     processes = [
         each
         for each in psutil.Process(trainer.pid).children(recursive=True)
@@ -194,7 +202,7 @@ def test_a_role_that_dies_ends_the_generation_and_no_port_is_for_others(
 ) -> None:
     job = rl_job(tmp_path, "grpo", steps=100_000, roles="Ray")
     trainer = start(job, temporary=temporary)
-    wait_until(lambda: steps_of(job), "the first step")
+    wait_for_step(job, 1, trainer)
     processes = psutil.Process(trainer.pid).children(recursive=True)
     # What the trainer itself has is its progress, for which the pod's probes ask.
     listening = [socket for each in processes for socket in listens(each)]
@@ -217,13 +225,13 @@ def test_pods_that_play_roles_change_no_number_whichever_of_them_ends(
     assert run(alone) == 0
     job = rl_job(tmp_path / "cast", "grpo", steps=20, roles="Ray")
     pods = start_workers(job, 3, temporary=temporary)
-    wait_until(lambda: steps_of(job), "the first step")
+    wait_for_step(job, 1, *pods)
     pods[1].kill()
     assert exit_codes(pods) == [76, -signal.SIGKILL, 76]
     assert job.last_word["reason"] == "RankLost"
     done = steps_of(job)
     pods = start_workers(job, 2, temporary=temporary)
-    wait_until(lambda: steps_of(job) > done, "another step")
+    wait_for_step(job, done + 1, *pods)
     pods[1].terminate()
     assert exit_codes(pods) == [75, 75]
     assert exit_codes(start_workers(job, 2, temporary=temporary)) == [0, 0]

@@ -38,6 +38,14 @@ def open_stage(
     return Stage(head, tuple(map(_place, range(config.workers))))
 
 
+def close_stage(stage: Stage | None) -> None:
+    """Leave Ray before the other pods do: it would tell of their end as of an accident."""
+    if stage is not None:
+        import ray  # noqa: PLC0415 - as above
+
+        ray.shutdown()
+
+
 def cast_roles(around: Surroundings) -> Roles:
     """Return who plays the roles, ready to begin; Ray's processes end with this one."""
     if around.stage is None:

@@ -8,10 +8,17 @@ the class behind both is used, which may change between versions: Ray's is pinne
 from __future__ import annotations
 
 import logging
+import socket
 import tempfile
 
 from ray._private.node import Node
 from ray._private.parameter import RayParams
+from ray._raylet import (
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    persist_port,
+)
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +26,25 @@ log = logging.getLogger(__name__)
 _STORE_BYTES = 256 << 20
 # How many roles one pod can play.
 _SEATS = 16
+# Of its agents, which here do not open them.
+_UNUSED_PORTS = (
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+)
+
+
+class _PodNode(Node):
+    """A node whose raylet does not wait for its agents to tell it their ports.
+
+    It would wait 15 s, which is too short where processors are busy, and abort.
+    """
+
+    def start_ray_processes(self) -> None:
+        """Write down the ports that are not used, as the agents will, and go on."""
+        for name in _UNUSED_PORTS:
+            persist_port(self._session_dir, self._node_id, name, -1)
+        super().start_ray_processes()
 
 
 def start_node(*, address: str, place: str, head: str | None = None) -> str:
@@ -29,7 +55,7 @@ def start_node(*, address: str, place: str, head: str | None = None) -> str:
         place: The resource by which a role asks for this pod.
         head: The head's address; where there is none, this pod's is the head.
     """
-    node = Node(
+    node = _PodNode(
         RayParams(
             node_ip_address=address,
             gcs_address=head,
@@ -37,9 +63,10 @@ def start_node(*, address: str, place: str, head: str | None = None) -> str:
             num_cpus=0,
             num_gpus=0,
             resources={place: _SEATS},
+            runtime_env_agent_port=_free_port(address),  # else it is waited for in the same way
             object_store_memory=_STORE_BYTES,
             include_dashboard=False,
-            include_log_monitor=False,
+            include_log_monitor=False,  # type: ignore[arg-type]
             no_monitor=True,
             # A new one each: nothing may be found there of another user of this machine.
             temp_dir=tempfile.mkdtemp(prefix="ray-"),
@@ -48,5 +75,10 @@ def start_node(*, address: str, place: str, head: str | None = None) -> str:
         shutdown_at_exit=False,
         spawn_reaper=True,  # the kernel ends them with their parent
     )
-    log.info("Ray is at %s; its logs are in %s.", node.address, node.get_session_dir_path())
+    log.info("Ray is at %s; its logs are in %s.", node.address, node.get_session_dir_path())  # type: ignore[no-untyped-call]
     return str(node.address)
+
+
+def _free_port(address: str) -> int:
+    with socket.create_server((address, 0)) as free:
+        return int(free.getsockname()[1])
