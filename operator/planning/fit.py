@@ -1,7 +1,7 @@
 """Whether a model fits an accelerator, on how many of them, and how many requests then fit. Pure.
 
 A rank holds its share of the matrices, all of the norms, and the keys and values of its heads. How
-much of a device the KV cache gets is the runtime's rule (runtime/engine/startup.py,
+much of a device the KV cache gets is the runtime's rule (runtime/engine/kv_room.py,
 `choose_blocks`): a test holds the two together.
 """
 

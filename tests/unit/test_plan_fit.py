@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from mizzen.cli.commands import app
 from mizzen.operator.planning.fit import GIB, KV_SHARE, DoesNotFitError, Wish, plan_fit
 from mizzen.operator.planning.model_shape import ModelShapeError, read_model_shape
-from mizzen.runtime.engine import startup
+from mizzen.runtime.engine import kv_room
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.parallel.shard import head_shard
 
@@ -142,7 +142,7 @@ def test_a_model_goes_on_the_fewest_devices_that_hold_it() -> None:
 
 
 def test_the_cache_gets_what_the_runtime_would_give_it() -> None:
-    assert startup.KV_SHARE["cuda"] == KV_SHARE
+    assert kv_room.KV_SHARE["cuda"] == KV_SHARE
     fit = plan_fit(read_model_shape(LLAMA_8B), wish())
     free = fit.device_bytes - GIB // 2 - fit.weight_bytes
     assert fit.kv_tokens == pytest.approx(0.85 * free / (128 * 1024), rel=0.001)
