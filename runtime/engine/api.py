@@ -179,6 +179,8 @@ class ModelSizes:
     head_dim: int = 0
     context_tokens: int = 0  # what the model was made for
     parameters: int = 0
+    layer_parameters: int = 0  # of one layer
+    table_parameters: int = 0  # of a vector for every token
     dtype: str = ""  # of the weights in memory
     device_bytes: int = 0  # memory of a GPU; 0 on the CPU
 

@@ -48,6 +48,7 @@ BESIDE_DECODES = {"cpu": 112, "cuda": 8192}
 EVEN_CONTEXT = {"cpu": 1500, "cuda": None}
 AHEAD_ON = {"cuda"}
 WARM_UP_PROMPT, WARM_UP_ROWS = 64, 8
+FIRST_LAYER, TABLE = "model.layers.0.", "model.embed_tokens.weight"
 
 
 class ContextTooLongError(BadModelError):
@@ -234,6 +235,8 @@ def choose_model_len(config: EngineConfig, spec: ArchSpec) -> int:
 def model_sizes(decoder: Decoder) -> ModelSizes:
     """Return what the whole model is made of, though this rank holds but a share."""
     spec, device = decoder.spec, decoder.place.device
+    parameters = _parameters(spec)
+    of_a_layer = [count for name, count in parameters.items() if name.startswith(FIRST_LAYER)]
     return ModelSizes(
         layers=spec.layers,
         hidden=spec.hidden_size,
@@ -241,16 +244,19 @@ def model_sizes(decoder: Decoder) -> ModelSizes:
         kv_heads=spec.kv_heads,
         head_dim=spec.head_dim,
         context_tokens=spec.max_len,
-        parameters=_count_parameters(spec),
+        parameters=sum(parameters.values()),
+        layer_parameters=sum(of_a_layer),
+        table_parameters=parameters[TABLE],
         dtype=str(decoder.place.dtype).removeprefix("torch."),
         device_bytes=torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0,
     )
 
 
-def _count_parameters(spec: ArchSpec) -> int:
+def _parameters(spec: ArchSpec) -> dict[str, int]:
+    """Return how many numbers each of the model's tensors has."""
     # Of a model without memory: what this rank holds is a share, and packed by now.
     empty = Decoder(spec, Placement(torch.bfloat16, torch.device("meta"), RankGroup()))
-    return sum(prod(shard.whole) for shard in empty.shards())
+    return {shard.name: prod(shard.whole) for shard in empty.shards()}
 
 
 def _load_draft(config: EngineConfig, decoder: Decoder, model_len: int) -> Decoder | None:
