@@ -75,6 +75,7 @@ class Reason(StrEnum):
     WEIGHT_SHAPE_MISMATCH = "WeightShapeMismatch"
     QUANTIZATION_UNSUPPORTED = "QuantizationUnsupported"
     TENSOR_PARALLEL_INVALID = "TensorParallelInvalid"
+    PIPELINE_INVALID = "PipelineInvalid"
     SOURCE_INVALID = "SourceInvalid"
     SOURCE_NOT_FOUND = "SourceNotFound"
     SOURCE_FORBIDDEN = "SourceForbidden"
