@@ -145,6 +145,7 @@ class Reason(StrEnum):
     JUDGE_FAILED = "JudgeFailed"
     JUDGE_UNREACHABLE = "JudgeUnreachable"
     JUDGE_NOT_FOUND = "JudgeNotFound"
+    BACKEND_MISSING = "BackendMissing"
     MEMORY_TOO_SMALL = "MemoryTooSmall"
     TRAINING_DOES_NOT_FIT = "TrainingDoesNotFit"
     TRAINER_HANGS = "TrainerHangs"

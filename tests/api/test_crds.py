@@ -290,6 +290,23 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(checkpoint={"keepBest": 1}, workers={"min": 1, "max": 2}),
         "checkpoint.keepBest needs processing.holdoutRatio above 0 and workers.max 1.",
     ),
+    "a method of another backend": (
+        job(backend="Transformers", method="dpo"),
+        "backend Transformers runs method sft alone: all other methods need backend Mizzen.",
+    ),
+    "a base in few bits of another backend": (
+        job(backend="Transformers", adaptation={"type": "qlora"}),
+        "adaptation.type qlora needs backend Mizzen.",
+    ),
+    "several workers of another backend": (
+        job(backend="Transformers", workers={"min": 1, "max": 2}),
+        "workers.max above 1 and checkpoint.keepBest need backend Mizzen.",
+    ),
+    "a suite of another backend": (
+        job(backend="Transformers",
+            evaluation={"suites": [{"name": "words", "type": "exactMatch"}]}),
+        "backend Transformers measures perplexity: all other suites need backend Mizzen.",
+    ),
     "a budget of nothing": (job(budget={}), "Set budget.maxHours, maxTokens or both."),
     "a budget where nothing is trained": (
         job(method="merge", merge={"kind": "adapter", "parts": [{"source": "pvc://models/a"}]},
