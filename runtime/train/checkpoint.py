@@ -1,10 +1,10 @@
 """A job's state on disk: committed as a whole or not at all.
 
-A checkpoint is a folder `step-00000010` with safetensors files and `manifest.json`, which holds
-the counters and the files' hashes. The folder is filled under another name and renamed when every
-byte is on the disk, so whatever bears the final name was complete once; a hash that no longer
-fits means damage, and the one before is taken. Tensors are named like the model's parameters and
-hold whole tensors: nothing depends on how many ranks wrote them.
+A checkpoint is a folder `step-00000010` with `manifest.json`, which holds the counters and the
+hashes of all other files. The folder is filled under another name and renamed when every byte is
+on the disk, so whatever bears the final name was complete once; a hash that no longer fits means
+damage, and the one before is taken. Our loop fills it with safetensors files; their tensors are
+named like the model's parameters and are whole: nothing depends on how many ranks wrote them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _COMMITTED = re.compile(r"^step-(\d{8})$")
 _PARTIAL_PREFIX = ".partial-"
 _MANIFEST = "manifest.json"
+_SUFFIX = ".safetensors"
 _FORMAT = 1
 
 
@@ -83,25 +84,34 @@ class CheckpointStore:
         self._protected: frozenset[int] = frozenset()
 
     def commit(self, state: TrainState) -> Committed:
-        """Write a state; when this returns, a power cut cannot take it back.
+        """Write a state's tensors; as `commit_files` otherwise."""
+        need = sum(t.nbytes for group in state.tensors.values() for t in group.values())
+        return self.commit_files(
+            state.counters, lambda folder: _write_tensors(folder, state.tensors), need_bytes=need
+        )
+
+    def commit_files(
+        self, counters: Counters, fill: Callable[[Path], None], *, need_bytes: int
+    ) -> Committed:
+        """Let `fill` write a state into a folder; when this returns, a power cut cannot undo it.
 
         A step that is already committed is not written twice: the same step is the same state.
 
         Raises:
             StorageFullError: there is no room; earlier checkpoints stay as they are.
         """
-        name = f"step-{state.counters.step:08d}"
+        name = f"step-{counters.step:08d}"
         if (self.directory / name).exists():
             return _read_committed(self.directory / name)
         partial = self.directory / f"{_PARTIAL_PREFIX}{name}"
-        need = sum(t.nbytes for group in state.tensors.values() for t in group.values())
         committed_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
-            with storage_faults_of("A checkpoint", self.directory, need_bytes=need):
-                self._check_room(need)
+            with storage_faults_of("A checkpoint", self.directory, need_bytes=need_bytes):
+                self._check_room(need_bytes)
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-                self._fill(partial, state, committed_at)
+                fill(partial)
+                self._seal(partial, counters, committed_at)
                 partial.rename(self.directory / name)
                 sync_path(self.directory)
         except StorageFullError:
@@ -109,12 +119,15 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         self.prune()
-        return Committed(
-            step=state.counters.step, committed_at=committed_at, path=self.directory / name
-        )
+        return Committed(step=counters.step, committed_at=committed_at, path=self.directory / name)
 
     def restore(self) -> tuple[Committed, TrainState] | None:
-        """Return the newest undamaged state, or None where there is none yet.
+        """Return the newest undamaged state; as `find_newest` otherwise."""
+        newest = self.find_newest()
+        return None if newest is None else (newest[0], _read_state(newest[0].path))
+
+    def find_newest(self) -> tuple[Committed, Counters] | None:
+        """Return the newest undamaged checkpoint, or None where there is none yet.
 
         What a killed process left half-written is removed, and so is what is damaged: a later
         commit of the same step needs the name.
@@ -132,7 +145,7 @@ class CheckpointStore:
                 continue
             self._check_fingerprint(path, str(manifest["fingerprint"]))
             self._check_base(path, manifest.get("base"))
-            return _read_committed(path), _read_state(path, manifest)
+            return _read_committed(path), Counters(**manifest["counters"])
         return None
 
     def steps(self) -> list[int]:
@@ -146,24 +159,22 @@ class CheckpointStore:
     def load(self, step: int) -> TrainState | None:
         """Return one committed state, None where it is damaged."""
         path = self.directory / f"step-{step:08d}"
-        manifest = _intact_manifest(path)
-        return None if manifest is None else _read_state(path, manifest)
+        return None if _intact_manifest(path) is None else _read_state(path)
 
-    def _fill(self, partial: Path, state: TrainState, committed_at: str) -> None:
+    def _seal(self, partial: Path, counters: Counters, committed_at: str) -> None:
+        """Put everything in the folder on the disk, and the manifest beside it."""
         hashes = {}
-        for stem, tensors in state.tensors.items():
-            file = partial / f"{stem}.safetensors"
-            save_file({name: t.contiguous() for name, t in tensors.items()}, file)
-            sync_path(file)
-            hashes[file.name] = sha256_of(file)
+        for path in sorted(partial.rglob("*")):
+            sync_path(path)
+            if path.is_file():
+                hashes[path.relative_to(partial).as_posix()] = sha256_of(path)
         manifest = {
             "format": _FORMAT,
-            "counters": asdict(state.counters),
+            "counters": asdict(counters),
             "generation": self._generation,
             "fingerprint": self._fingerprint,
             "base": self._base,
             "committed_at": committed_at,
-            "stems": list(state.tensors),
             "sha256": hashes,
         }
         with (partial / _MANIFEST).open("w") as file_:
@@ -217,13 +228,25 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _read_state(path: Path, manifest: dict) -> TrainState:  # type: ignore[type-arg]
-    tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in manifest["stems"]}
+def _write_tensors(folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for stem, tensors in groups.items():
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, folder / f"{stem}{_SUFFIX}")
+
+
+def _read_state(path: Path) -> TrainState:
+    manifest = _read_manifest(path)
+    files = [name for name in manifest["sha256"] if name.endswith(_SUFFIX)]
+    tensors = {name.removesuffix(_SUFFIX): load_file(path / name) for name in files}
     return TrainState(counters=Counters(**manifest["counters"]), tensors=tensors)
 
 
+def _read_manifest(path: Path) -> dict:  # type: ignore[type-arg]
+    return dict(json.loads((path / _MANIFEST).read_bytes()))
+
+
 def _read_committed(path: Path) -> Committed:
-    manifest = json.loads((path / _MANIFEST).read_bytes())
+    manifest = _read_manifest(path)
     return Committed(
         step=manifest["counters"]["step"], committed_at=manifest["committed_at"], path=path
     )
@@ -232,7 +255,7 @@ def _read_committed(path: Path) -> Committed:
 def _intact_manifest(path: Path) -> dict | None:  # type: ignore[type-arg]
     """Return a checkpoint's manifest if every byte is as it was committed."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
+        manifest = _read_manifest(path)
         hashes: dict[str, str] = manifest["sha256"]
         is_intact = all(sha256_of(path / name) == digest for name, digest in hashes.items())
     except (FileNotFoundError, ValueError, KeyError, TypeError):

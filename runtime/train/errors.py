@@ -6,6 +6,8 @@ A `JobError` is the job's own fault and running it again would end the same way;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mizzen.runtime.errors import MizzenError
 
 
@@ -144,6 +146,30 @@ class MemoryTooSmallError(JobError):
         super().__init__(
             "Memory runs out even with one sample at once. Lower processing.maxSeqLen or "
             "adaptation.rank, or run on a device with more memory."
+        )
+
+
+class MicroBatchTooLargeError(JobError):
+    """A step of backend Transformers does not fit; it cannot be made smaller on the way."""
+
+    reason = "MemoryTooSmall"
+
+    def __init__(self, samples: int) -> None:
+        super().__init__(
+            f"Memory runs out with {samples} samples at once. Lower hyperparameters.microBatch or "
+            "processing.maxSeqLen, or run on a device with more memory."
+        )
+
+
+class BackendMissingError(JobError):
+    """The image lacks what a backend is made of."""
+
+    reason = "BackendMissing"
+
+    def __init__(self, packages: Sequence[str]) -> None:
+        super().__init__(
+            f"Backend Transformers needs {' and '.join(packages)}. Install them with "
+            "`pip install 'mizzen[transformers]'`, or use backend Mizzen."
         )
 
 
