@@ -32,7 +32,7 @@ from mizzen.runtime.train.errors import (
 log = logging.getLogger(__name__)
 
 _COMMITTED = re.compile(r"^step-(\d{8})$")
-_PARTIAL_PREFIX = ".partial-"
+PARTIAL_PREFIX = ".partial-"
 _MANIFEST = "manifest.json"
 _SUFFIX = ".safetensors"
 _FORMAT = 1
@@ -103,7 +103,7 @@ class CheckpointStore:
         name = f"step-{counters.step:08d}"
         if (self.directory / name).exists():
             return _read_committed(self.directory / name)
-        partial = self.directory / f"{_PARTIAL_PREFIX}{name}"
+        partial = self.directory / f"{PARTIAL_PREFIX}{name}"
         committed_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
             with storage_faults_of("A checkpoint", self.directory, need_bytes=need_bytes):
@@ -220,7 +220,7 @@ class CheckpointStore:
 
     def _remove_partials(self) -> None:
         if self.directory.is_dir():
-            for path in self.directory.glob(f"{_PARTIAL_PREFIX}*"):
+            for path in self.directory.glob(f"{PARTIAL_PREFIX}*"):
                 shutil.rmtree(path)
 
 

@@ -21,6 +21,7 @@ from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
 from mizzen.runtime.train.data import Prepared, prepare
 from mizzen.runtime.train.device import choose_device, use_own_cpus
 from mizzen.runtime.train.digest import model_digest
+from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.evaluate import TallyStore
 from mizzen.runtime.train.hugging_face.installed import check_installed
 from mizzen.runtime.train.memory import check_fits, check_memory, memory_limit
@@ -114,16 +115,7 @@ def _prepare(
 ) -> Work:
     if config.backend == "Transformers":
         return prepare_transformers(config, environment, board, stop)
-    checkpoint = find_checkpoint(config.base_model)
-    around = Surroundings(
-        config=config,
-        spec=_architecture(checkpoint),
-        tokenizer=Tokenizer.load(checkpoint),
-        device=choose_device(environment.device),
-        stop=stop,
-        judge_api_key=environment.judge_api_key,
-        teacher_api_key=environment.teacher_api_key,
-    )
+    around = _surround(config, environment, stop)
     if config.is_trained:
         check_memory(around)
     if config.distill is not None and config.distill.teacher is not None:
@@ -142,6 +134,19 @@ def _prepare(
         data=read,
         tallies=TallyStore(directory, fingerprint=fingerprint(config, read)),
         board=board,
+    )
+
+
+def _surround(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag) -> Surroundings:
+    checkpoint = find_checkpoint(config.base_model)
+    return Surroundings(
+        config=config,
+        spec=_architecture(checkpoint),
+        tokenizer=Tokenizer.load(checkpoint),
+        device=choose_device(environment.device),
+        stop=stop,
+        judge_api_key=environment.judge_api_key,
+        teacher_api_key=environment.teacher_api_key,
     )
 
 
@@ -172,9 +177,18 @@ def prepare_transformers(
     check_fits(model.plan_need(config, described, device), memory_limit(device))
     tokenizer = Tokenizer.load(checkpoint)
     data = _read_data(config, tokenizer, board, "conversation", model.max_len(described))
+    around = None
+    if questions := [suite.name for suite in config.evaluation.suites if suite.is_question]:
+        try:
+            around = _surround(config, environment, stop)
+        except UnknownArchitectureError as error:
+            raise JobConfigError(
+                f"evaluation.suites {', '.join(questions)} are asked by Mizzen's decoder, and it "
+                "does not know this model. Use type perplexity."
+            ) from error
     mark = fingerprint(config, data)
     return HuggingFaceTraining(
-        config, data, device=device, fingerprint=mark, board=board, stop=stop
+        config, data, around, device=device, fingerprint=mark, board=board, stop=stop
     )
 
 
