@@ -3,8 +3,8 @@
 A checkpoint is a folder `step-00000010` with safetensors files and `manifest.json`, which holds
 the counters and the files' hashes. The folder is filled under another name and renamed when every
 byte is on the disk, so whatever bears the final name was complete once; a hash that no longer
-fits means damage, and the one before is taken. Tensors are named like the model's parameters and
-hold whole tensors: nothing depends on how many ranks wrote them.
+fits means damage, and the one before is taken. Tensors are named like the model's parameters, and
+what is part of one says so (`parts.py`): nothing depends on how many ranks wrote them.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.train.durable import sha256_of, storage_faults_of, sync_path
 from mizzen.runtime.train.errors import (
     BaseModelChangedError,
+    CheckpointDamagedError,
     CheckpointMismatchError,
     StorageFullError,
 )
+from mizzen.runtime.train.parts import Wanted, files_of, read_tensors, write_state
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,9 @@ _COMMITTED = re.compile(r"^step-(\d{8})$")
 _PARTIAL_PREFIX = ".partial-"
 _MANIFEST = "manifest.json"
 _FORMAT = 1
+
+# Fills a new checkpoint's folder; returns its files' hashes by name.
+Fill = Callable[[Path], Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,31 +95,52 @@ class CheckpointStore:
         Raises:
             StorageFullError: there is no room; earlier checkpoints stay as they are.
         """
-        name = f"step-{state.counters.step:08d}"
-        if (self.directory / name).exists():
-            return _read_committed(self.directory / name)
+        return self.find(state.counters.step) or self.commit_files(
+            state.counters,
+            lambda folder: write_state(folder, state.tensors),
+            stems=list(state.tensors),
+            need_bytes=bytes_of(state),
+        )
+
+    def find(self, step: int) -> Committed | None:
+        """Return what is committed of a step."""
+        path = self.directory / _name_of(step)
+        return _read_committed(path) if path.exists() else None
+
+    def commit_files(
+        self, counters: Counters, fill: Fill, *, stems: Iterable[str], need_bytes: int
+    ) -> Committed:
+        """Commit a state whose files `fill` writes into the folder it is given, and syncs.
+
+        Raises:
+            StorageFullError: there is no room; earlier checkpoints stay as they are.
+        """
+        name = _name_of(counters.step)
         partial = self.directory / f"{_PARTIAL_PREFIX}{name}"
-        need = sum(t.nbytes for group in state.tensors.values() for t in group.values())
         committed_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
-            with storage_faults_of("A checkpoint", self.directory, need_bytes=need):
-                self._check_room(need)
+            with storage_faults_of("A checkpoint", self.directory, need_bytes=need_bytes):
+                self._check_room(need_bytes)
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-                self._fill(partial, state, committed_at)
+                hashes = fill(partial)
+                self._write_manifest(partial, counters, committed_at, stems, hashes)
                 partial.rename(self.directory / name)
                 sync_path(self.directory)
-        except StorageFullError:
+        except (StorageFullError, RankLostError):
             # What we half wrote must not be what keeps the volume full.
             shutil.rmtree(partial, ignore_errors=True)
             raise
         self.prune()
-        return Committed(
-            step=state.counters.step, committed_at=committed_at, path=self.directory / name
-        )
+        return Committed(step=counters.step, committed_at=committed_at, path=self.directory / name)
 
     def restore(self) -> tuple[Committed, TrainState] | None:
-        """Return the newest undamaged state, or None where there is none yet.
+        """Return the newest undamaged state, or None where there is none yet; as `newest`."""
+        committed = self.newest()
+        return None if committed is None else (committed, self.read(committed.step))
+
+    def newest(self) -> Committed | None:
+        """Find the newest undamaged state.
 
         What a killed process left half-written is removed, and so is what is damaged: a later
         commit of the same step needs the name.
@@ -132,8 +158,22 @@ class CheckpointStore:
                 continue
             self._check_fingerprint(path, str(manifest["fingerprint"]))
             self._check_base(path, manifest.get("base"))
-            return _read_committed(path), _read_state(path, manifest)
+            return _read_committed(path)
         return None
+
+    def read(self, step: int, wanted: Mapping[str, Wanted] | None = None) -> TrainState:
+        """Return a state that `newest` found, of the wanted tensors that part alone.
+
+        Raises:
+            TensorsDifferError: its tensors are not those that are wanted.
+        """
+        path = self.directory / _name_of(step)
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+        tensors = {
+            stem: dict(read_tensors(files_of(path, stem, manifest["sha256"]), wanted or {}))
+            for stem in manifest["stems"]
+        }
+        return TrainState(counters=Counters(**manifest["counters"]), tensors=tensors)
 
     def steps(self) -> list[int]:
         """Return the committed steps, oldest first."""
@@ -145,26 +185,38 @@ class CheckpointStore:
 
     def load(self, step: int) -> TrainState | None:
         """Return one committed state, None where it is damaged."""
-        path = self.directory / f"step-{step:08d}"
-        manifest = _intact_manifest(path)
-        return None if manifest is None else _read_state(path, manifest)
+        path = self.directory / _name_of(step)
+        return None if _intact_manifest(path) is None else self.read(step)
 
-    def _fill(self, partial: Path, state: TrainState, committed_at: str) -> None:
-        hashes = {}
-        for stem, tensors in state.tensors.items():
-            file = partial / f"{stem}.safetensors"
-            save_file({name: t.contiguous() for name, t in tensors.items()}, file)
-            sync_path(file)
-            hashes[file.name] = sha256_of(file)
+    def tensors(self, step: int, stem: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield a committed state's tensors of one kind, whole, one after the other.
+
+        Raises:
+            CheckpointDamagedError: there is no such state any more, or not as it was committed.
+        """
+        path = self.directory / _name_of(step)
+        manifest = _intact_manifest(path)
+        if manifest is None:
+            raise CheckpointDamagedError(path)
+        return read_tensors(files_of(path, stem, manifest["sha256"]), {})
+
+    def _write_manifest(
+        self,
+        partial: Path,
+        counters: Counters,
+        committed_at: str,
+        stems: Iterable[str],
+        hashes: Mapping[str, str],
+    ) -> None:
         manifest = {
             "format": _FORMAT,
-            "counters": asdict(state.counters),
+            "counters": asdict(counters),
             "generation": self._generation,
             "fingerprint": self._fingerprint,
             "base": self._base,
             "committed_at": committed_at,
-            "stems": list(state.tensors),
-            "sha256": hashes,
+            "stems": list(stems),
+            "sha256": dict(hashes),
         }
         with (partial / _MANIFEST).open("w") as file_:
             json.dump(manifest, file_, indent=1)
@@ -213,13 +265,17 @@ class CheckpointStore:
                 shutil.rmtree(path)
 
 
+def bytes_of(state: TrainState) -> int:
+    """Return how much room a state's files take."""
+    return sum(t.nbytes for group in state.tensors.values() for t in group.values())
+
+
+def _name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _read_state(path: Path, manifest: dict) -> TrainState:  # type: ignore[type-arg]
-    tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in manifest["stems"]}
-    return TrainState(counters=Counters(**manifest["counters"]), tensors=tensors)
 
 
 def _read_committed(path: Path) -> Committed:

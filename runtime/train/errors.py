@@ -147,6 +147,19 @@ class MemoryTooSmallError(JobError):
         )
 
 
+class MicroBatchTooLargeError(JobError):
+    """A step does not fit, and ranks that share a model cannot each try with fewer samples."""
+
+    reason = "MicroBatchTooLarge"
+
+    def __init__(self, micro_batch: int) -> None:
+        super().__init__(
+            f"Memory runs out with {micro_batch} samples at once, which is not halved by itself "
+            "where several ranks share a model. Lower hyperparameters.microBatch, or raise "
+            "parallelism.tensor."
+        )
+
+
 class TrainingDoesNotFitError(JobError):
     """Weights, gradients and the optimizer's moments alone are more than the memory there is."""
 
@@ -180,6 +193,25 @@ class CheckpointMismatchError(JobError):
     """The committed checkpoint belongs to a different job."""
 
     reason = "CheckpointMismatch"
+
+
+class TensorsDifferError(CheckpointMismatchError):
+    """Its tensors have other names or shapes."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The checkpoint's tensors are not those of this base model and adaptation. "
+            "Restore the base model, or give the job a new name to start afresh."
+        )
+
+
+class CheckpointDamagedError(MizzenError):
+    """What was committed a moment ago cannot be read; the one before it may be intact."""
+
+    reason = "CheckpointDamaged"
+
+    def __init__(self, path: object) -> None:
+        super().__init__(f"The result cannot be read from {path}: its files are damaged.")
 
 
 class BaseModelChangedError(JobError):

@@ -13,7 +13,7 @@ from urllib3.util import Retry, Timeout
 from mizzen.runtime.train.config import Judge as JudgeConfig
 from mizzen.runtime.train.errors import JudgeFailedError, JudgeUnreachableError
 from mizzen.runtime.train.records import Messages
-from mizzen.runtime.train.stop import StopFlag
+from mizzen.runtime.train.stop import Stop
 from mizzen.runtime.train.suites.answers import Preference
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class HttpJudge:
         self._threads = ThreadPoolExecutor(_ASKED_AT_ONCE, thread_name_prefix="judge")
 
     def compare(
-        self, messages: Messages, pairs: Sequence[tuple[str, str]], stop: StopFlag
+        self, messages: Messages, pairs: Sequence[tuple[str, str]], stop: Stop
     ) -> list[Preference]:
         """Return the better one of each pair of answers to the same conversation.
 
@@ -109,7 +109,7 @@ def build_question(messages: Messages, first: str, second: str) -> str:
     )
 
 
-def _wait_for(asked: Future[T], stop: StopFlag) -> T:
+def _wait_for(asked: Future[T], stop: Stop) -> T:
     while True:
         stop.check()
         try:
