@@ -30,6 +30,11 @@ class Request:
     node_selector: Mapping[str, str]
     tolerations: tuple[Json, ...]
 
+    @property
+    def places(self) -> tuple[object, ...]:
+        """What decides which nodes would do; the rest only says when it is its turn."""
+        return (self.resource, self.job.gang, self.node_selector, self.tolerations)
+
 
 @dataclass(slots=True)
 class Ledger:
@@ -49,10 +54,34 @@ class Ledger:
 
     def ask(self, key: Key, request: Request) -> Wait | None:
         """Return why the job waits; None where it may start, on the nodes in `admitted` if any."""
-        if self.requests.get(key) != request:
+        known = self.requests.get(key)
+        if known is not None and known.places != request.places:
+            self._forget_answer(key)  # it was to another question
+        if known != request:
             self.requests[key] = request
             self.nudged.set()
         return self.wait_of(key)
+
+    def answer(
+        self,
+        asked: Mapping[Key, Request],
+        *,
+        admitted: Mapping[Key, tuple[str, ...]],
+        waits: Mapping[Key, Wait],
+    ) -> list[Key]:
+        """Keep a look's answers to what was asked; return the jobs for which they are news.
+
+        Who asked for something else during the look is answered by the next one.
+        """
+        known = {key: request.places for key, request in self.requests.items()}
+        holds = {key for key, request in asked.items() if known.get(key) == request.places}
+        news = [
+            *(key for key in admitted if self.admitted.get(key) != admitted[key]),
+            *(key for key in waits if self.waits.get(key) != waits[key]),
+        ]
+        self.admitted = {key: nodes for key, nodes in admitted.items() if key in holds}
+        self.waits = {key: wait for key, wait in waits.items() if key in holds}
+        return [key for key in news if key in holds]
 
     def wait_of(self, key: Key) -> Wait | None:
         """Return why a job waits, None where it may start or has not asked."""

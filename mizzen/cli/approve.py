@@ -27,6 +27,12 @@ def _approve(kubectl: Kubectl, name: str) -> str:
     job = kubectl.get("finetunejob", name)
     if not needs_approval(job):
         raise KubectlError(f"{name} needs no approval: its promotion.approval is not Manual.")
+    conditions = (job.get("status") or {}).get("conditions") or []
+    for failed in (c for c in conditions if (c["type"], c["status"]) == ("Failed", "True")):
+        raise KubectlError(
+            f"{name} has failed, so its result is not served; submit the job anew. "
+            f"{failed['message']}"
+        )
     if (before := approver_of(job)) is not None:
         return f"{name} was approved by {before}."
     user = json.loads(kubectl("auth", "whoami", "-o", "json"))["status"]["userInfo"]["username"]

@@ -85,6 +85,12 @@ def _undo(kubectl: Kubectl, name: str, *, number: int | None) -> str:
     from mizzen.operator.planning.history import restored_spec
 
     resource = kubectl.get("llmdeployment", name)
+    if job := (resource.get("status") or {}).get("promotedModel", {}).get("job"):
+        # It stands in for spec.model.source, so nothing would come of another spec.
+        raise KubectlError(
+            f"{name} serves the model of job {job}. Delete that job, or take its approval away, "
+            "to go back."
+        )
     revisions = _revisions(kubectl, resource)
     if number is None:
         if len(revisions) < 2:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -17,13 +17,13 @@ from mizzen.operator.controllers.capacity_observe import (
     Node,
     Replica,
     gang_nodes,
-    gates_of,
     is_over,
     job_of,
     read_held,
     read_leases,
     read_nodes,
     read_replicas,
+    read_returning,
 )
 from mizzen.operator.crds import finetunejob, llmdeployment
 from mizzen.operator.crds.common import Json
@@ -32,6 +32,7 @@ from mizzen.operator.engine.key import Key
 from mizzen.operator.facts import Facts
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.errors import Forbidden, KubeError
+from mizzen.operator.ledger import Request
 from mizzen.operator.planning.lending import Decision, Snapshot, Wait, lend, next_usage
 from mizzen.operator.planning.placement import Gang
 from mizzen.operator.routing import DEPLOYMENT, JOB
@@ -52,6 +53,9 @@ class Look:
     nodes: Mapping[str, Node]
     pods: tuple[Json, ...]
     jobs: Mapping[str, Json]  # by NAMESPACE/NAME, those that ask for devices and have not ended
+    requests: Mapping[Key, Request]
+    now: datetime
+    elapsed_s: float  # since the look before
 
 
 class Arbiter:
@@ -86,8 +90,10 @@ class Arbiter:
     async def look(self, *, now: datetime) -> None:
         """Decide for every resource that jobs hold or want.
 
+        A write that is refused is tried again by the next look and keeps nobody else waiting.
+
         Raises:
-            KubeError: something could not be read or written; the next look tries again.
+            KubeError: something could not be read; the next look tries again.
         """
         async with self._facts.ledger.handing_out:
             await self._look(now)
@@ -96,7 +102,9 @@ class Arbiter:
         ledger = self._facts.ledger
         jobs = self._jobs()
         gated = [
-            pod for pod in self._facts.store.all("Pod") if labels.CAPACITY_GATE in gates_of(pod)
+            pod
+            for pod in self._facts.store.all("Pod")
+            if labels.CAPACITY_GATE in labels.gates_of(pod)
         ]
         shared = frozenset(map(_resource_of, jobs.values()))
         if not shared and not gated:
@@ -108,68 +116,71 @@ class Arbiter:
         except Forbidden:
             ledger.sees_nodes, ledger.shared = False, frozenset()
             for pod in gated:
-                await self._kube.let_schedule(pod, labels.CAPACITY_GATE)
+                await _try(self._kube.let_schedule(pod, labels.CAPACITY_GATE))
             return
-        seen = Look(nodes, pods, jobs)
+        elapsed_s = (now - self._looked_at).total_seconds() if self._looked_at else 0.0
+        self._looked_at = now
+        seen = Look(nodes, pods, jobs, dict(ledger.requests), now, elapsed_s)
         ledger.sees_nodes, ledger.shared = True, shared
         admitted: dict[Key, tuple[str, ...]] = {}
         waits: dict[Key, Wait] = {}
         for resource in sorted(shared | _gated_resources(pods)):
-            decision = await self._settle(resource, seen, now)
+            decision = await self._settle(resource, seen)
             admitted |= {
                 _key(job): tuple(nodes[name].hostname for name in placed)
                 for job, placed in decision.admit.items()
             }
             waits |= {_key(job): wait for job, wait in decision.waits.items()}
-        changed = [key for key in admitted if ledger.admitted.get(key) != admitted[key]]
-        changed += [key for key in waits if ledger.waits.get(key) != waits[key]]
-        ledger.admitted, ledger.waits = admitted, waits
-        self._looked_at = now
-        for key in changed:
+        for key in ledger.answer(seen.requests, admitted=admitted, waits=waits):
             self._on_change(key)
 
-    async def _settle(self, resource: str, seen: Look, now: datetime) -> Decision:
+    async def _settle(self, resource: str, seen: Look) -> Decision:
         """Decide for one resource and carry out what is not the jobs' to do."""
         replicas = read_replicas(seen.pods, seen.nodes, resource)
-        snapshot = self._snapshot(resource, seen, replicas, now)
-        decision = lend(snapshot, now=now)
+        decision = lend(self._snapshot(resource, seen, replicas), now=seen.now)
         for replica in replicas:
             nodes = decision.let_in.get(replica.want.name)
             if nodes is not None:
                 await self._let_in(replica, nodes, seen)
             elif replica.want.is_gated:
-                await self._tell_that_it_waits(replica, now)
+                await self._tell_that_it_waits(replica, seen.now)
+        note = {labels.RECLAIMED_AT: rfc3339(seen.now)}
         for pod in seen.pods:
-            if (job := job_of(pod)) in decision.reclaim and not is_over(pod):
-                await self._kube.annotate(pod, {labels.RECLAIMED_AT: rfc3339(now)})
+            job = job_of(pod)
+            if job not in decision.reclaim or is_over(pod):
+                continue
+            if await _try(self._kube.annotate(pod, note)):
                 self._on_change(_key(str(job)))
         return decision
 
     async def _let_in(self, replica: Replica, nodes: tuple[str, ...], seen: Look) -> None:
         for rank, pod in enumerate(replica.pods):
-            if labels.CAPACITY_GATE in gates_of(pod):
-                hostname = seen.nodes[nodes[rank]].hostname if nodes else None
-                await self._kube.let_schedule(pod, labels.CAPACITY_GATE, hostname=hostname)
+            if labels.CAPACITY_GATE in labels.gates_of(pod):
+                # Which nodes an affinity allows is the scheduler's to say: bound to another one,
+                # the pod would wait for ever.
+                is_bound = nodes and not pod["spec"].get("affinity")
+                hostname = seen.nodes[nodes[rank]].hostname if is_bound else None
+                await _try(self._kube.let_schedule(pod, labels.CAPACITY_GATE, hostname=hostname))
 
     async def _tell_that_it_waits(self, replica: Replica, now: datetime) -> None:
         """Note it on the pods, once: most wait only for the next look, which is no trouble."""
         for pod in replica.pods:
-            if labels.WAITS_SINCE not in (pod["metadata"].get("annotations") or {}):
-                await self._kube.annotate(pod, {labels.WAITS_SINCE: rfc3339(now)})
+            metadata = pod["metadata"]
+            if labels.WAITS_SINCE in (metadata.get("annotations") or {}):
+                continue
+            if await _try(self._kube.annotate(pod, {labels.WAITS_SINCE: rfc3339(now)})):
                 # The echo of a write of ours is no news to anybody.
-                metadata = pod["metadata"]
                 name = metadata["labels"][labels.DEPLOYMENT]
                 self._on_change(Key(DEPLOYMENT, metadata["namespace"], name))
 
-    def _snapshot(
-        self, resource: str, seen: Look, replicas: list[Replica], now: datetime
-    ) -> Snapshot:
-        leases = read_leases(seen.pods, seen.jobs, seen.nodes, resource, now=now)
-        elapsed_s = (now - self._looked_at).total_seconds() if self._looked_at else 0.0
-        used_s = next_usage(self._used_s.get(resource, {}), leases, elapsed_s=elapsed_s)
+    def _snapshot(self, resource: str, seen: Look, replicas: list[Replica]) -> Snapshot:
+        everyone = (seen.pods, seen.jobs, seen.nodes, resource)
+        leases = read_leases(*everyone, now=seen.now)
+        before = self._used_s.get(resource, {})
+        used_s = next_usage(before, leases, elapsed_s=seen.elapsed_s)
         self._used_s[resource] = used_s
         queue = []
-        for request in self._facts.ledger.requests.values():
+        for request in seen.requests.values():
             if request.resource == resource:
                 where = gang_nodes(request.node_selector, request.tolerations, seen.nodes)
                 gang = replace(request.job.gang, nodes=where)
@@ -178,6 +189,7 @@ class Arbiter:
             resource=resource,
             capacity={node.name: node.devices.get(resource, 0) for node in seen.nodes.values()},
             held=read_held(seen.pods, seen.nodes, resource),
+            returning=read_returning(*everyone, now=seen.now),
             leases=tuple(leases),
             wants=tuple(replica.want for replica in replicas),
             reserve=self._reserve(resource, seen),
@@ -195,9 +207,12 @@ class Arbiter:
                 continue  # its own reconcile says so
             if spec.scaling is None or spec.accelerator.resource != resource:
                 continue
-            there = sum(_leads(pod, document) for pod in seen.pods)
+            there = sum(_leads(pod, document) and not is_over(pod) for pod in seen.pods)
             count = max(0, min(spec.scaling.reserve, spec.scaling.max - there))
-            blocks += [Gang(spec.parallelism.nodes, spec.devices_per_pod)] * count
+            patch = spec.pod_template_patch.to_api() if spec.pod_template_patch else {}
+            tolerations = patch.get("tolerations") or ()
+            where = gang_nodes(patch.get("nodeSelector") or {}, tolerations, seen.nodes)
+            blocks += [Gang(spec.parallelism.nodes, spec.devices_per_pod, where)] * count
         return tuple(sorted(blocks, key=lambda gang: (-gang.devices, -gang.pods)))
 
     def _jobs(self) -> dict[str, Json]:
@@ -210,6 +225,16 @@ class Arbiter:
         }
 
 
+async def _try(write: Awaitable[object]) -> bool:
+    """Return whether the write was done; one that is refused must not hold up the others."""
+    try:
+        await write
+    except KubeError as error:
+        logger.warning("a write of the arbiter was refused: %s", error)
+        return False
+    return True
+
+
 def _resource_of(job: Json) -> str:
     resources = (job.get("spec") or {}).get("resources") or {}
     return str((resources.get("accelerator") or {}).get("resource") or "none")
@@ -220,7 +245,7 @@ def _gated_resources(pods: Iterable[Json]) -> frozenset[str]:
     return frozenset(
         resource
         for pod in pods
-        if labels.CAPACITY_GATE in gates_of(pod)
+        if labels.CAPACITY_GATE in labels.gates_of(pod)
         for container in pod["spec"]["containers"]
         for resource in (container.get("resources") or {}).get("limits") or {}
         if "/" in resource

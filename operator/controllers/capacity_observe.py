@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from mizzen.operator.crds.common import Json
 from mizzen.operator.desired import labels
@@ -16,6 +16,11 @@ from mizzen.operator.status.conditions import parse_rfc3339
 
 _KEEPS_PODS_AWAY = ("NoSchedule", "NoExecute")
 _ENDED = ("Succeeded", "Failed")
+# A replica has two and a half minutes to leave if its user names no other time. For a pod that
+# may take hours nobody is to wait while a borrower could leave in seconds.
+_SOON = timedelta(minutes=3)
+# Past its grace a pod of a node that answers is gone in seconds.
+_OVERDUE = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,7 @@ def devices_of(pod: Json, resource: str) -> int:
 
 def node_of(pod: Json, nodes: Mapping[str, Node]) -> str | None:
     """Return the node a pod is on, or is bound to and will be on."""
-    if labels.CAPACITY_GATE in gates_of(pod):
+    if labels.CAPACITY_GATE in labels.gates_of(pod):
         return None  # a selector of its own only says where it may go
     spec = pod.get("spec") or {}
     if spec.get("nodeName"):
@@ -105,6 +110,22 @@ def read_held(pods: Iterable[Json], nodes: Mapping[str, Node], resource: str) ->
         if not is_over(pod) and (node := node_of(pod, nodes)):
             held[node] += devices_of(pod, resource)
     return dict(held)
+
+
+def read_returning(
+    pods: Iterable[Json],
+    jobs: Mapping[str, Json],
+    nodes: Mapping[str, Node],
+    resource: str,
+    *,
+    now: datetime,
+) -> dict[str, int]:
+    """Return the devices, by node, of pods that are about to be gone; those of `jobs` are leases.
+
+    Not of a pod that should have been gone already: it is stuck.
+    """
+    ending = (pod for pod in pods if job_of(pod) not in jobs and _is_ending(pod, now))
+    return read_held(ending, nodes, resource)
 
 
 def read_leases(
@@ -155,15 +176,10 @@ def gang_nodes(
     return frozenset(node.name for node in nodes.values() if node.takes(selector, allowed))
 
 
-def gates_of(pod: Json) -> list[str]:
-    """Return the names of the gates that keep the scheduler from placing the pod."""
-    return [gate["name"] for gate in (pod.get("spec") or {}).get("schedulingGates") or []]
-
-
 def _waiting(group: list[Json], nodes: Mapping[str, Node]) -> tuple[Json, ...]:
     if any("deletionTimestamp" in pod["metadata"] for pod in group):
         return ()
-    if any(labels.GROUP_GATE in gates_of(pod) for pod in group):
+    if any(labels.GROUP_GATE in labels.gates_of(pod) for pod in group):
         return ()  # not complete yet
     waiting = [pod for pod in group if not is_over(pod) and node_of(pod, nodes) is None]
     return tuple(sorted(waiting, key=lambda pod: int(pod["metadata"]["labels"][labels.RANK])))
@@ -179,7 +195,7 @@ def _want(name: str, waiting: tuple[Json, ...], nodes: Mapping[str, Node], resou
             devices_of(waiting[0], resource),
             gang_nodes(selector, tolerations, nodes),
         ),
-        is_gated=any(labels.CAPACITY_GATE in gates_of(pod) for pod in waiting),
+        is_gated=any(labels.CAPACITY_GATE in labels.gates_of(pod) for pod in waiting),
         since=parse_rfc3339(waiting[0]["metadata"]["creationTimestamp"]),
     )
 
@@ -224,6 +240,12 @@ def _is_leaving(pod: Json) -> bool:
     metadata = pod["metadata"]
     annotations = metadata.get("annotations") or {}
     return "deletionTimestamp" in metadata or labels.RECLAIMED_AT in annotations
+
+
+def _is_ending(pod: Json, now: datetime) -> bool:
+    # The time says when its grace is over, not when it was deleted.
+    until = pod["metadata"].get("deletionTimestamp")
+    return until is not None and -_OVERDUE < parse_rfc3339(until) - now <= _SOON
 
 
 def _devices(allocatable: Mapping[str, object]) -> dict[str, int]:

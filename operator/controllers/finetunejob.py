@@ -11,6 +11,7 @@ from mizzen.operator.controllers.job_lending import (
     request_of,
 )
 from mizzen.operator.controllers.job_observe import Observed, observe
+from mizzen.operator.controllers.job_probes import probe_promotion
 from mizzen.operator.crds.common import API_VERSION, Json
 from mizzen.operator.crds.finetunejob import KIND
 from mizzen.operator.crds.llmdeployment import KIND as DEPLOYMENT_KIND
@@ -154,8 +155,8 @@ async def report(
         artifact_uri=artifact_uri(artifact.path) if artifact else None,
         copies=tuple(map(artifact_uri, artifact.copies)) if artifact else (),
         has_suites=_has_suites(observed),
-        promotion=_promotion(observed, progress, facts, now),
-        lending=lending_of(observed.job, observed.pod, step, now=now),
+        promotion=await _promotion(observed, progress, facts, now),
+        lending=lending_of(observed.job, observed.pods, step, now=now),
     )
     await _write(observed, job_facts, kube, now)
 
@@ -163,9 +164,9 @@ async def report(
 async def report_ended(observed: Observed, kube: Kube, facts: Facts, now: datetime) -> Result:
     """Follow the promotion of a job whose training is over; its pods may be long gone."""
     progress = progress_of(observed.status)
-    if progress is None or progress.artifact is None:
-        return Done()  # failed: its status is final
-    promotion = _promotion(observed, progress, facts, now)
+    if progress is None or progress.artifact is None or observed.status.get("phase") == "Failed":
+        return Done()  # its status is final, also where a result was taken back
+    promotion = await _promotion(observed, progress, facts, now)
     job_facts = JobFacts(
         step=Finish(),
         newest=observed.newest,
@@ -183,14 +184,17 @@ async def report_ended(observed: Observed, kube: Kube, facts: Facts, now: dateti
     return Done() if is_over else Requeue(_POLL_S)
 
 
-def _promotion(
+async def _promotion(
     observed: Observed, progress: Progress | None, facts: Facts, now: datetime
 ) -> Promotion | None:
     target = promotion_target(observed.resource) or ""
     namespace = observed.resource["metadata"]["namespace"]
     deployment = facts.store.get(Ref(API_VERSION, DEPLOYMENT_KIND, namespace, target))
     jobs = facts.store.lookup(KIND, PROMOTES_TO, namespace, target)
-    return find_promotion(observed.resource, progress, deployment, jobs, now=now)
+    found = find_promotion(observed.resource, progress, deployment, jobs, now=now)
+    if found is None or deployment is None:
+        return found
+    return await probe_promotion(found, observed.resource, deployment, facts, now)
 
 
 async def _write(observed: Observed, job_facts: JobFacts, kube: Kube, now: datetime) -> None:

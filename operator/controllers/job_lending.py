@@ -17,7 +17,12 @@ from mizzen.operator.planning.lending import QueuedJob
 from mizzen.operator.planning.placement import Gang
 from mizzen.operator.status.conditions import ConditionType, parse_rfc3339
 from mizzen.operator.status.job_facts import Lending
-from mizzen.operator.status.trainer_pods import size_of, termination_of
+from mizzen.operator.status.trainer_pods import (
+    leader_of,
+    newest_pods,
+    size_of,
+    termination_of,
+)
 
 
 def request_of(resource: Json, job: Job, *, made: list[Json]) -> Request | None:
@@ -61,26 +66,33 @@ def reclaimed_at(pod: Json | None) -> datetime | None:
 
 
 def lending_of(
-    job: Job | None, pod: Json | None, step: Step | None, *, now: datetime
+    job: Job | None, pods: list[Json], step: Step | None, *, now: datetime
 ) -> Lending | None:
     """Return what there is to say about the job's devices; None where that is nothing new."""
+    pod = leader_of(pods)
     if job is None or pod is None or not job.spec.resources.accelerator.is_gpu:
         return None
     notes = pod["metadata"].get("annotations") or {}
     since = reclaimed_at(pod)
     ended = termination_of(pod).get("finishedAt")
-    node = (pod.get("spec") or {}).get("nodeName")
     yield_s = None
     if since is not None and isinstance(step, Fence):
         yield_s = (now - since).total_seconds()
     elif since is not None and ended:
         yield_s = max(0.0, (parse_rfc3339(ended) - since).total_seconds())
     return Lending(
-        nodes=(node,) if node and not ended else (),
+        nodes=_nodes_of(newest_pods(pods)),
         preemptions=int(notes.get(labels.PREEMPTIONS, 0)) + (since is not None),
         is_reclaimed=since is not None,
         yield_s=yield_s,
     )
+
+
+def _nodes_of(pods: list[Json]) -> tuple[str, ...]:
+    """Return the nodes of the pods that have not ended, each once, the leader's first."""
+    at_work = (pod for pod in pods if not termination_of(pod))
+    nodes = ((pod.get("spec") or {}).get("nodeName") for pod in at_work)
+    return tuple(dict.fromkeys(node for node in nodes if node))
 
 
 def _waits_since(resource: Json) -> datetime:

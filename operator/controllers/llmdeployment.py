@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
 
-from mizzen.operator.controllers.capacity_observe import gates_of
 from mizzen.operator.controllers.llmdeployment_adapters import AdaptersSeen, bring_adapters
 from mizzen.operator.controllers.llmdeployment_apply import apply, set_gate
 from mizzen.operator.controllers.llmdeployment_canary import look_at_canary
@@ -34,7 +33,7 @@ from mizzen.operator.controllers.llmdeployment_report import (
 from mizzen.operator.controllers.llmdeployment_rollout import Course
 from mizzen.operator.controllers.llmdeployment_routes import bring_routes
 from mizzen.operator.controllers.llmdeployment_swap import swap_weights
-from mizzen.operator.desired.labels import CAPACITY_GATE, GROUP_GATE
+from mizzen.operator.desired.labels import CAPACITY_GATE, GROUP_GATE, gates_of
 from mizzen.operator.engine.key import Key
 from mizzen.operator.engine.results import Done, Requeue, Result, Retryable, Terminal
 from mizzen.operator.facts import Facts

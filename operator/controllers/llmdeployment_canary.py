@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from mizzen.operator.controllers.llmdeployment_observe import Observed
+from mizzen.operator.controllers.probing import ask_probe
 from mizzen.operator.crds.rollout import CanaryRollout
 from mizzen.operator.facts import Facts
 from mizzen.operator.metrics.figures import Target
@@ -14,13 +14,11 @@ from mizzen.operator.planning.canary import (
     CanaryLook,
     CanaryRules,
     CanaryStep,
-    Probe,
 )
 from mizzen.operator.planning.rollout import Standing
 from mizzen.operator.planning.split import canary_split
 from mizzen.operator.status.rollout import read_rollout
 
-_SHOWN_CHARS = 200
 # Older than three scrapes is unknown, as for the autoscaler.
 _FRESH_SCRAPES = 3
 
@@ -59,7 +57,10 @@ async def look_at_canary(observed: Observed, facts: Facts) -> CanaryLook | None:
     )
     probe, said = None, ""
     if rollout.canary.since is None and len(serving) >= split.new and canary.rollback_on.probe:
-        probe, said = await _probe(serving[0].address, observed, canary, facts)
+        served_name = observed.spec.model.served_name or observed.serving.name
+        probe, said = await ask_probe(
+            facts.runtimes, serving[0].address, served_name, canary.rollback_on.probe
+        )
     counted = await _answers(observed, facts)
     return CanaryLook(
         serving=len(serving),
@@ -69,25 +70,6 @@ async def look_at_canary(observed: Observed, facts: Facts) -> CanaryLook | None:
         probe=probe,
         said=said,
     )
-
-
-async def _probe(
-    address: str, observed: Observed, canary: CanaryRollout, facts: Facts
-) -> tuple[Probe, str]:
-    """Ask the probe prompt of one replica; return what came of it, and what was said."""
-    probe = canary.rollback_on.probe
-    assert probe is not None
-    said = await facts.runtimes.complete(
-        address,
-        observed.spec.model.served_name or observed.serving.name,
-        probe.prompt,
-        max_tokens=probe.max_tokens,
-    )
-    if said is None:
-        return Probe.NO_ANSWER, ""
-    if re.search(probe.expect, said):
-        return Probe.PASSED, ""
-    return Probe.UNEXPECTED, said[:_SHOWN_CHARS]
 
 
 async def _answers(observed: Observed, facts: Facts) -> Mapping[str, Answers] | None:

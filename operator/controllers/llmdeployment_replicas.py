@@ -56,11 +56,7 @@ class Group:
     @property
     def is_gated(self) -> bool:
         """Whether the scheduler leaves one of the pods alone until all of the group are there."""
-        return any(
-            gate["name"] == labels.GROUP_GATE
-            for pod in self.pods
-            for gate in pod.get("spec", {}).get("schedulingGates") or []
-        )
+        return any(labels.GROUP_GATE in labels.gates_of(pod) for pod in self.pods)
 
     @property
     def is_running(self) -> bool:

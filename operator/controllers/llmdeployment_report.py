@@ -105,7 +105,7 @@ def what_is_seen(
         generation=observed.generation,
         revision=course.target,
         rollout=course.rollout,
-        promoted=_promoted(observed),
+        promoted=_promoted(observed, course),
         note=course.note,
         plan=plan,
         desired=observed.desired,
@@ -146,11 +146,16 @@ def _replica(
     )
 
 
-def _promoted(observed: Observed) -> Document:
-    """Return whose model is wanted, and as which revision."""
+def _promoted(observed: Observed, course: Course) -> Document:
+    """Return whose model is wanted, and the revision that brings it."""
     if (promoted := observed.serving.promoted) is None:
         return {}
-    return {"job": promoted.job, "digest": promoted.digest, "revision": observed.revision}
+    revision, rollout = observed.revision, course.rollout
+    past = course.servings.get(rollout.stable) if rollout else None
+    if rollout and past and past.spec.model.source == promoted.uri:
+        # It is served already: should the rollout fail, the model is not what was wrong.
+        revision = rollout.stable
+    return {"job": promoted.job, "digest": promoted.digest, "revision": revision}
 
 
 def _failure(error: KubeError | None) -> Cause | None:

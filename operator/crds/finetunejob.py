@@ -13,6 +13,7 @@ from mizzen.operator.crds.common import (
     cel,
 )
 from mizzen.operator.crds.finetunejob_status import FineTuneJobStatus
+from mizzen.operator.crds.rollout import Probe
 from mizzen.operator.crds.training_data import BaseModelRef, ClaimFolder, Dataset, Processing
 from mizzen.operator.crds.training_methods import (
     METHOD_SECTIONS,
@@ -140,6 +141,11 @@ class Promotion(ApiModel):
             "self.strategy == 'None' || has(self.deployment)",
             "promotion.strategy needs promotion.deployment, the LLMDeployment to promote to.",
         ),
+        cel(
+            "!has(self.probes) || self.strategy == 'HotLoadAdapter'",
+            "promotion.probes are for HotLoadAdapter; a whole model has the deployment's "
+            "rollout.canary.rollbackOn.probe.",
+        ),
     )
 
     deployment: Annotated[
@@ -164,6 +170,15 @@ class Promotion(ApiModel):
         Literal["Auto", "Manual"],
         Field(description="Manual waits for `kubectl mizzen approve NAME`."),
     ] = "Auto"
+    probes: Annotated[
+        list[Probe] | None,
+        Field(
+            min_length=1,
+            max_length=16,
+            description="Prompts put to the adapter once a replica has loaded it. An answer "
+            "without what is expected takes it back, and the job fails with RolledBack.",
+        ),
+    ] = None
 
 
 _CANNOT_CHANGE = (

@@ -70,7 +70,7 @@ class PromotedModel(ApiModel):
 
     job: Annotated[str, Field(max_length=253, description="The FineTuneJob.")]
     digest: Annotated[str | None, Field(max_length=128, description="Digest of the model.")] = None
-    revision: Annotated[str, Field(max_length=63, description="The revision that serves it.")]
+    revision: Annotated[str, Field(max_length=63, description="The revision that brings it.")]
 
 
 class FitStatus(ApiModel):

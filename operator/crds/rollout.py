@@ -26,7 +26,7 @@ class CanaryStep(ApiModel):
 
 
 class Probe(ApiModel):
-    """A prompt whose answer tells whether a canary replica talks sense."""
+    """A prompt whose answer tells whether what is served talks sense."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=4096, description="Text to continue.")]
     expect: Annotated[

@@ -112,7 +112,8 @@ def build_trainer_pod(job: Job, worker: Worker, *, image: str, pull_policy: str)
         # By these the leader has a name before it is ready.
         pod["spec"] |= {"hostname": metadata["name"], "subdomain": workers_name(job)}
     pod = pods.with_patch(pod, job.spec.pod_template_patch)
-    if worker.hostname:
+    # Which nodes an affinity allows is the scheduler's to say.
+    if worker.hostname and not pod["spec"].get("affinity"):
         selector = pod["spec"].get("nodeSelector", {})
         pod["spec"]["nodeSelector"] = {**selector, HOSTNAME: worker.hostname}
     return pod

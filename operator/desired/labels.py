@@ -83,6 +83,11 @@ def deployment_selector(deployment: str) -> str:
     return f"{DEPLOYMENT}={deployment}"
 
 
+def gates_of(pod: Json) -> list[str]:
+    """Return the names of the gates that keep the scheduler from placing the pod."""
+    return [gate["name"] for gate in (pod.get("spec") or {}).get("schedulingGates") or []]
+
+
 def owner_reference(kind: str, *, name: str, uid: str) -> Json:
     """Return the reference by which the garbage collector removes a child with its owner."""
     return {

@@ -81,6 +81,8 @@ class Snapshot:
     resource: str
     capacity: Mapping[str, int]  # devices by node, of nodes that take pods
     held: Mapping[str, int]  # of them, by whatever pod
+    # And of these, by pods on their way out that are no lease's.
+    returning: Mapping[str, int] = field(default_factory=dict)
     leases: tuple[Lease, ...] = ()
     wants: tuple[Want, ...] = ()
     reserve: tuple[Gang, ...] = ()  # blocks kept free for replicas to come
@@ -138,7 +140,7 @@ class _Lending:
             for node, count in snapshot.capacity.items()
         }
         leaving = [lease.devices for lease in snapshot.leases if lease.is_leaving]
-        self._room = Room(free, leaving)
+        self._room = Room(free, [*leaving, snapshot.returning])
         self._let_in: dict[str, tuple[str, ...]] = {}
         self._reclaim: dict[str, str] = {}
         self._admit: dict[str, tuple[str, ...]] = {}
@@ -165,7 +167,7 @@ class _Lending:
     def _admit_jobs(self) -> None:
         used_s = dict(self._snapshot.used_s)
         waiting = list(self._snapshot.queue)
-        stuck: set[bool] = set()  # for jobs that keep their devices, and for those that lend
+        stuck: list[QueuedJob] = []
         while waiting:
             job = min(waiting, key=lambda job: rank(job, used_s, self._now))
             waiting.remove(job)
@@ -177,7 +179,7 @@ class _Lending:
                 continue
             self._waits[job.job] = wait
             if wait.hold is Hold.NO_ROOM and self._now - job.since >= _AGEING_STEP:
-                stuck.add(job.is_spare)
+                stuck.append(job)
 
     def _why_not(self, job: QueuedJob) -> Wait | None:
         resource = self._snapshot.resource
@@ -194,7 +196,8 @@ class _Lending:
                 Hold.TOO_LARGE,
                 f"The job asks for {_size(job.gang)} {resource} and the nodes it may run on could "
                 "not hold that even if they were empty. Lower "
-                "spec.resources.accelerator.count or add nodes.",
+                "spec.resources.accelerator.count, add nodes, or let it run on more of them: see "
+                "nodeSelector and tolerations in spec.podTemplatePatch.",
             )
         if job.is_spare and job.preemptions and self._now - job.since < SETTLE:
             return Wait(
@@ -204,13 +207,14 @@ class _Lending:
             )
         return None
 
-    def _overtaking(self, job: QueuedJob, stuck: set[bool]) -> Wait | None:
-        """Return why a job waits behind one of its kind that found no room for hours.
+    def _overtaking(self, job: QueuedJob, stuck: Iterable[QueuedJob]) -> Wait | None:
+        """Return why a job waits behind one of its kind and nodes that found no room for hours.
 
         Else small jobs would take every device that comes free, and a large one wait for ever.
         Before a job that keeps its devices those may go that give them back.
         """
-        if job.is_spare not in stuck:
+        ahead = (other for other in stuck if other.is_spare == job.is_spare)
+        if not any(other.gang.meets(job.gang) for other in ahead):
             return None
         return Wait(Hold.BEHIND, "A job that has waited for hours for more devices goes first.")
 

@@ -18,6 +18,10 @@ class Gang:
     devices: int  # that each pod asks for
     nodes: frozenset[str] | None = None  # where its pods may go; None: anywhere
 
+    def meets(self, other: Gang) -> bool:
+        """Whether there are nodes to which both may go."""
+        return self.nodes is None or other.nodes is None or bool(self.nodes & other.nodes)
+
 
 def place(gang: Gang, free: Mapping[str, int]) -> tuple[str, ...] | None:
     """Return a node for each pod, None where not all of them find one.

@@ -37,13 +37,17 @@ def promoted_at(job: Json) -> str | None:
     if "deletionTimestamp" in job["metadata"]:
         return None
     status = job.get("status") or {}
-    published = [
-        str(condition.get("lastTransitionTime"))
+    true_since = {
+        condition.get("type"): str(condition.get("lastTransitionTime"))
         for condition in status.get("conditions") or []
-        if condition.get("type") == "Published" and condition.get("status") == "True"
-    ]
-    if not published or not needs_approval(job):
-        return published[0] if published else None
+        if condition.get("status") == "True"
+    }
+    published = true_since.get("Published")
+    # Its model was rolled back: any new revision of the deployment would send it out again.
+    if published is None or "Failed" in true_since:
+        return None
+    if not needs_approval(job):
+        return published
     if approver_of(job) is None:
         return None
     return (status.get("promotion") or {}).get("approvedAt")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mizzen.operator.crds.common import Json
-from mizzen.operator.desired.labels import CAPACITY_GATE, WAITS_SINCE
+from mizzen.operator.desired.labels import CAPACITY_GATE, WAITS_SINCE, gates_of
 from mizzen.operator.status.reasons import Reason, reason_or
 
 BAD_CONFIGURATION_EXIT_CODE = 42
@@ -170,9 +170,8 @@ def _ended_cause(status: Json) -> Cause:
 
 def _scheduling_cause(condition: Json, pod: Json) -> Cause | None:
     if condition.get("reason") == "SchedulingGated":
-        gates = [gate["name"] for gate in pod.get("spec", {}).get("schedulingGates") or []]
         is_told = WAITS_SINCE in (pod.get("metadata", {}).get("annotations") or {})
-        return _NO_DEVICES if is_told and gates == [CAPACITY_GATE] else None
+        return _NO_DEVICES if is_told and gates_of(pod) == [CAPACITY_GATE] else None
     message = str(condition.get("message") or "")
     if claim := _CLAIM_MISSING.search(message):
         namespace = pod.get("metadata", {}).get("namespace", "")

@@ -180,7 +180,7 @@ def _promoted(facts: JobFacts) -> Condition:
     if promotion.is_done:
         return Condition(
             type_, True, Reason.PROMOTED,
-            f"Every ready replica of {promotion.deployment} answers as {promotion.served_as}.",
+            f"{promotion.deployment} serves the result as {promotion.served_as}.",
         )  # fmt: skip
     return Condition(
         type_, False, Reason.PROMOTING,

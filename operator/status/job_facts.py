@@ -39,12 +39,13 @@ class Promotion:
     problem: Problem | None = None
     approval: Approval | None = None
     replaced_by: str | None = None  # the job whose result came after it
+    was_done: bool = False  # replicas that came later load it like everything they serve
 
     @property
     def is_done(self) -> bool:
-        """Whether every ready replica answers with the result, or with one that came after it."""
-        is_served = self.problem is None and 0 < self.replicas <= self.ready_replicas
-        return is_served or self.replaced_by is not None
+        """Whether every ready replica had the result at once, or has one that came after it."""
+        is_served = self.was_done or 0 < self.replicas <= self.ready_replicas
+        return (self.problem is None and is_served) or self.replaced_by is not None
 
     @property
     def has_failed(self) -> bool:

@@ -16,7 +16,7 @@ from mizzen.operator.planning.promotions import (
     needs_approval,
     place_of,
 )
-from mizzen.operator.status.conditions import rfc3339
+from mizzen.operator.status.conditions import ConditionType, condition_status, rfc3339
 from mizzen.operator.status.job_facts import Approval, Problem, Promotion
 from mizzen.operator.status.progress import Artifact, Progress
 from mizzen.operator.status.reasons import Reason
@@ -58,7 +58,9 @@ def find_promotion(
         return _not_holding(job, holder, target, name, approval)
     found = _model if place == MODEL else _adapter
     ready, replicas, problem = found(job, progress.artifact, deployment)
-    return Promotion(target, name, ready, replicas, problem, approval)
+    conditions = (job.get("status") or {}).get("conditions") or []
+    was_done = condition_status(conditions, ConditionType.PROMOTED) == "True"
+    return Promotion(target, name, ready, replicas, problem, approval, was_done=was_done)
 
 
 def _approval(job: Json, now: datetime) -> Approval | None:
@@ -101,10 +103,10 @@ def _model(job: Json, artifact: Artifact, deployment: Json) -> tuple[int, int, P
     promoted = status.get("promotedModel") or {}
     if promoted.get("job") != job["metadata"]["name"] or promoted["digest"] != artifact.digest:
         return 0, replicas, None
-    if rollout is None:
-        return (replicas if status.get("revision") == promoted["revision"] else 0), replicas, None
+    if rollout is None or rollout["revision"] != promoted["revision"]:
+        return replicas, replicas, None  # where there is a rollout, both its revisions serve it
     failure = rollout.get("failure")
-    if failure is None or rollout.get("revision") != promoted["revision"]:
+    if failure is None:
         return 0, replicas, None
     return (
         0,

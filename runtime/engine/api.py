@@ -172,15 +172,15 @@ class EngineStats:
 class ModelSizes:
     """What a served model is made of, whole: for those who plan where else it would fit."""
 
-    layers: int = 0
-    hidden: int = 0
-    heads: int = 0
-    kv_heads: int = 0
-    head_dim: int = 0
-    context_tokens: int = 0  # what the model was made for
-    parameters: int = 0
-    dtype: str = ""  # of the weights in memory
-    device_bytes: int = 0  # memory of a GPU; 0 on the CPU
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context_tokens: int  # what the model was made for
+    parameters: int
+    dtype: str  # of the weights in memory
+    device_bytes: int  # memory of a GPU; 0 on the CPU
 
 
 class Recorder(Protocol):
@@ -258,7 +258,8 @@ class EngineApi(Protocol):
         """Yield the answer as it grows. Closing or cancelling the iterator aborts the sequence.
 
         Raises:
-            EngineBusyError: the queue is full; `DrainingError` when no more work is taken.
+            EngineBusyError: the queue is full; `DrainingError` and `AsleepError` when no more
+                work is taken.
             PromptTooLongError: the prompt leaves no room for an answer.
             InvalidRequestError: a parameter is out of its range.
             UnknownAdapterError: the adapter is not loaded.
@@ -269,9 +270,12 @@ class EngineApi(Protocol):
         """Return what the model thinks of tokens, once no request wants it.
 
         Raises:
-            EngineBusyError: no such moment came in time.
+            EngineBusyError: no such moment came in time, or too much waits for one;
+                `DrainingError` and `AsleepError` when no more work is taken.
+            PromptTooLongError: the tokens fill the context.
             InvalidRequestError: a parameter is out of its range, or the model has several ranks.
             UnknownAdapterError: the adapter is not loaded.
+            GenerationFailedError: the model's numbers are not finite here.
             EngineDeadError: the loop has stopped.
         """
 

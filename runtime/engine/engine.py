@@ -4,10 +4,8 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
 
 from mizzen.runtime.engine.adapters import AdapterTable, SlotUse, content_hash
 from mizzen.runtime.engine.admission import check_request, check_scored
@@ -32,7 +30,7 @@ from mizzen.runtime.engine.errors import (
     InvalidRequestError,
 )
 from mizzen.runtime.engine.grammar import GrammarCompiler, GrammarState
-from mizzen.runtime.engine.idle import IdleWork, busy
+from mizzen.runtime.engine.idle import busy
 from mizzen.runtime.engine.live import Live
 from mizzen.runtime.engine.sampler import is_edited, needs_tokens
 from mizzen.runtime.engine.scoring import WAIT_S, Scoring
@@ -41,9 +39,8 @@ from mizzen.runtime.engine.speculation import DraftPlaces, Guesser, NgramIndex
 from mizzen.runtime.engine.startup import Parts, start_parts
 from mizzen.runtime.engine.streams import Item, Stream
 from mizzen.runtime.errors import BadAdapterError, BadModelError, MizzenError, RankLostError
+from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.lora import load_adapter
-
-T = TypeVar("T")
 
 DRAIN_RETRY_S = 1.0
 
@@ -112,28 +109,34 @@ class Engine:
     async def score(self, request: ScoreRequest) -> PromptScores:
         """Return what the model thinks of tokens, once no request wants it; see `api`."""
         check_scored(request, vocab_size=self.arch.vocab_size, model_len=self.model_len)
+        self._ranks.check_whole()
         self._check_open()
         with self._loop.lock:
             use = self._adapters.acquire(request.adapter) if request.adapter else None
         slot, tokens = use.slot if use else 0, len(request.token_ids)
-        scoring = Scoring(
-            request, self._ranks.resident, lambda: self._ranks.adapter_of(slot, tokens)
-        )
+        scoring = Scoring(request, self._resident, lambda: self._ranks.adapter_of(slot, tokens))
         try:
-            return await self._when_idle(scoring, scoring.done)
+            return await self._when_idle(scoring)
         finally:
             if use is not None:
                 self._loop.release_adapter(use)
 
-    async def _when_idle(self, work: IdleWork, done: "Future[T]") -> T:
-        self._loop.add_idle(work)
+    async def _when_idle(self, scoring: Scoring) -> PromptScores:
+        self._loop.add_idle(scoring)
         try:
             async with asyncio.timeout(WAIT_S):
-                return await asyncio.wrap_future(done)
+                return await asyncio.wrap_future(scoring.done)
         except TimeoutError:
-            raise busy() from None
+            raise busy(
+                f"The replica is busy with requests that come first: {WAIT_S:g} seconds did not "
+                "suffice to wait for a moment without them and to compute in it."
+            ) from None
         finally:
-            self._loop.remove_idle(work)
+            self._loop.remove_idle(scoring)
+
+    def _resident(self) -> Decoder:
+        self._check_open()  # again: it may have fallen asleep since it was asked
+        return self._ranks.resident()
 
     async def abort(self, request_id: str) -> None:
         """End a request with finish_reason "abort"."""

@@ -1,36 +1,42 @@
 """Work on a served model for the moments in which no request wants it.
 
-It is done in slices between two steps, in the loop's own thread, and a slice is given up as soon
-as a request arrives: within the time that one layer takes, forwards or backwards.
+It is done between two steps, in the loop's own thread, and given up as soon as a request arrives:
+within the time that one layer takes.
 """
 
 # Shapes: T packed tokens, H query heads, K KV heads, d head dimension.
+import logging
+import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from mizzen.runtime.attention.causal import CausalAttention
 from mizzen.runtime.engine.errors import EngineBusyError
+from mizzen.runtime.errors import MizzenError
+
+log = logging.getLogger(__name__)
 
 MAX_WAITING = 256
 RETRY_S = 5.0
 
 
 class Interrupted(Exception):
-    """Somebody wants the model: the slice is given up, and begins anew when it is idle again."""
+    """Somebody wants the model: the work is given up, and begins anew when it is idle again."""
 
 
 class IdleWork(Protocol):
     """Something to do while nobody asks."""
 
-    def do_slice(self, is_wanted: Callable[[], bool]) -> bool:
-        """Do a little; return whether more is left.
+    def do(self, is_wanted: Callable[[], bool]) -> None:
+        """Do it whole.
 
         Raises:
-            Interrupted: `is_wanted` became true; nothing of the slice has happened.
+            Interrupted: `is_wanted` became true; nothing of it has happened.
         """
         ...
 
@@ -39,18 +45,16 @@ class IdleWork(Protocol):
         ...
 
 
-def busy() -> EngineBusyError:
+def busy(why: str) -> EngineBusyError:
     """Return the refusal of what may only be done in idle moments."""
-    return EngineBusyError(
-        "The replica is busy with requests that come first. Try again later.",
-        retry_after_s=RETRY_S,
-    )
+    return EngineBusyError(f"{why} Try again later.", retry_after_s=RETRY_S)
 
 
 class IdleQueue:
-    """What waits for idle moments, in turns. Others than the loop's thread only add and remove."""
+    """What waits for idle moments, in the order it came. All but `do_first` hold the lock."""
 
-    def __init__(self) -> None:
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
         self._works: deque[IdleWork] = deque()
 
     def __bool__(self) -> bool:
@@ -63,7 +67,7 @@ class IdleQueue:
             EngineBusyError: too much waits already.
         """
         if len(self._works) >= MAX_WAITING:
-            raise busy()
+            raise busy(f"{MAX_WAITING} others wait already for a moment without requests.")
         self._works.append(work)
 
     def remove(self, work: IdleWork) -> None:
@@ -71,19 +75,23 @@ class IdleQueue:
         with suppress(ValueError):
             self._works.remove(work)
 
-    def do_slice(self, is_wanted: Callable[[], bool]) -> None:
-        """Do a slice of the first and put it behind the others, unless somebody wants the model."""
-        work = self._works[0]
-        has_more = False
+    def do_first(self, is_wanted: Callable[[], bool]) -> None:
+        """Do what came first, unless somebody wants the model; only for the loop's thread."""
+        with self._lock:  # whoever asked may have left since the loop has looked
+            work = next(iter(self._works), None)
+        if work is None:
+            return
         try:
-            has_more = work.do_slice(is_wanted)
+            work.do(is_wanted)
         except Interrupted:
             return
-        except Exception as error:
+        except MizzenError as error:
             work.fail(error)
-        self.remove(work)
-        if has_more:
-            self._works.append(work)
+        except Exception as error:
+            log.exception("Work for idle moments has failed.")
+            work.fail(error)
+        with self._lock:
+            self.remove(work)
 
     def fail(self, error: Exception) -> None:
         """End everything."""
@@ -92,7 +100,7 @@ class IdleQueue:
 
 
 class InterruptibleAttention(CausalAttention):
-    """Causal attention that looks up at every layer, on the way back too."""
+    """Causal attention that looks up at every layer."""
 
     def __init__(self, lens: list[int], is_wanted: Callable[[], bool]) -> None:
         super().__init__(lens)
@@ -106,13 +114,14 @@ class InterruptibleAttention(CausalAttention):
         Raises:
             Interrupted: somebody wants the model.
         """
+        if q_THd.is_cuda:
+            # The host would launch all layers at once, and a request wait for all of them.
+            torch.cuda.current_stream(q_THd.device).synchronize()
         self.look_up()
         out_THd: Tensor = super().__call__(layer, q_THd, k_TKd, v_TKd, **more)
-        if out_THd.requires_grad:
-            out_THd.register_hook(self.look_up)
         return out_THd
 
-    def look_up(self, *_: object) -> None:
+    def look_up(self) -> None:
         """Raise Interrupted if somebody wants the model."""
         if self._is_wanted():
             raise Interrupted

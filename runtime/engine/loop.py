@@ -72,7 +72,7 @@ class Loop:
         self._outbox = Outbox()
         self._work = threading.Condition(self.lock)
         self._calls: deque[tuple[Callable[[], object], Future[Any]]] = deque()
-        self._idle = IdleQueue()
+        self._idle = IdleQueue(self.lock)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mizzen-engine", daemon=True)
 
@@ -101,7 +101,7 @@ class Loop:
                 self._work.notify()
 
     def release_adapter(self, use: SlotUse) -> None:
-        """End one use of an adapter by a request that was never added."""
+        """End one use of an adapter by who is no request that was added: those end their own."""
         with self._work:
             self._release(use)
 
@@ -130,7 +130,7 @@ class Loop:
             self._work.notify()
 
     def remove_idle(self, work: IdleWork) -> None:
-        """Have the work done no more; the slice that runs now may still end."""
+        """Have the work done no more; what is under way goes on until it looks up."""
         with self._work:
             self._idle.remove(work)
 
@@ -180,8 +180,8 @@ class Loop:
             self._flight = self._launcher.launch(chunks, before, now=time.monotonic())
         if before is not None:
             self._land(before)
-        elif not chunks and self._idle:
-            self._idle.do_slice(self._is_wanted)
+        elif not chunks:
+            self._idle.do_first(self._look_up)
 
     def _may_run_ahead(self) -> bool:
         if self._flight is None or not self._is_ahead or self._calls:
@@ -194,7 +194,9 @@ class Loop:
         if flight is not None:
             self._land(flight)
 
-    def _is_wanted(self) -> bool:
+    def _look_up(self) -> bool:
+        """Return whether idle work has to give way; its thread is seen to be alive by this."""
+        self.heartbeat_at = time.monotonic()
         return self.scheduler.has_work() or bool(self._calls) or self._stopping
 
     def _next_chunks(self) -> list[Chunk]:
@@ -297,14 +299,18 @@ class Loop:
         self._recorder.on_step(step_s, tokens)
 
     def _run_calls(self) -> None:
-        while self._calls:
-            call, future = self._calls.popleft()
+        while (waiting := self._next_call()) is not None:
+            call, future = waiting
             if not future.set_running_or_notify_cancel():
                 continue
             try:
                 future.set_result(call())
             except Exception as error:
                 future.set_exception(error)
+
+    def _next_call(self) -> tuple[Callable[[], object], Future[Any]] | None:
+        with self.lock:  # `fail` may be ending them
+            return self._calls.popleft() if self._calls else None
 
     def _end_everything(self) -> None:
         outbox = Outbox()  # another than the loop's, which may be at work with that one
@@ -315,7 +321,9 @@ class Loop:
             self.live.clear()
             self._work.notify_all()
             while self._calls:
-                self._calls.popleft()[1].set_exception(self._dead_error())
+                future = self._calls.popleft()[1]
+                if future.set_running_or_notify_cancel():  # its asker may have left
+                    future.set_exception(self._dead_error())
             self._idle.fail(self._dead_error())
         outbox.flush()
 

@@ -105,6 +105,12 @@ class Score(Call, tag=True):
     request: ScoreRequest
 
 
+class Forget(msgspec.Struct, tag=True):
+    """Nobody waits for this call any more; it is not answered."""
+
+    number: int
+
+
 class Started(msgspec.Struct, tag=True):
     """The model is loaded and warm."""
 
@@ -148,7 +154,7 @@ class Returned(msgspec.Struct, tag=True):
 
 
 AnyCall = LoadAdapter | UnloadAdapter | Drain | Sleep | Wake | LoadWeights | Score
-ToEngine = Start | Generate | Abort | AnyCall
+ToEngine = Start | Generate | Abort | Forget | AnyCall
 FromEngine = Started | Ended | Report | Returned
 Read = TypeVar("Read")
 

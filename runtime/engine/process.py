@@ -23,6 +23,7 @@ from mizzen.runtime.engine.messages import (
     Drain,
     Ended,
     Fault,
+    Forget,
     Generate,
     Link,
     LoadAdapter,
@@ -94,6 +95,7 @@ class Host:
         self._link = link
         self._outputs: list[tuple[str, Item]] = []
         self._submits: dict[str, asyncio.Task[None]] = {}
+        self._scores: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
@@ -122,6 +124,12 @@ class Host:
                     if submit := self._submits.get(request_id):  # its grammar is being compiled
                         submit.cancel()
                     await self._engine.abort(request_id)
+                case Score(number=number):
+                    task = self._scores[number] = self._begin(self._return(message))
+                    task.add_done_callback(partial(self._forget, number))
+                case Forget(number):
+                    if score := self._scores.get(number):
+                        score.cancel()
                 case Start():
                     log.error("The engine was told to start twice.")
                 case _:
@@ -132,6 +140,9 @@ class Host:
         self._tasks.add(task)  # the event loop alone would let it be collected
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def _forget(self, number: int, _: asyncio.Task[None]) -> None:
+        del self._scores[number]
 
     async def _submit(self, request: GenerationRequest) -> None:
         deliver = partial(self._collect, request.request_id)

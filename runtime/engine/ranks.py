@@ -65,17 +65,16 @@ class ModelRanks:
         self.check = ranks.check
         self.serve = ranks.serve
 
-    def resident(self) -> Decoder:
-        """Return the served weights, for what is computed beside the steps.
-
-        Raises:
-            InvalidRequestError: the model is spread over several ranks.
-        """
+    def check_whole(self) -> None:
+        """Raise InvalidRequestError if the model is spread over several ranks."""
         if self._ranks.group.size > 1:
             raise InvalidRequestError(
                 "Scores need a model that is not spread over ranks. Ask a deployment "
                 "with spec.parallelism.tensor 1."
             )
+
+    def resident(self) -> Decoder:
+        """Return the served weights, for what is computed beside the steps of a whole model."""
         return self._runner.decoder
 
     def warm_up(self, step: StepInput) -> None:

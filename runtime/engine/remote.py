@@ -27,6 +27,7 @@ from mizzen.runtime.engine.messages import (
     AnyCall,
     Drain,
     Ended,
+    Forget,
     FromEngine,
     Generate,
     Link,
@@ -138,7 +139,12 @@ class RemoteEngine:
 
     async def score(self, request: ScoreRequest) -> PromptScores:
         """Return what the model thinks of tokens; see `api.EngineApi.score`."""
-        answer = await self._call(Score(number=next(self._numbers), request=request))
+        number = next(self._numbers)
+        try:
+            answer = await self._call(Score(number=number, request=request))
+        except asyncio.CancelledError:
+            self._link.send(Forget(number))
+            raise
         assert answer.scores is not None, "what has no fault has scores"
         return answer.scores
 

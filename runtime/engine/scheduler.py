@@ -30,7 +30,7 @@ class Limits:
 
     step_tokens: int
     beside_decodes: int  # a prompt's tokens in a step in which others decode: `tokens_worth`
-    even_context: int | None = None  # where attention costs a token what its products do
+    even_context: int | None  # where attention costs a token what its products do
     max_running: int
     model_len: int
     max_waiting: int

@@ -6,7 +6,8 @@ distribution: Anshumann et al., 2025, "Sparse Logit Sampling" (arXiv 2503.16870)
 
 # Shapes: T tokens of the prompt, N = T - 1 of them that are predicted, V vocabulary, K drawn ids.
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -17,14 +18,14 @@ from mizzen.runtime.engine.idle import InterruptibleAttention
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 
-# So long an idle moment is waited for. Then it is better that the asker comes back, or that a
+# So long is waited for and computed in. Then it is better that the asker comes back, or that a
 # gateway asks another replica.
 WAIT_S = 20.0
 _ROWS = 256  # of logits that live at once: they are the largest tensor here
 
 
 class Scoring:
-    """One prompt's scores: an `IdleWork` of one slice."""
+    """One prompt's scores: an `IdleWork`."""
 
     def __init__(
         self,
@@ -37,18 +38,19 @@ class Scoring:
         self._decoder = decoder
         self._lora = lora
 
-    def do_slice(self, is_wanted: Callable[[], bool]) -> bool:
-        """Compute the scores, and hand them out."""
-        if self.done.cancelled():
-            return False
-        scores = score(self._decoder(), self._request, self._lora(), is_wanted)
-        if not self.done.cancelled():
+    def do(self, is_wanted: Callable[[], bool]) -> None:
+        """Compute the scores, and hand them out; see `IdleWork.do`."""
+        if self.done.done():
+            return
+        scores = score(
+            self._decoder(), self._request, self._lora(), lambda: is_wanted() or self.done.done()
+        )
+        with suppress(InvalidStateError):  # the asker has left at the last moment
             self.done.set_result(scores)
-        return False
 
     def fail(self, error: Exception) -> None:
         """Hand out an error instead."""
-        if not self.done.done():
+        with suppress(InvalidStateError):
             self.done.set_exception(error)
 
 

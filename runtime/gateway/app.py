@@ -12,6 +12,7 @@ from importlib.resources import files
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from mizzen.runtime.gateway.asked import Asked
 from mizzen.runtime.gateway.batches.routes import BatchRoutes
 from mizzen.runtime.gateway.body import read_body, refuse_large
 from mizzen.runtime.gateway.config import GatewayConfig
@@ -24,7 +25,7 @@ from mizzen.runtime.gateway.errors import (
     error_body,
 )
 from mizzen.runtime.gateway.headers import REQUEST_ID, request_id_of
-from mizzen.runtime.gateway.intake import Asked, Intake
+from mizzen.runtime.gateway.intake import Intake
 from mizzen.runtime.gateway.keys import Client, Keyring
 from mizzen.runtime.gateway.lifecycle import Lifecycle
 from mizzen.runtime.gateway.limits import Account, Accounts, Limits

@@ -16,6 +16,9 @@ from mizzen.runtime.gateway.errors import (
     SlowBodyError,
 )
 
+# What scores are asked for with. Not told by max_tokens: a runtime takes "0" for 0 too.
+SCORES = ("prompt_logprobs", "prompt_samples")
+
 
 @dataclass(frozen=True, slots=True)
 class Body:
@@ -28,13 +31,29 @@ class Body:
     @property
     def is_for_idle_moments(self) -> bool:
         """Whether it asks for what a replica does only while nobody asks for text: scores."""
-        return self.document.get("max_tokens") == 0
+        return any(self.document.get(name) is not None for name in SCORES)
 
-    def for_model(self, name: str) -> bytes:
-        """Return the body to send to a replica that knows the model as `name`."""
-        if name == self.model:
-            return self.raw
-        return json.dumps({**self.document, "model": name}).encode()
+    def for_model(self, name: str, *, key_priority: int | None) -> bytes:
+        """Return the body to send to a replica that knows the model as `name`.
+
+        `key_priority` is None where the runtime has no priorities for what is asked.
+        """
+        changes: dict[str, object] = {}
+        if name != self.model:
+            changes["model"] = name
+        if key_priority is not None and (key_priority or "priority" in self.document):
+            changes["priority"] = engine_priority(self.document.get("priority"), key_priority)
+        return json.dumps({**self.document, **changes}).encode() if changes else self.raw
+
+
+def engine_priority(given: object, key_priority: int) -> int:
+    """Return a request's priority in the runtime, where lower runs first.
+
+    A client may let others go first, but not go before what its key may.
+    """
+    own = -key_priority
+    # What is no integer a runtime may take for one: "-5", -5.0, true.
+    return max(own, given) if type(given) is int else own
 
 
 async def read_body(request: web.Request, *, limit_bytes: int, timeout_s: float) -> Body:

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 _REDACTED = "[redacted]"
 # Where a request has a name that a guardrail would break by blacking it out.
 _NAMES = frozenset(("model", "role", "type", "id"))
-# A template's variables have names of their own choice, and all of them are text.
-_VARIABLES = "variables"
+# What is below them, a template's values and a tool's schema, has names of the client's choice.
+_ALL_TEXT = frozenset(("variables", "parameters"))
 
 
 class RefusedByGuardrailError(BadBodyError):
@@ -113,7 +113,7 @@ def refuse_scores(rails: Sequence[Guardrail]) -> None:
     """
     for rail in rails:
         if rail.is_output:
-            why = "scores cannot be checked, so ask for at least one token ('max_tokens')"
+            why = "scores cannot be checked, so leave out 'prompt_logprobs' and 'prompt_samples'"
             raise RefusedByGuardrailError(rail.name, why)
 
 
@@ -160,7 +160,7 @@ def _is_name(name: str, value: object, names: frozenset[str]) -> bool:
 
 
 def _names_below(name: str, names: frozenset[str]) -> frozenset[str]:
-    return frozenset() if name == _VARIABLES else names
+    return frozenset() if name in _ALL_TEXT else names
 
 
 def _blacked_out(text: str, patterns: Sequence[Any]) -> str:

@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
-from multidict import CIMultiDictProxy
-
+from mizzen.runtime.gateway.asked import Asked
 from mizzen.runtime.gateway.body import Body
 from mizzen.runtime.gateway.directory import Directory, Route, ServedModel
-from mizzen.runtime.gateway.errors import NoReplicaError, UnknownModelError
+from mizzen.runtime.gateway.errors import BadBodyError, NoReplicaError, UnknownModelError
 from mizzen.runtime.gateway.guarded import GuardedReply
 from mizzen.runtime.gateway.guardrails import RefusedByGuardrailError, check_request, refuse_scores
 from mizzen.runtime.gateway.lifecycle import Lifecycle
-from mizzen.runtime.gateway.limits import Account
 from mizzen.runtime.gateway.metrics import GatewayMetrics
 from mizzen.runtime.gateway.prompts import apply_prompt
-from mizzen.runtime.gateway.proxy import Call, Proxy
+from mizzen.runtime.gateway.proxy import Proxy
 from mizzen.runtime.gateway.reply import Replying
 from mizzen.runtime.gateway.tokens import TokenMeter, expected_tokens
 
 _Answer = TypeVar("_Answer")
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What is asked of a model, and by whom."""
-
-    path: str
-    headers: CIMultiDictProxy[str]
-    body: Body
-    request_id: str
-    client: str = ""
-    priority: int = 0
-    account: Account | None = None
 
 
 class Intake:
@@ -74,6 +59,7 @@ class Intake:
         Raises:
             RateLimitedError: the key has not that many left.
             BadPromptError, RefusedByGuardrailError, GuardrailFailedError: as the model's spec says.
+            BadBodyError: it is nested too deeply for that.
         """
         if asked.body.is_for_idle_moments:
             # No demand that anybody should scale for, so not counted as any.
@@ -95,7 +81,10 @@ class Intake:
         except RefusedByGuardrailError as error:
             self._metrics.on_guardrail(model, error.guardrail)
             raise
-        document = apply_prompt(document, model.prompts, path=asked.path.partition("?")[0])
+        except RecursionError:
+            message = "The request is nested too deeply to be checked: make it flatter."
+            raise BadBodyError(message) from None
+        document = apply_prompt(document, model.prompts, path=asked.endpoint)
         if document is body.document:
             return asked
         return replace(asked, body=Body(json.dumps(document).encode(), document, body.model))
@@ -114,24 +103,11 @@ class Intake:
     async def _metered(self, asked: Asked, route: Route, reply: Replying[_Answer]) -> _Answer:
         account = asked.account
         if account is None or account.tokens is None:
-            return await self._proxy.forward(_call(asked, route), reply)
+            return await self._proxy.forward(asked, route, reply)
         size_bytes = len(asked.body.raw)
         charged = account.charge_tokens(expected_tokens(asked.body.document, size_bytes))
         meter = TokenMeter(expected_tokens({}, size_bytes))
         try:
-            return await self._proxy.forward(_call(asked, route, meter), reply)
+            return await self._proxy.forward(asked, route, reply, meter)
         finally:
             account.settle_tokens(charged=charged, used=meter.used())
-
-
-def _call(asked: Asked, route: Route, meter: TokenMeter | None = None) -> Call:
-    return Call(
-        path=asked.path,
-        headers=asked.headers,
-        route=route,
-        body=asked.body,
-        request_id=asked.request_id,
-        client=asked.client,
-        priority=asked.priority,
-        meter=meter,
-    )

@@ -116,22 +116,25 @@ class Account:
         finally:
             self.in_flight -= 1
 
-    def take_background(self) -> None:
-        """Count one request of a batch, which leaves half of every allowance to the key's others.
+    def take_background(self, *, requests: int) -> None:
+        """Count a request of a batch, which leaves half of every allowance to the key's others.
+
+        `requests` is 1, or 0 for one that was counted and is asked again.
 
         Raises:
             RateLimitedError: no more than the half is left.
         """
         now = self.clock()
-        for bucket, what in ((self.requests, "requests"), (self.tokens, "tokens")):
-            if bucket is None:
+        wanted = ((self.requests, "requests", requests), (self.tokens, "tokens", 1))
+        for bucket, what, amount in wanted:
+            if bucket is None or amount == 0:
                 continue
-            # Of an allowance of one request there is no half.
-            wait_s = bucket.wait_s(max(1.0, bucket.per_minute / 2), now)
+            # Of one request a minute there is no half: waiting for more than all ends with all.
+            wait_s = bucket.wait_s(bucket.per_minute / 2 + amount, now)
             if wait_s > 0:
                 message = f"Half of this API key's {bucket.per_minute} {what} per minute are used."
                 raise RateLimitedError(message, what, wait_s)
-        self._take(self.requests, 1, "requests")
+        self._take(self.requests, requests, "requests")
 
     def charge_tokens(self, tokens: int) -> int:
         """Use what a request is expected to take; return it for `settle_tokens` to correct.

@@ -6,15 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from aiohttp import ClientSession
-from multidict import CIMultiDictProxy
 
 from mizzen.runtime.gateway.admission import Admission, Search
 from mizzen.runtime.gateway.affinity import SESSION_HEADER, affinity_key
+from mizzen.runtime.gateway.asked import Asked
 from mizzen.runtime.gateway.attempt import (
     AttemptError,
     FailureKind,
@@ -24,7 +23,6 @@ from mizzen.runtime.gateway.attempt import (
     open_answer,
 )
 from mizzen.runtime.gateway.balancer import Balancer
-from mizzen.runtime.gateway.body import Body
 from mizzen.runtime.gateway.config import GatewayConfig
 from mizzen.runtime.gateway.directory import Endpoint, Route, ServedModel
 from mizzen.runtime.gateway.errors import GatewayError, NoReplicaError, ReplicaSilentError
@@ -38,21 +36,9 @@ from mizzen.runtime.tracing import current_span
 log = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 5
+# Its schema has no priority: one runs as soon as it comes.
+_WITHOUT_PRIORITY = "/v1/embeddings"
 _Answer = TypeVar("_Answer")
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One client request, read and understood."""
-
-    path: str
-    headers: CIMultiDictProxy[str]
-    route: Route
-    body: Body
-    request_id: str
-    client: str = ""
-    priority: int = 0
-    meter: TokenMeter | None = None
 
 
 class Proxy:
@@ -75,20 +61,33 @@ class Proxy:
         self._session = session
         self._clock = clock
 
-    async def forward(self, call: Call, reply: Replying[_Answer]) -> _Answer:
+    async def forward(
+        self,
+        asked: Asked,
+        route: Route,
+        reply: Replying[_Answer],
+        meter: TokenMeter | None = None,
+    ) -> _Answer:
         """Answer a request from one of the model's replicas, or say why none did."""
-        search = _search(call)
+        search = _search(asked, route)
+        outgoing = self._outgoing(asked, route)
+        on_chunk = None if meter is None else meter.feed
         try:
-            return await self._forward(call, search, reply)
+            return await self._forward(outgoing, search, reply, on_chunk)
         except GatewayError as error:
             return await reply.fail(error)
         finally:
             self._admission.room.leave(search.place)
 
-    async def _forward(self, call: Call, search: Search, reply: Replying[_Answer]) -> _Answer:
+    async def _forward(
+        self,
+        outgoing: Outgoing,
+        search: Search,
+        reply: Replying[_Answer],
+        on_chunk: Callable[[bytes], None] | None,
+    ) -> _Answer:
         started_at = self._clock()
-        outgoing = self._outgoing(call)
-        model, span = call.route.model, current_span.get()
+        model, span = search.route.model, current_span.get()
         while True:
             endpoint = await self._admission.next_endpoint(search, reply)
             if endpoint is None:
@@ -124,7 +123,7 @@ class Proxy:
                 return await reply.relay(
                     answer,
                     on_cut=partial(self._on_cut, model, endpoint),
-                    on_chunk=None if call.meter is None else call.meter.feed,
+                    on_chunk=on_chunk,
                 )
 
     @contextmanager
@@ -179,34 +178,37 @@ class Proxy:
         current_span.get().failed("answer_cut")
         log.warning("model=%s/%s: an answer ended early: %s", *model.key, error)
 
-    def _outgoing(self, call: Call) -> Outgoing:
+    def _outgoing(self, asked: Asked, route: Route) -> Outgoing:
         headers = request_headers(
-            call.headers,
-            request_id=call.request_id,
+            asked.headers,
+            request_id=asked.request_id,
             with_authorization=self._config.auth == "off",
         )
         # What the client said of its trace goes on as it came where there is no span here.
         headers.update(current_span.get().headers())
         return Outgoing(
-            path=call.path,
+            path=asked.path,
             headers=headers,
-            body=call.body.for_model(call.route.upstream_name),
+            body=asked.body.for_model(
+                route.upstream_name,
+                key_priority=None if asked.endpoint == _WITHOUT_PRIORITY else asked.priority,
+            ),
             connect_timeout_s=self._config.connect_timeout_s,
             read_timeout_s=self._config.read_timeout_s,
         )
 
 
-def _search(call: Call) -> Search:
-    route, body = call.route, call.body
-    session = call.headers.get(SESSION_HEADER)
+def _search(asked: Asked, route: Route) -> Search:
+    body = asked.body
+    session = asked.headers.get(SESSION_HEADER)
     return Search(
         route=route,
         key=affinity_key(body.document, model=route.upstream_name, session=session),
         may_wait=not body.is_for_idle_moments,
         place=Place(
             model=route.model.key,
-            client=call.client,
-            priority=call.priority,
+            client=asked.client,
+            priority=asked.priority,
             size_bytes=len(body.raw),
         ),
     )

@@ -78,8 +78,7 @@ class Linear(nn.Module):
         if self._packed is not None:
             return
         self._packed = pack(self.weight, quantization)
-        has_rows = isinstance(self._packed, PanelWeight) and not self._packed.has_8_bits
-        if has_rows or not is_read_by_row:
+        if self._panels is not None or not is_read_by_row:
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def store(self, quantization: Quantization) -> None:
@@ -89,9 +88,15 @@ class Linear(nn.Module):
 
     def rows(self, at_T: Tensor) -> Tensor:
         """Return these rows of the weight; of a packed one, if `is_read_by_row` was said."""
-        if isinstance(self._packed, PanelWeight) and not self._packed.has_8_bits:
-            return self._packed.rows(at_T)
+        if self._panels is not None:
+            return self._panels.rows(at_T)
         return F.embedding(at_T, self.weight)
+
+    @property
+    def _panels(self) -> PanelWeight | None:
+        """The packed weight, if its rows are still what they were."""
+        packed = self._packed
+        return packed if isinstance(packed, PanelWeight) and not packed.has_8_bits else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,11 @@ from torch import Tensor
 
 from mizzen.runtime.errors import QuantizationUnsupportedError
 from mizzen.runtime.model.panels import PanelWeight
+from mizzen.runtime.model.rounding import GROUP, TINY, round_to_4_bits, scales_for_8_bits
 
 Quantization = Literal["none", "int8", "int4", "fp8"]
 
-TINY = torch.finfo(torch.float32).tiny
-GROUP = 32  # inputs that share an int4 scale
 _INT4_OUTPUTS = 16  # the int4 kernel's outputs come in such blocks
-# How far to shrink a group's range before rounding: clipping outliers can lower the squared error.
-_SHRINKS = tuple(1 - 0.04 * i for i in range(8))
 
 
 class PackedWeight(Protocol):
@@ -65,7 +62,7 @@ class Int8Weight:
 
     def __init__(self, weight_OI: Tensor) -> None:
         weight = weight_OI.detach().float()
-        scales_O = weight.abs().amax(1).clamp_(min=TINY) / 127
+        scales_O = scales_for_8_bits(weight).flatten()
         zeros_O = torch.zeros_like(scales_O, dtype=torch.int64)
         with warnings.catch_warnings():
             # The tensor type is on its way out, not the kernel, and it is the way to the kernel.
@@ -110,34 +107,6 @@ class Int4Weight:
         """Return out_TO."""
         out = torch._weight_int4pack_mm_for_cpu(x_TI, self._packed, GROUP, self._scales)
         return out if bias_O is None else out + bias_O
-
-
-def round_to_8_bits(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each weight's level from -127 to 127, and per output its scale, scales_O1."""
-    scales_O1 = weight_OI.abs().amax(1, keepdim=True).clamp_(min=TINY) / 127
-    return (weight_OI / scales_O1).round_().to(torch.int8), scales_O1
-
-
-def round_to_4_bits(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each weight's level from 0 to 15, and per group its scale and the value of level 8."""
-    groups_ONG = weight_OI.unflatten(1, (-1, GROUP))
-    low, high = groups_ONG.amin(-1, keepdim=True), groups_ONG.amax(-1, keepdim=True)
-    best = torch.full_like(low, torch.inf)
-    scale, middle = torch.zeros_like(low), torch.zeros_like(low)
-    for shrink in _SHRINKS:
-        step = ((high - low) * shrink / 15).clamp(min=1e-8)
-        eight = (high + low) / 2 + step / 2
-        rounded = _levels(groups_ONG, step, eight).sub_(8).mul_(step).add_(eight)
-        error = (rounded - groups_ONG).square_().sum(-1, keepdim=True)
-        is_better = error < best
-        best = torch.where(is_better, error, best)
-        scale, middle = torch.where(is_better, step, scale), torch.where(is_better, eight, middle)
-    levels_OI = _levels(groups_ONG, scale, middle).flatten(1).to(torch.int32)
-    return levels_OI, torch.cat((scale, middle), -1).transpose(0, 1).contiguous()
-
-
-def _levels(groups_ONG: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
-    return ((groups_ONG - middle) / scale + 8).round_().clamp_(0, 15)
 
 
 def check_device(quantization: Quantization, device: torch.device) -> None:

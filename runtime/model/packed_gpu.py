@@ -18,14 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mizzen.runtime.errors import QuantizationUnsupportedError
-from mizzen.runtime.model.packed import (
-    GROUP,
-    TINY,
-    PackedWeight,
-    Quantization,
-    round_to_4_bits,
-    round_to_8_bits,
-)
+from mizzen.runtime.model.packed import PackedWeight, Quantization
+from mizzen.runtime.model.rounding import GROUP, TINY, round_to_4_bits, round_to_8_bits
 
 _FEW_TOKENS = 64
 _TOKENS, _OUTPUTS, _COLUMNS = 16, 16, 64  # of a program's tiles; 16 is the least that `dot` takes

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mizzen.runtime.kernels import library
 from mizzen.runtime.kernels.library import TYPES, Linear
+from mizzen.runtime.model.rounding import round_to_8_bits
 
 _STEP, _PANEL, _TILE = 32, 32, 16  # inputs, outputs, and outputs of one tile, as linear.c has them
 
@@ -23,10 +24,8 @@ class PanelWeight:
         self.has_8_bits = has_8_bits
         self._scales_O: Tensor | None = None
         if has_8_bits:
-            whole = weight_OI.float()
-            tiny = torch.finfo(torch.float32).tiny
-            self._scales_O = whole.abs().amax(1).clamp_(min=tiny) / 127
-            weight_OI = (whole / self._scales_O[:, None]).round_().to(torch.int8)
+            weight_OI, scales_O1 = round_to_8_bits(weight_OI.float())
+            self._scales_O = scales_O1.flatten()
         self._outputs, self._inputs = weight_OI.shape
         pairs = weight_OI.view(-1, _PANEL // _TILE, _TILE, self._inputs // _STEP, _STEP // 2, 2)
         self._panels = pairs.permute(0, 3, 1, 4, 2, 5).contiguous()

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mizzen.runtime.errors import QuantizationUnsupportedError
-from mizzen.runtime.model.packed import GROUP, Quantization, round_to_4_bits, round_to_8_bits
+from mizzen.runtime.model.packed import Quantization
+from mizzen.runtime.model.rounding import GROUP, round_to_4_bits, round_to_8_bits
 
 # Weights that are whole at once: enough to multiply well, and 16 MiB of float32.
 _WHOLE_WEIGHTS = 1 << 22

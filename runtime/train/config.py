@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.measures import SuiteType
-from mizzen.runtime.train.options import Distill, Dpo, Merge, Part, Prune, Quantize, Rl
+from mizzen.runtime.train.options import Distill, Dpo, Merge, Part, Prune, Quantize, Rl, ServedModel
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Sha256 = Annotated[str, Field(pattern=r"^(sha256:)?[0-9a-f]{64}$")]
@@ -137,18 +137,14 @@ class Suite(Part):
     max_new_tokens: int = Field(default=64, ge=1)  # exactMatch and winRate
 
 
-class Judge(Part):
-    """Who compares answers for winRate: a model behind an OpenAI-compatible address."""
-
-    url: str = Field(pattern=r"^https?://")
-    model: str = Field(min_length=1)
-
-
 class Evaluation(Part):
-    """What a result must pass before it is published; no suite, no gate."""
+    """What a result must pass before it is published; no suite, no gate.
+
+    `judge` compares answers for winRate.
+    """
 
     on_fail: Literal["Block", "Warn"] = "Block"
-    judge: Judge | None = None
+    judge: ServedModel | None = None
     suites: tuple[Suite, ...] = ()
 
 

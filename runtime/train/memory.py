@@ -6,19 +6,20 @@ Activations are left out: they follow from the samples, and too many at once are
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mizzen.runtime.model.arch import ArchSpec
+from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import Placement
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.adaptation import adapt, frozen_bits, load_dtype
 from mizzen.runtime.train.config import TrainConfig
+from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.errors import TrainingDoesNotFitError
 from mizzen.runtime.train.surroundings import Surroundings
 
@@ -43,7 +44,8 @@ class Need:
 def check_memory(around: Surroundings) -> None:
     """Refuse a job that could never make its first step, before it reads or allocates anything.
 
-    A method's own head is left out: it is one row.
+    A method's own head is left out, as it is one row, and so is a reward model, as a rule an
+    adapter.
 
     Raises:
         TrainingDoesNotFitError: it needs more than there is.
@@ -54,7 +56,7 @@ def check_memory(around: Surroundings) -> None:
 
 
 def plan_need(config: TrainConfig, spec: ArchSpec, device: torch.device) -> Need:
-    """Return what a job needs on a device, from its model's shape alone."""
+    """Return what a job needs on a device, from the shapes of its models alone."""
     # Where ranks do not share evenly, the last one has most.
     ranks = config.parallelism.tensor
     last = RankGroup(ranks - 1, ranks)
@@ -64,7 +66,23 @@ def plan_need(config: TrainConfig, spec: ArchSpec, device: torch.device) -> Need
         for part in decoder.parts():
             decoder.store(part, bits)
     adapted = adapt(decoder, config, heads=(), dtype=place.dtype)
-    return need_of((*decoder.parameters(), *decoder.buffers()), adapted.trainable.parameters)
+    held = [decoder, *_asked_at_each_step(config, decoder, device)]
+    weights = [tensor for one in held for tensor in (*one.parameters(), *one.buffers())]
+    return need_of(weights, adapted.trainable.parameters)
+
+
+def _asked_at_each_step(
+    config: TrainConfig, decoder: Decoder, device: torch.device
+) -> Iterator[Decoder]:
+    """Return the models that stay beside the one that learns, without their weights."""
+    place = decoder.place
+    if config.section == "rl" and config.adaptation.type == "full":
+        yield Decoder(decoder.spec, place)  # the reference: an adapter's is its own base
+    rules = config.distill
+    if config.method == "distill" and rules is not None and rules.on_policy and rules.teacher:
+        spec = ArchSpec.from_dir(find_checkpoint(rules.teacher))
+        dtype = choose_dtype(config.hyperparameters.dtype, device)
+        yield Decoder(spec, replace(place, dtype=dtype))
 
 
 def need_of(weights: Iterable[Tensor], moving: Iterable[Tensor]) -> Need:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.durable import storage_faults_of, write_durably
-from mizzen.runtime.train.methods.method import Method
+from mizzen.runtime.train.methods.method import NotedMethod
 from mizzen.runtime.train.samples import Item
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class NoteStore:
 
 
 def take_notes(
-    data: Prepared, method: Method, store: NoteStore, *, ask: Callable[[], Ask], at_once: int
+    data: Prepared, method: NotedMethod, store: NoteStore, *, ask: Callable[[], Ask], at_once: int
 ) -> Prepared:
     """Return the data with a frozen model's answers attached to each item.
 

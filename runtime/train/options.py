@@ -23,7 +23,7 @@ class Dpo(Part):
 
 
 class ServedModel(Part):
-    """A model that a deployment serves; `url` is the gateway's, or a replica's own."""
+    """A model behind an OpenAI-compatible address: the gateway's, as a rule, or a replica's own."""
 
     url: str = Field(pattern=r"^https?://")
     model: str = Field(min_length=1)

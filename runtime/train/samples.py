@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+Floats = npt.NDArray[np.float32]
+
 
 class Item(Protocol):
     """One unit of a step."""

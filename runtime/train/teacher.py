@@ -8,43 +8,29 @@ to yield.
 # Shapes: N scored tokens of a sample, K ids drawn at each.
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import urllib3
 from torch import Tensor
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import find_checkpoint
+from mizzen.runtime.train.asking import BUSY, Asker
 from mizzen.runtime.train.errors import (
     JobConfigError,
     TeacherTokenizerError,
     TeacherUnavailableError,
 )
 from mizzen.runtime.train.options import ServedModel
-from mizzen.runtime.train.samples import Sample
+from mizzen.runtime.train.samples import Floats, Sample
 from mizzen.runtime.train.surroundings import Surroundings
 
-Floats = npt.NDArray[np.float32]
-
-_AT_ONCE = 4  # a replica computes one after the other; more would only wait there
-_POLL_S = 0.2
-_READ_TIMEOUT_S = 60.0
-# Half an hour of being told to come back, at half a minute each at last.
-_RETRIES = urllib3.Retry(
-    total=60,
-    backoff_factor=0.5,
-    backoff_max=30.0,
-    status_forcelist=(429, 500, 502, 503, 504),
-    allowed_methods=None,  # a question changes nothing, so asking twice is harmless
-    raise_on_status=False,
-)
+_ANSWER_S = 60.0
+_RETRIES = 60  # half an hour of being told to come back, at half a minute each at last
 
 
 def check_same_tokens(student: Tokenizer, teacher_path: Path) -> None:
@@ -66,17 +52,18 @@ class ServedTeacher:
     """A model that a deployment serves, asked over HTTP."""
 
     def __init__(
-        self, where: ServedModel, around: Surroundings, *, retries: urllib3.Retry = _RETRIES
+        self, where: ServedModel, around: Surroundings, *, retries: int = _RETRIES
     ) -> None:
         self._where = where
         self._vocabulary = around.tokenizer.vocabulary_digest
         self._stop = around.stop
-        self._headers = {"Content-Type": "application/json"}
-        if around.teacher_api_key:
-            self._headers["Authorization"] = f"Bearer {around.teacher_api_key}"
-        timeout = urllib3.Timeout(connect=5.0, read=_READ_TIMEOUT_S)
-        self._http = urllib3.PoolManager(retries=retries, timeout=timeout, maxsize=_AT_ONCE)
-        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="teacher")
+        self._asker = Asker(
+            where,
+            "/v1/completions",
+            api_key=around.teacher_api_key,
+            retries=retries,
+            answer_s=_ANSWER_S,
+        )
 
     def draw(self, samples: Sequence[Sample], *, count: int, seeds: Sequence[int]) -> list[Tensor]:
         """Return `count` ids drawn where each label is to be predicted, drawn_NK a sample.
@@ -115,32 +102,18 @@ class ServedTeacher:
         return found
 
     def _ask_all(self, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        futures = [self._threads.submit(self._ask, fields) for fields in asked]
+        questions = [{"max_tokens": 0, **fields} for fields in asked]
         try:
-            return [self._wait(future) for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-
-    def _wait(self, future: Future[dict[str, Any]]) -> dict[str, Any]:
-        while not future.done():
-            self._stop.check()
-            wait([future], timeout=_POLL_S)
-        return future.result()
-
-    def _ask(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Ask one question; in a thread of its own."""
-        where = self._where
-        body = json.dumps({"model": where.model, "max_tokens": 0, **fields})
-        url = f"{where.url.rstrip('/')}/v1/completions"
-        try:
-            answer = self._http.request("POST", url, body=body, headers=self._headers)
+            return self._asker.ask_all(questions, self._read, self._stop)
         except urllib3.exceptions.HTTPError as error:
             raise TeacherUnavailableError(
-                f"The teacher at {where.url} cannot be reached: {type(error).__name__}. Check "
-                "that the deployment has a replica."
+                f"The teacher at {self._where.url} cannot be reached: {type(error).__name__}. "
+                "Check that the deployment has a replica."
             ) from error
-        if answer.status in _RETRIES.status_forcelist:
+
+    def _read(self, answer: urllib3.BaseHTTPResponse) -> dict[str, Any]:
+        where = self._where
+        if answer.status in BUSY:
             raise TeacherUnavailableError(
                 f"The teacher {where.model} had no idle moment: it last answered "
                 f"{answer.status}. Give its deployment more replicas, or run at a quieter time."
@@ -150,15 +123,16 @@ class ServedTeacher:
                 f"The teacher {where.model} refuses to say what it thinks of tokens: "
                 f"{answer.data.decode(errors='replace')[:300]}"
             )
-        document = answer.json()
-        if "vocabulary" not in document:
+        try:
+            document = answer.json()
+            vocabulary, choice = document["vocabulary"], document["choices"][0]
+        except (ValueError, LookupError, TypeError) as error:
             raise JobConfigError(
                 f"{where.url} does not say which vocabulary {where.model} has. Name a deployment "
                 "of this installation."
-            )
-        _check_digests(self._vocabulary, document["vocabulary"])
-        choice: dict[str, Any] = document["choices"][0]
-        return choice
+            ) from error
+        _check_digests(self._vocabulary, vocabulary)
+        return dict(choice)
 
 
 def _labelled(sample: Sample, places: Sequence[Any]) -> list[Any]:

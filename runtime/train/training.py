@@ -26,7 +26,7 @@ from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.ledger import DiskLedger, Ledger, NoLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
 from mizzen.runtime.train.methods.distill import Distill
-from mizzen.runtime.train.methods.method import Method
+from mizzen.runtime.train.methods.method import Method, NotedMethod
 from mizzen.runtime.train.notes import Ask, NoteStore, take_notes
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
 from mizzen.runtime.train.samples import Item
@@ -84,7 +84,7 @@ class Training:
         self.data = data
         if not workers.is_in_first_copy:
             workers.begin()  # until then the leader may be taking notes
-        if method.asks != "nobody":
+        if isinstance(method, NotedMethod):
             self.data = take_notes(
                 data,
                 method,
@@ -268,7 +268,7 @@ class Training:
         return DiskLedger(self._leading_store(), history, self._board)
 
 
-def _asker(around: Surroundings, method: Method, decoder: Decoder, adapted: Adapted) -> Ask:
+def _asker(around: Surroundings, method: NotedMethod, decoder: Decoder, adapted: Adapted) -> Ask:
     """Return what asks a teacher, or the base: a decoder is it until its state is restored."""
     asked, rules = decoder, around.config.distill
     if isinstance(method, Distill) and rules is not None:

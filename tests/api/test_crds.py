@@ -313,6 +313,11 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(baseModel={"source": "file:///models/smollm2"}),
         "Set output.uri",
     ),
+    "probes of a whole model": (
+        job(promotion={"deployment": "smollm2", "strategy": "Canary",
+                       "probes": [{"prompt": "a", "expect": "b"}]}),
+        "promotion.probes are for HotLoadAdapter",
+    ),
     "an evaluation with nothing held out": (
         job(evaluation={"suites": [{"name": "holdout"}]}, processing={"holdoutRatio": 0}),
         "evaluation.suites needs processing.holdoutRatio above 0",

@@ -16,8 +16,7 @@ import yaml
 
 from hack.chart.__main__ import CHART
 from hack.chart.install import find_helm
-from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
-from mizzen.operator.desired.serving import PodPlace, Serving, build_pod
+from mizzen.operator.desired.serving import PodPlace, build_pod
 from mizzen.operator.metrics.figures import Measured
 from mizzen.operator.metrics.prometheus import PrometheusSource
 from mizzen.operator.metrics.scrape import ScrapeSource
@@ -26,6 +25,7 @@ from tests.fixtures.exporters import Exporters
 from tests.fixtures.metrics_story import NAME, TARGET
 from tests.fixtures.pod_monitors import FoundPod, scrape_configs
 from tests.fixtures.prometheus_server import running
+from tests.fixtures.wanted_serving import serving
 
 pytestmark = pytest.mark.api
 
@@ -68,15 +68,8 @@ def found_pods(chart: Sequence[Json], exporters: Exporters) -> list[FoundPod]:
     gateway = template | {
         "metadata": template["metadata"] | {"name": "mizzen-gateway-0", "namespace": HOME}
     }
-    serving = Serving(
-        name=NAME[1],
-        namespace=NAME[0],
-        uid="8c1b2c1e-0000",
-        spec=LLMDeploymentSpec.parse({"model": {"source": "pvc://models/smollm2"}}),
-        image="registry.example/runtime:1",
-    )
     pods = [
-        build_pod(serving, PodPlace(revision="r1", slot=slot, rank=0))
+        build_pod(serving(), PodPlace(revision="r1", slot=slot, rank=0))
         for slot in range(len(exporters.runtimes))
     ]
     return [

@@ -48,11 +48,11 @@ class Job:
     name: str
 
     @classmethod
-    def submit(cls, cluster: Cluster, name: str) -> "Job":
+    def submit(cls, cluster: Cluster, name: str, **fields: Any) -> "Job":
         metadata = {"name": name, "namespace": NAMESPACE}
         cluster.apply(
             {"apiVersion": "mizzen.dev/v1alpha1", "kind": "FineTuneJob",
-             "metadata": metadata, "spec": SPEC}
+             "metadata": metadata, "spec": SPEC | fields}
         )  # fmt: skip
         return cls(cluster, name)
 

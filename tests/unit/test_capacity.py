@@ -3,154 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from datetime import UTC, datetime, timedelta
-from typing import Any
+from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
 from mizzen.operator.controllers import finetunejob
 from mizzen.operator.controllers.capacity import Arbiter
-from mizzen.operator.controllers.capacity_observe import read_leases, read_nodes
 from mizzen.operator.desired import labels
 from mizzen.operator.engine.key import Key
+from mizzen.operator.kube.errors import Conflict
 from mizzen.operator.ledger import Ledger
-from tests.fixtures.serving_world import World
+from mizzen.operator.planning.lending import Hold
+from mizzen.operator.planning.placement import Gang
+from tests.fixtures.shared_cluster import GPU, JOBS, KEY, NOW, PODS, Cluster, admitted
 
-GPU = "example.com/gpu"
-JOBS = "/apis/mizzen.dev/v1alpha1/namespaces/team/finetunejobs"
-PODS = "/api/v1/namespaces/team/pods"
-KEY = Key("finetunejob", "team", "tune")
-NOW = datetime(2026, 9, 1, 12, 10, tzinfo=UTC)
 GROUP_GATES = [{"name": labels.CAPACITY_GATE}, {"name": labels.GROUP_GATE}]
-
-
-class Cluster:
-    """One node of two devices, one job that borrows one, and the arbiter."""
-
-    def __init__(self) -> None:
-        self.world = World()
-        self.api = self.world.api
-        self.now = NOW
-        object.__setattr__(self.world.facts, "ledger", Ledger(sees_nodes=None))
-        self.facts = self.world.facts
-        self.changed: list[Key] = []
-        self.arbiter = Arbiter(
-            kube=self.world.kube, facts=self.facts, on_change=self.changed.append
-        )
-        self.api.put(
-            "/api/v1/nodes/a",
-            {
-                "apiVersion": "v1",
-                "kind": "Node",
-                "metadata": {"name": "a", "labels": {labels.HOSTNAME: "host-a"}},
-                "spec": {},
-                "status": {
-                    "allocatable": {GPU: "2", "cpu": "4"},
-                    "conditions": [{"type": "Ready", "status": "True"}],
-                },
-            },
-        )
-        self.api.put(
-            "/api/v1/namespaces/team/persistentvolumeclaims/models",
-            {
-                "apiVersion": "v1",
-                "kind": "PersistentVolumeClaim",
-                "metadata": {"name": "models", "namespace": "team"},
-            },
-        )
-
-    def submit(self, *, workers: int = 1, **spare: Any) -> None:
-        self.api.put(
-            f"{JOBS}/tune",
-            {
-                "apiVersion": "mizzen.dev/v1alpha1",
-                "kind": "FineTuneJob",
-                "metadata": {"name": "tune", "namespace": "team", "generation": 1,
-                             "creationTimestamp": "2026-09-01T12:00:00Z"},
-                "spec": {
-                    "baseModel": {"source": "pvc://models/smollm2"},
-                    "dataset": [{"name": "d", "uri": "pvc://models/data.jsonl"}],
-                    "resources": {"accelerator": {"resource": GPU}},
-                    "workers": {"max": workers},
-                    "spareCapacity": {"enabled": True, "yieldWithinSeconds": 30} | spare,
-                },
-            },
-        )  # fmt: skip
-
-    def replica(
-        self, name: str, *, is_gated: bool = False, node: str = "", rank: int = 0, **more: Any
-    ) -> None:
-        spec: dict[str, Any] = {"containers": [{"resources": {"limits": {GPU: "1"}}}], **more}
-        if is_gated:
-            spec.setdefault("schedulingGates", [{"name": labels.CAPACITY_GATE}])
-        if node:
-            spec["nodeName"] = node
-        own = {labels.ROLE: labels.ROLE_RUNTIME, labels.DEPLOYMENT: "chat", labels.RANK: str(rank),
-               labels.REVISION: "r", labels.SLOT: name.partition("-")[0]}  # fmt: skip
-        self.api.put(
-            f"{PODS}/{name}",
-            {
-                "apiVersion": "v1",
-                "kind": "Pod",
-                "metadata": {"name": name, "namespace": "team", "labels": own,
-                             "creationTimestamp": "2026-09-01T12:00:00Z"},
-                "spec": spec,
-                "status": {"phase": "Pending"},
-            },
-        )  # fmt: skip
-
-    async def look(self) -> dict[str, Any]:
-        """Reconcile, decide, reconcile; return the job's status."""
-        await finetunejob.reconcile(KEY, kube=self.world.kube, facts=self.facts, now=self.now)
-        await self.arbiter.look(now=self.now)
-        await finetunejob.reconcile(KEY, kube=self.world.kube, facts=self.facts, now=self.now)
-        return self.api.objects[f"{JOBS}/tune"]["status"]
-
-    def pod(self, name: str) -> dict[str, Any] | None:
-        return self.api.objects.get(f"{PODS}/{name}")
-
-    def run(self, name: str) -> None:
-        pod = self.pod(name)
-        assert pod is not None
-        status = {"phase": "Running", "podIP": ""}
-        self.api.put(f"{PODS}/{name}", pod | {"status": status})
-
-    def leave(self, name: str, *, at: str) -> None:
-        """Have the trainer commit a checkpoint and exit."""
-        pod = self.pod(name)
-        assert pod is not None
-        words = {"phase": "Running", "checkpoint": {"step": 7, "committedAt": at}}
-        ended = {"exitCode": 75, "finishedAt": at, "message": json.dumps(words)}
-        container = {"name": "trainer", "state": {"terminated": ended}}
-        status = {"phase": "Failed", "containerStatuses": [container]}
-        self.api.put(f"{PODS}/{name}", pod | {"status": status})
-
-    def is_gated(self, name: str) -> bool:
-        pod = self.pod(name)
-        assert pod is not None
-        return bool(pod["spec"].get("schedulingGates"))
-
-    def restart_operator(self) -> None:
-        """Begin anew with what the API server knows."""
-        self.world.restart_operator()
-        object.__setattr__(self.world.facts, "ledger", Ledger(sees_nodes=None))
-        self.facts = self.world.facts
-        self.arbiter = Arbiter(kube=self.world.kube, facts=self.facts, on_change=lambda key: None)
-
-
-def trainer_pod() -> dict[str, Any]:
-    own = {labels.ROLE: labels.ROLE_TRAINER, labels.JOB: "tune"}
-    return {
-        "metadata": {"namespace": "team", "labels": own,
-                     "creationTimestamp": "2026-09-01T12:00:00Z"},
-        "spec": {"nodeName": "a", "containers": [{"resources": {"limits": {GPU: "1"}}}]},
-    }  # fmt: skip
-
-
-def admitted(status: dict[str, Any]) -> tuple[str, str]:
-    found = next(c for c in status["conditions"] if c["type"] == "Admitted")
-    return found["status"], found["reason"]
 
 
 async def test_a_job_starts_on_the_node_it_was_given() -> None:
@@ -345,11 +213,8 @@ async def test_a_replica_that_its_user_pinned_to_a_node_is_let_in_there() -> Non
 async def test_a_replica_goes_where_its_selector_and_tolerations_let_it() -> None:
     cluster = Cluster()
     spare = {"key": "dedicated", "value": "chat", "effect": "NoSchedule"}
-    for name, more in (("b", {"pool": "h100"}), ("c", {"pool": "l4"})):
-        node = json.loads(json.dumps(cluster.api.objects["/api/v1/nodes/a"]))
-        node["metadata"] = {"name": name, "labels": {labels.HOSTNAME: f"host-{name}", **more}}
-        node["spec"] = {"taints": [spare]} if name == "b" else {}
-        cluster.api.put(f"/api/v1/nodes/{name}", node)
+    cluster.node("b", taints=[spare], pool="h100")
+    cluster.node("c", pool="l4")
     cluster.submit()
     selector = {"pool": "h100"}
     cluster.replica("one", is_gated=True, nodeSelector=selector, tolerations=[spare])
@@ -363,29 +228,133 @@ async def test_a_replica_goes_where_its_selector_and_tolerations_let_it() -> Non
     assert missing["spec"]["nodeSelector"] == selector
 
 
-@pytest.mark.parametrize(
-    ("committed_at", "unsaved_s"),
-    [
-        ("2026-09-01T12:09:00Z", 60.0),
-        ("2026-09-01T12:09:00", 600.0),
-        ("soon", 600.0),
-        (None, 600.0),
-    ],
-)
-def test_a_checkpoint_of_unknown_time_counts_as_none(
-    committed_at: str | None, unsaved_s: float
-) -> None:
-    pod = trainer_pod()
-    jobs: dict[str, Any] = {"team/tune": {"status": {"checkpoint": {"committedAt": committed_at}}}}
-    (lease,) = read_leases([pod], jobs, {}, GPU, now=NOW)
-    assert lease.unsaved_s == unsaved_s
+AFFINITY = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {}}}
 
 
-def test_pods_that_kueue_admits_are_no_lease_of_ours() -> None:
+async def test_pods_with_an_affinity_are_let_in_and_their_node_is_left_to_the_scheduler() -> None:
     cluster = Cluster()
-    nodes = read_nodes([cluster.api.objects["/api/v1/nodes/a"]])
-    pod = trainer_pod()
-    jobs: dict[str, Any] = {"team/tune": {}}
-    assert [lease.job for lease in read_leases([pod], jobs, nodes, GPU, now=NOW)] == ["team/tune"]
-    pod["metadata"]["labels"][labels.KUEUE_QUEUE] = "research"
-    assert read_leases([pod], jobs, nodes, GPU, now=NOW) == []
+    cluster.submit(patch={"affinity": AFFINITY})
+    cluster.replica("two", is_gated=True, affinity=AFFINITY)
+    await cluster.look()
+    trainer, replica = cluster.pod("tune-g1-0"), cluster.pod("two")
+    assert trainer is not None and replica is not None
+    assert not cluster.is_gated("two")
+    assert "nodeSelector" not in trainer["spec"] and "nodeSelector" not in replica["spec"]
+
+
+@pytest.mark.parametrize(("pool", "left"), [("one", "host-b"), ("other", "host-a")])
+@pytest.mark.parametrize("phase", ["", "Failed"])
+async def test_what_is_kept_for_a_deployment_is_kept_where_its_pods_may_go(
+    pool: str, left: str, phase: str
+) -> None:
+    cluster = Cluster()
+    cluster.node("a", pool="one")
+    cluster.node("b", pool="other")
+    cluster.world.change(
+        scaling={"min": 0, "max": 1, "reserve": 1},
+        accelerator={"resource": GPU, "count": 2},
+        podTemplatePatch={"nodeSelector": {"pool": pool}},
+    )
+    if phase:  # a replica that ended counts as none
+        cluster.replica("smollm2-0", node="a")
+        ended = cluster.pod("smollm2-0")
+        assert ended is not None
+        ended["metadata"]["labels"][labels.DEPLOYMENT] = "smollm2"
+        cluster.api.put(f"{PODS}/smollm2-0", ended | {"status": {"phase": phase}})
+    cluster.submit(workers=2)
+    await cluster.look()
+    for name in ("tune-g1-0", "tune-g1-1"):
+        pod = cluster.pod(name)
+        assert pod is not None
+        assert pod["spec"]["nodeSelector"] == {labels.HOSTNAME: left}
+
+
+async def test_a_write_that_is_refused_holds_up_nobody_else() -> None:
+    cluster = Cluster()
+    cluster.submit()
+    cluster.replica("bad", is_gated=True)
+    cluster.replica("good", is_gated=True)
+
+    def refuse(method: str, path: str) -> None:
+        if path.endswith("/bad"):
+            raise Conflict(status=409)
+
+    cluster.api.fault = refuse
+    status = await cluster.look()
+    assert cluster.is_gated("bad") and not cluster.is_gated("good")
+    assert admitted(status) == ("False", "NoSpareCapacity")
+    cluster.api.fault = lambda method, path: None
+    await cluster.look()
+    assert not cluster.is_gated("bad")
+
+
+async def test_a_job_that_asks_for_more_before_it_starts_waits_for_the_whole_of_it() -> None:
+    cluster = Cluster()
+    cluster.submit()
+    await finetunejob.reconcile(KEY, kube=cluster.world.kube, facts=cluster.facts, now=NOW)
+    await cluster.arbiter.look(now=NOW)
+    assert cluster.facts.ledger.admitted[KEY] == ("host-a",)
+    cluster.submit(workers=2)
+    cluster.facts.specs.forget(cluster.api.objects[f"{JOBS}/tune"])
+    await cluster.look()
+    for name in ("tune-g1-0", "tune-g1-1"):
+        pod = cluster.pod(name)
+        assert pod is not None
+        assert pod["spec"]["nodeSelector"] == {labels.HOSTNAME: "host-a"}
+
+
+async def test_an_answer_to_what_a_job_asked_before_the_look_ended_is_dropped() -> None:
+    cluster = Cluster()
+    cluster.submit()
+    cluster.replica("two", is_gated=True)
+    await finetunejob.reconcile(KEY, kube=cluster.world.kube, facts=cluster.facts, now=NOW)
+    ledger = cluster.facts.ledger
+    asked = ledger.requests[KEY]
+
+    def ask_for_more(method: str, path: str) -> None:
+        if path.endswith("/two"):
+            ledger.ask(KEY, replace(asked, job=replace(asked.job, gang=Gang(2, 1))))
+
+    cluster.api.fault = ask_for_more
+    await cluster.arbiter.look(now=NOW)
+    assert not cluster.is_gated("two")
+    assert KEY not in ledger.admitted
+    await cluster.arbiter.look(now=NOW)  # one device is left, and two are asked for now
+    wait = ledger.wait_of(KEY)
+    assert wait is not None and wait.hold is Hold.NO_ROOM
+
+
+async def test_status_names_the_nodes_of_all_workers() -> None:
+    cluster = Cluster()
+    cluster.node("b")
+    cluster.replica("one", node="a")
+    cluster.replica("two", node="b")
+    cluster.submit(workers=2)
+    await cluster.look()
+    for name, node in (("tune-g1-0", "b"), ("tune-g1-1", "a")):
+        pod = cluster.pod(name)
+        assert pod is not None
+        cluster.api.put(f"{PODS}/{name}", pod | {"spec": pod["spec"] | {"nodeName": node}})
+        cluster.run(name)
+    status = await cluster.look()
+    assert status["lending"]["nodes"] == ["b", "a"]
+
+
+async def test_no_borrower_leaves_while_another_replica_is_on_its_way_out() -> None:
+    cluster = Cluster()
+    cluster.replica("one", node="a")
+    cluster.submit()
+    await cluster.look()
+    cluster.run("tune-g1-0")
+    leaving = cluster.pod("one")
+    assert leaving is not None
+    gone_by = "2026-09-01T12:11:00Z"
+    metadata = leaving["metadata"] | {"deletionTimestamp": gone_by}
+    cluster.api.put(f"{PODS}/one", leaving | {"metadata": metadata})
+    cluster.replica("two", is_gated=True)
+    status = await cluster.look()
+    assert cluster.is_gated("two")
+    assert status["lending"]["preemptions"] == 0
+    cluster.now += timedelta(minutes=3)  # it is stuck, so somebody else has to
+    status = await cluster.look()
+    assert status["lending"]["preemptions"] == 1

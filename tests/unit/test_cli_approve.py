@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def approve(here: Path, *words: str, approval: str = "Manual", **annotations: str) -> Result:
+def approve(
+    here: Path,
+    *words: str,
+    approval: str = "Manual",
+    conditions: Sequence[dict[str, str]] = (),
+    **annotations: str,
+) -> Result:
     metadata: dict[str, Any] = {"name": "support", "annotations": annotations}
-    job = {"metadata": metadata, "spec": {"promotion": {"approval": approval}}}
+    job = {
+        "metadata": metadata,
+        "spec": {"promotion": {"approval": approval}},
+        "status": {"conditions": conditions},
+    }
     (here / "job.json").write_text(json.dumps(job))
     return CliRunner().invoke(app, ["approve", *words])
 
@@ -54,6 +65,18 @@ def test_a_job_that_needs_no_approval_is_left_alone(here: Path) -> None:
     done = approve(here, "support", approval="Auto")
     assert done.exit_code == 1
     assert "support needs no approval" in done.output
+
+
+def test_a_job_whose_model_was_rolled_back_is_not_approved_again(here: Path) -> None:
+    why = "The deployment was rolled back to the model before: it answers slowly."
+    failed = {"type": "Failed", "status": "True", "reason": "RolledBack", "message": why}
+    done = approve(here, "support", conditions=[failed], **{"mizzen.dev/approve": "grace"})
+    assert done.exit_code == 1
+    assert done.output == (
+        f"support has failed, so its result is not served; submit the job anew. {why}\n"
+    )
+    fine = {**failed, "status": "False"}
+    assert approve(here, "support", conditions=[fine]).exit_code == 0
 
 
 def test_a_job_that_is_not_there_is_said_so(here: Path) -> None:

@@ -107,6 +107,20 @@ def test_undo_names_the_revisions_there_are(cluster: Cluster) -> None:
     assert result.stderr == "chat has no revision 5. There are: 1, 2.\n"
 
 
+def test_undo_says_whose_model_is_served_instead_of_the_specs(cluster: Cluster) -> None:
+    path = cluster.folder / "llmdeployment.json"
+    resource = json.loads(path.read_text())
+    resource["status"]["promotedModel"] = {"job": "tune", "revision": "hash2"}
+    path.write_text(json.dumps(resource))
+    result = cluster.rollout("undo", "chat")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "chat serves the model of job tune. Delete that job, or take its approval away, "
+        "to go back.\n"
+    )
+    assert not any(" patch " in f" {line} " for line in cluster.asked)
+
+
 def test_without_a_past_there_is_nothing_to_undo_or_to_list(cluster: Cluster) -> None:
     cluster.write([])
     assert "no earlier revision" in cluster.rollout("undo", "chat").stderr

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
-from mizzen.operator.desired.adapters import wanted_adapters
 from mizzen.operator.desired.routes import (
     POOL,
     ROUTE,
@@ -17,23 +15,12 @@ from mizzen.operator.desired.routes import (
     build_routes,
 )
 from mizzen.operator.desired.serving import PodPlace, Serving, build_pod
+from tests.fixtures.wanted_serving import serving
 
 Json = dict[str, Any]
 GATEWAY = ParentGateway("front", "edge", "https")
 PICKER = EndpointPicker("{deployment}-epp", 9002)
 BOTH = frozenset({POOL, ROUTE})
-
-
-def serving(**spec: Any) -> Serving:
-    parsed = LLMDeploymentSpec.parse({"model": {"source": "pvc://models/smollm2"}} | spec)
-    return Serving(
-        name="smollm2",
-        namespace="team",
-        uid="8c1b2c1e-0000",
-        spec=parsed,
-        image="registry.example/runtime:1",
-        adapters=wanted_adapters(parsed.adapters, []),
-    )
 
 
 def built(wanted: Serving, **routing: Any) -> dict[str, Json]:

@@ -12,28 +12,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
 from mizzen.operator.desired.adapters import PromotedArtifact, WantedAdapter, wanted_adapters
 from mizzen.operator.desired.children import build_children
 from mizzen.operator.desired.network import build_admin_secret, build_network_policy
-from mizzen.operator.desired.serving import PodPlace, Serving, build_pod, revision_of
+from mizzen.operator.desired.serving import PodPlace, build_pod, revision_of
 from mizzen.operator.desired.sources import Source, claim_volume, locate
+from tests.fixtures.wanted_serving import serving
 
 GOLDEN = Path(__file__).parent / "golden" / "serving"
 CASES = sorted(path.name.removesuffix(".in.yaml") for path in GOLDEN.glob("*.in.yaml"))
 Json = dict[str, Any]
-
-
-def serving(**spec: Any) -> Serving:
-    parsed = LLMDeploymentSpec.parse({"model": {"source": "pvc://models/smollm2"}} | spec)
-    return Serving(
-        name="smollm2",
-        namespace="team",
-        uid="8c1b2c1e-0000",
-        spec=parsed,
-        image="registry.example/runtime:1",
-        adapters=wanted_adapters(parsed.adapters, []),
-    )
 
 
 def pod(**spec: Any) -> Json:

@@ -107,6 +107,10 @@ def endless(request_id: str = "r", **fields: object) -> GenerationRequest:
     return GenerationRequest(**{**values, **fields})
 
 
+def out_of_luck(step: StepInput, before_N: Tensor | None) -> None:
+    raise RuntimeError("out of luck")
+
+
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():  # noqa: ASYNC110 - the condition is another thread's
         await asyncio.sleep(0.001)
@@ -250,11 +254,8 @@ async def test_a_drain_out_of_time_aborts_the_rest(engine: Engine, gate: Gate) -
 
 
 async def test_a_failing_step_ends_every_request_and_liveness(engine: Engine, gate: Gate) -> None:
-    def fail(step: StepInput, before_N: Tensor | None) -> None:
-        raise RuntimeError("out of luck")
-
     clients = await start_clients(engine, 3)
-    gate._run = fail
+    gate._run = out_of_luck
     gate.open()
     for result in await asyncio.gather(*clients, return_exceptions=True):
         assert isinstance(result, EngineDeadError) and "out of luck" in str(result)
@@ -264,6 +265,21 @@ async def test_a_failing_step_ends_every_request_and_liveness(engine: Engine, ga
     with pytest.raises(EngineDeadError):
         await asyncio.wrap_future(engine._loop.call_between_steps(lambda: None))
     await engine.drain(timeout_s=1000)
+
+
+async def test_a_call_whose_asker_has_left_keeps_no_end_from_the_others(
+    engine: Engine, gate: Gate
+) -> None:
+    (client,) = await start_clients(engine, 1)
+    left, waits = (engine._loop.call_between_steps(lambda: None) for _ in range(2))
+    left.cancel()
+    gate._run = out_of_luck
+    gate.open()
+    async with asyncio.timeout(60):
+        for result in await asyncio.gather(
+            client, asyncio.wrap_future(waits), return_exceptions=True
+        ):
+            assert isinstance(result, EngineDeadError) and "out of luck" in str(result)
 
 
 async def test_a_stopped_engine_leaves_nobody_waiting(engine: Engine, gate: Gate) -> None:

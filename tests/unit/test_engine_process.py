@@ -20,7 +20,6 @@ from mizzen.runtime.engine.api import (
     EngineStats,
     GenerationRequest,
     Grammar,
-    ModelSizes,
     SamplingParams,
     TokenLogprob,
     TokenOutput,
@@ -51,6 +50,7 @@ from mizzen.runtime.engine.startup import NullRecorder
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import BadModelError, MizzenError, RankLostError
 from mizzen.runtime.server.errors import to_api_error
+from tests.fixtures.fake_engine import SIZES
 from tests.fixtures.runtime_server import Running, eventually, running_tiny_model
 
 CHAT = "/v1/chat/completions"
@@ -122,7 +122,7 @@ class MuteProcess:
     async def start(self) -> None:
         link = await open_link(self.other, ToEngine)
         assert isinstance(await link.receive(), Start)
-        link.send(Started(model_len=512, sizes=ModelSizes()))
+        link.send(Started(model_len=512, sizes=SIZES))
         link.send(MESSAGES[-1][1])
         await link.receive()  # a request that is never answered
         await asyncio.Event().wait()

@@ -1,9 +1,11 @@
 """What the model thinks of given tokens, computed while no request wants it."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,26 @@ import torch
 from transformers import PreTrainedModel
 
 from mizzen.runtime.engine import engine as engine_module
+from mizzen.runtime.engine import scoring as scoring_module
 from mizzen.runtime.engine.api import ScoreRequest
 from mizzen.runtime.engine.engine import Engine
 from mizzen.runtime.engine.errors import (
+    AsleepError,
     EngineBusyError,
     EngineDeadError,
     InvalidRequestError,
     PromptTooLongError,
     UnknownAdapterError,
 )
-from mizzen.runtime.engine.idle import MAX_WAITING, IdleQueue, Interrupted, InterruptibleAttention
+from mizzen.runtime.engine.idle import MAX_WAITING, IdleQueue, Interrupted
+from mizzen.runtime.engine.messages import FromEngine, Report, Started, Timings, ToEngine, open_link
+from mizzen.runtime.engine.process import Host, TimingLog
+from mizzen.runtime.engine.remote import RemoteEngine
+from mizzen.runtime.engine.scoring import Scoring
+from mizzen.runtime.engine.startup import NullRecorder
+from mizzen.runtime.model.layers import LoraDelta
 from tests.fixtures.engine_models import generate, save_served_llama, tiny_config
-from tests.fixtures.runtime_server import Running, running_tiny_model
+from tests.fixtures.runtime_server import Running, eventually, running_tiny_model
 
 PROMPT = tuple(range(40, 70))
 
@@ -43,23 +53,35 @@ def engine(checkpoint: tuple[Path, PreTrainedModel]) -> Iterator[Engine]:
 
 
 class UntilWanted:
-    """A slice that would never end, were nobody to ask."""
+    """Work that would never end, were nobody to ask."""
 
     def __init__(self) -> None:
         self.began, self.given_up = threading.Event(), 0
         self.is_over = False
 
-    def do_slice(self, is_wanted: Callable[[], bool]) -> bool:
+    def do(self, is_wanted: Callable[[], bool]) -> None:
         self.began.set()
         while not is_wanted():
             if self.is_over:
-                return False
+                return
             time.sleep(0.001)
         self.given_up += 1
         raise Interrupted
 
     def fail(self, error: Exception) -> None:
         self.error = error
+
+
+@contextmanager
+def idle_work(engine: Engine) -> Iterator[UntilWanted]:
+    """Hold the loop with work that ends with the block."""
+    work = UntilWanted()
+    engine._loop.add_idle(work)
+    try:
+        yield work
+    finally:
+        work.is_over = True
+        engine._loop.remove_idle(work)
 
 
 async def test_scores_are_those_of_transformers(
@@ -90,66 +112,102 @@ async def test_drawn_ids_follow_the_models_distribution_and_repeat_with_the_seed
     assert (await engine.score(asked)).drawn == scores.drawn
 
 
-async def test_a_request_is_answered_though_a_slice_would_never_end(engine: Engine) -> None:
-    work = UntilWanted()
-    engine._loop.add_idle(work)
-    try:
+async def test_a_request_is_answered_though_idle_work_would_never_end(engine: Engine) -> None:
+    with idle_work(engine) as work:
         await asyncio.to_thread(work.began.wait)
         assert len(await generate(engine, [1, 2, 3], max_tokens=4)) == 4
         assert work.given_up >= 1
-    finally:
-        work.is_over = True
-        engine._loop.remove_idle(work)
     # The queue turns again: what was given up does not hold up what comes after it.
     assert len((await engine.score(ScoreRequest(token_ids=PROMPT))).logprobs) == len(PROMPT) - 1
-
-
-async def test_work_is_done_in_turns(engine: Engine) -> None:
-    class Endless(UntilWanted):
-        def do_slice(self, is_wanted: Callable[[], bool]) -> bool:
-            self.began.set()
-            return True
-
-    work = Endless()
-    engine._loop.add_idle(work)
-    try:
-        await asyncio.to_thread(work.began.wait)
-        assert (await engine.score(ScoreRequest(token_ids=(1, 2)))).logprobs
-    finally:
-        work.is_over = True
-        engine._loop.remove_idle(work)
 
 
 async def test_whoever_waits_too_long_for_an_idle_moment_is_sent_away(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_module, "WAIT_S", 0.05)
-    work = UntilWanted()
-    engine._loop.add_idle(work)
-    try:
-        with pytest.raises(EngineBusyError, match="requests that come first"):
-            await engine.score(ScoreRequest(token_ids=PROMPT))
-    finally:
-        work.is_over = True
-        engine._loop.remove_idle(work)
+    busy = r"requests that come first: 0\.05 seconds .* to wait .* and to compute"
+    with idle_work(engine), pytest.raises(EngineBusyError, match=busy):
+        await engine.score(ScoreRequest(token_ids=PROMPT))
 
 
 def test_no_more_waits_than_there_is_room_for() -> None:
-    queue = IdleQueue()
+    queue = IdleQueue(threading.Lock())
     for _ in range(MAX_WAITING):
         queue.add(UntilWanted())
-    with pytest.raises(EngineBusyError):
+    with pytest.raises(EngineBusyError, match="256 others wait already"):
         queue.add(UntilWanted())
 
 
-def test_backward_looks_up_too() -> None:
-    is_wanted = False
-    attend = InterruptibleAttention([4], lambda: is_wanted)
-    q, k, v = (torch.randn(4, 2, 8, requires_grad=True) for _ in range(3))
-    out = attend(0, q, k, v)
-    is_wanted = True
+def test_work_that_leaves_before_its_moment_leaves_the_loop_nothing_to_do() -> None:
+    lock = threading.Lock()
+    queue, work = IdleQueue(lock), UntilWanted()
+    queue.add(work)
+    queue.remove(work)
+    queue.do_first(lambda: False)
+    assert not work.began.is_set()
+
+
+async def test_a_fault_of_ours_is_logged_where_it_happens_and_the_loop_goes_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(engine._ranks, "adapter_of", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            await engine.score(ScoreRequest(token_ids=PROMPT))
+    logged = [record for record in caplog.records if record.exc_info]
+    assert [record.exc_info[0] for record in logged] == [ZeroDivisionError]
+    assert (await engine.score(ScoreRequest(token_ids=PROMPT))).logprobs
+
+
+async def test_the_loop_is_alive_while_it_computes_in_an_idle_moment(engine: Engine) -> None:
+    with idle_work(engine) as work:
+        await asyncio.to_thread(work.began.wait)
+        stamped_at = engine._loop.heartbeat_at
+        await eventually(lambda: engine._loop.heartbeat_at > stamped_at, within_s=20)
+
+
+def test_a_score_is_given_up_when_its_asker_leaves(engine: Engine) -> None:
+    def leave() -> LoraDelta | None:
+        scoring.done.cancel()
+        return None
+
+    scoring = Scoring(ScoreRequest(token_ids=PROMPT), engine._ranks.resident, leave)
     with pytest.raises(Interrupted):
-        out.sum().backward()
+        scoring.do(lambda: False)
+    scoring.do(lambda: True)  # nobody waits: it is over before it looks up
+
+
+def test_an_asker_that_leaves_at_the_last_moment_is_told_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scoring = Scoring(ScoreRequest(token_ids=PROMPT), lambda: None, lambda: None)
+    monkeypatch.setattr(scoring_module, "score", lambda *_: scoring.done.cancel())
+    scoring.do(lambda: False)
+    scoring.fail(ZeroDivisionError())
+    assert scoring.done.cancelled()
+
+
+async def test_a_score_that_waits_when_the_engine_falls_asleep_is_told_so(
+    checkpoint: tuple[Path, PreTrainedModel],
+) -> None:
+    engine = Engine.start(tiny_config(checkpoint[0]))
+    with idle_work(engine) as work:
+        await asyncio.to_thread(work.began.wait)
+        asked = asyncio.create_task(engine.score(ScoreRequest(token_ids=PROMPT)))
+        await eventually(lambda: len(engine._loop._idle._works) == 2, within_s=20)
+        await engine.sleep(timeout_s=1)
+    with pytest.raises(AsleepError):
+        await asked
+    await engine.stop()
+
+
+async def test_a_model_on_several_ranks_refuses_scores_at_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with idle_work(engine), monkeypatch.context() as spread:
+        spread.setattr(engine._ranks._ranks.group, "size", 2)
+        with pytest.raises(InvalidRequestError, match=r"Ask a deployment with .*tensor 1"):
+            await engine.score(ScoreRequest(token_ids=PROMPT))
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -186,6 +244,38 @@ async def test_what_waits_when_the_engine_stops_is_told(
     assert isinstance(work.error, EngineDeadError)
     with pytest.raises(EngineDeadError):
         await asked
+
+
+class EndedProcess:
+    def wait(self, timeout_s: float) -> int:
+        return 0
+
+
+async def remote_of(engine: Engine, end: socket.socket) -> RemoteEngine:
+    first = Report(engine.stats(), True, True, Timings(), [], [])
+    started = Started(engine.model_len, engine.sizes)
+    link = await open_link(end, FromEngine)
+    return RemoteEngine(
+        EndedProcess(), link, engine.tokenizer, NullRecorder(), started=started, first=first
+    )
+
+
+async def test_a_score_whose_asker_leaves_is_forgotten_in_the_engines_process(
+    engine: Engine,
+) -> None:
+    left, right = socket.socketpair()
+    host = Host(engine, TimingLog(), await open_link(left, ToEngine))
+    serving = asyncio.create_task(host._listen())
+    remote = await remote_of(engine, right)
+    with idle_work(engine) as work:
+        asked = asyncio.create_task(remote.score(ScoreRequest(token_ids=PROMPT)))
+        await eventually(lambda: len(engine._loop._idle._works) == 2, within_s=20)
+        asked.cancel()
+        await eventually(lambda: list(engine._loop._idle._works) == [work], within_s=20)
+    assert (await remote.score(ScoreRequest(token_ids=PROMPT))).logprobs
+    assert not host._scores
+    await remote.stop()
+    await serving
 
 
 # Over HTTP, with the engine in a process of its own.

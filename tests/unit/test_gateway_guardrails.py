@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 
 from mizzen.operator.crds.front import Guardrail, PromptTemplate
 from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
+from mizzen.runtime.gateway import guardrails as rules
 from mizzen.runtime.gateway.directory import ServedModel
 from mizzen.runtime.gateway.sinks import parse_model
-from tests.fixtures.gateway_house import CHAT, House, MakeHouse, open_houses, until
+from tests.fixtures.gateway_house import CHAT, MODEL, House, MakeHouse, open_houses, until
 from tests.fixtures.runtime_server import running_tiny_model
 
 
@@ -131,10 +133,14 @@ INPUTS = {
         CHAT,
         {"tools": [{"function": {"parameters": {"properties": {"id": {"description": "BEGIN"}}}}}]},
     ),
+    "a type in a tool's schema": (
+        CHAT,
+        {"tools": [{"function": {"parameters": {"properties": {"x": {"type": "sk-1"}}}}}]},
+    ),
     "a prompt": ("/v1/completions", {"prompt": ["fine", "sk-zz"]}),
     "a prompt whose tokens are to be scored": (
         "/v1/completions",
-        {"prompt": "sk-zz", "max_tokens": 0},
+        {"prompt": "sk-zz", "max_tokens": 0, "prompt_logprobs": 0},
     ),
     "a text to embed": ("/v1/embeddings", {"input": "sk-zz"}),
 }
@@ -291,13 +297,17 @@ async def test_a_client_that_leaves_before_anything_could_pass_stops_the_replica
     await asyncio.wait_for(house.replicas[0].cancelled.wait(), 60)
 
 
-async def test_where_answers_are_checked_no_scores_are_given(make_house: MakeHouse) -> None:
+@pytest.mark.parametrize("tokens", [0, "0"])
+@pytest.mark.parametrize("scores", [{"prompt_logprobs": 0}, {"prompt_samples": 1}])
+async def test_where_answers_are_checked_no_scores_are_given(
+    make_house: MakeHouse, tokens: object, scores: dict[str, object]
+) -> None:
     house = await make_house([])
     house.serve(*house.replicas, model=model(guardrails=[OUT]))
-    status, document = await post(house, "/v1/completions", prompt="x", max_tokens=0)
+    status, document = await post(house, "/v1/completions", prompt="x", max_tokens=tokens, **scores)
     assert (status, document["error"]["code"]) == (400, "content_filter")
     assert "'no-keys-out'" in document["error"]["message"]
-    assert "at least one token ('max_tokens')" in document["error"]["message"]
+    assert "leave out 'prompt_logprobs' and" in document["error"]["message"]
     assert not house.replicas[0].seen
 
 
@@ -329,6 +339,25 @@ async def test_a_pattern_that_is_wrong_is_said_once_in_the_log(
     for _ in range(2):
         assert b"so keep it" in await house.stream()
     assert caplog.text.count("pattern '(?=once)' is not RE2's") == 1
+
+
+class DeepGuardrail(rules.Guardrail):
+    """Finds every text too deep, as some are from some depth on, another with each Python."""
+
+    def first_hit(self, text: str) -> int | None:
+        raise RecursionError
+
+
+async def test_what_is_nested_too_deeply_to_be_checked_is_the_client_s_mistake(
+    make_house: MakeHouse,
+) -> None:
+    house = await make_house([])
+    rail = DeepGuardrail("deep", is_output=False)
+    house.serve(*house.replicas, model=replace(MODEL, guardrails=(rail,)))
+    status, document = await post(house, messages=said("x"))
+    assert status == 400
+    assert "nested too deeply to be checked" in document["error"]["message"]
+    assert not house.replicas[0].seen
 
 
 def test_the_fields_that_make_no_sense_together_are_refused_by_the_api() -> None:

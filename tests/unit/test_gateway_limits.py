@@ -300,6 +300,27 @@ def test_no_minute_gives_more_than_two_allowances(
         assert sum(n for at, n in taken if start <= at < start + 60) <= 2 * per_minute
 
 
+@pytest.mark.parametrize(("per_minute", "lines"), [(1, 1), (2, 1), (3, 1), (4, 2), (10, 5)])
+def test_batches_get_half_of_a_minute_s_requests_and_one_at_least(
+    per_minute: int, lines: int
+) -> None:
+    account = Account(Limits(requests_per_minute=per_minute), clock=lambda: 0.0)
+    for _ in range(lines):
+        account.take_background(requests=1)
+    with pytest.raises(RateLimitedError, match=f"Half of this API key's {per_minute} requests per"):
+        account.take_background(requests=1)
+    account.take_background(requests=0)
+
+
+def test_batches_wait_while_half_of_a_minute_s_tokens_are_used() -> None:
+    account = Account(Limits(tokens_per_minute=100), clock=lambda: 0.0)
+    account.charge_tokens(49)
+    account.take_background(requests=1)
+    account.charge_tokens(1)
+    with pytest.raises(RateLimitedError, match="Half of this API key's 100 tokens per minute"):
+        account.take_background(requests=0)
+
+
 def test_after_the_stated_wait_the_request_is_let_through() -> None:
     clock = Clock()
     account = Account(Limits(requests_per_minute=6), clock)

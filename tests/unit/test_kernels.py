@@ -143,15 +143,17 @@ def test_attention_over_pages_is_torchs(
     assert torch.equal(cache, reference.to(dtype)), "the same keys and values are stored"
 
 
+@pytest.mark.parametrize("dim", [8, 64])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_with_its_own_sequence(
-    level: str, dtype: torch.dtype, bad: float
+    level: str, dtype: torch.dtype, bad: float, dim: int
 ) -> None:
-    batch = batch_of([(1, 20), (1, 20), (1, 3)], 16)
-    cache = KvShape(1, 201, 1, 8).allocate(dtype=dtype)
+    batch = batch_of([(1, 20), (1, 20), (1, 3), (5, 7)], 16)
+    cache = KvShape(1, 201, 1, dim).allocate(dtype=dtype)
     # Beyond a sequence's end lies what an earlier one left; it must not even be multiplied by zero.
-    cache[:, :, batch.block_tables_SB[2, 0], 3:] = torch.nan
-    q, k, v = (random(3, 1, 8, dtype=dtype) for _ in range(3))
+    for row, context in ((2, 3), (3, 7)):
+        cache[:, :, batch.block_tables_SB[row, 0], context:] = torch.nan
+    q, k, v = (random(8, 1, dim, dtype=dtype) for _ in range(3))
     q[0], k[0, 0, 0] = 1, bad
     out = PagedCpu(cache, batch)(0, q, k, v)
     assert not out[0].isfinite().any()

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from mizzen.operator.controllers import finetunejob
+from mizzen.operator.engine.key import Key
 from mizzen.operator.planning.promotions import MODEL, choose_holders, promoted_at
 from mizzen.operator.status.job_facts import Approval, Promotion
 from mizzen.operator.status.progress import Progress, parse_progress
@@ -29,6 +31,12 @@ def published(name: str, *, hour: int = 0, **promotion: str) -> Json:
             "conditions": [{"type": "Published", "status": "True", "lastTransitionTime": at}]
         },
     }
+
+
+def rolled_back(job: Json) -> Json:
+    failed = {"type": "Failed", "status": "True", "lastTransitionTime": "2026-01-01T09:00:00Z"}
+    job["status"]["conditions"].append(failed)
+    return job
 
 
 def names(jobs: list[Json]) -> dict[str, str]:
@@ -54,6 +62,9 @@ HOLDERS = {
         [published("a", strategy="Canary"), published("b")], {MODEL: "a", "b": "b"}),
     "a job that needs approval holds nothing before": (
         [published("a", approval="Manual")], {}),
+    "a job whose model was rolled back leaves its place to the one before": (
+        [published("a", hour=1, strategy="Canary"),
+         rolled_back(published("b", hour=2, strategy="Canary", replaces="a"))], {MODEL: "a"}),
 }  # fmt: skip
 
 
@@ -117,6 +128,19 @@ def test_a_job_whose_name_moved_on_is_done_and_says_to_whom() -> None:
     assert seen(second, first).is_done
 
 
+def test_a_promotion_stays_done_while_its_deployment_sleeps_or_gets_more_replicas() -> None:
+    asleep, growing = copy.deepcopy(SERVING), copy.deepcopy(SERVING)
+    asleep["status"] = {}
+    growing["status"]["readyReplicas"] = 3
+    job = published("x")
+    assert not seen(job, deployment=asleep).is_done
+    assert not seen(job, deployment=growing).is_done
+    job["status"]["conditions"].append({"type": "Promoted", "status": "True"})
+    assert seen(job, deployment=asleep).is_done
+    assert seen(job, deployment=growing).is_done
+    assert not seen(job, deployment=None).is_done
+
+
 def test_an_approval_is_kept_with_who_and_when() -> None:
     job = published("x", approval="Manual")
     problem = seen(job).problem
@@ -136,7 +160,7 @@ def model_served(**rollout: Any) -> Json:
     promoted = {"job": "big", "digest": "sha256:1", "revision": "new"}
     deployment["status"] |= {"promotedModel": promoted, "revision": "new"}
     if rollout:
-        deployment["status"]["rollout"] = {"revision": "new", **rollout}
+        deployment["status"]["rollout"] = {"revision": "new"} | rollout
     return deployment
 
 
@@ -145,6 +169,8 @@ def test_a_model_is_promoted_when_its_rollout_is_over_and_failed_when_it_was_tak
     assert seen(job, deployment=model_served()).is_done
     assert not seen(job, deployment=model_served(stable="old")).is_done
     assert not seen(job, deployment=SERVING).is_done
+    later = model_served(revision="later", stable="new", failure={"message": "Too many errors."})
+    assert seen(job, deployment=later).is_done
     back = seen(job, deployment=model_served(failure={"message": "Too many errors."}))
     assert back.has_failed and back.problem is not None
     assert back.problem.message.endswith("model before: Too many errors.")
@@ -178,6 +204,68 @@ async def test_a_name_moves_to_a_newer_version_and_back_when_its_job_is_deleted(
     assert list(world.runtimes.loaded.values()) == [{"support": "sha256:1"}]
 
 
+PROBES = [
+    {"prompt": "The capital of France is", "expect": "Paris"},
+    {"prompt": "Two and two are", "expect": "4|four|Paris"},
+]
+
+
+async def reconcile_job(world: World, name: str) -> Json:
+    key = Key("finetunejob", "team", name)
+    await finetunejob.reconcile(key, kube=world.kube, facts=world.facts, now=world.now)
+    (path,) = [path for path in world.api.objects if path.endswith(f"/finetunejobs/{name}")]
+    status: Json = world.api.objects[path]["status"]
+    return status
+
+
+def promoted(status: Json) -> tuple[str, str, str]:
+    (condition,) = [c for c in status["conditions"] if c["type"] == "Promoted"]
+    return status["phase"], condition["status"], condition["reason"]
+
+
+async def served_with_probes() -> World:
+    """A name that moved on to a second job, which has probes."""
+    world = World()
+    publish_job(world, "one", digest="sha256:1", adapter="support")
+    await world.settle()
+    publish_job(
+        world, "two", digest="sha256:2", at="2026-01-01T01:00:00Z",
+        adapter="support", replaces="one", probes=PROBES,
+    )  # fmt: skip
+    await world.settle()
+    assert list(world.runtimes.loaded.values()) == [{"support": "sha256:2"}]
+    return world
+
+
+async def test_an_adapter_that_talks_no_sense_is_taken_back_and_the_one_before_serves() -> None:
+    world = await served_with_probes()
+    world.runtimes.answer = " a large cheese"
+    failed = await reconcile_job(world, "two")
+    assert promoted(failed) == ("Failed", "False", "RolledBack")
+    (why,) = [c["message"] for c in failed["conditions"] if c["type"] == "Failed"]
+    assert "probe 1 does not match 'Paris': ' a large cheese'" in why
+    await world.settle()
+    assert list(world.runtimes.loaded.values()) == [{"support": "sha256:1"}]
+    assert promoted(await reconcile_job(world, "one")) == ("Succeeded", "True", "Promoted")
+    world.runtimes.answer = " Paris"
+    assert await reconcile_job(world, "two") == failed, "there is no second chance"
+
+
+async def test_an_adapter_waits_for_its_probes_and_is_asked_no_more_once_it_is_promoted() -> None:
+    world = await served_with_probes()
+    (address,) = world.runtimes.loaded
+    world.runtimes.silent.add(address)
+    assert promoted(await reconcile_job(world, "two")) == ("Promoting", "False", "Promoting")
+    world.runtimes.silent.clear()
+    world.runtimes.answer, world.runtimes.prompted = " Paris", []
+    assert promoted(await reconcile_job(world, "two")) == ("Succeeded", "True", "Promoted")
+    asked = [(address, "support", probe["prompt"]) for probe in PROBES]
+    assert world.runtimes.prompted == asked
+    world.runtimes.answer = " something else"
+    assert promoted(await reconcile_job(world, "two")) == ("Succeeded", "True", "Promoted")
+    assert world.runtimes.prompted == asked
+
+
 async def test_a_model_that_fails_as_a_canary_is_taken_back_by_itself() -> None:
     canary = {"steps": STEPS, "rollbackOn": {"errorRatio": 0.01}}
     world = World(replicas=2, rollout={"canary": canary})
@@ -198,13 +286,26 @@ async def test_a_model_that_fails_as_a_canary_is_taken_back_by_itself() -> None:
     await world.settle()
     assert world.status["rollout"]["failure"]["reason"]
     assert world.status["revision"] == stable
-    job = published("big", strategy="Canary")
-    progress = parse_progress(
-        {"phase": "Succeeded", "artifact": {**ARTIFACT, "kind": "model", "digest": "sha256:9"}}
-    )
-    deployment = {**SERVING, "status": world.status}
-    found = seen(job, deployment=deployment, progress=progress)
-    assert found.has_failed and found.problem is not None and found.problem.reason == "RolledBack"
+    failed = await reconcile_job(world, "big")
+    (condition,) = [c for c in failed["conditions"] if c["type"] == "Failed"]
+    assert (failed["phase"], condition["reason"]) == ("Failed", "RolledBack")
+
+    # A new revision for another reason is no second chance for it.
+    world.change(engine={"image": "registry/runtime:2"})
+    await go_on(world, 90)
+    await world.settle()
+    assert world.status["revision"] != stable
+    assert "promotedModel" not in world.status
+    assert all("/mnt/pvc/models/smollm2" in str(pod["spec"]) for pod in world.pods)
+    assert await reconcile_job(world, "big") == failed
+
+    # Its files are still there for whoever wants to try once more.
+    world.metrics.answers = {}
+    world.change(model={"source": failed["artifact"]["uri"]}, rollout={"canary": None})
+    await go_on(world, 90)
+    await world.settle()
+    assert "rollout" not in world.status
+    assert all("/mnt/pvc/models/big" in str(pod["spec"]) for pod in world.pods)
 
 
 async def test_a_model_that_does_well_as_a_canary_is_what_the_deployment_serves() -> None:
@@ -219,3 +320,25 @@ async def test_a_model_that_does_well_as_a_canary_is_what_the_deployment_serves(
     assert world.status["revision"] == world.status["promotedModel"]["revision"]
     (pod,) = world.pods
     assert "/mnt/pvc/models/big" in str(pod["spec"])
+
+
+async def test_a_model_that_is_served_outlives_a_later_revision_that_is_rolled_back() -> None:
+    world = World(replicas=2)
+    await world.settle()
+    publish_job(
+        world, "big", digest="sha256:9", uri="pvc://models/big", kind="model", strategy="Canary"
+    )
+    await go_on(world, 30)
+    await world.settle()
+    assert "rollout" not in world.status
+    served = world.status["revision"]
+    canary = {"steps": STEPS, "rollbackOn": {"errorRatio": 0.01}}
+    world.change(engine={"image": "registry/runtime:bad"}, rollout={"canary": canary})
+    await go_on(world, 10)
+    bad = world.status["rollout"]["revision"]
+    world.metrics.answers = {bad: answers(400, failures=200), served: answers(400)}
+    await go_on(world, 90)
+    await world.settle()
+    assert world.status["rollout"]["failure"]["reason"]
+    assert world.status["promotedModel"]["revision"] == world.status["revision"] == served
+    assert promoted(await reconcile_job(world, "big")) == ("Succeeded", "True", "Promoted")

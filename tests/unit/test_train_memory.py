@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hack.tiny_model import write_tiny_model
+from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.adaptation import adapt, frozen_bits
 from mizzen.runtime.train.config import load_config
@@ -52,6 +53,42 @@ def test_the_need_of_training_is_known_before_a_weight_is_read(
     moving = adapt(decoder, config, heads=(), dtype=torch.float32).trainable.parameters
     allocated = need_of((*decoder.parameters(), *decoder.buffers()), moving)
     assert plan_need(config, decoder.spec, CPU) == allocated
+
+
+REFERENCES = {
+    "a copy of the base beside weights that all move": ("full", "model", 2),
+    "the base itself behind an adapter": ("lora", "adapter", 1),
+}
+
+
+@pytest.mark.parametrize(("kind", "makes", "models"), REFERENCES.values(), ids=REFERENCES)
+def test_the_reference_of_a_policy_is(tmp_path: Path, kind: str, makes: str, models: int) -> None:
+    rl = {"rewards": [{"type": "length", "tokens": 4}]}
+    suites = {"suites": []}
+    both = {"adaptation": {"type": kind}, "output": {"kind": makes}, "evaluation": suites}
+    alone, policy = (
+        load_config(write_job(tmp_path / method, method=method, rl=rl, **both).config_path)
+        for method in ("sft", "grpo")
+    )
+    spec = ArchSpec.from_dir(alone.base_model)
+    base = sum(
+        tensor.nbytes for tensor in load_decoder(alone.base_model, dtype=torch.float32).parameters()
+    )
+    more = plan_need(policy, spec, CPU).total - plan_need(alone, spec, CPU).total
+    assert more == (models - 1) * base
+
+
+def test_a_teacher_that_is_asked_at_each_step_stays_in_memory(tmp_path: Path) -> None:
+    teacher = write_tiny_model(tmp_path / "teacher", layers=3)
+    needs = []
+    for on_policy in (False, True):
+        rules = {"teacher": str(teacher), "on_policy": on_policy}
+        job = write_job(tmp_path / str(on_policy), method="distill", distill=rules)
+        config = load_config(job.config_path)
+        needs.append(plan_need(config, ArchSpec.from_dir(config.base_model), CPU))
+    held = sum(t.nbytes for t in load_decoder(teacher, dtype=torch.float32).parameters())
+    assert needs[1].weights - needs[0].weights == held
+    assert needs[1].moments == needs[0].moments
 
 
 def test_a_job_that_cannot_fit_is_refused_before_its_data_is_looked_for(tmp_path: Path) -> None:

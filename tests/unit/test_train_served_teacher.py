@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-import urllib3
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
@@ -31,9 +30,6 @@ from mizzen.runtime.train.teacher import ServedTeacher
 from tests.fixtures.runtime_server import Running, running_tiny_model
 from tests.fixtures.train_runs import run, write_job
 
-ONCE = urllib3.Retry(
-    total=1, status_forcelist=(429, 503), allowed_methods=None, raise_on_status=False
-)
 SAMPLE = Sample(np.arange(20, 40, dtype=np.int32), np.arange(20) >= 12)
 
 
@@ -155,16 +151,19 @@ def test_a_busy_teacher_is_asked_again_and_then_named(
 ) -> None:
     kind, url = answers
     kind.status = 429
-    asked = ServedTeacher(ServedModel(url=url, model="big"), around(tiny), retries=ONCE)
+    asked = ServedTeacher(ServedModel(url=url, model="big"), around(tiny), retries=1)
     with pytest.raises(TeacherUnavailableError, match="big had no idle moment"):
         asked.log_probs([SAMPLE])
     assert kind.asked == 2
 
 
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"<html>", b'{"vocabulary": "a", "choices": []}'])
 def test_a_server_that_names_no_vocabulary_is_no_teacher(
-    answers: tuple[type[Answers], str], tiny: Path
+    answers: tuple[type[Answers], str], tiny: Path, body: bytes
 ) -> None:
-    asked = ServedTeacher(ServedModel(url=answers[1], model="big"), around(tiny), retries=ONCE)
+    kind, url = answers
+    kind.body = body
+    asked = ServedTeacher(ServedModel(url=url, model="big"), around(tiny), retries=1)
     with pytest.raises(JobConfigError, match="which vocabulary big has"):
         asked.log_probs([SAMPLE])
 
@@ -173,7 +172,7 @@ def test_one_that_is_away_is_told_apart(tiny: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-    asked = ServedTeacher(ServedModel(url=url, model="big"), around(tiny), retries=ONCE)
+    asked = ServedTeacher(ServedModel(url=url, model="big"), around(tiny), retries=1)
     with pytest.raises(TeacherUnavailableError, match="cannot be reached"):
         asked.log_probs([SAMPLE])
 
@@ -182,9 +181,7 @@ def test_a_job_that_waits_for_its_teacher_can_yield(tiny: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         surroundings = around(tiny)
-        asked = ServedTeacher(
-            ServedModel(url=url, model="big"), surroundings, retries=urllib3.Retry(0)
-        )
+        asked = ServedTeacher(ServedModel(url=url, model="big"), surroundings, retries=0)
         connections = []
 
         def accept_and_stop() -> None:

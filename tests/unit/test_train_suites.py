@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mizzen.runtime.train.config import Judge, Suite, TrainConfig
+from mizzen.runtime.train.config import Suite, TrainConfig
 from mizzen.runtime.train.decontaminate import find_contaminated
 from mizzen.runtime.train.errors import JobConfigError, JudgeFailedError, JudgeUnreachableError
+from mizzen.runtime.train.options import ServedModel
 from mizzen.runtime.train.records import Conversation, RecordReader
 from mizzen.runtime.train.samples import Prompt
 from mizzen.runtime.train.stop import StopFlag, YieldRequested
-from mizzen.runtime.train.suites import judge as judge_module
 from mizzen.runtime.train.suites.answers import Preference, WinRate
 from mizzen.runtime.train.suites.classification import choose_labels
 from mizzen.runtime.train.suites.exam import Question, Subject
@@ -184,7 +184,7 @@ def test_the_base_wins_half_and_equal_answers_need_no_judge() -> None:
 
 
 @contextmanager
-def running_judge(*replies: tuple[int, str]) -> Iterator[tuple[Judge, list[dict[str, Any]]]]:
+def running_judge(*replies: tuple[int, str]) -> Iterator[tuple[ServedModel, list[dict[str, Any]]]]:
     """Serve these replies one after the other, the last one again and again."""
     left, requests = list(replies), []
 
@@ -206,7 +206,7 @@ def running_judge(*replies: tuple[int, str]) -> Iterator[tuple[Judge, list[dict[
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield Judge(url=f"http://127.0.0.1:{server.server_port}", model="judge"), requests
+        yield ServedModel(url=f"http://127.0.0.1:{server.server_port}", model="judge"), requests
     finally:
         server.shutdown()
         thread.join()
@@ -236,17 +236,13 @@ def test_a_judge_that_gives_no_verdict_ends_the_job_with_what_it_said(
         HttpJudge(config, api_key=None).compare(ASKED, [("a", "b")], StopFlag())
 
 
-def test_a_judge_that_stays_away_is_tried_again_by_a_later_generation(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    impatient = judge_module._RETRIES.new(total=1, backoff_factor=0.0)
-    monkeypatch.setattr(judge_module, "_RETRIES", impatient)
+def test_a_judge_that_stays_away_is_tried_again_by_a_later_generation() -> None:
     with running_judge((503, "")) as (config, _):
-        judge = HttpJudge(config, api_key=None)
+        judge = HttpJudge(config, api_key=None, retries=1)
         with pytest.raises(JudgeUnreachableError, match="answers 503"):
             judge.compare(ASKED, [("a", "b")], StopFlag())
     with pytest.raises(JudgeUnreachableError, match="cannot be reached"):
-        HttpJudge(config, api_key=None).compare(ASKED, [("a", "b")], StopFlag())
+        HttpJudge(config, api_key=None, retries=1).compare(ASKED, [("a", "b")], StopFlag())
 
 
 def test_a_job_that_is_asked_to_yield_does_not_wait_for_the_judge() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, Literal, cast
+from typing import IO, Any, Literal, cast
 
 from mizzen.runtime.gateway.batches.lines import (
     Checked,
@@ -19,10 +20,11 @@ from mizzen.runtime.gateway.batches.lines import (
     line_error,
     parse_line,
     unanswered,
-    written_ids,
 )
 from mizzen.runtime.gateway.batches.records import Batch, Status, StoredFile, new_id
 from mizzen.runtime.gateway.batches.shelf import Shelf, mend
+
+log = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
 _READ_AHEAD = 64
@@ -34,7 +36,7 @@ class Work:
     """What a batch needs of the gateway around it."""
 
     ask: Callable[[Batch, Line, str], Awaitable[LineAnswer | None]]
-    slots: asyncio.Semaphore
+    parallel: int
     is_draining: Callable[[], bool]
     has_key: Callable[[str], bool]
     now_s: Callable[[], int]
@@ -51,6 +53,8 @@ class Job:
         self._work = work
         self.batch = batch
         self._done: set[str] = set()
+        self._slots = asyncio.Semaphore(work.parallel)
+        self._writing = asyncio.Lock()
         self._saved = batch
         self._stop: Stop | None = None
 
@@ -68,15 +72,22 @@ class Job:
         if self.batch.is_ended:
             return
         if self._stop is None:
-            await self._run_lines()
+            try:
+                await self._run_lines()
+            except LineError as error:
+                self._fail(error)
         if self._stop != "draining":
             await asyncio.to_thread(self._end)
 
     def _take_up(self) -> None:
         output = mend(self._shelf.data(self.batch.output_id))
         errors = mend(self._shelf.data(self.batch.errors_id))
-        self._done = written_ids([*output, *errors])
+        self._done = output | errors
         self.batch = replace(self.batch, completed=len(output), failed=len(errors))
+
+    def _fail(self, error: LineError) -> None:
+        self._stop = "failed"
+        self.batch = replace(self.batch, errors=(line_error(error, None),))
 
     async def _save(self) -> None:
         batch = self.batch
@@ -96,19 +107,22 @@ class Job:
 
     def _checked(self) -> Checked:
         try:
-            with self._input().open("rb") as lines:
+            with self._open_input() as lines:
                 return check_lines(
                     lines,
                     endpoint=self.batch.endpoint,
                     most_lines=self._work.most_lines,
                     most_bytes=self._work.most_line_bytes,
                 )
-        except FileNotFoundError:
-            why = LineError("input_file_missing", "The input file was deleted.", "input_file_id")
-            return Checked(0, (line_error(why, None),))
+        except LineError as error:
+            return Checked(0, (line_error(error, None),))
 
-    def _input(self) -> Path:
-        return self._shelf.data(self.batch.input_file_id)
+    def _open_input(self) -> IO[bytes]:
+        try:
+            return self._shelf.data(self.batch.input_file_id).open("rb")
+        except FileNotFoundError:
+            message = "The input file was deleted."
+            raise LineError("input_file_missing", message, "input_file_id") from None
 
     # Its lines.
 
@@ -136,24 +150,21 @@ class Job:
         elif self._work.now_s() >= self.batch.expires_at_s:
             self._stop = "expired"
         elif not self._work.has_key(self.batch.owner):
-            self._stop = "failed"
-            why = LineError("key_removed", "The API key that made this batch was removed.")
-            self.batch = replace(self.batch, errors=(line_error(why, None),))
+            self._fail(LineError("key_removed", "The API key that made this batch was removed."))
         if self.batch != self._saved:
             await self._save()
 
     async def _all_lines(self) -> None:
-        with self._input().open("rb") as file:
+        with await asyncio.to_thread(self._open_input) as file:
             async with asyncio.TaskGroup() as running:
                 while found := await asyncio.to_thread(self._next_lines, file):
                     for line in found:
-                        await self._work.slots.acquire()
+                        await self._slots.acquire()
                         if self._work.is_draining():
-                            self._work.slots.release()
                             self._stop = "draining"
                             return
                         task = running.create_task(self._run_line(line))
-                        task.add_done_callback(lambda _: self._work.slots.release())
+                        task.add_done_callback(lambda _: self._slots.release())
 
     def _next_lines(self, file: IO[bytes]) -> list[Line]:
         """Return some of the lines that have no answer yet, none at the end of the file."""
@@ -171,14 +182,21 @@ class Job:
         if answer is None:
             self._stop = "draining"
             return
-        # Not in a thread: between the answer and its line nothing can come.
-        name = self.batch.output_id if answer.is_good else self.batch.errors_id
-        _append(self._shelf.data(name), [answer.written(line.custom_id, request_id)])
+        await to_its_end(self._keep(line, answer, request_id))
         self.batch = replace(
             self.batch,
             completed=self.batch.completed + answer.is_good,
             failed=self.batch.failed + (not answer.is_good),
         )
+
+    async def _keep(self, line: Line, answer: LineAnswer, request_id: str) -> None:
+        # One at a time: a long line is written in several pieces.
+        async with self._writing:
+            await asyncio.to_thread(self._write, line, answer, request_id)
+
+    def _write(self, line: Line, answer: LineAnswer, request_id: str) -> None:
+        name = self.batch.output_id if answer.is_good else self.batch.errors_id
+        _append(self._shelf.data(name), [answer.written(line.custom_id, request_id)])
 
     # Its end.
 
@@ -198,7 +216,7 @@ class Job:
 
     def _write_off(self) -> None:
         """Say of every line without an answer that its time is over."""
-        with suppress(FileNotFoundError), self._input().open("rb") as file:
+        with suppress(LineError), self._open_input() as file:
             while lines := self._next_lines(file):
                 written = [unanswered(line.custom_id) for line in lines]
                 _append(self._shelf.data(self.batch.errors_id), written)
@@ -218,6 +236,18 @@ class Job:
         )
         self._shelf.put_file(stored)
         return True
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Do what must be done once it has begun; who is cancelled meanwhile goes only then."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        if (error := task.exception()) is not None:
+            log.error("an answer of a batch was not written: %s", error)
+        raise
 
 
 def _append(path: Path, lines: list[bytes]) -> None:

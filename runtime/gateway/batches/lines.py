@@ -11,8 +11,6 @@ from mizzen.runtime.gateway.body import parse_body
 from mizzen.runtime.gateway.errors import BadBodyError
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
-# Lower runs first in a runtime, and nothing that a client can send is lower than this.
-_ENGINE_PRIORITY = 2**31 - 1
 _MOST_ERRORS = 20
 
 
@@ -32,10 +30,9 @@ class Line:
     custom_id: str
     body: Mapping[str, object]
 
-    def raw_body(self, endpoint: str) -> bytes:
-        """Return what is sent: a replica that is busy with others puts this off."""
-        background = {} if endpoint == "/v1/embeddings" else {"priority": _ENGINE_PRIORITY}
-        return json.dumps({**self.body, **background}).encode()
+    def raw_body(self) -> bytes:
+        """Return the body as a client would have sent it."""
+        return json.dumps(self.body).encode()
 
 
 def parse_line(text: bytes, *, endpoint: str) -> Line:
@@ -61,6 +58,8 @@ def parse_line(text: bytes, *, endpoint: str) -> Line:
         raise LineError("mismatched_endpoint", message, "url")
     try:
         body = parse_body(json.dumps(document.get("body")).encode()).document
+    except RecursionError:
+        raise LineError("invalid_request", "The field 'body' is nested too deeply.") from None
     except BadBodyError as error:
         raise LineError("invalid_request", f"The field 'body': {error}", "body") from None
     if body.get("stream"):
@@ -148,8 +147,3 @@ def _written(custom_id: str, *, response: object, error: object) -> bytes:
         "error": error,
     }
     return json.dumps(line).encode() + b"\n"
-
-
-def written_ids(lines: Iterable[bytes]) -> set[str]:
-    """Return which requests a file of answers has an answer to."""
-    return {json.loads(line)["custom_id"] for line in lines}

@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from aiohttp import web
 
@@ -119,7 +119,7 @@ class BatchRoutes:
         stored = await self._file(request)
         answer = web.StreamResponse(headers={"Content-Type": "application/jsonl"})
         answer.content_length = stored.size_bytes
-        with self._shelf(request).data(stored.id).open("rb") as file:
+        with await _at_volume(_open, self._shelf(request), stored.id) as file:
             await answer.prepare(request)
             while piece := await asyncio.to_thread(file.read, _PIECE_BYTES):
                 with self._connections.writing(request):
@@ -245,6 +245,10 @@ async def _at_volume(call: Callable[..., _Result], *arguments: object) -> _Resul
         return await asyncio.to_thread(call, *arguments)
     except OSError as error:
         raise VolumeError(error) from error
+
+
+def _open(shelf: Shelf, file_id: str) -> IO[bytes]:
+    return shelf.data(file_id).open("rb")
 
 
 def _page(

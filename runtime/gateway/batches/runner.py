@@ -11,6 +11,7 @@ from pathlib import Path
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from mizzen.runtime.gateway.asked import Asked
 from mizzen.runtime.gateway.batches.collected import Collected, failed
 from mizzen.runtime.gateway.batches.job import Job, Work
 from mizzen.runtime.gateway.batches.lines import Line, LineAnswer
@@ -24,16 +25,16 @@ from mizzen.runtime.gateway.batches.shelf import (
 )
 from mizzen.runtime.gateway.body import parse_body
 from mizzen.runtime.gateway.config import GatewayConfig
-from mizzen.runtime.gateway.errors import GatewayError
-from mizzen.runtime.gateway.intake import Asked, Intake
+from mizzen.runtime.gateway.errors import GatewayError, RateLimitedError
+from mizzen.runtime.gateway.intake import Intake
 from mizzen.runtime.gateway.keys import Keyring
 from mizzen.runtime.gateway.lifecycle import Lifecycle
-from mizzen.runtime.gateway.limits import Accounts, Limits
+from mizzen.runtime.gateway.limits import Account, Accounts, Limits
 from mizzen.runtime.gateway.metrics import GatewayMetrics
 
 log = logging.getLogger(__name__)
 
-# Below every priority that a key can have.
+# Below every priority that a key can have, in the gateway and in the runtime.
 BACKGROUND_PRIORITY = -1000
 DAY_S = 86400
 _SCAN_S = 2.0
@@ -72,9 +73,10 @@ class BatchRunner:
         self._longest_wait_s = longest_wait_s
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._batch_made = batch_made
+        self._slots = asyncio.Semaphore(config.batches_parallel)
         self._work = Work(
             ask=self._ask,
-            slots=asyncio.Semaphore(config.batches_parallel),
+            parallel=config.batches_parallel,
             is_draining=lambda: lifecycle.is_draining,
             has_key=self._has_key,
             now_s=now_s,
@@ -159,25 +161,42 @@ class BatchRunner:
 
         Who is refused for want of room comes back.
         """
-        failures = 0
+        failures, uncharged = 0, 1
         while True:
-            with self._lifecycle.open_request():
-                answer = await self._ask_once(batch, line, request_id)
-            if answer.status in _WAITS:
+            # Not held while a line waits to come back: other keys' lines run meanwhile.
+            async with self._slots:
                 if self._lifecycle.is_draining:
                     return None
-                await asyncio.sleep(min(answer.retry_after_s or 1.0, self._longest_wait_s))
+                account = self._account(batch.owner)
+                try:
+                    if account is not None:
+                        account.take_background(requests=uncharged)
+                        uncharged = 0
+                except RateLimitedError as error:
+                    answer = failed(error)
+                else:
+                    with self._lifecycle.open_request():
+                        answer = await self._ask_once(batch, line, request_id, account)
+            if answer.status in _WAITS:
+                await self._wait(answer.retry_after_s)
             elif answer.status < 500 or (failures := failures + 1) == _FAILURES:
                 return answer
 
-    async def _ask_once(self, batch: Batch, line: Line, request_id: str) -> LineAnswer:
-        limits = self._keyring.limits(batch.owner) or Limits()
-        account = self._accounts.of(batch.owner, limits) if limits != Limits() else None
-        body = parse_body(line.raw_body(batch.endpoint))
+    def _account(self, owner: str) -> Account | None:
+        limits = self._keyring.limits(owner) or Limits()
+        return self._accounts.of(owner, limits) if limits != Limits() else None
+
+    async def _wait(self, retry_after_s: float | None) -> None:
+        if not self._lifecycle.is_draining:
+            await asyncio.sleep(min(retry_after_s or 1.0, self._longest_wait_s))
+
+    async def _ask_once(
+        self, batch: Batch, line: Line, request_id: str, account: Account | None
+    ) -> LineAnswer:
+        most_bytes = self._config.max_answer_mib * 2**20
         try:
+            body = parse_body(line.raw_body())
             route = self._intake.resolve(body.model)
-            if account is not None:
-                account.take_background()
             asked = Asked(
                 path=batch.endpoint,
                 headers=_HEADERS,
@@ -187,9 +206,12 @@ class BatchRunner:
                 priority=BACKGROUND_PRIORITY,
                 account=account,
             )
-            most_bytes = self._config.max_answer_mib * 2**20
             answer = await self._intake.answer(asked, route, Collected(most_bytes))
         except GatewayError as error:
             return failed(error)
+        except Exception:
+            # Of this line only: it would take the others of its batch with it.
+            log.exception("a line of %s failed inside the gateway as %s", batch.id, request_id)
+            return failed(GatewayError(f"The gateway failed; its log says why under {request_id}."))
         self._metrics.on_answer(route.model, answer.status)
         return answer

@@ -141,15 +141,21 @@ def claim(root: Path, batch_id: str) -> Claim | None:
     return Claim(batch_id, owner, descriptor, marker)
 
 
-def mend(path: Path) -> list[bytes]:
-    """Return a file's whole lines, and cut off a last one that was not written to its end."""
+def mend(path: Path) -> set[str]:
+    """Return which requests a file of answers has an answer to.
+
+    A last line that was not written to its end is cut off.
+    """
+    ids: set[str] = set()
+    whole_bytes = 0
     with suppress(FileNotFoundError), path.open("r+b") as file:
-        lines = list(file)
-        if lines and not lines[-1].endswith(b"\n"):
-            file.truncate(sum(len(line) for line in lines[:-1]))
-            lines.pop()
-        return lines
-    return []
+        for line in file:
+            if not line.endswith(b"\n"):
+                file.truncate(whole_bytes)
+                break
+            ids.add(json.loads(line)["custom_id"])
+            whole_bytes += len(line)
+    return ids
 
 
 def remove_expired(root: Path, *, now_s: int, keep_s: int) -> None:

@@ -81,7 +81,7 @@ class Upload:
         if part.filename is None or self._filename is not None:
             raise BadUploadError("The form must have one field 'file', with a file name.")
         self._filename = part.filename[:255]
-        with self._path.open("wb") as file:
+        with await asyncio.to_thread(self._path.open, "wb") as file:
             while piece := await self._in_time(part.read_chunk(_PIECE_BYTES)):
                 self.size_bytes += len(piece)
                 if self.size_bytes > self._max_mib * 2**20:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.train.batches import pack
-from mizzen.runtime.train.methods.method import Method
+from mizzen.runtime.train.methods.method import NotedMethod
 from mizzen.runtime.train.methods.token_loss import (
     LOGIT_ROWS,
     head_loss_sum,
@@ -32,10 +32,8 @@ from mizzen.runtime.train.surroundings import Surroundings
 from mizzen.runtime.train.teacher import ServedTeacher
 
 
-class Distill(Method):
+class Distill(NotedMethod):
     """Cross entropy to the teacher's drawn ids, mixed with that to the data's own tokens."""
-
-    asks = "teacher"
 
     def __init__(self, around: Surroundings) -> None:
         assert around.config.distill is not None, "checked by the job's configuration"

@@ -20,18 +20,17 @@ from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.train.batches import pack, sum_by_sample
 from mizzen.runtime.train.measures import PREFERENCE_LOSS
-from mizzen.runtime.train.methods.method import Method
+from mizzen.runtime.train.methods.method import NotedMethod
 from mizzen.runtime.train.methods.token_loss import token_log_probs
 from mizzen.runtime.train.samples import Pair
 from mizzen.runtime.train.surroundings import Surroundings
 
 
-class Dpo(Method):
+class Dpo(NotedMethod):
     """The sigmoid loss of the margin between two versions of an answer."""
 
     shape = "preference"
     measure = PREFERENCE_LOSS
-    asks = "base"
 
     def __init__(self, around: Surroundings) -> None:
         self._rules = around.config.dpo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,7 +24,6 @@ class Method(ABC):
 
     shape: ClassVar[Shape] = "conversation"
     measure: ClassVar[Measure] = PERPLEXITY
-    asks: ClassVar[Literal["nobody", "base", "teacher"]] = "nobody"
 
     @abstractmethod
     def loss_sum(self, decoder: Decoder, items: Sequence[Any], lora: LoraDelta | None) -> Tensor:
@@ -40,14 +39,6 @@ class Method(ABC):
         """Return weights that learn beside the model's own."""
         return ()
 
-    def ask(self, decoder: Decoder, items: Sequence[Any], *, first: int) -> list[Tensor]:
-        """Return a frozen model's note on each item; `first` is the first one's number."""
-        raise NotImplementedError
-
-    def note(self, item: Any, answer: Tensor) -> Item:
-        """Return the item with a frozen model's note attached."""
-        raise NotImplementedError
-
     def updates(
         self, decoder: Decoder, items: Sequence[Any], lora: LoraDelta | None, *, seed: int
     ) -> Sequence[Sequence[Item]]:
@@ -61,3 +52,15 @@ class Method(ABC):
     def files(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Return the tensors of safetensors files that are published beside the model, by name."""
         return {}
+
+
+class NotedMethod(Method):
+    """A method whose items bear what a frozen model thinks of them, asked before the first step."""
+
+    @abstractmethod
+    def ask(self, decoder: Decoder, items: Sequence[Any], *, first: int) -> list[Tensor]:
+        """Return a frozen model's note on each item; `first` is the first one's number."""
+
+    @abstractmethod
+    def note(self, item: Any, answer: Tensor) -> Item:
+        """Return the item with a frozen model's note attached."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,10 +27,8 @@ from mizzen.runtime.train.measures import REWARD
 from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.methods.token_loss import token_log_probs
 from mizzen.runtime.train.rewards import RewardModel, RuleRewards
-from mizzen.runtime.train.samples import Prompt, Sample
+from mizzen.runtime.train.samples import Floats, Prompt, Sample
 from mizzen.runtime.train.surroundings import Surroundings
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

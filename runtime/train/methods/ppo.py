@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.train.batches import PackedBatch, pack, split_micro
-from mizzen.runtime.train.methods.policy import Floats, PolicyMethod, Rollout, concatenated
+from mizzen.runtime.train.methods.policy import PolicyMethod, Rollout, concatenated
 from mizzen.runtime.train.methods.token_loss import head_log_probs, hidden_states
-from mizzen.runtime.train.samples import Item, Prompt
+from mizzen.runtime.train.samples import Floats, Item, Prompt
 from mizzen.runtime.train.surroundings import Surroundings
 from mizzen.runtime.train.trainable import NamedView
 

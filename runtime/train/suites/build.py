@@ -79,7 +79,7 @@ def _spoken(suite: Suite, questions: Sequence[Question], around: Surroundings) -
     speaker = Speaker(suite, around.tokenizer, around.stop)
     if suite.type == "exactMatch":
         return ExactMatch(suite, questions, speaker)
-    judge_config = around.config.evaluation.judge
-    assert judge_config is not None, "checked by the job's configuration"
-    judge = HttpJudge(judge_config, api_key=around.judge_api_key)
+    where = around.config.evaluation.judge
+    assert where is not None, "checked by the job's configuration"
+    judge = HttpJudge(where, api_key=around.judge_api_key)
     return WinRate(suite, questions, speaker, judge, around.stop)

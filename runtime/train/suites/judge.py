@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any
 
 import urllib3
-from urllib3.util import Retry, Timeout
 
-from mizzen.runtime.train.config import Judge as JudgeConfig
+from mizzen.runtime.train.asking import BUSY, Asker
 from mizzen.runtime.train.errors import JudgeFailedError, JudgeUnreachableError
+from mizzen.runtime.train.options import ServedModel
 from mizzen.runtime.train.records import Messages
 from mizzen.runtime.train.stop import Stop
 from mizzen.runtime.train.suites.answers import Preference
 
-T = TypeVar("T")
-
-_ASKED_AT_ONCE = 4
-_LOOK_FOR_STOP_S = 0.2
 # A deployment that sleeps is woken by the request, which the gateway holds that long.
-_ANSWER_TIMEOUT_S = 300.0
-_RETRIES = Retry(
-    total=6,
-    backoff_factor=0.5,
-    status_forcelist=(429, 500, 502, 503, 504),
-    allowed_methods=None,  # asking a judge twice changes nothing
-    raise_on_status=False,
-)
+_ANSWER_S = 300.0
+_RETRIES = 6
 _SCHEMA = {
     "type": "object",
     "properties": {"better": {"enum": ["A", "B", "tie"]}},
@@ -41,16 +30,11 @@ _MEANING: dict[object, Preference] = {"A": "first", "B": "second", "tie": "tie"}
 class HttpJudge:
     """Asks for a choice between A, B and tie, which the request's JSON schema holds it to."""
 
-    def __init__(self, config: JudgeConfig, *, api_key: str | None) -> None:
-        self._url = f"{config.url.rstrip('/')}/v1/chat/completions"
-        self._model = config.model
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        self._http = urllib3.PoolManager(
-            retries=_RETRIES, timeout=Timeout(connect=10.0, read=_ANSWER_TIMEOUT_S)
+    def __init__(self, where: ServedModel, *, api_key: str | None, retries: int = _RETRIES) -> None:
+        self._model = where.model
+        self._asker = Asker(
+            where, "/v1/chat/completions", api_key=api_key, retries=retries, answer_s=_ANSWER_S
         )
-        self._threads = ThreadPoolExecutor(_ASKED_AT_ONCE, thread_name_prefix="judge")
 
     def compare(
         self, messages: Messages, pairs: Sequence[tuple[str, str]], stop: Stop
@@ -62,40 +46,35 @@ class HttpJudge:
             JudgeFailedError: it refuses, or says something else.
             JudgeUnreachableError: it did not answer in several attempts.
         """
-        asked = [self._threads.submit(self._ask, messages, *pair) for pair in pairs]
-        return [_wait_for(one, stop) for one in asked]
-
-    def _ask(self, messages: Messages, first: str, second: str) -> Preference:
-        body = {
-            "model": self._model,
-            "messages": [{"role": "user", "content": build_question(messages, first, second)}],
-            "temperature": 0,
-            "max_tokens": 32,
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "verdict", "schema": _SCHEMA, "strict": True},
-            },
-        }
+        questions = [_question(messages, *pair) for pair in pairs]
         try:
-            answer = self._http.request(
-                "POST", self._url, body=json.dumps(body).encode(), headers=self._headers
-            )
+            return self._asker.ask_all(questions, self._read, stop)
         except urllib3.exceptions.HTTPError as error:
-            raise JudgeUnreachableError(f"{self._url} cannot be reached") from error
-        if answer.status in _RETRIES.status_forcelist:
-            raise JudgeUnreachableError(f"{self._url} answers {answer.status}")
-        if answer.status != 200:
-            text = answer.data.decode(errors="replace")[:300]
-            raise JudgeFailedError(self._model, f"answers {answer.status}: {text}.")
-        return self._read(answer.data)
+            raise JudgeUnreachableError(f"{self._asker.url} cannot be reached") from error
 
-    def _read(self, data: bytes) -> Preference:
+    def _read(self, answer: urllib3.BaseHTTPResponse) -> Preference:
+        said = answer.data.decode(errors="replace")[:300]
+        if answer.status in BUSY:
+            raise JudgeUnreachableError(f"{self._asker.url} answers {answer.status}")
+        if answer.status != 200:
+            raise JudgeFailedError(self._model, f"answers {answer.status}: {said}.")
         try:
-            text = json.loads(data)["choices"][0]["message"]["content"]
+            text = answer.json()["choices"][0]["message"]["content"]
             return _MEANING[json.loads(text)["better"]]
         except (ValueError, LookupError, TypeError) as error:
-            said = data.decode(errors="replace")[:300]
             raise JudgeFailedError(self._model, f"says neither A, B nor tie: {said}.") from error
+
+
+def _question(messages: Messages, first: str, second: str) -> dict[str, Any]:
+    return {
+        "messages": [{"role": "user", "content": build_question(messages, first, second)}],
+        "temperature": 0,
+        "max_tokens": 32,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "verdict", "schema": _SCHEMA, "strict": True},
+        },
+    }
 
 
 def build_question(messages: Messages, first: str, second: str) -> str:
@@ -107,12 +86,3 @@ def build_question(messages: Messages, first: str, second: str) -> str:
         f"[Conversation]\n{conversation}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}\n\n"
         'Reply with JSON: {"better": "A"}, {"better": "B"} or {"better": "tie"}.'
     )
-
-
-def _wait_for(asked: Future[T], stop: Stop) -> T:
-    while True:
-        stop.check()
-        try:
-            return asked.result(timeout=_LOOK_FOR_STOP_S)
-        except TimeoutError:
-            continue

@@ -1,0 +1,69 @@
+"""What the arbiter reads from nodes and pods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mizzen.operator.controllers.capacity_observe import read_leases, read_nodes, read_returning
+from mizzen.operator.desired import labels
+from tests.fixtures.shared_cluster import GPU, NOW, Cluster
+
+
+def trainer_pod() -> dict[str, Any]:
+    own = {labels.ROLE: labels.ROLE_TRAINER, labels.JOB: "tune"}
+    return {
+        "metadata": {"namespace": "team", "labels": own,
+                     "creationTimestamp": "2026-09-01T12:00:00Z"},
+        "spec": {"nodeName": "a", "containers": [{"resources": {"limits": {GPU: "1"}}}]},
+    }  # fmt: skip
+
+
+COMING_BACK = {
+    "a pod that is to be gone in a minute": ("2026-09-01T12:11:00Z", {}, {"a": 1}),
+    "one that is late by seconds": ("2026-09-01T12:09:30Z", {}, {"a": 1}),
+    "not one that is stuck": ("2026-09-01T12:08:00Z", {}, {}),
+    "not one that may take an hour": ("2026-09-01T13:10:00Z", {}, {}),
+    "not one that stays": (None, {}, {}),
+    "not a job's, which are its lease": ("2026-09-01T12:11:00Z", {"team/tune": {}}, {}),
+}
+
+
+@pytest.mark.parametrize(("gone_by", "jobs", "expected"), COMING_BACK.values(), ids=COMING_BACK)
+def test_devices_that_are_coming_back_are_those_of(
+    gone_by: str | None, jobs: dict[str, Any], expected: dict[str, int]
+) -> None:
+    nodes = read_nodes([Cluster().api.objects["/api/v1/nodes/a"]])
+    pod = trainer_pod()
+    if gone_by:
+        pod["metadata"]["deletionTimestamp"] = gone_by
+    assert read_returning([pod], jobs, nodes, GPU, now=NOW) == expected
+
+
+@pytest.mark.parametrize(
+    ("committed_at", "unsaved_s"),
+    [
+        ("2026-09-01T12:09:00Z", 60.0),
+        ("2026-09-01T12:09:00", 600.0),
+        ("soon", 600.0),
+        (None, 600.0),
+    ],
+)
+def test_a_checkpoint_of_unknown_time_counts_as_none(
+    committed_at: str | None, unsaved_s: float
+) -> None:
+    pod = trainer_pod()
+    jobs: dict[str, Any] = {"team/tune": {"status": {"checkpoint": {"committedAt": committed_at}}}}
+    (lease,) = read_leases([pod], jobs, {}, GPU, now=NOW)
+    assert lease.unsaved_s == unsaved_s
+
+
+def test_pods_that_kueue_admits_are_no_lease_of_ours() -> None:
+    cluster = Cluster()
+    nodes = read_nodes([cluster.api.objects["/api/v1/nodes/a"]])
+    pod = trainer_pod()
+    jobs: dict[str, Any] = {"team/tune": {}}
+    assert [lease.job for lease in read_leases([pod], jobs, nodes, GPU, now=NOW)] == ["team/tune"]
+    pod["metadata"]["labels"][labels.KUEUE_QUEUE] = "research"
+    assert read_leases([pod], jobs, nodes, GPU, now=NOW) == []
