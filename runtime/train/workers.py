@@ -77,9 +77,12 @@ class Workers:
         return even_span(count, rank=self._data.rank, size=self._data.size)
 
     def watch(self, stop: StopFlag) -> None:
-        """Begin to listen to the others, and to tell them when this worker is asked to stop."""
+        """Begin to listen to the others, and to tell them when this worker is asked to stop.
+
+        A line's patience stays that of a start: nobody waits for an answer here, and reading
+        weights or a busy processor can keep a worker that is well silent for longer than serving allows.
+        """
         for line in self._lines:
-            line.expect_life()
             threading.Thread(target=self._listen, args=(line, stop), daemon=True).start()
         if self._lines:
             threading.Thread(target=self._pass_on, args=(stop,), daemon=True).start()
