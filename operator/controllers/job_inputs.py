@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mizzen.operator.crds.common import API_VERSION, Json
+from mizzen.operator.crds.finetunejob import KIND as JOB_KIND
 from mizzen.operator.crds.finetunejob import FineTuneJobSpec
 from mizzen.operator.crds.llmdeployment import KIND as DEPLOYMENT_KIND
 from mizzen.operator.desired.sources import locate_model
@@ -10,14 +11,24 @@ from mizzen.operator.desired.train_config import Job, config_map_of
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.documents import Ref
 from mizzen.operator.kube.store import Store
+from mizzen.operator.planning.promotions import served_model
+from mizzen.operator.routing import PROMOTES_TO
 from mizzen.operator.status.job_facts import Problem
 from mizzen.operator.status.reasons import Reason
 
 
-def find_base_model(spec: FineTuneJobSpec, namespace: str, store: Store) -> str | Problem:
-    """Return the address of the model to start from, or why there is none."""
+def find_base_model(
+    spec: FineTuneJobSpec, namespace: str, store: Store, *, begun_with: str | None
+) -> str | Problem:
+    """Return the address of the model to start from, or why there is none.
+
+    A deployment's model is the one that it serves, which may be a job's result. A job that has
+    `begun_with` one goes on with it: its checkpoints fit no other.
+    """
     if spec.base_model.source is not None:
         return spec.base_model.source
+    if begun_with is not None:
+        return begun_with
     name = spec.base_model.deployment or ""
     deployment = store.get(Ref(API_VERSION, DEPLOYMENT_KIND, namespace, name))
     if deployment is None:
@@ -26,7 +37,8 @@ def find_base_model(spec: FineTuneJobSpec, namespace: str, store: Store) -> str 
             f"spec.baseModel.deployment names {name}, but this namespace has no LLMDeployment of "
             "that name. Create it, or give spec.baseModel.source.",
         )
-    source = str(deployment["spec"]["model"]["source"])
+    jobs = store.lookup(JOB_KIND, PROMOTES_TO, namespace, name)
+    source = served_model(jobs) or str(deployment["spec"]["model"]["source"])
     if locate_model(source).is_remote:
         return Problem(
             Reason.BASE_MODEL_NOT_FOUND,

@@ -59,7 +59,9 @@ async def observe(key: Key, resource: Json, kube: Kube, facts: Facts) -> Observe
         spec = facts.specs.job(resource)
     except InvalidSpecError as error:
         return Observed(resource, None, pods, newest, Problem(Reason.INVALID_SPEC, str(error)))
-    base = find_base_model(spec, key.namespace, facts.store)
+    base = find_base_model(
+        spec, key.namespace, facts.store, begun_with=_begun_with(resource.get("status") or {})
+    )
     if isinstance(base, Problem):
         return Observed(resource, None, pods, newest, base)
     url = facts.config.gateway_url
@@ -74,3 +76,8 @@ async def observe(key: Key, resource: Json, kube: Kube, facts: Facts) -> Observe
     job = Job(*identity, spec, base, created_at, judge, teacher)
     problem = None if pods else await missing_input(job, kube)
     return Observed(resource, job, pods, newest, problem)
+
+
+def _begun_with(status: Json) -> str | None:
+    """Return the base model of a job whose first run has begun."""
+    return status.get("baseModel") if status.get("generation") else None

@@ -14,6 +14,7 @@ from mizzen.operator.crds.common import (
 )
 from mizzen.operator.crds.finetunejob_status import FineTuneJobStatus
 from mizzen.operator.crds.rollout import Probe
+from mizzen.operator.crds.training_backend import Backend, backend_rules
 from mizzen.operator.crds.training_data import BaseModelRef, ClaimFolder, Dataset, Processing
 from mizzen.operator.crds.training_methods import (
     METHOD_SECTIONS,
@@ -218,7 +219,9 @@ class FineTuneJobSpec(ApiModel):
     """What should be trained, on what, and where the result goes."""
 
     rules = (
-        *_unchanged("method", "adaptation", "baseModel", "processing", "hyperparameters"),
+        *_unchanged(
+            "backend", "method", "adaptation", "baseModel", "processing", "hyperparameters"
+        ),
         *_unchanged("checkpoint", "resources", "failure"),
         _unchanged_sections(),
         *_unchanged_if_any(
@@ -226,6 +229,7 @@ class FineTuneJobSpec(ApiModel):
         ),
         *_unchanged_if_any("queue"),
         *method_rules(),
+        *backend_rules(),
         cel(
             "self.checkpoint.keepBest == 0 || "
             "self.processing.holdoutRatio > 0.0 && self.workers.max == 1",
@@ -276,6 +280,7 @@ class FineTuneJobSpec(ApiModel):
     )
 
     method: Method = "sft"
+    backend: Backend = "Mizzen"
     dpo: Annotated[Dpo | None, Field(description="Settings of method dpo.")] = None
     distill: Annotated[Distill | None, Field(description="Settings of method distill.")] = None
     merge: Annotated[Merge | None, Field(description="Settings of method merge.")] = None

@@ -95,6 +95,7 @@ def build_train_config(job: Job, generation: int, workers: int) -> Json:
     targets = spec.adaptation.targets
     return {
         "job": f"{job.namespace}/{job.name}",
+        "backend": spec.backend,
         "method": spec.method,
         "adaptation": {
             **spec.adaptation.model_dump(),

@@ -36,12 +36,7 @@ def promoted_at(job: Json) -> str | None:
     """Return since when a job's result may be served, None where it may not (yet)."""
     if "deletionTimestamp" in job["metadata"]:
         return None
-    status = job.get("status") or {}
-    true_since = {
-        condition.get("type"): str(condition.get("lastTransitionTime"))
-        for condition in status.get("conditions") or []
-        if condition.get("status") == "True"
-    }
+    true_since = _true_since(job)
     published = true_since.get("Published")
     # Its model was rolled back: any new revision of the deployment would send it out again.
     if published is None or "Failed" in true_since:
@@ -50,7 +45,8 @@ def promoted_at(job: Json) -> str | None:
         return published
     if approver_of(job) is None:
         return None
-    return (status.get("promotion") or {}).get("approvedAt")
+    promotion: Json = (job.get("status") or {}).get("promotion") or {}
+    return promotion.get("approvedAt")
 
 
 def choose_holders(jobs: Iterable[Json]) -> Mapping[str, Json]:
@@ -64,3 +60,20 @@ def choose_holders(jobs: Iterable[Json]) -> Mapping[str, Json]:
         if holder is None or replaces == holder["metadata"]["name"]:
             holders[place] = job
     return holders
+
+
+def served_model(jobs: Iterable[Json]) -> str | None:
+    """Return the address of the promoted model that a deployment serves on every replica."""
+    holder = choose_holders(jobs).get(MODEL)
+    if holder is None or "Promoted" not in _true_since(holder):
+        return None
+    return str(holder["status"]["artifact"]["uri"])
+
+
+def _true_since(job: Json) -> Mapping[str, str]:
+    """Return the conditions that hold, with the time since when."""
+    return {
+        condition["type"]: str(condition.get("lastTransitionTime"))
+        for condition in (job.get("status") or {}).get("conditions") or []
+        if condition.get("status") == "True"
+    }

@@ -165,6 +165,7 @@ class TrainConfig(Part):
     """One generation of one job."""
 
     job: str = Field(min_length=1)
+    backend: Literal["Mizzen", "Transformers"] = "Mizzen"
     method: Literal[
         "sft", "dpo", "reward", "distill", "merge", "quantize", "prune", "grpo", "ppo"
     ] = "sft"
@@ -202,6 +203,7 @@ class TrainConfig(Part):
         if self.evaluation.suites and self.processing.holdout_ratio == 0:
             raise ValueError("evaluation.suites need processing.holdout_ratio above 0")
         self._check_suites()
+        self._check_backend()
         if self.checkpoint.keep_best:
             self._check_keep_best()
         if self.workers > 1 and self.method not in SHARED:
@@ -228,6 +230,23 @@ class TrainConfig(Part):
             )
         if any(suite.type == "winRate" for suite in self.evaluation.suites):
             raise ValueError("a suite of type winRate needs parallelism.tensor 1")
+
+    def _check_backend(self) -> None:
+        if self.backend == "Mizzen":
+            return
+        if self.method != "sft":
+            raise ValueError(f"backend Transformers runs sft: use Mizzen for {self.method}")
+        if self.adaptation.type == "qlora":
+            raise ValueError("backend Transformers trains full or lora: use Mizzen for qlora")
+        if self.workers > 1 or self.checkpoint.keep_best:
+            raise ValueError(
+                "backend Transformers runs on one worker and keeps the last checkpoints: use "
+                "Mizzen for several workers and for checkpoint.keep_best"
+            )
+        if any(suite.type != "perplexity" for suite in self.evaluation.suites):
+            raise ValueError(
+                "backend Transformers measures perplexity: use Mizzen for other suites"
+            )
 
     def _check_keep_best(self) -> None:
         if self.processing.holdout_ratio == 0 or self.checkpoint.every_steps is None:

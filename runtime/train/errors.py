@@ -6,6 +6,8 @@ A `JobError` is the job's own fault and running it again would end the same way;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mizzen.runtime.errors import MizzenError
 
 
@@ -148,15 +150,26 @@ class MemoryTooSmallError(JobError):
 
 
 class MicroBatchTooLargeError(JobError):
-    """A step does not fit, and ranks that share a model cannot each try with fewer samples."""
+    """A step does not fit, and this backend or these ranks cannot make it smaller on the way."""
 
-    reason = "MicroBatchTooLarge"
+    reason = "MemoryTooSmall"
 
-    def __init__(self, micro_batch: int) -> None:
+    def __init__(self, samples: int) -> None:
         super().__init__(
-            f"Memory runs out with {micro_batch} samples at once, which is not halved by itself "
-            "where several ranks share a model. Lower hyperparameters.microBatch, or raise "
-            "parallelism.tensor."
+            f"Memory runs out with {samples} samples at once. Lower hyperparameters.microBatch or "
+            "processing.maxSeqLen, or run on a device with more memory."
+        )
+
+
+class BackendMissingError(JobError):
+    """The image lacks what a backend is made of."""
+
+    reason = "BackendMissing"
+
+    def __init__(self, packages: Sequence[str]) -> None:
+        super().__init__(
+            f"Backend Transformers needs {' and '.join(packages)}. Install them with "
+            "`pip install 'mizzen[transformers]'`, or use backend Mizzen."
         )
 
 

@@ -172,7 +172,7 @@ class Loop:
             shape=hyper.scheduler,
         )
         losses, norm, tokens = [], 0.0, 0
-        seed = _random_seed(hyper.seed, step, 0)
+        seed = random_seed(hyper.seed, step, 0)
         with parts.precision():
             updates = parts.method.updates(parts.decoder, samples, parts.trainable.lora, seed=seed)
         for number, items in enumerate(updates):
@@ -236,7 +236,7 @@ class Loop:
             try:
                 return self._accumulate_at_once(items, step, can_stop=can_stop)
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if self._parts.workers.tensor.size > 1:
                     # The others wait in the middle of a layer for what does not come.
@@ -258,7 +258,7 @@ class Loop:
             if can_stop and parts.stop.is_asked:
                 break  # nobody will use the sum
             micro = items[first : min(first + self._micro_batch, own.stop)]
-            torch.manual_seed(_random_seed(self._hyper.seed, step, first))
+            torch.manual_seed(random_seed(self._hyper.seed, step, first))
             with parts.precision():
                 micro_loss = parts.method.loss_sum(parts.decoder, micro, parts.trainable.lora)
             micro_loss = micro_loss / labels
@@ -303,11 +303,11 @@ class Loop:
         return self.counters.samples / self._parts.order.epoch_samples
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device or the host had no room; torch has no class of its own for the host's."""
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
-def _random_seed(seed: int, step: int, first: int) -> int:
+def random_seed(seed: int, step: int, first: int) -> int:
     """Return the seed of a micro-batch's random numbers: dropout repeats after a resume."""
     return (seed * 1_000_003 + step) * 1_000_003 + first & (2**63 - 1)

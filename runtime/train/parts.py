@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mizzen.runtime.model.layers import TensorShard
-from mizzen.runtime.train.durable import sha256_of, sync_path
 from mizzen.runtime.train.errors import TensorsDifferError
 
 _PARTS = "parts"
+_FILE = re.compile(r"(\w+?)(-\d{5}-of-\d{5})?\.safetensors")
 
 Shape = tuple[int, ...]
 
@@ -52,38 +52,34 @@ def part_of(shard: TensorShard) -> Part | None:
     return Part(tuple(starts)[: len(shard.whole)], shard.whole)
 
 
-def write_state(
+def write_tensors(
     folder: Path,
     tensors: Mapping[str, Mapping[str, Tensor]],
     *,
     parts: Mapping[str, Part] | None = None,
     rank: int = 0,
     ranks: int = 1,
-) -> dict[str, str]:
-    """Write a file for each kind of a rank's tensors, onto the disk; return the files' hashes.
-
-    Tensors without a part are whole.
-    """
+) -> list[Path]:
+    """Write a file for each kind of a rank's tensors; those without a part are whole."""
     suffix = f"-{rank + 1:05d}-of-{ranks:05d}" if ranks > 1 else ""
-    hashes = {}
-    for stem, named in tensors.items():
-        file = folder / f"{stem}{suffix}.safetensors"
-        _write(file, named, parts or {})
-        sync_path(file)
-        hashes[file.name] = sha256_of(file)
-    return hashes
+    files = []
+    for kind, named in tensors.items():
+        held = {name: p for name, p in (parts or {}).items() if name in named}
+        places = {name: [part.start, part.whole] for name, part in held.items()}
+        contiguous = {name: tensor.contiguous() for name, tensor in named.items()}
+        files.append(folder / f"{kind}{suffix}.safetensors")
+        metadata = {_PARTS: json.dumps(places)} if places else None
+        save_file(contiguous, files[-1], metadata=metadata)
+    return files
 
 
-def files_of(folder: Path, stem: str, names: Iterable[str]) -> list[Path]:
-    """Return those of a checkpoint's files that hold tensors of this kind, by rank."""
-    wanted = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
-    return [folder / name for name in sorted(names) if wanted.fullmatch(name)]
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], parts: Mapping[str, Part]) -> None:
-    places = {name: [part.start, part.whole] for name, part in parts.items() if name in tensors}
-    metadata = {_PARTS: json.dumps(places)} if places else None
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata=metadata)
+def files_by_kind(folder: Path, names: Iterable[str]) -> dict[str, list[Path]]:
+    """Return which of a checkpoint's files hold tensors of each kind, by rank."""
+    kinds: dict[str, list[Path]] = {}
+    for name in sorted(names):
+        if found := _FILE.fullmatch(name):
+            kinds.setdefault(found[1], []).append(folder / name)
+    return kinds
 
 
 def read_tensors(

@@ -14,9 +14,9 @@ from mizzen.runtime.train.checkpoint import (
     TrainState,
     bytes_of,
 )
-from mizzen.runtime.train.durable import storage_faults_of
+from mizzen.runtime.train.durable import sha256_of, storage_faults_of, sync_path
 from mizzen.runtime.train.history import StepRecord
-from mizzen.runtime.train.parts import write_state
+from mizzen.runtime.train.parts import write_tensors
 from mizzen.runtime.train.together import Together
 from mizzen.runtime.train.trainable import Trainable
 
@@ -45,17 +45,15 @@ class LeadingStore:
             return _write_own(folder, state, self._ranks, self._trainable)
 
         need_bytes = bytes_of(state) * self._ranks.group.size
-        return self._store.commit_files(
-            state.counters, fill, stems=list(state.tensors), need_bytes=need_bytes
-        )
+        return self._store.commit_files(state.counters, fill, need_bytes=need_bytes)
 
     def restore(self) -> tuple[Committed, TrainState] | None:
         """Return this rank's part of the newest undamaged state; as `CheckpointStore.restore`."""
-        newest = self._store.newest()
-        self._ranks.tell(None if newest is None else newest.step)
+        newest = self._store.find_newest()
+        self._ranks.tell(None if newest is None else newest[0].step)
         if newest is None:
             return None
-        return newest, self._store.read(newest.step, self._trainable.wanted())
+        return newest[0], self._store.read(newest[0].step, self._trainable.wanted())
 
 
 class FollowingLedger:
@@ -106,5 +104,8 @@ def _write_own(
         stem: {n: t for n, t in named.items() if t.numel() and (rank == 0 or n in parts)}
         for stem, named in state.tensors.items()
     }
-    hashes = write_state(folder, own, parts=parts, rank=rank, ranks=ranks.group.size)
+    files = write_tensors(folder, own, parts=parts, rank=rank, ranks=ranks.group.size)
+    for file in files:
+        sync_path(file)
+    hashes = {file.name: sha256_of(file) for file in files}
     return {name: digest for told in ranks.ask_all(hashes) for name, digest in told.items()}

@@ -79,8 +79,8 @@ class Workers:
     def watch(self, stop: StopFlag) -> None:
         """Begin to listen to the others, and to tell them when this worker is asked to stop.
 
-        A line's patience stays that of a start: nobody waits for an answer here, and reading
-        weights or a busy processor can keep a worker that is well silent for longer than serving allows.
+        A line's patience stays that of a start: nobody waits for an answer here, and a worker that
+        is well can be silent for longer than serving allows while it reads weights.
         """
         for line in self._lines:
             threading.Thread(target=self._listen, args=(line, stop), daemon=True).start()

@@ -140,11 +140,17 @@ REFUSED: dict[str, tuple[Document, str]] = {
     ),
     "more ranks than a replica has devices": (
         deployment(accelerator={**GPU, "count": 1}, parallelism={"tensor": 2}),
-        "parallelism.tensor is larger than the devices of a replica",
+        "parallelism.tensor times parallelism.pipeline is larger than the devices of a replica",
+    ),
+    "more stages than devices": (
+        deployment(
+            accelerator={**GPU, "count": 1}, parallelism={"tensor": 2, "pipeline": 2, "nodes": 2}
+        ),
+        "parallelism.tensor times parallelism.pipeline is larger than the devices of a replica",
     ),
     "ranks that do not spread evenly over pods": (
         deployment(parallelism={"tensor": 3, "nodes": 2}),
-        "parallelism.tensor must be a multiple of parallelism.nodes",
+        "parallelism.tensor times parallelism.pipeline must be a multiple of parallelism.nodes",
     ),
     "a number of devices without their name": (
         deployment(accelerator={"count": 2}),
@@ -303,6 +309,23 @@ REFUSED: dict[str, tuple[Document, str]] = {
                         "judge": {"deployment": "judge"}}),
         "A suite of type winRate needs parallelism.tensor 1.",
     ),
+    "a method of another backend": (
+        job(backend="Transformers", method="dpo"),
+        "backend Transformers runs method sft alone: all other methods need backend Mizzen.",
+    ),
+    "a base in few bits of another backend": (
+        job(backend="Transformers", adaptation={"type": "qlora"}),
+        "adaptation.type qlora needs backend Mizzen.",
+    ),
+    "several workers of another backend": (
+        job(backend="Transformers", workers={"min": 1, "max": 2}),
+        "workers.max above 1 and checkpoint.keepBest need backend Mizzen.",
+    ),
+    "a suite of another backend": (
+        job(backend="Transformers",
+            evaluation={"suites": [{"name": "words", "type": "exactMatch"}]}),
+        "backend Transformers measures perplexity: all other suites need backend Mizzen.",
+    ),
     "a budget of nothing": (job(budget={}), "Set budget.maxHours, maxTokens or both."),
     "a budget where nothing is trained": (
         job(method="merge", merge={"kind": "adapter", "parts": [{"source": "pvc://models/a"}]},
@@ -347,7 +370,7 @@ def test_the_shortest_deployment_gets_every_default(cluster: ApiCluster, namespa
     assert spec == {
         "model": {"source": "pvc://models/smollm2", "dtype": "auto"},
         "accelerator": {"resource": "none"},
-        "parallelism": {"tensor": 1, "nodes": 1},
+        "parallelism": {"tensor": 1, "pipeline": 1, "nodes": 1},
         "drain": {"maxSeconds": 120},
         "rollout": {
             "strategy": "Rolling",
@@ -428,7 +451,7 @@ def test_the_example_of_every_field_is_accepted(cluster: ApiCluster, namespace: 
             "budget": {"gpus": 12},
         },
         accelerator={**GPU, "count": 2},
-        parallelism={"tensor": 4, "nodes": 2},
+        parallelism={"tensor": 2, "pipeline": 2, "nodes": 2},
         adapters=[{"name": "support.v2", "source": "pvc://models/adapters/support"}],
         engine={
             "image": "example/runtime:1",

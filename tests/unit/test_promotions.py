@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from mizzen.operator.controllers import finetunejob
+from mizzen.operator.controllers.job_inputs import find_base_model
+from mizzen.operator.crds.finetunejob import FineTuneJobSpec
 from mizzen.operator.engine.key import Key
 from mizzen.operator.planning.promotions import MODEL, choose_holders, promoted_at
 from mizzen.operator.status.job_facts import Approval, Promotion
@@ -342,3 +344,25 @@ async def test_a_model_that_is_served_outlives_a_later_revision_that_is_rolled_b
     assert world.status["rollout"]["failure"]["reason"]
     assert world.status["promotedModel"]["revision"] == world.status["revision"] == served
     assert promoted(await reconcile_job(world, "big")) == ("Succeeded", "True", "Promoted")
+
+
+async def test_a_job_starts_from_the_model_that_is_served_and_goes_on_with_what_it_began() -> None:
+    world = World(replicas=1)
+    await world.settle()
+    spec = FineTuneJobSpec.model_validate(
+        {"baseModel": {"deployment": "smollm2"}, "dataset": [{"name": "d", "uri": "pvc://d/d"}]}
+    )
+
+    def base(begun_with: str | None = None) -> object:
+        return find_base_model(spec, "team", world.facts.store, begun_with=begun_with)
+
+    assert base() == "pvc://models/smollm2"
+    publish_job(
+        world, "big", digest="sha256:9", uri="pvc://models/big", kind="model", strategy="Canary"
+    )
+    assert base() == "pvc://models/smollm2", "not before every replica answers with it"
+    await go_on(world, 30)
+    await world.settle()
+    await reconcile_job(world, "big")
+    assert base() == "pvc://models/big"
+    assert base(begun_with="pvc://models/smollm2") == "pvc://models/smollm2"

@@ -195,7 +195,7 @@ def test_memory_that_not_even_one_sample_fits_into_ends_the_job(tmp_path: Path) 
 
 def test_ranks_that_share_a_model_cannot_each_try_with_fewer_samples(tmp_path: Path) -> None:
     pair = Workers(tensor=RankGroup(0, 2))
-    with pytest.raises(MicroBatchTooLargeError, match=r"with 2 samples.*raise parallelism.tensor"):
+    with pytest.raises(MicroBatchTooLargeError, match=r"with 2 samples at once. Lower"):
         loop_of(tmp_path, samples(4), Fragile(room=1), workers=pair).run()
 
 

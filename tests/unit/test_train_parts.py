@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mizzen.runtime.parallel.shard import even_span
 from mizzen.runtime.train.errors import TensorsDifferError
-from mizzen.runtime.train.parts import Part, Wanted, files_of, read_tensors, write_state
+from mizzen.runtime.train.parts import Part, Wanted, files_by_kind, read_tensors, write_tensors
 
 ROWS = torch.arange(35.0).view(7, 5)
 NORM = torch.arange(3.0)
@@ -21,13 +21,13 @@ def cut(rank: int, ranks: int, dim: int) -> tuple[Part, Tensor]:
 
 
 def write(folder: Path, *, ranks: int, dim: int) -> list[Path]:
-    hashes: dict[str, str] = {}
+    files: list[Path] = []
     for rank in range(ranks):
         part, tensor = cut(rank, ranks, dim)
         tensors = {"cut": tensor} | ({"norm": NORM} if rank == 0 else {})
         parts = {"cut": part} if ranks > 1 else {}
-        hashes |= write_state(folder, {"weights": tensors}, parts=parts, rank=rank, ranks=ranks)
-    return files_of(folder, "weights", hashes)
+        files += write_tensors(folder, {"weights": tensors}, parts=parts, rank=rank, ranks=ranks)
+    return files
 
 
 @pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
@@ -59,7 +59,11 @@ def test_a_gap_is_refused(tmp_path: Path) -> None:
         dict(read_tensors(write(tmp_path, ranks=3, dim=0)[:2], {}))
 
 
-def test_kinds_whose_names_begin_alike_are_told_apart(tmp_path: Path) -> None:
-    names = ["exp_avg-00001-of-00002.safetensors", "exp_avg_sq-00001-of-00002.safetensors",
-             "exp_avg.safetensors"]  # fmt: skip
-    assert [p.name for p in files_of(tmp_path, "exp_avg", names)] == [names[0], names[2]]
+def test_files_are_told_apart_by_kind(tmp_path: Path) -> None:
+    first = ["exp_avg-00001-of-00002.safetensors", "exp_avg-00002-of-00002.safetensors"]
+    other = ["exp_avg_sq.safetensors"]
+    found = files_by_kind(tmp_path, [*other, *reversed(first), "rng.json"])
+    assert {kind: [p.name for p in paths] for kind, paths in found.items()} == {
+        "exp_avg": first,
+        "exp_avg_sq": other,
+    }

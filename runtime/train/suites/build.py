@@ -23,7 +23,7 @@ def build_exams(around: Surroundings, method: Method, data: Prepared) -> list[Ex
     """
     suites = around.config.evaluation.suites
     if suites:
-        _check_holdout(data)
+        check_holdout(data)
     return [_build(suite, around, method, data) for suite in suites]
 
 
@@ -33,12 +33,13 @@ def build_validation(method: Method, data: Prepared) -> Exam:
     Raises:
         JobConfigError: no held-out sample is left.
     """
-    _check_holdout(data)
+    check_holdout(data)
     suite = Suite(name="validation", type=method.measure.type)
     return MethodExam(suite, method, data.holdout)
 
 
-def _check_holdout(data: Prepared) -> None:
+def check_holdout(data: Prepared) -> None:
+    """Raise JobConfigError unless there is a held-out sample to ask."""
     if not data.holdout:
         raise JobConfigError(
             f"None of the held-out samples is left: {data.contaminated} are too much like "
