@@ -32,9 +32,4 @@ def backend_rules() -> tuple[dict[str, str], ...]:
             "backend Transformers runs on one worker and keeps the last checkpoints: workers.max "
             "above 1 and checkpoint.keepBest need backend Mizzen.",
         ),
-        cel(
-            f"{_IS_OURS} || !has(self.evaluation) || "
-            "self.evaluation.suites.all(s, s.type == 'perplexity')",
-            "backend Transformers measures perplexity: all other suites need backend Mizzen.",
-        ),
     )

@@ -35,7 +35,7 @@ from mizzen.runtime.train.parts import Wanted, files_by_kind, read_tensors, writ
 log = logging.getLogger(__name__)
 
 _COMMITTED = re.compile(r"^step-(\d{8})$")
-_PARTIAL_PREFIX = ".partial-"
+PARTIAL_PREFIX = ".partial-"
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 
@@ -112,7 +112,7 @@ class CheckpointStore:
         if (known := self.find(counters.step)) is not None:
             return known
         final = self._path(counters.step)
-        partial = self.directory / f"{_PARTIAL_PREFIX}{final.name}"
+        partial = self.directory / f"{PARTIAL_PREFIX}{final.name}"
         committed_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
             with storage_faults_of("A checkpoint", self.directory, need_bytes=need_bytes):
@@ -255,7 +255,7 @@ class CheckpointStore:
 
     def _remove_partials(self) -> None:
         if self.directory.is_dir():
-            for path in self.directory.glob(f"{_PARTIAL_PREFIX}*"):
+            for path in self.directory.glob(f"{PARTIAL_PREFIX}*"):
                 shutil.rmtree(path)
 
 

@@ -136,6 +136,11 @@ class Suite(Part):
     labels: tuple[str, ...] = ()  # classification; by default the answers there are
     max_new_tokens: int = Field(default=64, ge=1)  # exactMatch and winRate
 
+    @property
+    def is_question(self) -> bool:
+        """Whether it asks a model that answers, whatever the method learns from."""
+        return self.type in _OF_ANSWERS
+
 
 class Evaluation(Part):
     """What a result must pass before it is published; no suite, no gate.
@@ -242,10 +247,6 @@ class TrainConfig(Part):
             raise ValueError(
                 "backend Transformers runs on one worker and keeps the last checkpoints: use "
                 "Mizzen for several workers and for checkpoint.keep_best"
-            )
-        if any(suite.type != "perplexity" for suite in self.evaluation.suites):
-            raise ValueError(
-                "backend Transformers measures perplexity: use Mizzen for other suites"
             )
 
     def _check_keep_best(self) -> None:

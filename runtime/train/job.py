@@ -22,6 +22,7 @@ from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
 from mizzen.runtime.train.data import Prepared, prepare
 from mizzen.runtime.train.device import choose_device, use_own_cpus
 from mizzen.runtime.train.digest import model_digest
+from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.evaluate import TallyStore
 from mizzen.runtime.train.hugging_face.installed import check_installed
 from mizzen.runtime.train.memory import check_fits, check_memory, memory_limit
@@ -119,16 +120,7 @@ def _prepare(
 ) -> Work:
     if config.backend == "Transformers":
         return prepare_transformers(config, environment, board, stop)
-    checkpoint = find_checkpoint(config.base_model)
-    around = Surroundings(
-        config=config,
-        spec=_architecture(checkpoint),
-        tokenizer=Tokenizer.load(checkpoint),
-        device=choose_device(environment.device),
-        stop=stop,
-        judge_api_key=environment.judge_api_key,
-        teacher_api_key=environment.teacher_api_key,
-    )
+    around = _surround(config, environment, stop)
     if config.is_trained:
         check_memory(around)
     if workers.tensor.size > 1:
@@ -150,6 +142,19 @@ def _prepare(
         tallies=TallyStore(directory, fingerprint=fingerprint(config, read)),
         board=board,
         stop=stop,
+    )
+
+
+def _surround(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag) -> Surroundings:
+    checkpoint = find_checkpoint(config.base_model)
+    return Surroundings(
+        config=config,
+        spec=_architecture(checkpoint),
+        tokenizer=Tokenizer.load(checkpoint),
+        device=choose_device(environment.device),
+        stop=stop,
+        judge_api_key=environment.judge_api_key,
+        teacher_api_key=environment.teacher_api_key,
     )
 
 
@@ -180,9 +185,18 @@ def prepare_transformers(
     check_fits(model.plan_need(config, described, device), memory_limit(device))
     tokenizer = Tokenizer.load(checkpoint)
     data = _read_data(config, tokenizer, board, "conversation", model.max_len(described))
+    around = None
+    if questions := [suite.name for suite in config.evaluation.suites if suite.is_question]:
+        try:
+            around = _surround(config, environment, stop)
+        except UnknownArchitectureError as error:
+            raise JobConfigError(
+                f"evaluation.suites {', '.join(questions)} are asked by Mizzen's decoder, and it "
+                "does not know this model. Use type perplexity."
+            ) from error
     mark = fingerprint(config, data)
     return HuggingFaceTraining(
-        config, data, device=device, fingerprint=mark, board=board, stop=stop
+        config, data, around, device=device, fingerprint=mark, board=board, stop=stop
     )
 
 

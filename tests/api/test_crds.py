@@ -321,11 +321,6 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(backend="Transformers", workers={"min": 1, "max": 2}),
         "workers.max above 1 and checkpoint.keepBest need backend Mizzen.",
     ),
-    "a suite of another backend": (
-        job(backend="Transformers",
-            evaluation={"suites": [{"name": "words", "type": "exactMatch"}]}),
-        "backend Transformers measures perplexity: all other suites need backend Mizzen.",
-    ),
     "a budget of nothing": (job(budget={}), "Set budget.maxHours, maxTokens or both."),
     "a budget where nothing is trained": (
         job(method="merge", merge={"kind": "adapter", "parts": [{"source": "pvc://models/a"}]},

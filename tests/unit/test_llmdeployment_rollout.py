@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from mizzen.operator.engine.results import Requeue
+from mizzen.operator.kube.errors import QuotaExceeded
 from tests.fixtures.serving_world import World
 
 Json = dict[str, Any]
@@ -133,6 +135,30 @@ async def test_what_was_rolled_back_half_way_leaves_at_once_and_what_is_proven_i
     assert revisions(world) == {"first": 3}
     assert lowest >= 2  # the proven ones that were left
     assert world.status["readyReplicas"] == 3
+
+
+async def test_a_rollback_ends_also_where_the_quota_has_room_for_no_further_pod() -> None:
+    rollout = {"progressDeadlineSeconds": 60, "maxSurge": 0, "maxUnavailable": 1}
+    world = World(replicas=3, rollout=rollout)
+    world.api.fault = quota_of(3, world)
+    await world.settle()
+    world.change(engine={"maxNumSeqs": 4})
+    while revisions(world) != {"first": 1, "4": 2}:
+        await go_on(world, 5)
+    await go_on(world, 180, breaks="4")
+    assert world.status["rollout"]["failure"]["reason"] == "ProgressDeadlineExceeded"
+    assert revisions(world) == {"first": 3}
+    assert serving(world) == 3
+
+
+def quota_of(most: int, world: World) -> Callable[[str, str], None]:
+    """Return a fault that refuses every pod beyond these."""
+
+    def fault(method: str, path: str) -> None:
+        if method == "POST" and path.endswith("/pods") and len(world.all_pods) >= most:
+            raise QuotaExceeded
+
+    return fault
 
 
 async def test_the_spec_before_ends_a_rollback() -> None:

@@ -99,6 +99,26 @@ async def test_a_settled_replica_that_was_never_read_makes_the_sums_unknown(worl
     assert fresh.traffic.arrivals_per_s.fresh(15) is None
 
 
+async def test_a_look_at_one_deployment_forgets_nothing_of_the_others(world: World) -> None:
+    found = await world.run(60)
+    assert found[NAME].engines.steps_per_s.value
+    await world.source.collect([QUIET])
+    again = await world.run(STEP_S)
+    assert again[NAME].engines.steps_per_s.value == pytest.approx(
+        found[NAME].engines.steps_per_s.value
+    )
+
+
+async def test_a_process_nobody_asks_for_is_forgotten_after_the_longest_window(
+    world: World,
+) -> None:
+    await world.run(60)
+    world.now += 301
+    await world.source.collect([QUIET])
+    again = await world.run(STEP_S)
+    assert again[NAME].engines.steps_per_s == UNKNOWN
+
+
 async def test_without_a_gateway_arrivals_are_unknown(world: World) -> None:
     world.has_gateway = False
     found = (await world.run(15))[NAME]

@@ -2,14 +2,18 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from hack.tiny_model import write_tiny_model
+from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import (
     BadModelError,
     NotAModelError,
@@ -17,8 +21,10 @@ from mizzen.runtime.errors import (
     UnknownArchitectureError,
     WeightsMissingError,
 )
-from mizzen.runtime.train.config import TrainConfig
+from mizzen.runtime.model.arch import ArchSpec
+from mizzen.runtime.train.config import Suite, TrainConfig
 from mizzen.runtime.train.errors import BackendMissingError, JobConfigError
+from mizzen.runtime.train.hugging_face.gate import HuggingFaceSubject, LossExam, ServedExam
 from mizzen.runtime.train.hugging_face.installed import check_installed
 from mizzen.runtime.train.hugging_face.model import (
     load_model,
@@ -27,6 +33,12 @@ from mizzen.runtime.train.hugging_face.model import (
     round_for_publishing,
     write_model,
 )
+from mizzen.runtime.train.hugging_face.served import serve_base, serve_candidate
+from mizzen.runtime.train.methods.sft import Sft
+from mizzen.runtime.train.samples import Sample
+from mizzen.runtime.train.stop import StopFlag
+from mizzen.runtime.train.suites.exam import MethodExam
+from mizzen.runtime.train.surroundings import Surroundings
 from tests.fixtures.tiny_models import save_tiny_gpt_neox
 
 CPU = torch.device("cpu")
@@ -135,6 +147,35 @@ def test_a_whole_model_is_published_in_its_bases_type_with_its_bases_files(tmp_p
     assert all(torch.equal(tensor, rounded[name]) for name, tensor in read.items())
     assert json.loads((published / "config.json").read_text())["dtype"] == "bfloat16"
     assert (published / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+@torch.no_grad()
+def test_what_a_replica_would_compute_is_what_was_trained(tmp_path: Path) -> None:
+    base = write_tiny_model(tmp_path / "base")
+    config = job(base, checkpoint={"directory": str(tmp_path)})
+    model = load_model(config, base, CPU)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.normal_(std=0.1)
+    around = Surroundings(
+        config=config,
+        spec=ArchSpec.from_dir(base),
+        tokenizer=Tokenizer.load(base),
+        device=CPU,
+        stop=StopFlag(),
+    )
+    subject = HuggingFaceSubject(
+        model=model,
+        precision=nullcontext,
+        serve=lambda: serve_candidate(around, model, checkpoint=base),
+    )
+    samples, suite = [Sample(np.arange(20, dtype=np.int32), np.arange(20) > 0)], Suite(name="a")
+    trained = LossExam(suite, samples).count(subject, slice(1), None)
+    exam = MethodExam(suite, Sft(), samples)
+    served = ServedExam(exam).count(subject, slice(1), None)
+    assert (served.total, served.weight) == pytest.approx((trained.total, 19), rel=1e-4)
+    assert exam.count(serve_base(around), slice(1), None).total != pytest.approx(trained.total)
+    assert not list(tmp_path.glob(".partial*"))
 
 
 def test_a_missing_package_is_named_with_what_installs_it(

@@ -6,6 +6,8 @@ No code of a model's own directory is ever run, and no pickle is read.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -168,12 +170,25 @@ def write_model(model: LanguageModel, folder: Path, *, checkpoint: Path) -> None
         model.save_pretrained(folder)
         return
     dtype = _published_dtype(checkpoint)
-    model.to(dtype).save_pretrained(folder)
+    with _weights_as(model, dtype):
+        model.save_pretrained(folder)
     copy_tokenizer(checkpoint, folder)
     # The model's own has the settings of training in it.
     said: dict[str, Any] = {**read_json(checkpoint / "config.json"), "dtype": _name_of(dtype)}
     said.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def _weights_as(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Keep a rounded model's weights in another type for a while; buffers stay exact."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    try:
+        yield
+    finally:
+        for weight in model.parameters():
+            weight.data = weight.data.float()
 
 
 def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:

@@ -27,6 +27,7 @@ from mizzen.runtime.train.hugging_face.model import (
     write_model,
 )
 from mizzen.runtime.train.hugging_face.rows import OrderedSamples
+from mizzen.runtime.train.hugging_face.served import serve_base, serve_candidate
 from mizzen.runtime.train.hugging_face.trainer import (
     ScheduledTrainer,
     build_arguments,
@@ -38,6 +39,8 @@ from mizzen.runtime.train.loop import is_out_of_memory
 from mizzen.runtime.train.memory import need_of
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
 from mizzen.runtime.train.stop import StopFlag, YieldRequested
+from mizzen.runtime.train.suites.exam import Subject
+from mizzen.runtime.train.surroundings import Surroundings
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ class HuggingFaceTraining:
         self,
         config: TrainConfig,
         data: Prepared,
+        around: Surroundings | None,
         *,
         device: torch.device,
         fingerprint: str,
@@ -58,12 +62,13 @@ class HuggingFaceTraining:
         hyper, directory = config.hyperparameters, config.checkpoint.directory
         self.data = data
         self._config = config
+        self._around = around
         self._board = board
         self._device = device
         self._checkpoint = find_checkpoint(config.base_model)
         self._model = load_model(config, self._checkpoint, device)
         self._examination = Examination(
-            exams=build_exams(config, data),
+            exams=build_exams(config, data, around),
             micro_batch=hyper.micro_batch,
             store=TallyStore(directory, fingerprint=fingerprint),
             stop=stop,
@@ -191,8 +196,17 @@ class HuggingFaceTraining:
 
     def _subject(self, *, is_base: bool) -> HuggingFaceSubject:
         return HuggingFaceSubject(
-            model=self._model, precision=lambda: self._precision(is_base=is_base)
+            model=self._model,
+            precision=lambda: self._precision(is_base=is_base),
+            serve=lambda: self._serve(is_base=is_base),
         )
+
+    def _serve(self, *, is_base: bool) -> Subject:
+        around = self._around
+        assert around is not None, "only suites that need it ask for it"
+        if is_base:
+            return serve_base(around)
+        return serve_candidate(around, self._model, checkpoint=self._checkpoint)
 
     @contextlib.contextmanager
     def _precision(self, *, is_base: bool) -> Iterator[None]:

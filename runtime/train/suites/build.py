@@ -24,7 +24,7 @@ def build_exams(around: Surroundings, method: Method, data: Prepared) -> list[Ex
     suites = around.config.evaluation.suites
     if suites:
         check_holdout(data)
-    return [_build(suite, around, method, data) for suite in suites]
+    return [build_exam(suite, around, method, data) for suite in suites]
 
 
 def build_validation(method: Method, data: Prepared) -> Exam:
@@ -47,7 +47,8 @@ def check_holdout(data: Prepared) -> None:
         )
 
 
-def _build(suite: Suite, around: Surroundings, method: Method, data: Prepared) -> Exam:
+def build_exam(suite: Suite, around: Surroundings, method: Method, data: Prepared) -> Exam:
+    """Return one suite's exam; see `build_exams` for errors."""
     if suite.type == method.measure.type:
         return MethodExam(suite, method, data.holdout)
     config, tokenizer = around.config, around.tokenizer
