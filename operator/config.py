@@ -78,7 +78,7 @@ class OperatorConfig(BaseSettings):
     stuck_after_s: float = Field(
         120.0,
         gt=0,
-        description="/healthz fails when a due key waited this long, or a reconcile goes on for so much "
+        description="/healthz fails when a due key waited this long, or a reconcile takes so much "
         "longer than its longest call may.",
     )
 
