@@ -95,6 +95,7 @@ def build_train_config(job: Job, generation: int, workers: int) -> Json:
     targets = spec.adaptation.targets
     return {
         "job": f"{job.namespace}/{job.name}",
+        "backend": spec.backend,
         "method": spec.method,
         "adaptation": {
             **spec.adaptation.model_dump(),
@@ -123,6 +124,7 @@ def build_train_config(job: Job, generation: int, workers: int) -> Json:
         "evaluation": _evaluation(job),
         "roles": spec.roles,
         "workers": workers,
+        "parallelism": spec.parallelism.model_dump(),
         "generation": generation,
         "admin_port": ADMIN_PORT,
     }

@@ -9,15 +9,14 @@ import torch
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.train.config import TrainConfig
-from mizzen.runtime.train.stop import StopFlag
+from mizzen.runtime.train.stop import Stop
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Where roles are played on Ray: its head's address, and a place in each pod."""
+    """Where roles are played on Ray: a place in each pod, the trainer's first."""
 
-    head: str
-    places: tuple[str, ...]  # the trainer's first
+    places: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +27,7 @@ class Surroundings:
     spec: ArchSpec
     tokenizer: Tokenizer
     device: torch.device
-    stop: StopFlag
+    stop: Stop
     judge_api_key: str | None = None
     teacher_api_key: str | None = None
     stage: Stage | None = None  # where others than the trainer draw and judge

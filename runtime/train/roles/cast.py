@@ -10,6 +10,7 @@ from mizzen.runtime.parallel.handshake import group_key
 from mizzen.runtime.parallel.nodes import read_secret
 from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
 from mizzen.runtime.train.roles.roles import OwnRoles, Roles
+from mizzen.runtime.train.stop import StopFlag
 from mizzen.runtime.train.surroundings import Stage, Surroundings
 from mizzen.runtime.train.workers import Workers
 
@@ -17,7 +18,7 @@ _LOOPBACK = "127.0.0.1"
 
 
 def open_stage(
-    config: TrainConfig, environment: TrainerEnvironment, workers: Workers
+    config: TrainConfig, environment: TrainerEnvironment, workers: Workers, stop: StopFlag
 ) -> Stage | None:
     """Start this pod's part of Ray and return where roles can be played; None where none are.
 
@@ -29,13 +30,15 @@ def open_stage(
     address = workers.own_address or _LOOPBACK
     os.environ.update(ray_settings(token=_token(config, environment), address=address))
     # Ray reads its settings when it is imported, takes seconds for that, and few jobs want it.
-    from mizzen.runtime.train.roles.node import start_node  # noqa: PLC0415
+    from mizzen.runtime.train.roles.node import enter, start_node  # noqa: PLC0415
 
     head = None if workers.is_leader else workers.hear().decode()
     head = start_node(address=address, place=_place(environment.node_rank), head=head)
     if workers.is_leader:
         workers.tell(head.encode())
-    return Stage(head, tuple(map(_place, range(config.workers))))
+        enter(head)
+        stop.listen_to_signals()  # Ray has put its own in our place
+    return Stage(tuple(map(_place, range(config.workers))))
 
 
 def close_stage(stage: Stage | None) -> None:

@@ -11,6 +11,7 @@ import logging
 import socket
 import tempfile
 
+import ray
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray._raylet import (
@@ -77,6 +78,11 @@ def start_node(*, address: str, place: str, head: str | None = None) -> str:
     )
     log.info("Ray is at %s; its logs are in %s.", node.address, node.get_session_dir_path())  # type: ignore[no-untyped-call]
     return str(node.address)
+
+
+def enter(head: str) -> None:
+    """Become the process that places roles and asks them."""
+    ray.init(address=head, log_to_driver=False, configure_logging=False)
 
 
 def _free_port(address: str) -> int:

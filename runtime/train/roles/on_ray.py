@@ -42,8 +42,6 @@ class RayRoles:
     """One actor that draws in each place but the trainer's, one that judges, one that compares."""
 
     def __init__(self, around: Surroundings, stage: Stage) -> None:
-        ray.init(address=stage.head, log_to_driver=False, configure_logging=False)
-        around.stop.listen_to_signals()  # Ray has put its own in our place
         self._stop = around.stop
         self._timeout_s = around.config.failure.hang_timeout_s
         self._is_alone = len(stage.places) == 1
