@@ -29,7 +29,8 @@ from benchmarks.prompts import random_prompts
 from benchmarks.rows import Rows
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.config import EngineConfig
-from mizzen.runtime.engine.ranks import load_rank, own_kv
+from mizzen.runtime.engine.kv_room import own_kv
+from mizzen.runtime.engine.ranks import load_rank
 from mizzen.runtime.engine.runner import Runner
 from mizzen.runtime.kernels.library import kernels
 from mizzen.runtime.parallel.group import RankGroup

@@ -133,9 +133,11 @@ def in_short(resource: Json) -> str:
         ready = told.get("Ready", {}).get("reason")
         return f"{status.get('ready')} ready, {wanted} wanted, {ready}; adapters {adapters}"
     parts = [str(status.get("phase")), *_flags(told)]
-    if step := (status.get("progress") or {}).get("steps"):
-        parts.insert(1, f"in generation {status.get('generation')}, committed {step}"
-                     if status.get("phase") == "Pending" else f"step {step}")  # fmt: skip
+    made = (status.get("progress") or {}).get("step")
+    if made is not None:
+        is_waiting = status.get("phase") == "Pending"
+        # While it is at work, every tenth step is enough to see it go on.
+        parts.insert(1, f"committed step {made}" if is_waiting else f"past step {made // 10 * 10}")
     return ", ".join(parts)
 
 

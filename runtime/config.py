@@ -47,7 +47,12 @@ class ServeConfig(BaseSettings):
         gt=0,
         description="Most the cache may hold; unused models make room. Default: what the disk has.",
     )
-    tensor_parallel_size: int = Field(1, ge=1, description="Ranks the model is split over.")
+    tensor_parallel_size: int = Field(
+        1, ge=1, description="Ranks that each layer of the model is split over."
+    )
+    pipeline_parallel_size: int = Field(
+        1, ge=1, description="Stages the model's layers are cut into, each of so many ranks."
+    )
     nnodes: int = Field(
         1, ge=1, description="Pods or machines the ranks are spread over, equally many on each."
     )
@@ -126,8 +131,11 @@ class ServeConfig(BaseSettings):
     @model_validator(mode="after")
     def _spans_nodes(self) -> Self:
         if self.nnodes > 1:
-            if self.tensor_parallel_size % self.nnodes:
-                raise ValueError("--tensor-parallel-size must be a multiple of --nnodes")
+            if self.tensor_parallel_size * self.pipeline_parallel_size % self.nnodes:
+                raise ValueError(
+                    "--tensor-parallel-size times --pipeline-parallel-size must be a multiple of "
+                    "--nnodes"
+                )
             if self.node_rank >= self.nnodes:
                 raise ValueError("--node-rank must be less than --nnodes")
             if not (self.master_addr and self.admin_token_file):
@@ -176,6 +184,7 @@ class ServeConfig(BaseSettings):
         return EngineConfig(
             model=self.model_path,
             tensor_parallel_size=self.tensor_parallel_size,
+            pipeline_parallel_size=self.pipeline_parallel_size,
             nodes=self._nodes(),
             dtype=self.dtype,
             device=self.device,

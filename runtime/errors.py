@@ -80,6 +80,12 @@ class TensorParallelInvalidError(BadModelError):
     reason = "TensorParallelInvalid"
 
 
+class PipelineInvalidError(BadModelError):
+    """The model has fewer layers than it is to have stages."""
+
+    reason = "PipelineInvalid"
+
+
 class QuantizationUnsupportedError(BadModelError):
     """The weights cannot be stored in so few bits on this device."""
 

@@ -42,8 +42,11 @@ def plan(
         int, typer.Option(help="Prompt plus answer of a usual request.")
     ] = 2048,
     tensor_parallel_size: Annotated[
-        int | None, typer.Option(help="Devices for one replica; the fewest when left out.")
+        int | None, typer.Option(help="Devices that share each layer; the fewest when left out.")
     ] = None,
+    pipeline_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Stages the layers are cut into, each on as many devices.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Print the memory a model takes, the devices it needs and how many requests then fit."""
@@ -68,6 +71,7 @@ def plan(
             max_len=longest,
             request_tokens=max(1, min(request_tokens, longest)),
             tensor=tensor_parallel_size,
+            pipeline=pipeline_parallel_size,
         )
         fit = plan_fit(shape, wish)
     except ValueError as error:
@@ -145,7 +149,7 @@ def _as_text(fit: Fit, request_tokens: int) -> str:
         ("parameters", f"{fit.parameters:,}"),
         ("weights", f"{fit.weight_bytes / gib:.2f} GiB as {fit.dtype}"),
         ("KV cache", f"{fit.kv_bytes_per_token / 1024:.1f} KiB a token"),
-        ("devices per replica", f"{fit.tensor} x {fit.accelerator}"),
+        ("devices per replica", _devices(fit)),
         (
             "memory of a device",
             f"{fit.device_bytes / gib:.1f} GiB: {fit.weight_bytes_per_rank / gib:.2f} weights, "
@@ -159,3 +163,10 @@ def _as_text(fit: Fit, request_tokens: int) -> str:
         ),
     )
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+
+def _devices(fit: Fit) -> str:
+    if fit.pipeline == 1:
+        return f"{fit.tensor} x {fit.accelerator}"
+    count = fit.tensor * fit.pipeline
+    return f"{count} x {fit.accelerator}: {fit.pipeline} stages of {fit.tensor}"

@@ -10,7 +10,8 @@ from mizzen.operator.crds.common import Json
 from mizzen.operator.desired import labels
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.documents import labels_of, uid_of
-from mizzen.operator.kube.errors import AlreadyExists
+from mizzen.operator.kube.errors import AlreadyExists, KubeError
+from mizzen.operator.planning.rollout import Standing
 from mizzen.operator.status.conditions import rfc3339
 
 
@@ -22,20 +23,22 @@ async def apply(plan: Plan, kube: Kube, *, now: datetime) -> None:
     """
     for child in plan.children:
         await kube.apply(child)
-    for group in plan.create:
-        for pod in group:
-            await _create(pod, kube)
+    refusal = await _create_groups(plan, kube)
     for replica in plan.drain:
         await _begin_drain(replica, kube, now)
     for replica in plan.close:
         await set_gate(replica, is_open=False, kube=kube, now=now)
     for replica in plan.remove:
+        if refusal is not None and replica.standing is Standing.FAILED:
+            continue  # until its successor is there, it alone tells how often it has failed
         for pod in replica.pods:
             if not is_leaving(pod):
                 # Its status may have changed meanwhile, its identity may not.
                 await kube.delete(pod, check_version=False)
     for child in plan.prune:
         await kube.delete(child)
+    if refusal is not None:
+        raise refusal
 
 
 async def set_gate(group: Group, *, is_open: bool, kube: Kube, now: datetime) -> Json | None:
@@ -52,6 +55,20 @@ async def set_gate(group: Group, *, is_open: bool, kube: Kube, now: datetime) ->
             "message": "The replica takes traffic." if is_open else "The replica is leaving.",
         },
     )
+
+
+async def _create_groups(plan: Plan, kube: Kube) -> KubeError | None:
+    """Create the new pods; return what stopped that, if anything.
+
+    Under a quota that is used up, room comes only from the replicas that the plan takes away.
+    """
+    try:
+        for group in plan.create:
+            for pod in group:
+                await _create(pod, kube)
+    except KubeError as error:
+        return error
+    return None
 
 
 async def _create(pod: Json, kube: Kube) -> None:

@@ -14,6 +14,7 @@ from mizzen.operator.crds.common import (
 )
 from mizzen.operator.crds.finetunejob_status import FineTuneJobStatus
 from mizzen.operator.crds.rollout import Probe
+from mizzen.operator.crds.training_backend import Backend, backend_rules
 from mizzen.operator.crds.training_data import BaseModelRef, ClaimFolder, Dataset, Processing
 from mizzen.operator.crds.training_methods import (
     METHOD_SECTIONS,
@@ -33,6 +34,7 @@ from mizzen.operator.crds.training_run import (
     Failure,
     JobResources,
     SpareCapacity,
+    TensorParallelism,
     Workers,
 )
 
@@ -180,7 +182,9 @@ class Promotion(ApiModel):
     ] = None
 
 
-_CANNOT_CHANGE = "cannot change (only suspend, workers, spareCapacity and priority can)."
+_CANNOT_CHANGE = (
+    "cannot change (only suspend, workers, parallelism, spareCapacity and priority can)."
+)
 
 
 def _unchanged(*fields: str) -> tuple[dict[str, str], ...]:
@@ -215,7 +219,9 @@ class FineTuneJobSpec(ApiModel):
     """What should be trained, on what, and where the result goes."""
 
     rules = (
-        *_unchanged("method", "adaptation", "baseModel", "processing", "hyperparameters"),
+        *_unchanged(
+            "backend", "method", "adaptation", "baseModel", "processing", "hyperparameters"
+        ),
         *_unchanged("checkpoint", "resources", "failure"),
         _unchanged_sections(),
         *_unchanged_if_any(
@@ -223,6 +229,7 @@ class FineTuneJobSpec(ApiModel):
         ),
         *_unchanged_if_any("queue"),
         *method_rules(),
+        *backend_rules(),
         cel(
             "self.checkpoint.keepBest == 0 || "
             "self.processing.holdoutRatio > 0.0 && self.workers.max == 1",
@@ -246,6 +253,21 @@ class FineTuneJobSpec(ApiModel):
             "workers.max above 1 needs method sft, dpo, reward or distill.",
         ),
         cel(
+            "self.workers.min % self.parallelism.tensor == 0 && "
+            "self.workers.max % self.parallelism.tensor == 0",
+            "workers.min and workers.max must be multiples of parallelism.tensor.",
+        ),
+        cel(
+            "self.parallelism.tensor == 1 || "
+            "self.method == 'sft' && self.adaptation.type != 'qlora'",
+            "parallelism.tensor above 1 needs method sft and adaptation.type full or lora.",
+        ),
+        cel(
+            "self.parallelism.tensor == 1 || !has(self.evaluation) || "
+            "!self.evaluation.suites.exists(s, s.type == 'winRate')",
+            "A suite of type winRate needs parallelism.tensor 1.",
+        ),
+        cel(
             "has(self.output) && has(self.output.uri) || has(self.baseModel.deployment) || "
             "self.baseModel.source.startsWith('pvc://')",
             "Set output.uri, since the base model is on no claim the result could lie on.",
@@ -258,6 +280,7 @@ class FineTuneJobSpec(ApiModel):
     )
 
     method: Method = "sft"
+    backend: Backend = "Mizzen"
     dpo: Annotated[Dpo | None, Field(description="Settings of method dpo.")] = None
     distill: Annotated[Distill | None, Field(description="Settings of method distill.")] = None
     merge: Annotated[Merge | None, Field(description="Settings of method merge.")] = None
@@ -293,6 +316,9 @@ class FineTuneJobSpec(ApiModel):
         Budget | None, Field(description="What it may use; then it ends with what it has.")
     ] = None
     workers: Annotated[Workers, Field(description="How many pods train together.")] = Workers()
+    parallelism: Annotated[
+        TensorParallelism, Field(description="How many workers share one copy of the model.")
+    ] = TensorParallelism()
     resources: Annotated[JobResources, Field(description="What the trainer pod asks for.")] = (
         JobResources()
     )
@@ -328,7 +354,8 @@ class FineTuneJobSpec(ApiModel):
 class FineTuneJob(ApiModel):
     """One training run: data and base model in, an evaluated and published result out.
 
-    Its spec cannot change once it exists, but for suspend, workers, spareCapacity and priority.
+    Its spec cannot change once it exists, but for suspend, workers, parallelism, spareCapacity
+    and priority.
     """
 
     rules: ClassVar[tuple[dict[str, str], ...]] = (

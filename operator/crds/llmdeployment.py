@@ -31,9 +31,9 @@ class Parallelism(ApiModel):
 
     rules = (
         cel(
-            "self.tensor % self.nodes == 0",
-            "parallelism.tensor must be a multiple of parallelism.nodes, so that every pod of a "
-            "replica holds equally many ranks.",
+            "self.tensor * self.pipeline % self.nodes == 0",
+            "parallelism.tensor times parallelism.pipeline must be a multiple of "
+            "parallelism.nodes, so that every pod of a replica holds equally many ranks.",
         ),
     )
 
@@ -42,7 +42,17 @@ class Parallelism(ApiModel):
         Field(
             ge=1,
             le=64,
-            description="Ranks that share one copy of the model: GPUs, or processes on the CPU.",
+            description="Ranks that share every layer of one copy of the model: GPUs, or "
+            "processes on the CPU.",
+        ),
+    ] = 1
+    pipeline: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=64,
+            description="Stages that the model's layers are cut into, each held by as many ranks "
+            "as tensor says. A request goes through them one after the other.",
         ),
     ] = 1
     nodes: Annotated[
@@ -50,15 +60,15 @@ class Parallelism(ApiModel):
         Field(
             ge=1,
             le=16,
-            description="Pods that make up one replica, each with tensor/nodes of the ranks. They "
-            "are created, placed and restarted together.",
+            description="Pods that make up one replica, each with tensor times pipeline / nodes "
+            "of the ranks. They are created, placed and restarted together.",
         ),
     ] = 1
 
     @property
     def ranks_per_pod(self) -> int:
         """Ranks that one pod of a replica runs."""
-        return self.tensor // self.nodes
+        return self.tensor * self.pipeline // self.nodes
 
 
 class Adapter(ApiModel):
@@ -132,7 +142,8 @@ class LLMDeploymentSpec(ApiModel):
         cel(
             "!has(self.scaling) || !has(self.scaling.budget) || self.scaling.budget.gpus >= "
             "(self.scaling.min > 1 ? self.scaling.min : 1) * (has(self.accelerator.count) ? "
-            "self.accelerator.count * self.parallelism.nodes : self.parallelism.tensor)",
+            "self.accelerator.count * self.parallelism.nodes : "
+            "self.parallelism.tensor * self.parallelism.pipeline)",
             "scaling.budget.gpus is less than what scaling.min replicas (at least one) hold: "
             "raise it, or lower scaling.min or the devices of a replica.",
         ),
@@ -142,9 +153,10 @@ class LLMDeploymentSpec(ApiModel):
         ),
         cel(
             "!has(self.accelerator.count) || "
-            "self.accelerator.count * self.parallelism.nodes >= self.parallelism.tensor",
-            "parallelism.tensor is larger than the devices of a replica: raise accelerator.count "
-            "or parallelism.nodes, or lower parallelism.tensor.",
+            "self.accelerator.count * self.parallelism.nodes >= "
+            "self.parallelism.tensor * self.parallelism.pipeline",
+            "parallelism.tensor times parallelism.pipeline is larger than the devices of a "
+            "replica: raise accelerator.count or parallelism.nodes, or lower one of the two.",
         ),
     )
 

@@ -85,7 +85,10 @@ class FitStatus(ApiModel):
         dict[str, int], Field(max_length=16, description="Its layers, widths, heads and so on.")
     ]
     dtype: Annotated[str, Field(max_length=32, description="Number format of the weights.")]
-    tensor: Annotated[int, Field(description="Ranks of a replica.")]
+    tensor: Annotated[int, Field(description="Ranks that share each layer.")]
+    pipeline: Annotated[
+        int | None, Field(description="Stages of a replica, where there are several.")
+    ] = None
     device_bytes: Annotated[
         int | None, Field(description="Memory of a device; not there on the CPU.")
     ] = None

@@ -250,9 +250,12 @@ def _tracing_env(endpoint: str) -> list[Json]:
 
 def _flags(serving: Serving) -> list[str]:
     spec = serving.spec
+    is_cut = spec.parallelism.pipeline > 1
     flags: dict[str, object | None] = {
         "--served-model-name": spec.model.served_name or serving.name,
         "--tensor-parallel-size": spec.parallelism.tensor,
+        # Said only where it matters: an image of an earlier runtime does not know it.
+        "--pipeline-parallel-size": spec.parallelism.pipeline if is_cut else None,
         "--dtype": spec.model.dtype,
         "--device": "auto" if spec.accelerator.is_gpu else "cpu",
         "--max-model-len": spec.model.max_model_len,

@@ -81,11 +81,13 @@ class PrometheusSource:
         answers = await asyncio.gather(*map(self._ask, questions))
         found: dict[Name, Raw] = {target.name: Raw() for target in targets}
         for figure, rows in zip(ALL, answers, strict=False):
-            for labels, value in rows:
+            for labels, value in rows or ():
                 if raw := found.get(_name(figure.origin, labels)):
                     parts = tuple(labels.get(label, "") for label in figure.by)
                     raw.values[figure, parts] = value
-        gateway_ages, runtime_ages, counts = answers[len(ALL) :]
+        gateway_ages, runtime_ages, counts = (rows or [] for rows in answers[len(ALL) :])
+        if _is_unanswered(Origin.GATEWAY, answers):
+            gateway_ages = []  # what a gateway does not show reads as zero, so this must not
         for labels, value in gateway_ages:
             if raw := found.get(_name(Origin.GATEWAY, labels)):
                 raw.gateway_age_s = value
@@ -102,8 +104,8 @@ class PrometheusSource:
         if self._session is not None:
             await self._session.close()
 
-    async def _ask(self, question: str) -> list[Row]:
-        """Return the answer's rows, none where there is no answer."""
+    async def _ask(self, question: str) -> list[Row] | None:
+        """Return the answer's rows, None where there is no answer."""
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=self._timeout)
         try:
@@ -118,10 +120,16 @@ class PrometheusSource:
             if not self._is_failing:
                 logger.warning("Prometheus does not answer", extra={"error": repr(error)})
             self._is_failing = True
-            return []
+            return None
         self._is_failing = False
         # A division of nothing by nothing is no figure.
         return [(labels, value) for labels, value in found if math.isfinite(value)]
+
+
+def _is_unanswered(origin: Origin, answers: Sequence[list[Row] | None]) -> bool:
+    """Whether Prometheus failed to answer for any of the origin's figures."""
+    asked = zip(ALL, answers, strict=False)
+    return any(figure.origin is origin and rows is None for figure, rows in asked)
 
 
 def _name(origin: Origin, labels: Mapping[str, str]) -> Name:

@@ -122,8 +122,7 @@ class ScrapeSource:
         gateways = await self._gateways()
         runtimes = {address for target in targets for address in target.addresses}
         wanted = {*(gateways or ()), *runtimes}
-        for gone in self._processes.keys() - wanted:
-            del self._processes[gone]
+        self._forget(self._processes.keys() - wanted)
         limit = asyncio.Semaphore(_AT_ONCE)
         await asyncio.gather(*(self._scrape(address, limit) for address in wanted))
         now = self._clock()
@@ -139,6 +138,17 @@ class ScrapeSource:
         """Close the connections."""
         if self._session is not None:
             await self._session.close()
+
+    def _forget(self, addresses: Iterable[str]) -> None:
+        """Drop processes that nobody has asked for in the longest window.
+
+        Not at once: a look at one deployment must not cost the others what was seen of theirs.
+        """
+        oldest = self._clock() - _SLOW_WINDOW_S
+        for address in addresses:
+            scraped_at = self._processes[address].scraped_at_s
+            if scraped_at is None or scraped_at < oldest:
+                del self._processes[address]
 
     async def _scrape(self, address: str, limit: asyncio.Semaphore) -> None:
         if self._session is None:
@@ -158,7 +168,7 @@ class ScrapeSource:
         self, raw: Raw, origin: Origin, addresses: Iterable[str], target: Target, now: float
     ) -> None:
         """Put one kind of process into the raw figures."""
-        processes = [p for a in addresses if (p := self._processes[a]).scrapes]
+        processes = [p for a in addresses if (p := self._processes.get(a)) and p.scrapes]
         ages = [now - (process.scraped_at_s or now) for process in processes]
         if origin is Origin.GATEWAY:
             # A gateway that never answered may have counted requests nobody else saw.

@@ -1,7 +1,8 @@
 """Whether a model fits an accelerator, on how many of them, and how many requests then fit. Pure.
 
-A rank holds its share of the matrices, all of the norms, and the keys and values of its heads. How
-much of a device the KV cache gets is the runtime's rule (runtime/engine/startup.py,
+A rank holds its share of its stage's matrices, all of the norms, and the keys and values of its
+heads: of one that no other needs more memory than. How
+much of a device the KV cache gets is the runtime's rule (runtime/engine/kv_room.py,
 `choose_blocks`): a test holds the two together.
 """
 
@@ -47,7 +48,8 @@ class Wish:
     dtype: str
     max_len: int  # longest prompt plus answer
     request_tokens: int  # of a usual request, prompt plus answer
-    tensor: int | None = None  # ranks; chosen when None
+    tensor: int | None = None  # ranks of a stage; chosen when None
+    pipeline: int = 1  # stages
     max_tensor: int = DEVICES_PER_NODE
     kv_cache_bytes: int | None = None  # over all ranks; what the devices have left when None
 
@@ -64,6 +66,7 @@ class Fit:
     kv_bytes_per_token_per_rank: int
     kv_tokens: int
     tensor: int
+    pipeline: int
     accelerator: str
     device_bytes: int
     kv_cache_bytes_per_rank: int
@@ -82,6 +85,11 @@ def plan_fit(shape: ModelShape, wish: Wish) -> Fit:
         raise DoesNotFitError(
             f"The model's context has {shape.max_len} tokens and {wish.max_len} were asked for. "
             f"Ask for at most {shape.max_len}."
+        )
+    if wish.pipeline > shape.layers:
+        raise DoesNotFitError(
+            f"The model has {shape.layers} layers and cannot be cut into {wish.pipeline} stages. "
+            f"Ask for at most {shape.layers}."
         )
     allowed = possible_tensor(shape, up_to=wish.max_tensor)
     if wish.tensor is not None and wish.tensor not in possible_tensor(shape, up_to=wish.tensor):
@@ -123,14 +131,15 @@ def possible_tensor(shape: ModelShape, *, up_to: int) -> list[int]:
 
 def _fit_on(shape: ModelShape, wish: Wish, tensor: int) -> Fit:
     weights = shape.parameters * DTYPE_BYTES[wish.dtype]
-    rank_weights = int(weights * _rank_share(shape, tensor))
+    rank_weights = int(_rank_parameters(shape, tensor, wish.pipeline) * DTYPE_BYTES[wish.dtype])
     kv_bytes = shape.kv_bytes_per_token(wish.dtype)
+    head_bytes = kv_bytes // shape.layers // shape.kv_heads
     rank_kv_heads = -(-shape.kv_heads // tensor)
-    rank_kv_bytes = kv_bytes // shape.kv_heads * rank_kv_heads
+    rank_kv_bytes = head_bytes * rank_kv_heads * shape.stage_layers(wish.pipeline)
     free = max(0, wish.device_bytes - _DRIVER_BYTES - rank_weights)
     kv_cache = int(free * KV_SHARE)
     if wish.kv_cache_bytes is not None:
-        kv_cache = min(free, wish.kv_cache_bytes // tensor)
+        kv_cache = min(free, wish.kv_cache_bytes // (tensor * wish.pipeline))
     kv_tokens = kv_cache // (rank_kv_bytes * _BLOCK_TOKENS) * _BLOCK_TOKENS
     return Fit(
         parameters=shape.parameters,
@@ -141,6 +150,7 @@ def _fit_on(shape: ModelShape, wish: Wish, tensor: int) -> Fit:
         kv_bytes_per_token_per_rank=rank_kv_bytes,
         kv_tokens=kv_tokens,
         tensor=tensor,
+        pipeline=wish.pipeline,
         accelerator=wish.accelerator,
         device_bytes=wish.device_bytes,
         kv_cache_bytes_per_rank=kv_cache,
@@ -150,17 +160,17 @@ def _fit_on(shape: ModelShape, wish: Wish, tensor: int) -> Fit:
     )
 
 
-def _rank_share(shape: ModelShape, tensor: int) -> float:
-    """Return the largest rank's share of the weights: heads that do not divide make it larger."""
+def _rank_parameters(shape: ModelShape, tensor: int, stages: int) -> float:
+    """Return what the largest rank holds: heads and layers that do not divide make it larger."""
     kv_share = -(-shape.kv_heads // tensor) / shape.kv_heads
     group = shape.heads // shape.kv_heads
     sharers = max(1, tensor // shape.kv_heads)
     q_share = kv_share * -(-group // sharers) / group
-    width = shape.hidden * shape.head_dim
-    queries = 2 * shape.layers * width * shape.heads
-    keys = 2 * shape.layers * width * shape.kv_heads
-    rest = shape.parameters - queries - keys
-    return (queries * q_share + keys * kv_share + rest / tensor) / shape.parameters
+    layers, width = shape.stage_layers(stages), shape.hidden * shape.head_dim
+    queries = 2 * layers * width * shape.heads
+    keys = 2 * layers * width * shape.kv_heads
+    rest = shape.stage_parameters(stages) - queries - keys
+    return queries * q_share + keys * kv_share + rest / tensor
 
 
 def _in_blocks(tokens: int) -> int:
@@ -168,12 +178,14 @@ def _in_blocks(tokens: int) -> int:
 
 
 def _why_not(shape: ModelShape, wish: Wish, fit: Fit, *, chosen: bool) -> str:
-    devices = f"{fit.tensor} x {wish.accelerator}"
+    devices = f"{fit.tensor * fit.pipeline} x {wish.accelerator}"
     ways = []
     if fit.kv_tokens > 0:
         ways.append(f"set the maximum length to at most {fit.kv_tokens} tokens")
     if chosen:
         ways.append(f"raise tensor parallelism above {fit.tensor}")
+    if fit.pipeline < shape.layers:
+        ways.append(f"raise pipeline parallelism above {fit.pipeline}")
     if wish.dtype == "float32":
         ways.append("use bfloat16, which halves it")
     ways.append("choose a device with more memory")

@@ -27,6 +27,24 @@ class ModelShape:
     head_dim: int
     max_len: int
     parameters: int
+    layer_parameters: int  # of one layer
+    table_parameters: int  # of a vector for every token
+
+    def stage_parameters(self, stages: int) -> int:
+        """Return how many parameters the largest stage holds: the last, with the output layer.
+
+        Source: runtime/parallel/stages.py, `Stages.layers`.
+        """
+        if stages == 1:
+            return self.parameters
+        ends = self.parameters - self.layers * self.layer_parameters
+        # Two tables are the first stage's and the last one's; a single one is held by both.
+        own = ends - self.table_parameters if ends >= 2 * self.table_parameters else ends
+        return self.stage_layers(stages) * self.layer_parameters + own
+
+    def stage_layers(self, stages: int) -> int:
+        """Return how many layers the largest of so many stages holds."""
+        return -(-self.layers // stages)
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Return what one token's keys and values take over all layers."""
@@ -55,20 +73,31 @@ class _Anatomy:
     norms_per_layer: int = 2
     embedded: int | None = None  # width of the token table, where it is not the model's
     extra: int = 0  # further parameters
+    layer_extra: int = 0  # further ones in each layer
 
     @property
     def parameters(self) -> int:
         """Return how many numbers the weights are."""
-        token_width = self.embedded or self.hidden
-        table = self.vocab * token_width * (1 if self.is_tied else 2)
+        table = self.table * (1 if self.is_tied else 2)
         if self.embedded:
             table += 2 * self.embedded * self.hidden
         norm = self.hidden * (2 if self.has_biases else 1)
         final = norm + self.positions * self.hidden + self.extra
-        return table + final + self.layers * (self._layer + self.norms_per_layer * norm)
+        return table + final + self.layers * self.layer
 
     @property
-    def _layer(self) -> int:
+    def table(self) -> int:
+        """Return how many numbers a vector for every token takes."""
+        return self.vocab * (self.embedded or self.hidden)
+
+    @property
+    def layer(self) -> int:
+        """Return how many numbers the weights of a layer are."""
+        norm = self.hidden * (2 if self.has_biases else 1)
+        return self._matrices + self.norms_per_layer * norm + self.layer_extra
+
+    @property
+    def _matrices(self) -> int:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         matrices = 3 if self.is_gated else 2
         count = 2 * self.hidden * (q + kv) + matrices * self.hidden * self.intermediate
@@ -89,6 +118,8 @@ class _Anatomy:
             head_dim=self.head_dim,
             max_len=self.max_len,
             parameters=self.parameters,
+            layer_parameters=self.layer,
+            table_parameters=self.table,
         )
 
 
@@ -160,12 +191,9 @@ def _gpt2(family: str, fields: _Fields) -> _Anatomy:
     is_gptj = family == "gptj"
     vocab, max_len = fields.size("vocab_size"), fields.size("n_positions", default=1024)
     inner = fields.size("n_inner", default=4 * hidden)
-    layers = fields.size("n_layer")
-    # GPT-J's attention alone has no biases.
-    attention_biases = -layers * 4 * hidden if is_gptj else 0
     return _Anatomy(
         family=family,
-        layers=layers,
+        layers=fields.size("n_layer"),
         hidden=hidden,
         intermediate=inner,
         heads=heads,
@@ -178,7 +206,8 @@ def _gpt2(family: str, fields: _Fields) -> _Anatomy:
         has_biases=True,
         positions=0 if is_gptj else max_len,
         norms_per_layer=1 if is_gptj else 2,
-        extra=attention_biases + (vocab if is_gptj else 0),
+        extra=vocab if is_gptj else 0,
+        layer_extra=-4 * hidden if is_gptj else 0,  # its attention alone has no biases
     )
 
 

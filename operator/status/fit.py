@@ -19,6 +19,8 @@ PLAN = "plan"
 _REQUEST_TOKENS = 2048  # of a usual request, as `mizzen plan` takes it
 _CPU = "cpu"
 _SIZES = ("layers", "hidden", "heads", "kvHeads", "headDim", "contextTokens", "parameters")
+# Told by newer runtimes only.
+_PARTS = ("layerParameters", "tableParameters")
 # Where a device's memory is not known only what needs none is judged.
 _ENDLESS_BYTES = 1 << 60
 
@@ -32,6 +34,7 @@ def fit_document(
     dtype = str(told.get("dtype"))
     if not kv_tokens or not longest or not all(sizes.values()) or dtype not in DTYPE_BYTES:
         return None
+    sizes |= {name: size for name in _PARTS if (size := _size(told.get(name)))}
     device_bytes = _size(told.get("deviceBytes"))
     wish = _wish(spec, dtype=dtype, device_bytes=device_bytes, max_len=longest)
     tensor = spec.parallelism.tensor
@@ -85,6 +88,7 @@ def _wish(spec: LLMDeploymentSpec, *, dtype: str, device_bytes: int | None, max_
         max_len=max_len,
         request_tokens=min(_REQUEST_TOKENS, max_len),
         tensor=spec.parallelism.tensor,
+        pipeline=spec.parallelism.pipeline,
         kv_cache_bytes=int(wanted_gib * GIB) if wanted_gib else None,
     )
 
@@ -93,6 +97,7 @@ def _figures(fit: Fit) -> Document:
     return {
         "dtype": fit.dtype,
         "tensor": fit.tensor,
+        **({"pipeline": fit.pipeline} if fit.pipeline > 1 else {}),
         "weightBytes": fit.weight_bytes,
         "kvBytesPerToken": fit.kv_bytes_per_token,
         "kvTokens": fit.kv_tokens,
@@ -102,14 +107,17 @@ def _figures(fit: Fit) -> Document:
 
 
 def _shape(sizes: Mapping[str, int | None]) -> ModelShape:
+    layers, parameters = int(sizes["layers"] or 0), int(sizes["parameters"] or 0)
     return ModelShape(
-        layers=int(sizes["layers"] or 0),
+        layers=layers,
         hidden=int(sizes["hidden"] or 0),
         heads=int(sizes["heads"] or 0),
         kv_heads=int(sizes["kvHeads"] or 0),
         head_dim=int(sizes["headDim"] or 0),
         max_len=int(sizes["contextTokens"] or 0),
-        parameters=int(sizes["parameters"] or 0),
+        parameters=parameters,
+        layer_parameters=sizes.get("layerParameters") or parameters // layers,
+        table_parameters=sizes.get("tableParameters") or 0,
     )
 
 

@@ -15,6 +15,7 @@ from mizzen.operator.planning.promotions import (
     choose_holders,
     needs_approval,
     place_of,
+    promoted_at,
 )
 from mizzen.operator.status.conditions import ConditionType, condition_status, rfc3339
 from mizzen.operator.status.job_facts import Approval, Problem, Promotion
@@ -53,6 +54,9 @@ def find_promotion(
     name = served if place == MODEL else f"{served}:{place}"
     if needs_approval(job) and approval is None:
         return Promotion(target, name, problem=_not_approved(job["metadata"]["name"]))
+    if promoted_at(job) is None:
+        # Its own status does not say yet that it is published, so no name can be its own.
+        return Promotion(target, name, approval=approval)
     holder = choose_holders(jobs).get(place)
     if holder is not None and holder["metadata"]["uid"] != job["metadata"]["uid"]:
         return _not_holding(job, holder, target, name, approval)

@@ -180,6 +180,8 @@ class ModelSizes:
     head_dim: int
     context_tokens: int  # what the model was made for
     parameters: int
+    layer_parameters: int  # of one layer
+    table_parameters: int  # of a vector for every token
     dtype: str  # of the weights in memory
     device_bytes: int  # memory of a GPU; 0 on the CPU
 

@@ -17,7 +17,8 @@ class EngineConfig:
     """Everything that decides how a model is run. `None` means: chosen from model and machine."""
 
     model: Path  # a directory in Hugging Face layout, or a .gguf file
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = 1  # ranks of a stage
+    pipeline_parallel_size: int = 1  # stages
     dtype: Dtype = "auto"
     device: Device = "auto"
     quantization: Quantization = "none"
@@ -40,9 +41,14 @@ class EngineConfig:
     nodes: Nodes | None = None  # the pods the ranks are spread over, where there are several
 
     @property
+    def ranks(self) -> int:
+        """How many ranks hold the model between them."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
     def ranks_per_pod(self) -> int:
         """How many ranks share this pod's processors and memory."""
-        return self.tensor_parallel_size // (self.nodes.count if self.nodes else 1)
+        return self.ranks // (self.nodes.count if self.nodes else 1)
 
     @property
     def agreement(self) -> str:

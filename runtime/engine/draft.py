@@ -78,6 +78,11 @@ def draft_kv(config: EngineConfig, spec: ArchSpec, *, blocks: int) -> KvShape:
     )
 
 
+def draft_block_bytes(config: EngineConfig, draft: Decoder) -> int:
+    """Return what a block costs in the draft model's KV cache."""
+    return draft_kv(config, draft.spec, blocks=1).block_bytes(draft.place.dtype)
+
+
 class DraftModel:
     """The second model with its KV cache; belongs to the loop alone."""
 

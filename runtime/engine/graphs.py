@@ -42,8 +42,12 @@ Capture = Callable[[Callable[[], Output]], tuple[Callable[[], None], Output]]
 
 
 def graph_rows(config: EngineConfig, device: torch.device) -> int:
-    """Return how many rows a captured step may have; 0 where none is."""
-    return config.max_num_seqs if device.type == "cuda" and not config.enforce_eager else 0
+    """Return how many rows a captured step may have; 0 where none is.
+
+    What goes from stage to stage is not captured: there each kernel is launched singly.
+    """
+    is_captured = device.type == "cuda" and not config.enforce_eager
+    return config.max_num_seqs if is_captured and config.pipeline_parallel_size == 1 else 0
 
 
 def size_for(rows: int) -> int | None:

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mizzen.runtime.attention.base import KvShape
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.draft import DraftModel
 from mizzen.runtime.engine.errors import InvalidRequestError
 from mizzen.runtime.engine.graphs import graph_rows
-from mizzen.runtime.engine.memory import give_back_freed
+from mizzen.runtime.engine.heap import give_back_freed
+from mizzen.runtime.engine.kv_room import least_room, own_kv, room_for_blocks
 from mizzen.runtime.engine.runner import Runner
 from mizzen.runtime.engine.scheduler import Chunk
 from mizzen.runtime.engine.unknown import fill_unknown
@@ -53,11 +53,11 @@ class ModelRanks:
         *,
         draft: DraftModel | None = None,
     ) -> None:
+        """Take over what `agree_on_blocks` has prepared on the other ranks."""
         self._config = config
         self._ranks = ranks
         self._place = decoder.place
         self._spec = decoder.spec
-        self._tell(Allocate(blocks))
         self._runner = _runner(config, decoder, blocks)
         self._draft = draft
         self.last_hidden = self._runner.last_hidden
@@ -67,10 +67,10 @@ class ModelRanks:
 
     def check_whole(self) -> None:
         """Raise InvalidRequestError if the model is spread over several ranks."""
-        if self._ranks.group.size > 1:
+        if self._ranks.size > 1:
             raise InvalidRequestError(
                 "Scores need a model that is not spread over ranks. Ask a deployment "
-                "with spec.parallelism.tensor 1."
+                "with spec.parallelism.tensor and pipeline 1."
             )
 
     def resident(self) -> Decoder:
@@ -93,7 +93,7 @@ class ModelRanks:
 
         `before_N` are the tokens that the step before has sampled, where this one lacks some.
         """
-        if before_N is not None and self._ranks.group.size > 1:
+        if before_N is not None and self._ranks.size > 1:
             # The other ranks are told tokens, so this one has to wait for them.
             fill_unknown(torch.from_numpy(step.token_ids_T), step, before_N.cpu())
             before_N = None
@@ -171,7 +171,7 @@ class ModelRanks:
         self._ranks.stop()
 
     def _tell(self, message: Message) -> None:
-        if self._ranks.group.size > 1:
+        if self._ranks.size > 1:
             self._ranks.send(encode(message))
 
 
@@ -204,7 +204,8 @@ def follow(
     if first is None:  # rank 0 found the model or its settings unusable
         return
     assert isinstance(first, Allocate), "the KV cache comes before the first step"
-    runner = _runner(config, decoder, first.blocks)
+    room = min(first.room, room_for_blocks(config, decoder))
+    runner = _runner(config, decoder, least_room(decoder, room) + 1)
     del decoder  # the runner's, which may let go of it
     reader, prepared = ThreadPoolExecutor(1), Future[Decoder]()
     for message in messages:
@@ -237,18 +238,11 @@ def _runner(config: EngineConfig, decoder: Decoder, blocks: int) -> Runner:
     )
 
 
-def own_kv(config: EngineConfig, decoder: Decoder, *, blocks: int) -> KvShape:
-    """Return the shape of this rank's KV cache; ranks may hold different numbers of heads."""
-    return KvShape(
-        layers=decoder.spec.layers,
-        blocks=blocks,
-        kv_heads=decoder.heads.kv.size,
-        head_dim=decoder.spec.head_dim,
-        block_tokens=config.block_size,
-    )
+def agree_on_blocks(ranks: Ranks, decoder: Decoder, room: int) -> int:
+    """Have every rank make room for the KV cache; return how many blocks they all have.
 
-
-def largest_kv(kv: KvShape, decoder: Decoder) -> KvShape:
-    """Return the shape of the rank with the most KV heads; memory must suffice for that one."""
-    size, heads = decoder.group.size, decoder.spec.kv_heads
-    return replace(kv, kv_heads=max(1, -(-heads // size)))
+    `room` is what rank 0 would take.
+    """
+    if ranks.size > 1:
+        ranks.send(encode(Allocate(room)))
+    return least_room(decoder, room)

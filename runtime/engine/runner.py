@@ -9,7 +9,8 @@ from mizzen.runtime.attention.base import KvShape, PagedBatch
 from mizzen.runtime.attention.select import paged_attention
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.graphs import CudaCapture, DecodeGraphs
-from mizzen.runtime.engine.memory import give_back_freed, zeros_when_touched
+from mizzen.runtime.engine.heap import give_back_freed
+from mizzen.runtime.engine.memory import zeros_when_touched
 from mizzen.runtime.engine.unknown import fill_unknown
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.lora import Adapter, LoraBatch, LoraSlots
@@ -67,7 +68,7 @@ class Runner:
 
         `before_N` are the tokens that the step before has sampled: those that this one lacks come
         from there, on the device, without waiting for them. With several ranks each must run the
-        same step; each returns the same.
+        same step; each returns the same, but for stages between the first and the last.
         """
         decoder, cache = self._decoder, self._cache
         assert decoder is not None and cache is not None, "asleep"
@@ -91,8 +92,11 @@ class Runner:
             return None
         if len(step.sample_at_N) < hidden_TD.shape[0]:
             hidden_TD = hidden_TD.index_select(0, self._to_device(step.sample_at_N))
-        self._hidden_ND = hidden_TD
-        return decoder.logits(hidden_TD)
+        ending = decoder.finish(hidden_TD)
+        if ending is None:
+            return None
+        self._hidden_ND = ending.hidden_ND
+        return ending.logits_NV
 
     def _pick(self, step: StepInput, hidden_SD: Tensor, logits_SV: Tensor) -> Tensor | None:
         if not len(step.sample_at_N):

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -17,14 +18,16 @@ from mizzen.runtime.engine.draft import (
     DraftModel,
     DraftUnfitError,
     check_draft,
+    draft_block_bytes,
     draft_kv,
     load_draft,
 )
 from mizzen.runtime.engine.flight import Launcher
 from mizzen.runtime.engine.graphs import graph_rows, rows_at_start
-from mizzen.runtime.engine.host import cpu_count, memory_available_bytes
+from mizzen.runtime.engine.host import cpu_count
+from mizzen.runtime.engine.kv_room import choose_blocks
 from mizzen.runtime.engine.loop import Loop
-from mizzen.runtime.engine.ranks import ModelRanks, follow, largest_kv, load_rank, own_kv
+from mizzen.runtime.engine.ranks import ModelRanks, agree_on_blocks, follow, load_rank
 from mizzen.runtime.engine.sampler import Sampler
 from mizzen.runtime.engine.scheduler import Limits, Scheduler
 from mizzen.runtime.engine.tokenizer import Tokenizer
@@ -44,15 +47,8 @@ STEP_TOKENS = {"cpu": 512, "cuda": 8192}
 BESIDE_DECODES = {"cpu": 112, "cuda": 8192}
 EVEN_CONTEXT = {"cpu": 1500, "cuda": None}
 AHEAD_ON = {"cuda"}
-KV_SHARE = {"cpu": 0.3, "cuda": 0.85}  # of the memory that is free once the weights are there
 WARM_UP_PROMPT, WARM_UP_ROWS = 64, 8
-GIB = 1 << 30
-
-
-class KvCacheTooSmallError(BadModelError):
-    """The KV cache cannot hold one sequence of the wanted length."""
-
-    reason = "KvCacheTooSmall"
+FIRST_LAYER, TABLE = "model.layers.0.", "model.embed_tokens.weight"
 
 
 class ContextTooLongError(BadModelError):
@@ -107,9 +103,10 @@ def start_parts(config: EngineConfig, recorder: Recorder | None = None) -> Parts
         tokenizer = Tokenizer.load(config.model)
     with _timed(seconds, "ranks"):
         ranks = Ranks(
-            config.tensor_parallel_size,
+            config.ranks,
             follow,
             (config, device.type, threads),
+            stages=config.pipeline_parallel_size,
             device=device.type,
             nodes=config.nodes,
             agreement=config.agreement,
@@ -134,7 +131,13 @@ def _start_model(
     model_len = choose_model_len(config, decoder.spec)
     sizes = model_sizes(decoder)
     draft = _load_draft(config, decoder, model_len)
-    blocks = choose_blocks(config, decoder, model_len, draft=draft)
+    blocks = choose_blocks(
+        config,
+        decoder,
+        model_len,
+        partial(agree_on_blocks, ranks, decoder),
+        beside_bytes=draft_block_bytes(config, draft) if draft is not None else 0,
+    )
     step_tokens = max(
         config.max_num_batched_tokens or STEP_TOKENS[device.type], config.max_num_seqs
     )
@@ -193,9 +196,10 @@ def build_follower(config: EngineConfig) -> Follower:
     device = choose_device(config)
     return Follower(
         config.nodes,
-        config.tensor_parallel_size,
+        config.ranks,
         follow,
         (config, device.type, threads_per_rank(config)),
+        stages=config.pipeline_parallel_size,
         device=device.type,
     )
 
@@ -231,6 +235,8 @@ def choose_model_len(config: EngineConfig, spec: ArchSpec) -> int:
 def model_sizes(decoder: Decoder) -> ModelSizes:
     """Return what the whole model is made of, though this rank holds but a share."""
     spec, device = decoder.spec, decoder.place.device
+    parameters = _parameters(spec)
+    of_a_layer = [count for name, count in parameters.items() if name.startswith(FIRST_LAYER)]
     return ModelSizes(
         layers=spec.layers,
         hidden=spec.hidden_size,
@@ -238,16 +244,19 @@ def model_sizes(decoder: Decoder) -> ModelSizes:
         kv_heads=spec.kv_heads,
         head_dim=spec.head_dim,
         context_tokens=spec.max_len,
-        parameters=_count_parameters(spec),
+        parameters=sum(parameters.values()),
+        layer_parameters=sum(of_a_layer),
+        table_parameters=parameters[TABLE],
         dtype=str(decoder.place.dtype).removeprefix("torch."),
         device_bytes=torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0,
     )
 
 
-def _count_parameters(spec: ArchSpec) -> int:
+def _parameters(spec: ArchSpec) -> dict[str, int]:
+    """Return how many numbers each of the model's tensors has."""
     # Of a model without memory: what this rank holds is a share, and packed by now.
     empty = Decoder(spec, Placement(torch.bfloat16, torch.device("meta"), RankGroup()))
-    return sum(prod(shard.whole) for shard in empty.shards())
+    return {shard.name: prod(shard.whole) for shard in empty.shards()}
 
 
 def _load_draft(config: EngineConfig, decoder: Decoder, model_len: int) -> Decoder | None:
@@ -263,39 +272,6 @@ def _load_draft(config: EngineConfig, decoder: Decoder, model_len: int) -> Decod
     return draft
 
 
-def choose_blocks(
-    config: EngineConfig, decoder: Decoder, model_len: int, *, draft: Decoder | None = None
-) -> int:
-    """Return how many blocks each rank's KV cache has: as wanted, or a share of free memory.
-
-    A draft model's cache has as many, out of the same memory.
-
-    Raises:
-        KvCacheTooSmallError: they would not hold one sequence of `model_len` tokens.
-    """
-    size, device = decoder.group.size, decoder.place.device
-    largest = largest_kv(own_kv(config, decoder, blocks=1), decoder)
-    block_bytes = largest.block_bytes(decoder.place.dtype)
-    if draft is not None:
-        block_bytes += draft_kv(config, draft.spec, blocks=1).block_bytes(draft.place.dtype)
-    per_sequence = -(-model_len // config.block_size)
-    if config.kv_cache_gib is not None:
-        usable = int(config.kv_cache_gib * GIB) // size
-    else:
-        # Each GPU has memory of its own.
-        sharing = config.ranks_per_pod if device.type == "cpu" else 1
-        usable = int(_free_bytes(device) * KV_SHARE[device.type]) // sharing
-        usable = min(usable, config.max_num_seqs * per_sequence * block_bytes)
-    blocks = usable // block_bytes
-    if blocks < per_sequence:
-        holds, need_gib = blocks * config.block_size, per_sequence * block_bytes * size / GIB
-        raise KvCacheTooSmallError(
-            f"The KV cache holds {holds} tokens and the context {model_len}. Give it at least "
-            f"{need_gib:.2f} GiB, or set the maximum model length to at most {holds}."
-        )
-    return blocks + 1  # and the one that is written to but never read
-
-
 def warm_up_steps(step_tokens: int, config: EngineConfig, device: torch.device) -> list[StepInput]:
     """Return steps on the block nobody reads: a prompt, one decode, several.
 
@@ -307,12 +283,6 @@ def warm_up_steps(step_tokens: int, config: EngineConfig, device: torch.device) 
     decodes = captured or [1, min(WARM_UP_ROWS, config.max_num_seqs)]
     shapes = [[prompt], *([1] * rows for rows in decodes)]
     return [dummy_step(lens, block_size=config.block_size) for lens in shapes]
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return memory_available_bytes()
 
 
 @contextmanager

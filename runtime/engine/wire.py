@@ -14,9 +14,9 @@ WORD = np.dtype(np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Allocate:
-    """Make a KV cache of this many blocks."""
+    """Make a KV cache: of so many blocks, or as few as the rank with the least room has."""
 
-    blocks: int
+    room: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,8 @@ def encode(message: Message) -> bytes:
     match message:
         case StepInput():
             return _encode_step(message)
-        case Allocate(blocks):
-            return _header(ALLOCATE, blocks)
+        case Allocate(room):
+            return _header(ALLOCATE, room)
         case Load(slot, path):
             return _header(LOAD, slot) + str(path).encode()
         case Clear(slot):

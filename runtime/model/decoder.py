@@ -1,7 +1,8 @@
 """The one decoder. It computes hidden states of packed tokens and knows nothing of caches.
 
 Attention over earlier tokens is the caller's: the engine passes paged attention, the trainer
-causal attention over packed sequences.
+causal attention over packed sequences. A rank of one of several stages holds the layers of its
+stage alone: tokens enter at the first, scores are made at the last.
 """
 
 # torch leaves some of its calls untyped.
@@ -10,8 +11,9 @@ causal attention over packed sequences.
 # Shapes: T packed tokens, D model width, H query heads and K KV heads of this rank, d head
 # dimension, N chosen positions, V vocabulary.
 from collections.abc import Iterator
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.layers import (
     ACTIVATIONS,
     ColumnLinear,
+    HeadNorm,
     Linear,
     LoraDelta,
     Norm,
@@ -38,7 +41,10 @@ from mizzen.runtime.parallel.shard import HeadShard, Span, even_span, head_shard
 
 
 class Attend(Protocol):
-    """Attention of one layer: stores the new keys and values, returns each query's mixture."""
+    """Attention of one layer: stores the new keys and values, returns each query's mixture.
+
+    Layers are counted from the first of this stage: a rank has a cache for its own alone.
+    """
 
     def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
         """Return out_THd."""
@@ -63,6 +69,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, self.heads, self.head_dim = layer, heads, spec.head_dim
+        self._cached_as = layer - place.group.stages.layers(spec.layers).start
 
         def part(name: str, span: Span, total: int) -> Part:
             d = spec.head_dim
@@ -76,7 +83,7 @@ class Attention(nn.Module):
         self.q_norm = self.k_norm = None
         if spec.qk_norm:
             self.q_norm, self.k_norm = (
-                Norm(f"{prefix}self_attn.{side}_norm", spec.head_dim, spec, place=place)
+                HeadNorm(f"{prefix}self_attn.{side}_norm", spec.head_dim, spec, place=place)
                 for side in "qk"
             )
         self._is_interleaved = spec.rope.is_interleaved
@@ -100,9 +107,9 @@ class Attention(nn.Module):
         if self._query_scale != 1.0:
             q = q * self._query_scale
         if self._bias is NO_BIAS:
-            mixed_THd = attend(self.layer, q, k, v)
+            mixed_THd = attend(self._cached_as, q, k, v)
         else:
-            mixed_THd = cast(BiasedAttend, attend)(self.layer, q, k, v, bias=self._bias)
+            mixed_THd = cast(BiasedAttend, attend)(self._cached_as, q, k, v, bias=self._bias)
         return mixed_THd.flatten(-2)
 
 
@@ -187,6 +194,13 @@ class Block(nn.Module):
         return self.feed_forward_norm(x_TD) if is_post else x_TD
 
 
+class Ending(NamedTuple):
+    """What comes out at the end: the hidden states that pooling reads, and float32 scores."""
+
+    hidden_ND: Tensor
+    logits_NV: Tensor
+
+
 class Decoder(nn.Module):
     """This rank's part of the model. Weights are unset until a loader fills `shards()`."""
 
@@ -199,13 +213,22 @@ class Decoder(nn.Module):
         self.heads = head_shard(
             heads=spec.heads, kv_heads=spec.kv_heads, rank=group.rank, size=group.size
         )
+        self.layers = group.stages.layers(spec.layers)
+        self.embedding = self.positions = self.embedding_norm = self.project_in = None
+        if group.stages.is_first:
+            self._hold_entry()
+        layers = range(self.layers.start, self.layers.stop)
+        self.blocks = nn.ModuleList(Block(spec, layer, self.heads, place) for layer in layers)
+        self.norm = self.project_out = self.head = None
+        if group.stages.is_last:
+            self._hold_exit()
+        # No buffer: `decoder.to(dtype)` must not round angles.
+        self._rope_speeds = inverse_frequencies(spec.rope, spec.head_dim).to(place.device)
+
+    def _hold_entry(self) -> None:
+        spec, place = self.spec, self.place
         width, narrow = spec.hidden_size, spec.embedding_size
-
-        def table(name: str, *, bias: bool = False) -> VocabTable:
-            return VocabTable(name, spec.vocab_size, narrow or width, bias=bias, place=place)
-
-        self.embedding = table("model.embed_tokens")
-        self.positions = self.embedding_norm = self.project_in = self.project_out = None
+        self.embedding = self._table("model.embed_tokens")
         if spec.positions == "learned":
             rows = spec.max_len + spec.position_offset
             self.positions = Replicated("model.embed_positions", rows, width, place=place)
@@ -213,14 +236,23 @@ class Decoder(nn.Module):
             self.embedding_norm = Norm("model.embed_norm", width, spec, place=place)
         if narrow:
             self.project_in = Replicated("model.project_in", width, narrow, place=place)
+
+    def _hold_exit(self) -> None:
+        spec, place = self.spec, self.place
+        width, narrow = spec.hidden_size, spec.embedding_size
+        if spec.has_final_norm:
+            self.norm = Norm("model.norm", width, spec, place=place)
+        if narrow:
             self.project_out = Replicated("model.project_out", narrow, width, place=place)
-        self.blocks = nn.ModuleList(
-            Block(spec, layer, self.heads, place) for layer in range(spec.layers)
-        )
-        self.norm = Norm("model.norm", width, spec, place=place) if spec.has_final_norm else None
-        self.head = self.embedding if spec.tied else table("lm_head", bias=spec.has_head_bias)
-        # No buffer: `decoder.to(dtype)` must not round angles.
-        self._rope_speeds = inverse_frequencies(spec.rope, spec.head_dim).to(place.device)
+        if not spec.tied:
+            self.head = self._table("lm_head", bias=spec.has_head_bias)
+        else:  # the first stage has one of its own, unless it is this one
+            self.head = self.embedding or self._table("model.embed_tokens")
+
+    def _table(self, name: str, *, bias: bool = False) -> VocabTable:
+        spec = self.spec
+        width = spec.embedding_size or spec.hidden_size
+        return VocabTable(name, spec.vocab_size, width, bias=bias, place=self.place)
 
     def forward(
         self,
@@ -229,15 +261,13 @@ class Decoder(nn.Module):
         attend: Attend,
         lora: LoraDelta | None = None,
     ) -> Tensor:
-        """Return the hidden state that `logits` and pooling read, equal on every rank."""
-        x_TD = self.embedding.embed(token_ids_T)
+        """Return the hidden state that `logits` and pooling read, equal on every rank.
+
+        On a stage before the last it is what went on to the next one.
+        """
+        x_TD = self._enter(token_ids_T, positions_T)
         tables = None
-        if self.project_in is not None:
-            x_TD = F.linear(x_TD, self.project_in.weight)
-        if self.positions is not None:
-            at_T = positions_T + self.spec.position_offset
-            x_TD = x_TD + F.embedding(at_T, self.positions.weight)
-        elif self.spec.positions == "rope":
+        if self.spec.positions == "rope":
             tables = rope_tables(
                 positions_T,
                 self._rope_speeds,
@@ -245,17 +275,55 @@ class Decoder(nn.Module):
                 head_dim=self.spec.head_dim,
                 dtype=x_TD.dtype,
             )
-        if self.embedding_norm is not None:
-            x_TD = self.embedding_norm(x_TD)
         for block in self.blocks:
             x_TD = block(x_TD, tables, attend, lora)
+        if not self.group.stages.is_last:
+            self.group.stages.send(x_TD)
+            return x_TD
         if self.norm is not None:
             x_TD = self.norm(x_TD)
         return x_TD if self.project_out is None else F.linear(x_TD, self.project_out.weight)
 
+    def _enter(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
+        if self.embedding is None:
+            return self.group.stages.receive(self._unset(len(token_ids_T), self.spec.hidden_size))
+        x_TD = self.embedding.embed(token_ids_T)
+        if self.project_in is not None:
+            x_TD = F.linear(x_TD, self.project_in.weight)
+        if self.positions is not None:
+            at_T = positions_T + self.spec.position_offset
+            x_TD = x_TD + F.embedding(at_T, self.positions.weight)
+        return x_TD if self.embedding_norm is None else self.embedding_norm(x_TD)
+
+    def _unset(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.place.dtype, device=self.place.device)
+
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Return float32 logits_NV over the whole vocabulary, equal on every rank."""
+        """Return float32 logits_NV over the whole vocabulary, equal on every rank.
+
+        Where there are several stages, only the ranks of the last one can tell.
+        """
         return self.head.logits(hidden_ND)
+
+    def finish(self, hidden_ND: Tensor) -> Ending | None:
+        """Return what the rows of `forward`'s output come to, on rank 0 and on the last stage.
+
+        Every rank must call it alike.
+        """
+        stages = self.group.stages
+        if not stages.is_last:
+            return self._take_back(len(hidden_ND)) if stages.rank == 0 else None
+        ending = Ending(hidden_ND, self.logits(hidden_ND))
+        if stages.count > 1:
+            # As one message: each costs a way through the network.
+            stages.give_back(torch.cat((hidden_ND.float(), ending.logits_NV), dim=-1))
+        return ending
+
+    def _take_back(self, rows: int) -> Ending:
+        spec = self.spec
+        width = spec.embedding_size or spec.hidden_size
+        both = self._unset(rows, width + spec.vocab_size, dtype=torch.float32)
+        return Ending(*self.group.stages.take_back(both).split((width, spec.vocab_size), dim=-1))
 
     def shards(self) -> Iterator[TensorShard]:
         """Yield views of every held part of a checkpoint tensor, each name once.
@@ -284,7 +352,7 @@ class Decoder(nn.Module):
 
     def pack(self, part: nn.Module, quantization: Quantization) -> None:
         """Pack a part if it is a matrix that multiplies; one that is packed stays as it is."""
-        if not isinstance(part, Linear) or (part is self.embedding and not self.spec.tied):
+        if not isinstance(part, Linear) or (part is self.embedding and part is not self.head):
             return
         part.pack(self._kind(part, quantization), is_read_by_row=part is self.embedding)
 

@@ -1,1 +1,1 @@
-"""Tensor parallelism: a group of ranks, how it starts, speaks and ends."""
+"""Ranks that share a model, by tensors and by layers: how they start, speak and end."""

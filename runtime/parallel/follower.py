@@ -27,6 +27,7 @@ class Follower:
         follow: Follow,
         arguments: Sequence[Any] = (),
         *,
+        stages: int = 1,
         device: str = "cpu",
         timeout_s: float = 60.0,
         start_timeout_s: float = 300.0,
@@ -34,6 +35,7 @@ class Follower:
         """Take what `Ranks` takes; `run` does the work."""
         self.is_serving = False  # all ranks of the group are warm
         self._size = size
+        self._stages = stages
         self._device = torch.device(device)
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
@@ -66,6 +68,7 @@ class Follower:
         host, port = json.loads(line.receive()[1])
         meeting = Meeting(
             size=self._size,
+            stages=self._stages,
             first=self._first,
             store=(host, port),
             address=line.own_address,

@@ -1,4 +1,4 @@
-"""A group of ranks and its collectives. Knows tensors and bytes, nothing of models.
+"""The ranks of one stage and their collectives. Knows tensors and bytes, nothing of models.
 
 A group of one rank does nothing at all, so single-rank code pays nothing and needs no branch.
 The collectives may be used while training; their gradients follow Megatron-LM (Shoeybi et al.,
@@ -15,15 +15,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mizzen.runtime.errors import RankLostError
+from mizzen.runtime.parallel.stages import Stages
+from mizzen.runtime.parallel.work import complete
 
 
 class RankGroup:
-    """The ranks that compute one model together, as seen by one of them."""
+    """The ranks that compute a stage of a model together, as seen by one of them.
 
-    def __init__(self, rank: int = 0, size: int = 1, process_group: Any = None) -> None:
+    Usually a model has one stage, and they are all ranks there are.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        process_group: Any = None,
+        stages: Stages | None = None,
+    ) -> None:
         self.rank = rank
         self.size = size
+        self.stages = stages or Stages(rank=rank, size=size, process_group=process_group)
         self._process_group = process_group
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -58,7 +69,8 @@ class RankGroup:
 
     def abort(self) -> None:
         """Break collectives that wait for a rank which is gone; the group is of no more use."""
-        if hasattr(self._process_group, "abort"):
+        self.stages.abort()
+        if self.stages.count > 1 and hasattr(self._process_group, "abort"):
             self._process_group.abort()
 
     def _sum_in_place(self, x: Tensor) -> Tensor:
@@ -72,12 +84,7 @@ class RankGroup:
         return torch.cat(parts, dim=-1)
 
     def _run(self, start: Callable[[Any], Any]) -> None:
-        try:
-            start(self._process_group).wait()
-        except RuntimeError as error:
-            # Gloo and NCCL report a closed connection and a time-out as plain RuntimeErrors. Their
-            # text names ports, so it stays the cause and does not enter the message.
-            raise RankLostError(f"Rank {self.rank} lost another rank in a collective.") from error
+        complete(self.stages.rank, lambda: start(self._process_group))
 
 
 class _AllReduce(torch.autograd.Function):

@@ -34,6 +34,7 @@ class Ranks:
         follow: Follow,
         arguments: Sequence[Any] = (),
         *,
+        stages: int = 1,
         device: str = "cpu",
         timeout_s: float = 60.0,
         start_timeout_s: float = 300.0,
@@ -46,6 +47,7 @@ class Ranks:
             size: How many ranks, this process included.
             follow: What the others run; the group ends with the first of them to return.
             arguments: Given to `follow` after the group and the inbox.
+            stages: Into how many the model is cut; each has `size / stages` of the ranks.
             device: "cpu" or "cuda"; the n-th rank of a pod uses its GPU n.
             timeout_s: How long a collective waits for a silent rank.
             start_timeout_s: How long a new process may take to import what it needs.
@@ -55,7 +57,8 @@ class Ranks:
         Raises:
             RankLostError: a rank died or stayed away while starting.
         """
-        self.group = RankGroup()
+        self.size = size
+        self.group = RankGroup()  # of rank 0's stage
         self._lost: RankLostError | None = None
         self._on_lost: Callable[[RankLostError], None] | None = None
         self._state = threading.Lock()
@@ -69,6 +72,7 @@ class Ranks:
             with tempfile.TemporaryDirectory(prefix="mizzen-ranks-") as directory:
                 meeting = Meeting(
                     size=size,
+                    stages=stages,
                     store=Path(directory) / "store",
                     device=torch.device(device),
                     timeout_s=timeout_s,

@@ -99,6 +99,8 @@ async def _model(service: Service, request: Request) -> ASGIApp:
         "headDim": sizes.head_dim,
         "contextTokens": sizes.context_tokens,
         "parameters": sizes.parameters,
+        "layerParameters": sizes.layer_parameters,
+        "tableParameters": sizes.table_parameters,
         "dtype": sizes.dtype,
         "deviceBytes": sizes.device_bytes or None,
         "kvTokens": stats.blocks_total * stats.block_size,

@@ -79,7 +79,8 @@ def build_card(
 def _told(config: TrainConfig) -> set[str]:
     """Return the sections of the job that made a difference."""
     of_training = {"processing", "hyperparameters", "adaptation"} if config.is_trained else set()
-    return {"method", config.section, *of_training}
+    of_another = {"backend"} if config.backend != "Mizzen" else set()
+    return {"method", config.section, *of_training, *of_another}
 
 
 def _scores(verdicts: Sequence[Verdict]) -> list[str]:

@@ -1,10 +1,11 @@
 """A job's state on disk: committed as a whole or not at all.
 
-A checkpoint is a folder `step-00000010` with safetensors files and `manifest.json`, which holds
-the counters and the files' hashes. The folder is filled under another name and renamed when every
-byte is on the disk, so whatever bears the final name was complete once; a hash that no longer
-fits means damage, and the one before is taken. Tensors are named like the model's parameters and
-hold whole tensors: nothing depends on how many ranks wrote them.
+A checkpoint is a folder `step-00000010` with `manifest.json`, which holds the counters and the
+hashes of all other files. The folder is filled under another name and renamed when every byte is
+on the disk, so whatever bears the final name was complete once; a hash that no longer fits means
+damage, and the one before is taken. Our loop fills it with safetensors files; their tensors are
+named like the model's parameters, and what is part of one says so (`parts.py`): nothing depends on
+how many ranks wrote them.
 """
 
 from __future__ import annotations
@@ -14,27 +15,32 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.train.durable import sha256_of, storage_faults_of, sync_path
 from mizzen.runtime.train.errors import (
     BaseModelChangedError,
+    CheckpointDamagedError,
     CheckpointMismatchError,
     StorageFullError,
 )
+from mizzen.runtime.train.parts import Wanted, files_by_kind, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
 _COMMITTED = re.compile(r"^step-(\d{8})$")
-_PARTIAL_PREFIX = ".partial-"
+PARTIAL_PREFIX = ".partial-"
 _MANIFEST = "manifest.json"
 _FORMAT = 1
+
+# Fills a checkpoint's folder; returns the hashes of those files that are on the disk already.
+Fill = Callable[[Path], Mapping[str, str] | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,38 +89,53 @@ class CheckpointStore:
         self._protected: frozenset[int] = frozenset()
 
     def commit(self, state: TrainState) -> Committed:
-        """Write a state; when this returns, a power cut cannot take it back.
+        """Write a state's tensors; as `commit_files` otherwise."""
+
+        def fill(folder: Path) -> None:
+            write_tensors(folder, state.tensors)
+
+        return self.commit_files(state.counters, fill, need_bytes=bytes_of(state))
+
+    def find(self, step: int) -> Committed | None:
+        """Return what is committed of a step."""
+        path = self._path(step)
+        return _read_committed(path) if path.exists() else None
+
+    def commit_files(self, counters: Counters, fill: Fill, *, need_bytes: int) -> Committed:
+        """Let `fill` write a state into a folder; when this returns, a power cut cannot undo it.
 
         A step that is already committed is not written twice: the same step is the same state.
 
         Raises:
             StorageFullError: there is no room; earlier checkpoints stay as they are.
         """
-        name = f"step-{state.counters.step:08d}"
-        if (self.directory / name).exists():
-            return _read_committed(self.directory / name)
-        partial = self.directory / f"{_PARTIAL_PREFIX}{name}"
-        need = sum(t.nbytes for group in state.tensors.values() for t in group.values())
+        if (known := self.find(counters.step)) is not None:
+            return known
+        final = self._path(counters.step)
+        partial = self.directory / f"{PARTIAL_PREFIX}{final.name}"
         committed_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
-            with storage_faults_of("A checkpoint", self.directory, need_bytes=need):
-                self._check_room(need)
+            with storage_faults_of("A checkpoint", self.directory, need_bytes=need_bytes):
+                self._check_room(need_bytes)
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-                self._fill(partial, state, committed_at)
-                partial.rename(self.directory / name)
+                self._seal(partial, counters, committed_at, fill(partial) or {})
+                partial.rename(final)
                 sync_path(self.directory)
-        except StorageFullError:
+        except (StorageFullError, RankLostError):
             # What we half wrote must not be what keeps the volume full.
             shutil.rmtree(partial, ignore_errors=True)
             raise
         self.prune()
-        return Committed(
-            step=state.counters.step, committed_at=committed_at, path=self.directory / name
-        )
+        return Committed(step=counters.step, committed_at=committed_at, path=final)
 
     def restore(self) -> tuple[Committed, TrainState] | None:
-        """Return the newest undamaged state, or None where there is none yet.
+        """Return the newest undamaged state; as `find_newest` otherwise."""
+        newest = self.find_newest()
+        return None if newest is None else (newest[0], self.read(newest[0].step))
+
+    def find_newest(self) -> tuple[Committed, Counters] | None:
+        """Return the newest undamaged checkpoint, or None where there is none yet.
 
         What a killed process left half-written is removed, and so is what is damaged: a later
         commit of the same step needs the name.
@@ -132,8 +153,19 @@ class CheckpointStore:
                 continue
             self._check_fingerprint(path, str(manifest["fingerprint"]))
             self._check_base(path, manifest.get("base"))
-            return _read_committed(path), _read_state(path, manifest)
+            return _read_committed(path), Counters(**manifest["counters"])
         return None
+
+    def read(self, step: int, wanted: Mapping[str, Wanted] | None = None) -> TrainState:
+        """Return a state that is whole, of the wanted tensors that part alone.
+
+        Raises:
+            TensorsDifferError: its tensors are not those that are wanted.
+        """
+        manifest = _read_manifest(self._path(step))
+        kinds = files_by_kind(self._path(step), manifest["sha256"])
+        tensors = {kind: dict(read_tensors(files, wanted or {})) for kind, files in kinds.items()}
+        return TrainState(counters=Counters(**manifest["counters"]), tensors=tensors)
 
     def steps(self) -> list[int]:
         """Return the committed steps, oldest first."""
@@ -145,25 +177,39 @@ class CheckpointStore:
 
     def load(self, step: int) -> TrainState | None:
         """Return one committed state, None where it is damaged."""
-        path = self.directory / f"step-{step:08d}"
-        manifest = _intact_manifest(path)
-        return None if manifest is None else _read_state(path, manifest)
+        return None if _intact_manifest(self._path(step)) is None else self.read(step)
 
-    def _fill(self, partial: Path, state: TrainState, committed_at: str) -> None:
-        hashes = {}
-        for stem, tensors in state.tensors.items():
-            file = partial / f"{stem}.safetensors"
-            save_file({name: t.contiguous() for name, t in tensors.items()}, file)
-            sync_path(file)
-            hashes[file.name] = sha256_of(file)
+    def tensors(self, step: int, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield a committed state's tensors of one kind, whole, one after the other.
+
+        Raises:
+            CheckpointDamagedError: there is no such state any more, or not as it was committed.
+        """
+        manifest = _intact_manifest(self._path(step))
+        if manifest is None:
+            raise CheckpointDamagedError(self._path(step))
+        return read_tensors(files_by_kind(self._path(step), manifest["sha256"])[kind], {})
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}"
+
+    def _seal(
+        self, partial: Path, counters: Counters, committed_at: str, sealed: Mapping[str, str]
+    ) -> None:
+        """Put everything in the folder on the disk, and the manifest beside it."""
+        hashes = dict(sealed)
+        for path in sorted(partial.rglob("*")):
+            if (name := path.relative_to(partial).as_posix()) not in sealed:
+                sync_path(path)
+                if path.is_file():
+                    hashes[name] = sha256_of(path)
         manifest = {
             "format": _FORMAT,
-            "counters": asdict(state.counters),
+            "counters": asdict(counters),
             "generation": self._generation,
             "fingerprint": self._fingerprint,
             "base": self._base,
             "committed_at": committed_at,
-            "stems": list(state.tensors),
             "sha256": hashes,
         }
         with (partial / _MANIFEST).open("w") as file_:
@@ -209,7 +255,7 @@ class CheckpointStore:
 
     def _remove_partials(self) -> None:
         if self.directory.is_dir():
-            for path in self.directory.glob(f"{_PARTIAL_PREFIX}*"):
+            for path in self.directory.glob(f"{PARTIAL_PREFIX}*"):
                 shutil.rmtree(path)
 
 
@@ -217,13 +263,17 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _read_state(path: Path, manifest: dict) -> TrainState:  # type: ignore[type-arg]
-    tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in manifest["stems"]}
-    return TrainState(counters=Counters(**manifest["counters"]), tensors=tensors)
+def bytes_of(state: TrainState) -> int:
+    """Return how much room a state's files take."""
+    return sum(t.nbytes for group in state.tensors.values() for t in group.values())
+
+
+def _read_manifest(path: Path) -> dict:  # type: ignore[type-arg]
+    return dict(json.loads((path / _MANIFEST).read_bytes()))
 
 
 def _read_committed(path: Path) -> Committed:
-    manifest = json.loads((path / _MANIFEST).read_bytes())
+    manifest = _read_manifest(path)
     return Committed(
         step=manifest["counters"]["step"], committed_at=manifest["committed_at"], path=path
     )
@@ -232,7 +282,7 @@ def _read_committed(path: Path) -> Committed:
 def _intact_manifest(path: Path) -> dict | None:  # type: ignore[type-arg]
     """Return a checkpoint's manifest if every byte is as it was committed."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
+        manifest = _read_manifest(path)
         hashes: dict[str, str] = manifest["sha256"]
         is_intact = all(sha256_of(path / name) == digest for name, digest in hashes.items())
     except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -96,6 +96,12 @@ class Checkpointing(Part):
     )  # beside the last; of steps that are due by their number
 
 
+class Parallelism(Part):
+    """How many of the workers share one copy of the model, each with a part of every matrix."""
+
+    tensor: int = Field(default=1, ge=1)
+
+
 class Budget(Part):
     """What a job may use before it ends with what it has; only the steps count, of all runs."""
 
@@ -130,6 +136,11 @@ class Suite(Part):
     labels: tuple[str, ...] = ()  # classification; by default the answers there are
     max_new_tokens: int = Field(default=64, ge=1)  # exactMatch and winRate
 
+    @property
+    def is_question(self) -> bool:
+        """Whether it asks a model that answers, whatever the method learns from."""
+        return self.type in _OF_ANSWERS
+
 
 class Evaluation(Part):
     """What a result must pass before it is published; no suite, no gate.
@@ -159,6 +170,7 @@ class TrainConfig(Part):
     """One generation of one job."""
 
     job: str = Field(min_length=1)
+    backend: Literal["Mizzen", "Transformers"] = "Mizzen"
     method: Literal[
         "sft", "dpo", "reward", "distill", "merge", "quantize", "prune", "grpo", "ppo"
     ] = "sft"
@@ -179,6 +191,7 @@ class TrainConfig(Part):
     output: Output
     evaluation: Evaluation = Evaluation()
     workers: int = Field(default=1, ge=1)  # pods of this generation
+    parallelism: Parallelism = Parallelism()
     generation: int = Field(default=1, ge=0)
     admin_port: int = Field(default=8002, ge=0, le=65535)
 
@@ -195,18 +208,46 @@ class TrainConfig(Part):
         if self.evaluation.suites and self.processing.holdout_ratio == 0:
             raise ValueError("evaluation.suites need processing.holdout_ratio above 0")
         self._check_suites()
+        self._check_backend()
         if self.checkpoint.keep_best:
             self._check_keep_best()
         if self.workers > 1 and self.method not in SHARED:
             raise ValueError(f"method {self.method} runs on one worker: set workers to 1")
         if self.workers > 1 and self.distill is not None and self.distill.on_policy:
             raise ValueError("distill.on_policy runs on one worker: set workers to 1")
+        if self.parallelism.tensor > 1:
+            self._check_tensor()
         is_adapter = self.is_trained and self.adaptation.type != "full"
         wanted = "adapter" if is_adapter else "model"
         if self.output.kind != wanted:
             maker = f"adaptation {self.adaptation.type}" if self.is_trained else self.method
             raise ValueError(f"{maker} makes output.kind {wanted}")
         return self
+
+    def _check_tensor(self) -> None:
+        ranks = self.parallelism.tensor
+        if self.workers % ranks:
+            raise ValueError(f"workers must be a multiple of parallelism.tensor, {ranks}")
+        if self.method != "sft" or self.adaptation.type == "qlora":
+            raise ValueError(
+                "parallelism.tensor above 1 is for method sft with adaptation full or lora: set "
+                "parallelism.tensor to 1"
+            )
+        if any(suite.type == "winRate" for suite in self.evaluation.suites):
+            raise ValueError("a suite of type winRate needs parallelism.tensor 1")
+
+    def _check_backend(self) -> None:
+        if self.backend == "Mizzen":
+            return
+        if self.method != "sft":
+            raise ValueError(f"backend Transformers runs sft: use Mizzen for {self.method}")
+        if self.adaptation.type == "qlora":
+            raise ValueError("backend Transformers trains full or lora: use Mizzen for qlora")
+        if self.workers > 1 or self.checkpoint.keep_best:
+            raise ValueError(
+                "backend Transformers runs on one worker and keeps the last checkpoints: use "
+                "Mizzen for several workers and for checkpoint.keep_best"
+            )
 
     def _check_keep_best(self) -> None:
         if self.processing.holdout_ratio == 0 or self.checkpoint.every_steps is None:

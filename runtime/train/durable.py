@@ -68,6 +68,11 @@ def storage_faults_of(what: str, directory: Path, *, need_bytes: int = 0) -> Ite
                 "Give uid 65532 write access to the claim, or set another claim."
             ) from error
         raise
+    except RuntimeError as error:
+        # torch.save says no more than that its archive could not be written.
+        if "inline_container.cc" in str(error):
+            raise StorageFullError(what, directory=directory, need_mib=need_mib) from error
+        raise
     except SafetensorError as error:
         # The library reports an I/O fault as text only: "I/O error: ... (os error 28)".
         if any(f"(os error {number})" in str(error) for number in _FULL):

@@ -6,6 +6,8 @@ A `JobError` is the job's own fault and running it again would end the same way;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mizzen.runtime.errors import MizzenError
 
 
@@ -147,6 +149,30 @@ class MemoryTooSmallError(JobError):
         )
 
 
+class MicroBatchTooLargeError(JobError):
+    """A step does not fit, and this backend or these ranks cannot make it smaller on the way."""
+
+    reason = "MemoryTooSmall"
+
+    def __init__(self, samples: int) -> None:
+        super().__init__(
+            f"Memory runs out with {samples} samples at once. Lower hyperparameters.microBatch or "
+            "processing.maxSeqLen, or run on a device with more memory."
+        )
+
+
+class BackendMissingError(JobError):
+    """The image lacks what a backend is made of."""
+
+    reason = "BackendMissing"
+
+    def __init__(self, packages: Sequence[str]) -> None:
+        super().__init__(
+            f"Backend Transformers needs {' and '.join(packages)}. Install them with "
+            "`pip install 'mizzen[transformers]'`, or use backend Mizzen."
+        )
+
+
 class TrainingDoesNotFitError(JobError):
     """Weights, gradients and the optimizer's moments alone are more than the memory there is."""
 
@@ -160,7 +186,8 @@ class TrainingDoesNotFitError(JobError):
             f"Training needs {weights_mib} MiB for weights + {gradients_mib} MiB for gradients + "
             f"{moments_mib} MiB for the optimizer = {total_mib} MiB before the first sample, and "
             f"the trainer has {limit_mib} MiB. Use adaptation.type lora or qlora, a smaller base "
-            "model, or more memory."
+            "model, more memory, or with method sft more workers for one copy "
+            "(parallelism.tensor)."
         )
 
 
@@ -180,6 +207,25 @@ class CheckpointMismatchError(JobError):
     """The committed checkpoint belongs to a different job."""
 
     reason = "CheckpointMismatch"
+
+
+class TensorsDifferError(CheckpointMismatchError):
+    """Its tensors have other names or shapes."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The checkpoint's tensors are not those of this base model and adaptation. "
+            "Restore the base model, or give the job a new name to start afresh."
+        )
+
+
+class CheckpointDamagedError(MizzenError):
+    """What was committed a moment ago cannot be read; the one before it may be intact."""
+
+    reason = "CheckpointDamaged"
+
+    def __init__(self, path: object) -> None:
+        super().__init__(f"The result cannot be read from {path}: its files are damaged.")
 
 
 class BaseModelChangedError(JobError):

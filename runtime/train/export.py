@@ -66,9 +66,7 @@ def write_description(
     """
     base = find_checkpoint(base_model)
     if base.is_dir():
-        for name in _COPIED:
-            if (base / name).exists():
-                shutil.copyfile(base / name, folder / name)
+        copy_tokenizer(base, folder)
         config = json.loads((base / "config.json").read_text())
     else:
         config = build_config(spec, published_dtype(spec))
@@ -76,6 +74,13 @@ def write_description(
     config.pop("quantization_config", None)
     said = config | dict(changes or {})
     _write_json(folder / "config.json", {k: v for k, v in said.items() if v is not None})
+
+
+def copy_tokenizer(base: Path, folder: Path) -> None:
+    """Copy a directory's tokenizer, chat template and generation settings, where it has them."""
+    for name in _COPIED:
+        if (base / name).exists():
+            shutil.copyfile(base / name, folder / name)
 
 
 def check_exportable(spec: ArchSpec) -> None:

@@ -9,19 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
+from mizzen.runtime.errors import UnknownArchitectureError
 from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
 from mizzen.runtime.train.admin import AdminServer
 from mizzen.runtime.train.card import Provenance
-from mizzen.runtime.train.config import Processing, TrainConfig, TrainerEnvironment
+from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
 from mizzen.runtime.train.data import Prepared, prepare
 from mizzen.runtime.train.device import choose_device, use_own_cpus
 from mizzen.runtime.train.digest import model_digest
+from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.evaluate import TallyStore
-from mizzen.runtime.train.memory import check_memory
+from mizzen.runtime.train.hugging_face.installed import check_installed
+from mizzen.runtime.train.memory import check_fits, check_memory, memory_limit
 from mizzen.runtime.train.methods.registry import build_method
 from mizzen.runtime.train.progress import ProgressBoard, Verdict, fit_termination_log
 from mizzen.runtime.train.publish import publish
@@ -30,6 +34,7 @@ from mizzen.runtime.train.sources import load_source
 from mizzen.runtime.train.stop import EXIT_DONE, EXIT_YIELDED, StopFlag, YieldRequested
 from mizzen.runtime.train.surroundings import Surroundings
 from mizzen.runtime.train.teacher import check_same_tokens
+from mizzen.runtime.train.together import SharedStop, Together
 from mizzen.runtime.train.training import Training
 from mizzen.runtime.train.transform import Transform
 from mizzen.runtime.train.watchdog import watch
@@ -72,11 +77,14 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
         work = _prepare(config, environment, board, stop, workers)
     watch(stop, timeout_s=config.failure.hang_timeout_s)
     try:
-        if isinstance(work, Training) and not workers.is_leader:
+        if isinstance(work, Training) and not workers.is_in_first_copy:
             work.follow()
             workers.end()
             return EXIT_DONE
         verdicts = work.run()
+        if not workers.is_leader:
+            workers.end()
+            return EXIT_DONE
     except YieldRequested:
         workers.end()
         _report(environment.termination_log, board)
@@ -110,42 +118,103 @@ def _prepare(
     stop: StopFlag,
     workers: Workers,
 ) -> Work:
-    checkpoint = find_checkpoint(config.base_model)
-    around = Surroundings(
-        config=config,
-        spec=ArchSpec.from_dir(checkpoint),
-        tokenizer=Tokenizer.load(checkpoint),
-        device=choose_device(environment.device),
-        stop=stop,
-        judge_api_key=environment.judge_api_key,
-        teacher_api_key=environment.teacher_api_key,
-    )
+    if config.backend == "Transformers":
+        return prepare_transformers(config, environment, board, stop)
+    around = _surround(config, environment, stop)
     if config.is_trained:
         check_memory(around)
+    if workers.tensor.size > 1:
+        around = replace(around, stop=SharedStop(stop, Together(workers.tensor, around.device)))
     if config.distill is not None and config.distill.teacher is not None:
         check_same_tokens(around.tokenizer, config.distill.teacher)
     if config.is_trained:
         method = build_method(around)
-        data = _read_data(around, board, method.shape)
+        data = _read_data(config, around.tokenizer, board, method.shape, around.spec.max_len)
         mark = fingerprint(config, data)
         return Training(around, method, data, fingerprint=mark, board=board, workers=workers)
-    read = _read_data(around, board, "conversation") if config.datasets else None
+    read = None
+    if config.datasets:
+        read = _read_data(config, around.tokenizer, board, "conversation", around.spec.max_len)
     directory = config.checkpoint.directory
     return Transform(
         around=around,
         data=read,
         tallies=TallyStore(directory, fingerprint=fingerprint(config, read)),
         board=board,
+        stop=stop,
     )
 
 
-def _read_data(around: Surroundings, board: ProgressBoard, shape: Shape) -> Prepared:
-    config = around.config
+def _surround(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag) -> Surroundings:
+    checkpoint = find_checkpoint(config.base_model)
+    return Surroundings(
+        config=config,
+        spec=_architecture(checkpoint),
+        tokenizer=Tokenizer.load(checkpoint),
+        device=choose_device(environment.device),
+        stop=stop,
+        judge_api_key=environment.judge_api_key,
+        teacher_api_key=environment.teacher_api_key,
+    )
+
+
+def _architecture(checkpoint: Path) -> ArchSpec:
+    try:
+        return ArchSpec.from_dir(checkpoint)
+    except UnknownArchitectureError as error:
+        raise UnknownArchitectureError(
+            f"{error} spec.backend Transformers may know it, for method sft."
+        ) from error
+
+
+def prepare_transformers(
+    config: TrainConfig, environment: TrainerEnvironment, board: ProgressBoard, stop: StopFlag
+) -> Work:
+    """Return a job of backend Transformers, ready to train.
+
+    Raises:
+        MizzenError: it cannot be trained so; the message says what to change.
+    """
+    check_installed()
+    # Many seconds of imports that no other job needs.
+    from mizzen.runtime.train.hugging_face import model  # noqa: PLC0415
+    from mizzen.runtime.train.hugging_face.training import HuggingFaceTraining  # noqa: PLC0415
+
+    checkpoint, device = find_checkpoint(config.base_model), choose_device(environment.device)
+    described = model.read_config(checkpoint)
+    check_fits(model.plan_need(config, described, device), memory_limit(device))
+    tokenizer = Tokenizer.load(checkpoint)
+    data = _read_data(config, tokenizer, board, "conversation", model.max_len(described))
+    around = None
+    if questions := [suite.name for suite in config.evaluation.suites if suite.is_question]:
+        try:
+            around = _surround(config, environment, stop)
+        except UnknownArchitectureError as error:
+            raise JobConfigError(
+                f"evaluation.suites {', '.join(questions)} are asked by Mizzen's decoder, and it "
+                "does not know this model. Use type perplexity."
+            ) from error
+    mark = fingerprint(config, data)
+    return HuggingFaceTraining(
+        config, data, around, device=device, fingerprint=mark, board=board, stop=stop
+    )
+
+
+def _read_data(
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    board: ProgressBoard,
+    shape: Shape,
+    max_len: int | None,
+) -> Prepared:
+    """Read what the job learns from, with no sample longer than the model can read."""
     sources = [
         load_source(dataset, default_format=config.processing.format, shape=shape)
         for dataset in config.datasets
     ]
-    data = prepare(sources, around.tokenizer, _within_context(config, around.spec))
+    wanted = config.processing.max_seq_len
+    limits = {"max_seq_len": min(wanted, max_len or wanted)}
+    data = prepare(sources, tokenizer, config.processing.model_copy(update=limits))
     board.prepared(data.counts)
     return data
 
@@ -160,16 +229,12 @@ def fingerprint(config: TrainConfig, data: Prepared | None) -> str:
     if config.adaptation.type != "qlora":
         # Says nothing then, and checkpoints of versions that did not know it stay valid.
         del document["adaptation"]["quantization"]
+    if config.backend != "Mizzen":
+        document["backend"] = config.backend
     document["hyperparameters"] = config.hyperparameters.model_dump(exclude={"micro_batch"})
     document["weights"] = data.weights if data else []
     document["data"] = data.digest if data else ""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _within_context(config: TrainConfig, spec: ArchSpec) -> Processing:
-    """Return the rules for data, with no sample longer than the model can read."""
-    rules = config.processing
-    return rules.model_copy(update={"max_seq_len": min(rules.max_seq_len, spec.max_len)})
 
 
 def _report(termination_log: Path, board: ProgressBoard) -> None:

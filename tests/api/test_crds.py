@@ -140,11 +140,17 @@ REFUSED: dict[str, tuple[Document, str]] = {
     ),
     "more ranks than a replica has devices": (
         deployment(accelerator={**GPU, "count": 1}, parallelism={"tensor": 2}),
-        "parallelism.tensor is larger than the devices of a replica",
+        "parallelism.tensor times parallelism.pipeline is larger than the devices of a replica",
+    ),
+    "more stages than devices": (
+        deployment(
+            accelerator={**GPU, "count": 1}, parallelism={"tensor": 2, "pipeline": 2, "nodes": 2}
+        ),
+        "parallelism.tensor times parallelism.pipeline is larger than the devices of a replica",
     ),
     "ranks that do not spread evenly over pods": (
         deployment(parallelism={"tensor": 3, "nodes": 2}),
-        "parallelism.tensor must be a multiple of parallelism.nodes",
+        "parallelism.tensor times parallelism.pipeline must be a multiple of parallelism.nodes",
     ),
     "a number of devices without their name": (
         deployment(accelerator={"count": 2}),
@@ -284,6 +290,37 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(checkpoint={"keepBest": 1}, workers={"min": 1, "max": 2}),
         "checkpoint.keepBest needs processing.holdoutRatio above 0 and workers.max 1.",
     ),
+    "a copy of the model that lacks a worker": (
+        job(parallelism={"tensor": 2}, workers={"min": 1, "max": 2}),
+        "workers.min and workers.max must be multiples of parallelism.tensor.",
+    ),
+    "copies shared by a method that cannot": (
+        job(method="dpo", parallelism={"tensor": 2}, workers={"min": 2, "max": 2}),
+        "parallelism.tensor above 1 needs method sft and adaptation.type full or lora.",
+    ),
+    "copies shared beside a base in few bits": (
+        job(adaptation={"type": "qlora"}, parallelism={"tensor": 2},
+            workers={"min": 2, "max": 2}),
+        "parallelism.tensor above 1 needs method sft and adaptation.type full or lora.",
+    ),
+    "copies shared before a judge": (
+        job(parallelism={"tensor": 2}, workers={"min": 2, "max": 2},
+            evaluation={"suites": [{"name": "s", "type": "winRate"}],
+                        "judge": {"deployment": "judge"}}),
+        "A suite of type winRate needs parallelism.tensor 1.",
+    ),
+    "a method of another backend": (
+        job(backend="Transformers", method="dpo"),
+        "backend Transformers runs method sft alone: all other methods need backend Mizzen.",
+    ),
+    "a base in few bits of another backend": (
+        job(backend="Transformers", adaptation={"type": "qlora"}),
+        "adaptation.type qlora needs backend Mizzen.",
+    ),
+    "several workers of another backend": (
+        job(backend="Transformers", workers={"min": 1, "max": 2}),
+        "workers.max above 1 and checkpoint.keepBest need backend Mizzen.",
+    ),
     "a budget of nothing": (job(budget={}), "Set budget.maxHours, maxTokens or both."),
     "a budget where nothing is trained": (
         job(method="merge", merge={"kind": "adapter", "parts": [{"source": "pvc://models/a"}]},
@@ -328,7 +365,7 @@ def test_the_shortest_deployment_gets_every_default(cluster: ApiCluster, namespa
     assert spec == {
         "model": {"source": "pvc://models/smollm2", "dtype": "auto"},
         "accelerator": {"resource": "none"},
-        "parallelism": {"tensor": 1, "nodes": 1},
+        "parallelism": {"tensor": 1, "pipeline": 1, "nodes": 1},
         "drain": {"maxSeconds": 120},
         "rollout": {
             "strategy": "Rolling",
@@ -409,7 +446,7 @@ def test_the_example_of_every_field_is_accepted(cluster: ApiCluster, namespace: 
             "budget": {"gpus": 12},
         },
         accelerator={**GPU, "count": 2},
-        parallelism={"tensor": 4, "nodes": 2},
+        parallelism={"tensor": 2, "pipeline": 2, "nodes": 2},
         adapters=[{"name": "support.v2", "source": "pvc://models/adapters/support"}],
         engine={
             "image": "example/runtime:1",

@@ -132,3 +132,31 @@ async def test_answers_that_are_no_figures_are_unknown(answer: str) -> None:
     await fake.close()
     assert found.engines.running.fresh(15) is None
     assert found.traffic.arrivals_per_s.fresh(15) is None
+
+
+@pytest.mark.parametrize("metric", ["mizzen_gateway_arrivals_total", "mizzen_gateway_canary_"])
+async def test_a_figure_that_prometheus_fails_to_answer_is_unknown_and_not_zero(
+    metric: str,
+) -> None:
+    labels = {
+        **{"namespace": "team", "model": "smollm2", "mizzen_dev_deployment": "smollm2"},
+        **{"revision": "new", "le": "1"},
+    }
+    rows = {"data": {"result": [{"metric": labels, "value": [1, "2"]}]}}
+
+    async def query(request: web.Request) -> web.Response:
+        if metric in str((await request.post())["query"]):
+            return web.json_response({"status": "error", "errorType": "timeout"}, status=503)
+        return web.json_response(rows)
+
+    app = web.Application()
+    app.router.add_post("/api/v1/query", query)
+    fake = TestServer(app)
+    await fake.start_server()
+    source = PrometheusSource(str(fake.make_url("")), scrape_s=STEP_S)
+    found = (await source.collect([TARGET]))[NAME]
+    await source.close()
+    await fake.close()
+    assert found.traffic.arrivals_per_s == UNKNOWN
+    assert found.answers is None
+    assert found.engines.waiting.value == 2.0

@@ -131,6 +131,13 @@ DEVICES: dict[str, tuple[dict[str, Any], int]] = {
         {"accelerator": {"resource": "nvidia.com/gpu"}, "parallelism": {"tensor": 8, "nodes": 2}},
         4,
     ),
+    "one for each rank of all stages": (
+        {
+            "accelerator": {"resource": "nvidia.com/gpu"},
+            "parallelism": {"tensor": 4, "pipeline": 6, "nodes": 3},
+        },
+        8,
+    ),
     "as many as asked for": ({"accelerator": {"resource": "nvidia.com/gpu", "count": 3}}, 3),
 }
 

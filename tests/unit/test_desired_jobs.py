@@ -36,6 +36,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "a base in 4 bits": {"adaptation": {"type": "qlora", "quantization": "int4"}},
     "the best checkpoint is the result": {"checkpoint": {"keepBest": 2}},
     "a budget": {"budget": {"maxHours": 1.5, "maxTokens": 1000000}},
+    "another backend": {"backend": "Transformers"},
     "attention only": {"adaptation": {"targets": "attention"}},
     "a gate that demands better": {
         "evaluation": {"suites": [{"name": "holdout", "maxRegressionRatio": -0.05}]}

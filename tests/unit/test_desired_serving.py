@@ -74,7 +74,7 @@ SAME = {
         "adapters": [{"name": "a", "source": "pvc://models/adapters/a"}]
     },
     "another pace": {"rollout": {"maxSurge": 3}},
-    "a default written out": {"drain": {"maxSeconds": 120}, "accelerator": {"resource": "none"}},
+    "a default written out": {"drain": {"maxSeconds": 120}, "parallelism": {"pipeline": 1}},
 }
 DIFFERENT = {
     "another model": {"model": {"source": "pvc://models/other"}},
@@ -82,6 +82,7 @@ DIFFERENT = {
     "an engine setting": {"engine": {"maxNumSeqs": 7}},
     "another image": {"engine": {"image": "other"}},
     "another number of ranks": {"parallelism": {"tensor": 2}},
+    "another number of stages": {"parallelism": {"pipeline": 2}},
     "GPUs": {"accelerator": {"resource": "nvidia.com/gpu"}},
     "another time to drain": {"drain": {"maxSeconds": 7}},
     "a patch": {"podTemplatePatch": {"nodeSelector": {"disk": "fast"}}},
@@ -124,6 +125,19 @@ def test_a_replica_asks_for_one_device_per_rank_and_cannot_be_patched_to_fewer()
     )
     limits = made["spec"]["containers"][0]["resources"]["limits"]
     assert limits == {"nvidia.com/gpu": "4", "memory": "1Gi"}
+
+
+def test_the_pods_of_a_replica_in_stages_ask_for_the_devices_of_their_own_ranks() -> None:
+    spread = {"tensor": 4, "pipeline": 2, "nodes": 2}
+    container = pod(accelerator={"resource": "nvidia.com/gpu"}, parallelism=spread)["spec"][
+        "containers"
+    ][0]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "4"}
+    flags = dict(zip(container["args"][2::2], container["args"][3::2], strict=True))
+    assert flags["--tensor-parallel-size"] == "4"
+    assert flags["--pipeline-parallel-size"] == "2"
+    assert flags["--nnodes"] == "2"
+    assert "--pipeline-parallel-size" not in pod()["spec"]["containers"][0]["args"]
 
 
 def test_a_limit_below_our_default_request_replaces_it() -> None:

@@ -19,7 +19,8 @@ from mizzen.runtime.engine.errors import (
     PromptTooLongError,
     UnknownAdapterError,
 )
-from mizzen.runtime.engine.startup import ContextTooLongError, KvCacheTooSmallError
+from mizzen.runtime.engine.kv_room import KvCacheTooSmallError
+from mizzen.runtime.engine.startup import ContextTooLongError
 from tests.fixtures.engine_models import collect, generate, save_served_llama, tiny_config
 
 PROMPT = tuple(range(40))

@@ -205,8 +205,8 @@ async def test_a_model_on_several_ranks_refuses_scores_at_once(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with idle_work(engine), monkeypatch.context() as spread:
-        spread.setattr(engine._ranks._ranks.group, "size", 2)
-        with pytest.raises(InvalidRequestError, match=r"Ask a deployment with .*tensor 1"):
+        spread.setattr(engine._ranks._ranks, "size", 2)
+        with pytest.raises(InvalidRequestError, match="tensor and pipeline 1"):
             await engine.score(ScoreRequest(token_ids=PROMPT))
 
 

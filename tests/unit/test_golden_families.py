@@ -1,10 +1,10 @@
 """Every family computes what transformers computes, on the files that transformers saves.
 
-On one rank and on two; in one chunk, three and token by token; with and without a prefix hit.
+On one rank and on several; in one chunk, three and token by token; with and without a prefix hit.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,27 +69,41 @@ FIRST = TOKENS[:40]
 SECOND = [*FIRST[:32], *TOKENS[40:48]]  # two blocks of sixteen in common
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    started = Ranks(2, rank_work.perform)
+SPREADS = {"two ranks": (2, 1), "two stages": (2, 2), "two stages of two ranks": (4, 2)}
+
+
+@pytest.fixture(scope="module", params=SPREADS.values(), ids=SPREADS)
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    size, stages = request.param
+    started = Ranks(size, rank_work.perform, stages=stages)
     yield started
     started.stop()
 
 
-@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-def test_logits_equal_transformers(ranks: Ranks, tmp_path: Path, config: Any) -> None:
+def check_logits(group: RankGroup, config: Any, path: Path, tell: Callable[[str], None]) -> None:
+    """Compare what `group` computes with transformers; `tell` has the other ranks do so too."""
     model = make_model(config)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(path)
     with torch.no_grad():
         first, second = model(torch.tensor([FIRST, SECOND])).logits
     assert first.std() > 0.3, "logits that hardly differ would hide an error"
-    arguments = (str(tmp_path), [FIRST, SECOND])
-    ranks.send(json.dumps(["golden_logits", *arguments]).encode())
-    for group in (ranks.group, RankGroup()):
-        for way, found in rank_work.golden_logits(group, *arguments).items():
-            expected = second[32:] if way == "prefix hit" else first
-            message = f"{way} on {group.size} ranks: {{}}".format
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4, msg=message)
+    arguments = (str(path), [FIRST, SECOND])
+    tell(json.dumps(["golden_logits", *arguments]))
+    for way, found in rank_work.golden_logits(group, *arguments).items():
+        expected = second[32:] if way == "prefix hit" else first
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4, msg=f"{way}: {{}}".format)
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_logits_of_several_ranks_equal_transformers(
+    ranks: Ranks, tmp_path: Path, config: Any
+) -> None:
+    check_logits(ranks.group, config, tmp_path, lambda words: ranks.send(words.encode()))
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_logits_of_one_rank_equal_transformers(tmp_path: Path, config: Any) -> None:
+    check_logits(RankGroup(), config, tmp_path, lambda words: None)
 
 
 # As published checkpoints of these families spell what transformers writes anew.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 from hack.tiny_model import write_tiny_model
 from mizzen.runtime.errors import EXIT_RANK_LOST
@@ -21,6 +22,7 @@ from tests.fixtures.runtime_server import running_server, start_here
 COMPLETIONS = "/v1/completions"
 FLAGS = ("--device=cpu", "--dtype=float32", "--kv-cache-gib=0.02", "--max-model-len=512")
 TOKEN = "the group's own secret"
+TENSOR, STAGES = "--tensor-parallel-size=2", "--pipeline-parallel-size=2"
 
 
 def free_port() -> int:
@@ -85,7 +87,8 @@ class Pod:
 class Group:
     """Two pods and what both are started with."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, spread: str) -> None:
+        self.spread = spread
         self.model = write_tiny_model(folder / "tiny", context=512)
         self.token_file = folder / "token"
         self.token_file.write_text(TOKEN)
@@ -95,7 +98,7 @@ class Group:
     @property
     def flags(self) -> tuple[str, ...]:
         return (
-            *(str(self.model), "--tensor-parallel-size=2", "--nnodes=2"),
+            *(str(self.model), self.spread, "--nnodes=2"),
             *(f"--master-addr={self.leader.host}", f"--master-port={self.meeting_port}"),
             f"--admin-token-file={self.token_file}",
         )
@@ -107,8 +110,8 @@ class Group:
 
 
 @asynccontextmanager
-async def group_of(folder: Path) -> AsyncIterator[Group]:
-    group = Group(folder)
+async def group_of(folder: Path, spread: str = TENSOR) -> AsyncIterator[Group]:
+    group = Group(folder, spread)
     try:
         yield group
     finally:
@@ -117,8 +120,8 @@ async def group_of(folder: Path) -> AsyncIterator[Group]:
 
 
 @asynccontextmanager
-async def serving_group(folder: Path) -> AsyncIterator[Group]:
-    async with group_of(folder) as group:
+async def serving_group(folder: Path, spread: str = TENSOR) -> AsyncIterator[Group]:
+    async with group_of(folder, spread) as group:
         await group.leader.start(*group.flags)
         await group.follower.start(*group.flags)
         await group.wait_until_ready()
@@ -171,8 +174,11 @@ async def lose(group: Group, blow: signal.Signals) -> tuple[list[str], list[int]
     return await running, statuses
 
 
-async def test_two_pods_answer_as_one_rank_and_the_death_of_one_ends_both(tmp_path: Path) -> None:
-    async with serving_group(tmp_path) as group:
+@pytest.mark.parametrize("spread", [TENSOR, STAGES], ids=["two ranks", "two stages"])
+async def test_two_pods_answer_as_one_rank_and_the_death_of_one_ends_both(
+    tmp_path: Path, spread: str
+) -> None:
+    async with serving_group(tmp_path, spread) as group:
         assert await answer_of(group.leader.http) == await answer_of_one_rank(group.model)
         events, statuses = await lose(group, signal.SIGKILL)
         assert json.loads(events[-1])["error"]["code"] == "engine_dead"

@@ -19,6 +19,8 @@ TOLD: dict[str, Any] = {
     "headDim": 128,
     "contextTokens": 131072,
     "parameters": 8_030_261_248,
+    "layerParameters": 218_112_000,
+    "tableParameters": 525_336_576,
     "dtype": "bfloat16",
     "deviceBytes": 80 * GIB,
     "kvTokens": 440_000,
@@ -80,7 +82,8 @@ async def test_a_context_too_long_for_the_device_is_refused_with_the_numbers() -
         "On 1 x nvidia.com/gpu a rank needs 15.0 GiB of the device's 24.0 GiB for weights and "
         "16.0 GiB for one request of 131072 tokens, and 7.3 GiB are left for the KV cache. To "
         "make it fit: set the maximum length to at most 59472 tokens; or raise tensor "
-        "parallelism above 1; or choose a device with more memory."
+        "parallelism above 1; or raise pipeline parallelism above 1; or choose a device with "
+        "more memory."
     )
     assert [pod["metadata"]["name"] for pod in world.pods] == pods, "what runs is left as it is"
     world.change(model={"source": "pvc://m/x", "maxModelLen": 8192})
@@ -101,6 +104,34 @@ async def test_ranks_that_the_heads_cannot_be_spread_over_are_refused_on_a_cpu_t
     accepted = world.condition("Accepted")
     assert accepted is not None and accepted[:2] == ("False", "DoesNotFit")
     assert "32 query heads over 8 KV heads cannot be spread over 23 ranks" in accepted[2]
+
+
+async def test_stages_are_planned_from_the_sizes_a_whole_replica_told() -> None:
+    small = {"deviceBytes": 16 * GIB, "kvTokens": 100_000}
+    world = await serving_world(TOLD | small)
+    for stages, expected in ((33, "32 layers and cannot be cut into 33 stages"), (2, "")):
+        world.change(parallelism={"pipeline": stages})
+        await world.look()
+        status, _, message = world.condition("Accepted")  # type: ignore[misc]
+        assert (status, expected in message) == ("False" if expected else "True", True)
+    await world.settle()
+    for pod in world.pods:
+        world.runtimes.models[pod["status"]["podIP"]] = TOLD | small
+    await world.settle()
+    plan = world.status["plan"]
+    assert (plan["tensor"], plan["pipeline"]) == (1, 2)
+    assert LLMDeploymentStatus.parse(world.status).to_api()["plan"] == plan
+
+
+async def test_a_runtime_that_does_not_tell_the_size_of_a_layer_is_planned_with_all_the_same() -> (
+    None
+):
+    parts = ("layerParameters", "tableParameters")
+    world = await serving_world({name: size for name, size in TOLD.items() if name not in parts})
+    assert not world.status["plan"]["model"].keys() & set(parts)
+    world.change(parallelism={"pipeline": 2})
+    await world.look()
+    assert world.condition("Accepted")[0] == "True"  # type: ignore[index]
 
 
 async def test_what_other_devices_or_another_model_hold_is_not_guessed() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from mizzen.operator.kube.errors import QuotaExceeded
 from mizzen.operator.status.conditions import rfc3339
 from tests.fixtures.serving_world import PODS, World, gates, names
@@ -11,8 +13,9 @@ from tests.fixtures.serving_world import PODS, World, gates, names
 GPU = {"resource": "nvidia.com/gpu"}
 
 
-async def test_the_pods_of_a_group_are_made_together_and_one_gate_lets_them_in() -> None:
-    world = World(parallelism={"tensor": 2, "nodes": 2}, accelerator=GPU)
+@pytest.mark.parametrize("spread", ["tensor", "pipeline"])
+async def test_the_pods_of_a_group_are_made_together_and_one_gate_lets_them_in(spread: str) -> None:
+    world = World(parallelism={spread: 2, "nodes": 2}, accelerator=GPU)
     await world.settle()
     assert [name[-4:] for name in names(world)] == ["-0-0", "-0-1"]
     assert list(gates(world)) == [names(world)[0]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from mizzen.operator.engine.results import Requeue
+from mizzen.operator.kube.errors import QuotaExceeded
 from tests.fixtures.serving_world import World
 
 Json = dict[str, Any]
@@ -135,6 +137,30 @@ async def test_what_was_rolled_back_half_way_leaves_at_once_and_what_is_proven_i
     assert world.status["readyReplicas"] == 3
 
 
+async def test_a_rollback_ends_also_where_the_quota_has_room_for_no_further_pod() -> None:
+    rollout = {"progressDeadlineSeconds": 60, "maxSurge": 0, "maxUnavailable": 1}
+    world = World(replicas=3, rollout=rollout)
+    world.api.fault = quota_of(3, world)
+    await world.settle()
+    world.change(engine={"maxNumSeqs": 4})
+    while revisions(world) != {"first": 1, "4": 2}:
+        await go_on(world, 5)
+    await go_on(world, 180, breaks="4")
+    assert world.status["rollout"]["failure"]["reason"] == "ProgressDeadlineExceeded"
+    assert revisions(world) == {"first": 3}
+    assert serving(world) == 3
+
+
+def quota_of(most: int, world: World) -> Callable[[str, str], None]:
+    """Return a fault that refuses every pod beyond these."""
+
+    def fault(method: str, path: str) -> None:
+        if method == "POST" and path.endswith("/pods") and len(world.all_pods) >= most:
+            raise QuotaExceeded
+
+    return fault
+
+
 async def test_the_spec_before_ends_a_rollback() -> None:
     world = World(rollout={"progressDeadlineSeconds": 60})
     await world.settle()
@@ -146,6 +172,64 @@ async def test_the_spec_before_ends_a_rollback() -> None:
     await world.settle()
     assert world.status["phase"] == "Ready"
     assert "rollout" not in world.status
+
+
+async def test_a_long_drain_is_no_reason_to_go_back() -> None:
+    world = World(replicas=2, rollout={"progressDeadlineSeconds": 30}, drain={"maxSeconds": 200})
+    await world.settle()
+    for pod in world.pods:
+        world.runtimes.in_flight[pod["status"]["podIP"]] = 1  # a stream that does not end
+    world.change(engine={"maxNumSeqs": 4})
+    written = []
+    for _ in range(120):
+        await go_on(world, 5)
+        written.append(len(world.api.writes))
+    assert revisions(world) == {"4": 2}
+    assert "rollout" not in world.status
+    assert len(set(written)) < 30, "a drain that goes on is not told again and again"
+
+
+async def test_a_revision_that_came_while_no_replica_was_wanted_is_rolled_back_all_the_same() -> (
+    None
+):
+    world = World(rollout={"progressDeadlineSeconds": 60})
+    await world.settle()
+    world.change(replicas=0)
+    await world.settle()
+    world.change(engine={"maxNumSeqs": 4})
+    await go_on(world, 600)
+    assert (world.status["phase"], world.condition("Ready")[0]) == ("Stopped", "True")
+    written = len(world.api.writes)
+    await go_on(world, 60)
+    assert len(world.api.writes) == written
+    world.restart_operator()
+    world.change(replicas=1)
+    await go_on(world, 50, breaks="4")
+    assert revisions(world) == {"4": 1}
+    await go_on(world, 60, breaks="4")
+    assert revisions(world) == {"first": 1}
+    assert world.status["rollout"]["failure"]["reason"] == "ProgressDeadlineExceeded"
+
+
+async def test_a_way_back_that_cannot_be_read_any_more_leaves_what_runs_as_it_is() -> None:
+    world = World(replicas=2, rollout={"progressDeadlineSeconds": 60})
+    await world.settle()
+    world.change(engine={"maxNumSeqs": 4})
+    await go_on(world, 120, breaks="4")
+    assert world.status["phase"] == "RolledBack"
+    before = [pod["metadata"]["name"] for pod in world.pods]
+    # To this version of the operator, what was recorded is no spec any more.
+    for path, document in list(world.api.objects.items()):
+        if document["kind"] == "ControllerRevision":
+            document["data"]["spec"]["engine"] = {"maxNumSeqs": "many"}
+            world.api.put(path, document)
+        elif document["kind"] == "Pod":
+            del document["metadata"]["annotations"]["mizzen.dev/made-from"]
+            world.api.put(path, document)
+    world.restart_operator()
+    await go_on(world, 60)
+    assert [pod["metadata"]["name"] for pod in world.pods] == before
+    assert world.status["phase"] == "RolledBack"
 
 
 async def test_the_operator_looks_again_when_the_deadline_passes() -> None:

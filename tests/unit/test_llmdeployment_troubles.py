@@ -125,6 +125,26 @@ async def test_a_used_up_quota_is_told_and_tried_again() -> None:
     assert world.condition("Ready") == ("True", "InService", "1 of 1 replica is in service.")
 
 
+async def test_a_failed_replica_stays_while_the_quota_refuses_its_successor() -> None:
+    world = World()
+    await world.settle()
+    (failed,) = names(world)
+    world.set_status(failed, phase="Failed", reason="Evicted", message="Low on memory. 1 of 2.")
+    world.pass_time(60)
+
+    def quota(method: str, path: str) -> None:
+        if (method, path) == ("POST", PODS):
+            raise QuotaExceeded
+
+    world.api.fault = quota
+    await world.look()
+    assert names(world) == [failed]
+    world.api.fault = lambda method, path: None
+    await world.look()
+    (successor,) = world.pods
+    assert successor["metadata"]["annotations"]["mizzen.dev/restarts"] == "1"
+
+
 async def test_a_missing_admin_token_is_told() -> None:
     world = World()
     world.api.drop("/api/v1/namespaces/mizzen-system/secrets/mizzen-admin")

@@ -9,7 +9,16 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from mizzen.operator.metrics.figures import UNKNOWN, Measured, Target, share_within
+from mizzen.operator.metrics.figures import (
+    RUNNING,
+    TTFT,
+    UNKNOWN,
+    Measured,
+    Raw,
+    Target,
+    measured,
+    share_within,
+)
 from mizzen.operator.metrics.scrape import Process, ScrapeSource, parse
 from tests.fixtures.metrics_story import NAME, OTHER, QUIET, STEP_S, TARGET, Story, check
 
@@ -99,6 +108,26 @@ async def test_a_settled_replica_that_was_never_read_makes_the_sums_unknown(worl
     assert fresh.traffic.arrivals_per_s.fresh(15) is None
 
 
+async def test_a_look_at_one_deployment_forgets_nothing_of_the_others(world: World) -> None:
+    found = await world.run(60)
+    assert found[NAME].engines.steps_per_s.value
+    await world.source.collect([QUIET])
+    again = await world.run(STEP_S)
+    assert again[NAME].engines.steps_per_s.value == pytest.approx(
+        found[NAME].engines.steps_per_s.value
+    )
+
+
+async def test_a_process_nobody_asks_for_is_forgotten_after_the_longest_window(
+    world: World,
+) -> None:
+    await world.run(60)
+    world.now += 301
+    await world.source.collect([QUIET])
+    again = await world.run(STEP_S)
+    assert again[NAME].engines.steps_per_s == UNKNOWN
+
+
 async def test_without_a_gateway_arrivals_are_unknown(world: World) -> None:
     world.has_gateway = False
     found = (await world.run(15))[NAME]
@@ -133,6 +162,14 @@ SHARES: dict[str, tuple[float | None, float | None]] = {
 def test_the_share_within_a_limit(limit: float | None, expected: float | None) -> None:
     buckets = {("0.2",): 2.0, ("0.4",): 3.0, ("+Inf",): 4.0}
     assert share_within(buckets, limit) == expected
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_no_finite_number_is_unknown_as_with_prometheus(value: float) -> None:
+    raw = Raw({(RUNNING, ()): value, (TTFT, ("1",)): value}, runtime_age_s=0.0, reporting=2)
+    found = measured(raw, TARGET)
+    assert found.engines.running == UNKNOWN
+    assert found.traffic.ttft_ok_ratio == UNKNOWN
 
 
 def test_a_histogram_without_observations_has_no_share() -> None:

@@ -2,17 +2,23 @@
 
 import json
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mizzen.cli.commands import app
 from mizzen.operator.planning.fit import GIB, KV_SHARE, DoesNotFitError, Wish, plan_fit
 from mizzen.operator.planning.model_shape import ModelShapeError, read_model_shape
-from mizzen.runtime.engine import startup
+from mizzen.runtime.engine import kv_room
 from mizzen.runtime.model.arch import ArchSpec
+from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.layers import Placement
+from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.parallel.shard import head_shard
+from mizzen.runtime.parallel.stages import Stages
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -142,7 +148,7 @@ def test_a_model_goes_on_the_fewest_devices_that_hold_it() -> None:
 
 
 def test_the_cache_gets_what_the_runtime_would_give_it() -> None:
-    assert startup.KV_SHARE["cuda"] == KV_SHARE
+    assert kv_room.KV_SHARE["cuda"] == KV_SHARE
     fit = plan_fit(read_model_shape(LLAMA_8B), wish())
     free = fit.device_bytes - GIB // 2 - fit.weight_bytes
     assert fit.kv_tokens == pytest.approx(0.85 * free / (128 * 1024), rel=0.001)
@@ -158,6 +164,39 @@ def test_unequal_ranks_are_sized_by_the_largest_as_the_runtime_shards_them(tenso
     ]
     largest = max(shard.kv.size for shard in shards)
     assert fit.kv_bytes_per_token_per_rank == 2 * 30 * 64 * 2 * largest
+
+
+@pytest.mark.parametrize("stages", [2, 3, 8])
+@pytest.mark.parametrize("config", [LLAMA_8B, SMOLLM2, GPT2, OPT_350M], ids=str)
+def test_stages_are_sized_by_the_largest_as_the_runtime_cuts_them(
+    config: dict[str, object], stages: int
+) -> None:
+    shape, spec = read_model_shape(config), ArchSpec.from_config(config)
+    held = []
+    for rank in range(stages):
+        group = RankGroup(stages=Stages(stages, rank=rank, size=stages))
+        decoder = Decoder(spec, Placement(torch.bfloat16, torch.device("meta"), group))
+        held.append(sum(prod(shard.whole) for shard in decoder.shards()))
+        assert decoder.layers.size <= shape.stage_layers(stages)
+    # Positions that only the first holds count for the last one too: few beside the rest.
+    assert max(held) <= shape.stage_parameters(stages) <= 1.02 * max(held)
+    if spec.positions == "rope":
+        assert shape.stage_parameters(stages) == max(held)
+
+
+def test_stages_hold_what_no_number_of_devices_for_a_layer_could() -> None:
+    small = wish(device_bytes=15 * GIB, accelerator="t4")
+    shape = read_model_shape(LLAMA_70B)
+    with pytest.raises(DoesNotFitError, match="raise pipeline parallelism above 1"):
+        plan_fit(shape, small)
+    fit = plan_fit(shape, replace(small, tensor=8, pipeline=2))
+    assert (fit.tensor, fit.pipeline) == (8, 2)
+    assert fit.weight_bytes_per_rank == pytest.approx(
+        2 * (40 * shape.layer_parameters + shape.table_parameters) / 8, rel=0.001
+    )
+    assert fit.kv_bytes_per_token_per_rank == fit.kv_bytes_per_token // 16
+    with pytest.raises(DoesNotFitError, match="80 layers and cannot be cut into 81 stages"):
+        plan_fit(shape, replace(small, pipeline=81))
 
 
 REFUSED = {
@@ -219,6 +258,8 @@ def test_the_command_prints_a_table_json_and_what_is_wrong(tmp_path: Path) -> No
     text = runner.invoke(app, ["plan", str(tmp_path)])
     assert text.exit_code == 0, text.output
     assert "14.96 GiB as bfloat16" in text.output and "1 x h100" in text.output
+    cut = runner.invoke(app, ["plan", str(tmp_path), "--pipeline-parallel-size", "2"])
+    assert "2 x h100: 2 stages of 1" in cut.output
     found = runner.invoke(app, ["plan", str(tmp_path / "config.json"), "--gpu", "l4", "--json"])
     assert json.loads(found.output)["tensor"] == 1
     for arguments, said in (

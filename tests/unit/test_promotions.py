@@ -123,6 +123,13 @@ def test_a_second_job_for_one_name_is_refused_and_told_whose_it_is() -> None:
     )
 
 
+def test_a_job_whose_result_is_only_now_published_is_not_told_that_its_name_is_taken() -> None:
+    first = published("a", hour=1, adapter="x")
+    second = published("b", hour=2, adapter="x", replaces="a")
+    second["status"]["conditions"] = []
+    assert seen(second, first).problem is None and not seen(second, first).is_done
+
+
 def test_a_job_whose_name_moved_on_is_done_and_says_to_whom() -> None:
     first = published("a", hour=1, adapter="x")
     second = published("b", hour=2, adapter="x", replaces="a")

@@ -37,7 +37,8 @@ def test_a_model_is_a_path_or_a_file_address(given: str, path: str, name: str) -
 def test_the_operator_s_flags_are_understood() -> None:
     config = parse(
         *("/mnt/pvc/models/smollm2", "--served-model-name", "smollm2"),
-        *("--tensor-parallel-size", "2", "--dtype", "bfloat16", "--device", "cpu"),
+        *("--tensor-parallel-size", "2", "--pipeline-parallel-size", "3"),
+        *("--dtype", "bfloat16", "--device", "cpu"),
         *("--max-model-len", "2048", "--max-num-seqs", "8", "--max-num-batched-tokens", "256"),
         *("--kv-cache-gib", "0.5", "--block-size", "16", "--drain-seconds", "60"),
         *("--admin-token-file", "/var/run/mizzen/admin/token"),
@@ -47,7 +48,8 @@ def test_the_operator_s_flags_are_understood() -> None:
     )
     engine = config.engine_config()
     assert engine.model == Path("/mnt/pvc/models/smollm2")
-    assert (engine.tensor_parallel_size, engine.dtype, engine.device) == (2, "bfloat16", "cpu")
+    assert (engine.tensor_parallel_size, engine.pipeline_parallel_size, engine.ranks) == (2, 3, 6)
+    assert (engine.dtype, engine.device) == ("bfloat16", "cpu")
     assert (engine.max_model_len, engine.max_num_seqs) == (2048, 8)
     assert (engine.max_num_batched_tokens, engine.kv_cache_gib) == (256, 0.5)
     assert (engine.max_loras, engine.max_lora_rank) == (4, 32)
@@ -66,3 +68,10 @@ def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_value_out_of_range_is_refused(flag: str) -> None:
     with pytest.raises(ValidationError):
         parse("/m", flag)
+
+
+def test_ranks_that_do_not_spread_evenly_over_pods_are_refused() -> None:
+    group = ("--master-addr=a", "--admin-token-file=t", "--nnodes=2")
+    assert parse("/m", *group, "--pipeline-parallel-size=2").nnodes == 2
+    with pytest.raises(ValidationError, match="--tensor-parallel-size times --pipeline-parallel"):
+        parse("/m", *group, "--tensor-parallel-size=3")

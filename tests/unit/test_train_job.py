@@ -17,7 +17,7 @@ from mizzen.runtime.train.config import TrainConfig, load_config
 from mizzen.runtime.train.digest import digest_of, hash_files
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.export import build_config
-from tests.fixtures.train_runs import Job, run, start, write_job
+from tests.fixtures.train_runs import run, start, wait_for_step, write_job
 
 LORA = {"adaptation": {"type": "lora", "rank": 4, "alpha": 8.0}}
 FULL = {"adaptation": {"type": "full"}, "output": {"kind": "model"}}
@@ -191,11 +191,6 @@ def progress(port: int) -> dict:
     )
     with urllib.request.urlopen(request, timeout=10) as answer:
         return dict(json.load(answer))
-
-
-def wait_for_step(job: Job, step: int) -> None:
-    while not (job.checkpoints / "metrics.jsonl").exists() or len(job.curve.splitlines()) < step:
-        time.sleep(0.02)
 
 
 def test_a_yield_asked_for_over_http_commits_the_last_whole_step(

@@ -23,6 +23,7 @@ class LoraSlots:
     def __init__(self, decoder: Decoder) -> None:
         self._place = decoder.place
         self._layers = decoder.spec.layers
+        self._held = range(decoder.layers.start, decoder.layers.stop)
         self._shapes = site_shapes(decoder)
         self._slots: dict[int, dict[Site, Pair]] = {}
 
@@ -34,8 +35,13 @@ class LoraSlots:
         """
         if slot < 1:
             raise ValueError("slot 0 is the base model")
-        pairs = {site: self._prepare(site, pair, adapter) for site, pair in adapter.pairs.items()}
-        self._slots[slot] = pairs
+        for site, pair in adapter.pairs.items():
+            self._check(site, pair, adapter)
+        self._slots[slot] = {
+            site: self._prepare(site, pair, adapter)
+            for site, pair in adapter.pairs.items()
+            if site.layer in self._held
+        }
 
     def clear(self, slot: int) -> None:
         """Empty a slot; its tensors live on while a step still uses them."""
@@ -61,7 +67,7 @@ class LoraSlots:
             ]
         )
 
-    def _prepare(self, site: Site, pair: Pair, adapter: Adapter) -> Pair:
+    def _check(self, site: Site, pair: Pair, adapter: Adapter) -> None:
         shape, rank = self._shapes[site.target], adapter.config.rank
         expected = ((rank, shape.width_in), (shape.width_out, rank))
         if site.layer >= self._layers or (pair.a_RI.shape, pair.b_OR.shape) != expected:
@@ -69,7 +75,9 @@ class LoraSlots:
                 f"The adapter's {site.target} of layer {site.layer} does not fit this model. "
                 "Load it on the base model it was trained for."
             )
-        a_RI, b_OR = shape.cut(pair)
+
+    def _prepare(self, site: Site, pair: Pair, adapter: Adapter) -> Pair:
+        a_RI, b_OR = self._shapes[site.target].cut(pair)
         # The scale goes into B, so that serving does not pay for it.
         b_OR = b_OR.float() * adapter.config.scale
         device, dtype = self._place.device, self._place.dtype

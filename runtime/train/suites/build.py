@@ -23,8 +23,8 @@ def build_exams(around: Surroundings, method: Method, data: Prepared) -> list[Ex
     """
     suites = around.config.evaluation.suites
     if suites:
-        _check_holdout(data)
-    return [_build(suite, around, method, data) for suite in suites]
+        check_holdout(data)
+    return [build_exam(suite, around, method, data) for suite in suites]
 
 
 def build_validation(method: Method, data: Prepared) -> Exam:
@@ -33,12 +33,13 @@ def build_validation(method: Method, data: Prepared) -> Exam:
     Raises:
         JobConfigError: no held-out sample is left.
     """
-    _check_holdout(data)
+    check_holdout(data)
     suite = Suite(name="validation", type=method.measure.type)
     return MethodExam(suite, method, data.holdout)
 
 
-def _check_holdout(data: Prepared) -> None:
+def check_holdout(data: Prepared) -> None:
+    """Raise JobConfigError unless there is a held-out sample to ask."""
     if not data.holdout:
         raise JobConfigError(
             f"None of the held-out samples is left: {data.contaminated} are too much like "
@@ -46,7 +47,8 @@ def _check_holdout(data: Prepared) -> None:
         )
 
 
-def _build(suite: Suite, around: Surroundings, method: Method, data: Prepared) -> Exam:
+def build_exam(suite: Suite, around: Surroundings, method: Method, data: Prepared) -> Exam:
+    """Return one suite's exam; see `build_exams` for errors."""
     if suite.type == method.measure.type:
         return MethodExam(suite, method, data.holdout)
     config, tokenizer = around.config, around.tokenizer

@@ -1,0 +1,1 @@
+"""Backend Transformers: Hugging Face's Trainer and PEFT inside of our jobs' contract."""
