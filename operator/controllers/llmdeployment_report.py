@@ -121,6 +121,7 @@ def what_is_seen(
             )
             for wanted in serving.adapters
         ),
+        has_leftover_adapters=bool(adapters.incomplete or adapters.leftover),
         failure=_failure(failure),
     )
 

@@ -101,6 +101,7 @@ class Seen:
     devices_per_pod: int
     replicas: tuple[ReplicaSeen, ...] = ()
     adapters: tuple[AdapterSeen, ...] = ()
+    has_leftover_adapters: bool = False  # a replica may still have some that nobody wants
     rollout: Rollout | None = None
     promoted: Mapping[str, object] = field(default_factory=dict)  # status.promotedModel
     note: str = ""  # what the rollout waits for
@@ -173,7 +174,8 @@ def next_status(previous: Mapping[str, object], seen: Seen, *, now: datetime) ->
         status[PLAN] = seen.plan
     if pods:
         status["pods"] = pods
-    if seen.adapters:
+    if seen.adapters or seen.has_leftover_adapters:
+        # Empty, it is the only thing to tell that replicas are to be asked once more.
         status["adapters"] = [_adapter(adapter, seen) for adapter in seen.adapters]
     return status
 

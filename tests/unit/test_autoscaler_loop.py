@@ -266,6 +266,21 @@ async def test_a_time_zone_that_does_not_exist_is_told_and_nothing_moves() -> No
     assert len(scaled.world.pods) == 1
 
 
+async def test_a_time_zone_that_does_not_exist_holds_no_requests() -> None:
+    scaled = Scaled(**ZERO)
+    scaled.metrics.now = load(0)
+    while not scaled.world.status.get("scaling", {}).get("holding"):
+        await scaled.run(5)
+    office = {"name": "day", "timezone": "Europe/Atlantis", "start": "08:00", "end": "18:00"}
+    bounds = {"days": ["Mon"], "min": 0, "max": 4}
+    scaling = scaled.world.resource["spec"]["scaling"]
+    scaled.world.change(scaling=scaling | {"schedules": [office | bounds]})
+    await scaled.run(10)
+    assert scaled.world.condition("ScalingActive")[1] == "TimeZoneUnknown"
+    assert "holding" not in scaled.scaling
+    assert [_gate(pod) for pod in scaled.world.pods] == ["True"]
+
+
 # Zero and back.
 
 ZERO = {"min": 0, "idle": {"toZeroAfterSeconds": 60}}
