@@ -56,7 +56,8 @@ async def look_at_canary(observed: Observed, facts: Facts) -> CanaryLook | None:
         desired=observed.desired,
     )
     probe, said = None, ""
-    if rollout.canary.since is None and len(serving) >= split.new and canary.rollback_on.probe:
+    is_due = rollout.canary.since is None and len(serving) >= max(1, split.new)
+    if is_due and canary.rollback_on.probe:
         served_name = observed.spec.model.served_name or observed.serving.name
         probe, said = await ask_probe(
             facts.runtimes, serving[0].address, served_name, canary.rollback_on.probe

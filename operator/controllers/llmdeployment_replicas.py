@@ -114,6 +114,11 @@ def condition_of(pod: Json, type_: str) -> str:
     return str(condition.get("status") or "") if condition else ""
 
 
+def born_revision(pod_name: str) -> str:
+    """Return the revision in a pod's name, which no swap changes."""
+    return pod_name.rsplit("-", 3)[1]
+
+
 def is_leaving(pod: Json) -> bool:
     """Whether the pod has been deleted and its processes are ending."""
     return "deletionTimestamp" in pod["metadata"]
@@ -162,7 +167,7 @@ def _read_group(revision: str, slot: int, pods: list[Json], now: datetime) -> Gr
             failed_at=failed_at,
             is_given_up=is_given_up,
             unplaced_since=_unplaced_since(pods) if standing is Standing.STARTING else None,
-            born=_born(pods[0]) if labels.SWAPPED in notes else "",
+            born=born_revision(pods[0]["metadata"]["name"]) if labels.SWAPPED in notes else "",
         ),
         pods=tuple(pods),
         missing_ranks=missing,
@@ -259,11 +264,6 @@ def _has_old_weights(leader: Json) -> bool:
     """Whether it restarted after its weights were swapped: a restart brings the old ones back."""
     noted = (leader["metadata"].get("annotations") or {}).get(labels.SWAPPED)
     return noted is not None and noted != str(restarts_of(leader))
-
-
-def _born(leader: Json) -> str:
-    """Return the revision in the pod's name, which no swap changes."""
-    return str(leader["metadata"]["name"]).rsplit("-", 3)[1]
 
 
 def _unplaced_since(pods: list[Json]) -> datetime | None:

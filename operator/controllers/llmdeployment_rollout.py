@@ -12,6 +12,7 @@ from datetime import datetime
 from mizzen.operator.controllers.llmdeployment_canary import canary_rules
 from mizzen.operator.controllers.llmdeployment_history import known_revisions
 from mizzen.operator.controllers.llmdeployment_observe import Observed
+from mizzen.operator.controllers.llmdeployment_replicas import born_revision
 from mizzen.operator.desired.revisions import serving_at, swap_path
 from mizzen.operator.desired.serving import Serving, made_from
 from mizzen.operator.planning.canary import CanaryLook, apply_decision, decide_canary
@@ -62,10 +63,12 @@ def plan_course(observed: Observed, canary: CanaryLook | None, *, now: datetime)
     )
     rules = Rules(
         is_paused=observed.spec.rollout.paused,
+        rests=observed.desired == 0,
         deadline_s=observed.spec.rollout.progress_deadline_seconds,
     )
+    look = _look(observed, rollout.revision if rollout else observed.revision)
     if rollout is not None:
-        rollout = proceed(rollout, _look(observed, rollout), rules, now=now)
+        rollout = proceed(rollout, look, rules, now=now)
     decision = None
     if rollout is not None and rollout.canary is not None and canary is not None:
         steps = canary_rules(observed.spec.rollout.canary)
@@ -73,7 +76,7 @@ def plan_course(observed: Observed, canary: CanaryLook | None, *, now: datetime)
         rollout = apply_decision(rollout, decision, steps, now=now)
     if rollout is None:
         return Course(target=observed.revision, servings={observed.revision: observed.serving})
-    swaps = _swaps(observed, rollout, servings[rollout.target])
+    swaps = _swaps(observed, rollout, servings.get(rollout.target))
     note = decision.why if decision is not None and rollout.canary is not None else ""
     if rollout.in_place_refused:
         note = f"Replicas are replaced: {rollout.in_place_refused}"
@@ -86,7 +89,7 @@ def plan_course(observed: Observed, canary: CanaryLook | None, *, now: datetime)
         split=_split(observed, rollout),
         note=note,
         look_again_after_s=soonest(
-            left_s(rollout, rules, now=now),
+            left_s(rollout, look, rules, now=now),
             _POLL_CANARY_S if rollout.canary is not None else None,
         ),
     )
@@ -127,15 +130,31 @@ def _past_serving(observed: Observed, revision: str) -> Serving | None:
         return None
 
 
-def _look(observed: Observed, rollout: Rollout) -> Look:
+def _look(observed: Observed, revision: str) -> Look:
     there = [group for group in observed.groups if group.standing is not Standing.LEAVING]
-    own = [group for group in there if group.replica.revision == rollout.revision]
+    own = [group for group in there if group.replica.revision == revision]
     serving = sum(group.standing is Standing.IN_SERVICE for group in own)
     cause = first_cause(group.cause for group in own if group.cause)
     return Look(
         serving=serving,
         is_over=len(own) == len(there) and serving >= observed.desired,
         trouble=cause.message if cause else "",
+        is_draining=any(
+            group.draining_since is not None and group.replica.revision != revision
+            for group in observed.groups
+        ),
+        has_drained=_has_drained(observed, revision),
+    )
+
+
+def _has_drained(observed: Observed, revision: str) -> bool:
+    """Whether a pod of another revision that status shows as draining has gone."""
+    there = {pod["metadata"]["name"] for group in observed.groups for pod in group.pods}
+    return any(
+        pod["state"] == "Draining"
+        and pod["name"] not in there
+        and born_revision(pod["name"]) != revision
+        for pod in observed.status.get("pods") or []
     )
 
 
@@ -154,10 +173,13 @@ def _split(observed: Observed, rollout: Rollout) -> Split | None:
     return None
 
 
-def _swaps(observed: Observed, rollout: Rollout, target: Serving) -> dict[str, str]:
-    """Return the revisions that other weights turn into the target, with the weights' path."""
-    wants = observed.spec.rollout.strategy == "InPlaceWeights"
-    if not wants or rollout.in_place_refused or target.spec.parallelism.nodes > 1:
+def _swaps(observed: Observed, rollout: Rollout, target: Serving | None) -> dict[str, str]:
+    """Return the revisions that other weights turn into the target, with the weights' path.
+
+    None where nothing tells any more what the target is made from: it stays as it runs.
+    """
+    wants = observed.spec.rollout.strategy == "InPlaceWeights" and not rollout.in_place_refused
+    if not wants or target is None or target.spec.parallelism.nodes > 1:
         return {}
     after = made_from(target)
     paths = {

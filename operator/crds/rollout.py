@@ -180,7 +180,10 @@ class RolloutStatus(ApiModel):
     serving: Annotated[
         int, Field(description="The most of its replicas that have served at the same time.")
     ] = 0
-    paused: Annotated[bool | None, Field(description="Whether it waits to be resumed.")] = None
+    paused: Annotated[
+        bool | None,
+        Field(description="Whether it waits to be resumed, or for a replica to be wanted."),
+    ] = None
     in_place_refused: Annotated[
         str | None,
         Field(max_length=512, description="Why weights cannot be swapped in place."),

@@ -66,6 +66,8 @@ class Look:
     serving: int  # its replicas in service
     is_over: bool  # as many as wanted, and none of another revision
     trouble: str = ""  # what keeps them from serving
+    is_draining: bool = False  # a replica of another revision finishes its requests
+    has_drained: bool = False  # or has done so and gone since the last look
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,7 @@ class Rules:
     """What the user said of rollouts."""
 
     is_paused: bool = False
+    rests: bool = False  # no replica is wanted
     deadline_s: int = 3600
 
 
@@ -103,24 +106,34 @@ def begin(
 
 
 def proceed(rollout: Rollout, look: Look, rules: Rules, *, now: datetime) -> Rollout | None:
-    """Return the rollout after a look at its replicas, None once it is over."""
+    """Return the rollout after a look at its replicas, None once it is over.
+
+    Where no replica is wanted nothing is proven: it goes on when one is.
+    """
     if rollout.failure is not None:
         return rollout
-    if look.is_over:
+    if look.is_over and not rules.rests:
         return None
-    if rollout.is_paused != rules.is_paused:
+    waits = rules.is_paused or rules.rests
+    if rollout.is_paused != waits:
         # Time that it was not allowed to use does not count.
-        rollout = replace(rollout, is_paused=rules.is_paused, moved_at=now)
-    if look.serving > rollout.serving:
-        rollout = replace(rollout, serving=look.serving, moved_at=now)
-    left = left_s(rollout, rules, now=now)
+        rollout = replace(rollout, is_paused=waits, moved_at=now)
+    if rules.rests:
+        canary = rollout.canary and replace(rollout.canary, since=None)
+        return replace(rollout, serving=0, canary=canary)
+    if look.serving > rollout.serving or look.has_drained:
+        serving = max(look.serving, rollout.serving)
+        rollout = replace(rollout, serving=serving, moved_at=now)
+    left = left_s(rollout, look, rules, now=now)
     if left is not None and left <= 0:
         return give_up(rollout, GivenUp.LATE, _lateness(rules, look), now=now)
     return rollout
 
 
-def left_s(rollout: Rollout, rules: Rules, *, now: datetime) -> float | None:
+def left_s(rollout: Rollout, look: Look, rules: Rules, *, now: datetime) -> float | None:
     """Return how long it may go on standing still, None where it may for ever."""
+    if look.is_draining:
+        return None  # the next replica comes when that one has gone, which has a limit of its own
     if rollout.is_paused or rollout.failure is not None or not rollout.stable:
         return None
     if rollout.canary is not None and rollout.canary.since is not None:

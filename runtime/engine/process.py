@@ -17,6 +17,7 @@ from functools import partial
 
 from mizzen.runtime.engine.api import FinishedRequest, GenerationRequest, PromptScores
 from mizzen.runtime.engine.engine import Engine
+from mizzen.runtime.engine.heap import Rest, give_back_freed
 from mizzen.runtime.engine.messages import (
     Abort,
     AnyCall,
@@ -47,6 +48,8 @@ from mizzen.runtime.errors import MizzenError
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
+# Then the memory of the last steps goes back; the next one pays for it with some milliseconds.
+REST_BEATS = 3
 EXIT_CRASHED = 1
 # For a loop that hangs in a step: this process must not outlive the one that started it.
 STOP_LIMIT_S = 20.0
@@ -97,6 +100,7 @@ class Host:
         self._submits: dict[str, asyncio.Task[None]] = {}
         self._scores: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._rest = Rest(REST_BEATS)
 
     async def run(self) -> int:
         """Serve until the other end closes or the loop fails; return the exit code."""
@@ -106,6 +110,7 @@ class Host:
         while (death := self._engine.death()) is None and not listening.done():
             await asyncio.wait([listening], timeout=BEAT_S)
             self._report()
+            self._rest_if_idle()
         _end_within(STOP_LIMIT_S)
         await self._engine.stop()
         if death is not None:
@@ -162,6 +167,11 @@ class Host:
             fault = to_fault(error)
         self._report()
         self._link.send(Returned(call.number, self._engine.adapters(), fault, scores))
+
+    def _rest_if_idle(self) -> None:
+        stats = self._engine.stats()
+        if self._rest.begins(stats.steps, is_busy=stats.running + stats.waiting > 0):
+            give_back_freed()
 
     def _collect(self, request_id: str, item: Item) -> None:
         if not self._outputs:  # the outputs of a step come together, and leave together

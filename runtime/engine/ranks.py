@@ -13,8 +13,8 @@ from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.draft import DraftModel
 from mizzen.runtime.engine.errors import InvalidRequestError
 from mizzen.runtime.engine.graphs import graph_rows
+from mizzen.runtime.engine.heap import give_back_freed
 from mizzen.runtime.engine.kv_room import least_room, own_kv, room_for_blocks
-from mizzen.runtime.engine.memory import give_back_freed
 from mizzen.runtime.engine.runner import Runner
 from mizzen.runtime.engine.scheduler import Chunk
 from mizzen.runtime.engine.unknown import fill_unknown

@@ -9,7 +9,8 @@ from mizzen.runtime.attention.base import KvShape, PagedBatch
 from mizzen.runtime.attention.select import paged_attention
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.graphs import CudaCapture, DecodeGraphs
-from mizzen.runtime.engine.memory import give_back_freed, zeros_when_touched
+from mizzen.runtime.engine.heap import give_back_freed
+from mizzen.runtime.engine.memory import zeros_when_touched
 from mizzen.runtime.engine.unknown import fill_unknown
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.lora import Adapter, LoraBatch, LoraSlots

@@ -26,7 +26,8 @@ def has_gpu(devices: Path = DEVICES) -> bool:
 def write_stand_ins(folder: Path, search: Iterable[str]) -> None:
     """Put into `folder` what an entry of Python's path has for the libraries found in `search`.
 
-    One that cannot be read is left out, and PyTorch loads the true one.
+    One that cannot be read is left out, and PyTorch loads the true one. So it would NVIDIA's Python
+    package, without which it does as well: an empty one hides that.
 
     Raises:
         OSError: a file cannot be written.
@@ -37,6 +38,8 @@ def write_stand_ins(folder: Path, search: Iterable[str]) -> None:
         places = (sorted(site.glob(f"nvidia/*/lib/lib{library}.so.*[0-9]")) for site in sites)
         for path in next(filter(None, places), []):
             _write_stand_in(path, folder.joinpath(*path.parts[-4:]))
+    (folder / "cuda").mkdir(parents=True)
+    (folder / "cuda/__init__.py").touch()
 
 
 def _write_stand_in(path: Path, target: Path) -> None:

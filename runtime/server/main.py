@@ -13,6 +13,7 @@ import uvloop
 from mizzen.runtime.config import ServeConfig
 from mizzen.runtime.engine.api import EngineApi
 from mizzen.runtime.engine.errors import EngineDeadError
+from mizzen.runtime.engine.heap import give_back_freed
 from mizzen.runtime.engine.remote import RemoteEngine
 from mizzen.runtime.engine.spawn import EngineProcess
 from mizzen.runtime.errors import MizzenError, report_fatal
@@ -147,6 +148,7 @@ class Server:
             await engine.drain(0)
         self._enter(Phase.LOADING_ADAPTERS)
         await load_listed(self.service, self._config.adapters_file)
+        give_back_freed()  # half of what reading the tokenizer took
         self._enter(Phase.SERVING)
         log.info("serving %s on %s", self._config.served_name, self.ports)
         self.started.set()

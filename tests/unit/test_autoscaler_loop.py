@@ -266,6 +266,21 @@ async def test_a_time_zone_that_does_not_exist_is_told_and_nothing_moves() -> No
     assert len(scaled.world.pods) == 1
 
 
+async def test_a_time_zone_that_does_not_exist_holds_no_requests() -> None:
+    scaled = Scaled(**ZERO)
+    scaled.metrics.now = load(0)
+    while not scaled.world.status.get("scaling", {}).get("holding"):
+        await scaled.run(5)
+    office = {"name": "day", "timezone": "Europe/Atlantis", "start": "08:00", "end": "18:00"}
+    bounds = {"days": ["Mon"], "min": 0, "max": 4}
+    scaling = scaled.world.resource["spec"]["scaling"]
+    scaled.world.change(scaling=scaling | {"schedules": [office | bounds]})
+    await scaled.run(10)
+    assert scaled.world.condition("ScalingActive")[1] == "TimeZoneUnknown"
+    assert "holding" not in scaled.scaling
+    assert [_gate(pod) for pod in scaled.world.pods] == ["True"]
+
+
 # Zero and back.
 
 ZERO = {"min": 0, "idle": {"toZeroAfterSeconds": 60}}
@@ -277,9 +292,10 @@ async def test_zero_comes_after_the_gates_were_closed_and_nobody_asked() -> None
     await scaled.run(30)
     assert scaled.world.condition("Ready") is not None
     scaled.metrics.now = load(0)
-    seen = []
+    seen, told = [], set()
     for _ in range(30):
         await scaled.run(5)
+        told.add((scaled.world.condition("Ready"), scaled.world.status["phase"]))
         pods = scaled.world.pods
         gates = [_gate(pod) for pod in pods]
         seen.append((scaled.scaling.get("holding", False), gates))
@@ -289,6 +305,9 @@ async def test_zero_comes_after_the_gates_were_closed_and_nobody_asked() -> None
     assert seen[-1][1] == []
     assert scaled.scaling["desired"] == 0
     assert scaled.world.status["phase"] == "Stopped"
+    assert {(ready and ready[0], phase) for ready, phase in told} == {
+        ("True", "Ready"), ("True", "Stopping"), ("True", "Stopped"),
+    }  # fmt: skip
 
 
 async def test_a_wake_starts_as_many_as_the_held_requests_need() -> None:

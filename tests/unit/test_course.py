@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from mizzen.operator.planning.course import (
+    Canary,
     Failure,
     GivenUp,
     Look,
@@ -64,6 +65,9 @@ def look(serving: int = 1, *, is_over: bool = False, trouble: str = "") -> Look:
     return Look(serving=serving, is_over=is_over, trouble=trouble)
 
 
+DRAINING = replace(look(), is_draining=True)
+
+
 def test_a_rollout_is_over_when_only_the_new_revision_is_left() -> None:
     assert proceed(UNDER_WAY, look(2, is_over=True), RULES, now=NOW) is None
 
@@ -96,7 +100,7 @@ def test_standing_still_for_too_long_is_a_failure_that_says_why() -> None:
 def test_without_a_way_back_it_waits() -> None:
     rollout = replace(UNDER_WAY, stable="")
     assert proceed(rollout, look(), RULES, now=after(9999)) == rollout
-    assert left_s(rollout, RULES, now=NOW) is None
+    assert left_s(rollout, look(), RULES, now=NOW) is None
 
 
 def test_a_pause_stops_the_clock() -> None:
@@ -106,6 +110,30 @@ def test_a_pause_stops_the_clock() -> None:
     assert proceed(paused, look(), pausing, now=after(9999)) == paused
     resumed = proceed(paused, look(), RULES, now=after(9999))
     assert resumed == replace(UNDER_WAY, moved_at=after(9999))
+
+
+def test_the_clock_stands_still_while_a_replica_drains_and_begins_anew_when_it_has_gone() -> None:
+    assert proceed(UNDER_WAY, DRAINING, RULES, now=after(500)) == UNDER_WAY
+    assert left_s(UNDER_WAY, DRAINING, RULES, now=after(500)) is None
+    gone = replace(look(), has_drained=True)
+    assert proceed(UNDER_WAY, gone, RULES, now=after(500)) == replace(
+        UNDER_WAY, moved_at=after(500)
+    )
+
+
+def test_where_no_replica_is_wanted_nothing_is_proven_and_no_time_passes() -> None:
+    canary = Canary(step=1, weight=10, since=NOW)
+    resting = replace(RULES, rests=True)
+    rested = proceed(
+        replace(UNDER_WAY, canary=canary), look(0, is_over=True), resting, now=after(50)
+    )
+    expected = replace(
+        UNDER_WAY, canary=replace(canary, since=None), is_paused=True, serving=0, moved_at=after(50)
+    )
+    assert rested == expected
+    assert proceed(expected, look(0, is_over=True), resting, now=after(9999)) == expected
+    woken = proceed(expected, look(0), RULES, now=after(9999))
+    assert woken == replace(expected, is_paused=False, moved_at=after(9999))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mizzen.runtime.engine.batch import StepInput, dummy_step
+from mizzen.runtime.engine.heap import Rest, give_back_freed
 from mizzen.runtime.engine.host import cpu_count, memory_available_bytes
-from mizzen.runtime.engine.memory import give_back_freed
 from mizzen.runtime.engine.wire import Allocate, Clear, Load, decode, encode
 
 
@@ -83,3 +83,18 @@ def test_freed_memory_between_blocks_in_use_is_given_back() -> None:
     give_back_freed()
     assert before - anonymous_bytes() > 30_000_000
     assert all(block[0] == 1 for block in kept)
+
+
+RESTS = {
+    "rests once, however long": ([(5, False)] * 6, [3]),
+    "does not rest while requests run between steps": ([(5, True)] * 6, []),
+    "does not rest while each look finds new steps": ([(at, False) for at in range(1, 7)], []),
+    "rests again after it has worked": ([(5, False)] * 4 + [(6, True)] + [(6, False)] * 3, [3, 7]),
+}
+
+
+@pytest.mark.parametrize(("looks", "begins_at"), RESTS.values(), ids=RESTS)
+def test_an_engine(looks: list[tuple[int, bool]], begins_at: list[int]) -> None:
+    rest = Rest(beats=3)
+    begins = [rest.begins(steps, is_busy=is_busy) for steps, is_busy in looks]
+    assert [at for at, begun in enumerate(begins) if begun] == begins_at

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
+from mizzen.runtime.engine import process as engine_process
 from mizzen.runtime.engine import remote
 from mizzen.runtime.engine.api import (
     EngineStats,
@@ -45,12 +46,13 @@ from mizzen.runtime.engine.messages import (
     to_error,
     to_fault,
 )
+from mizzen.runtime.engine.process import TimingLog
 from mizzen.runtime.engine.spawn import EngineProcess
 from mizzen.runtime.engine.startup import NullRecorder
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import BadModelError, MizzenError, RankLostError
 from mizzen.runtime.server.errors import to_api_error
-from tests.fixtures.fake_engine import SIZES
+from tests.fixtures.fake_engine import SIZES, FakeEngine
 from tests.fixtures.runtime_server import Running, eventually, running_tiny_model
 
 CHAT = "/v1/chat/completions"
@@ -134,6 +136,22 @@ class MuteProcess:
         self.is_killed = True
 
 
+async def test_a_request_that_cannot_be_sent_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "load", lambda path: None)
+    process = MuteProcess()
+    muted = asyncio.create_task(process.start())
+    engine = await remote.RemoteEngine.start(process, EngineConfig(model=tmp_path), NullRecorder())
+    unsendable = replace(REQUEST, sampling=SamplingParams(seed=2**70))
+    with pytest.raises(OverflowError):
+        await anext(engine.generate(unsendable))
+    assert engine.in_flight() == 0
+    process.is_killed = True
+    await engine.stop()
+    muted.cancel()
+
+
 async def test_an_engine_that_stays_silent_is_dead_ends_its_requests_and_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +171,25 @@ async def test_an_engine_that_stays_silent_is_dead_ends_its_requests_and_is_kill
     await engine.stop()
     assert process.is_killed
     muted.cancel()
+
+
+async def test_an_engine_that_rests_gives_freed_memory_back_until_it_works_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given_back: list[int] = []
+    engine = FakeEngine()
+    monkeypatch.setattr(engine_process, "BEAT_S", 0.01)
+    monkeypatch.setattr(engine_process, "give_back_freed", lambda: given_back.append(engine.steps))
+    monkeypatch.setattr(engine_process, "_end_within", lambda seconds: None)
+    ours, theirs = socket.socketpair()
+    link = await open_link(ours, ToEngine)
+    serving = asyncio.create_task(engine_process.Host(engine, TimingLog(), link).run())
+    await eventually(lambda: given_back == [0], within_s=30)
+    engine.steps = 7
+    await eventually(lambda: given_back == [0, 7], within_s=30)
+    theirs.close()
+    assert await serving == 0
+    await link.close()
 
 
 async def test_the_engine_ends_when_the_server_does(tmp_path: Path) -> None:

@@ -170,6 +170,36 @@ async def test_one_replica_gets_a_canary_beside_it() -> None:
     assert state(world) == (0, 10)
 
 
+async def test_a_canary_that_is_scaled_to_zero_is_judged_when_it_is_back() -> None:
+    world = await begun(probe=PROBE)
+    await world.look()
+    world.change(replicas=0)
+    await go_on(world, 300)
+    assert (world.pods, world.status["phase"]) == ([], "Stopped")
+    assert state(world) == (0, 0)
+    assert world.runtimes.prompted == []
+    world.change(replicas=2)
+    world.runtimes.answer = " fish"
+    await go_on(world, 60)
+    assert world.status["rollout"]["failure"]["reason"] == "CanaryProbeFailed"
+    assert revisions(world) == {"first": 2}
+
+
+async def test_a_revision_that_came_at_zero_begins_with_its_canary() -> None:
+    world = await begun()
+    world.change(replicas=0)
+    await go_on(world, 60)
+    world.change(engine={"maxNumSeqs": 5})
+    await go_on(world, 60)
+    world.change(replicas=4)
+    await go_on(world, 20)
+    assert revisions(world) == {"first": 4, "5": 1}
+    assert state(world) == (0, 10)
+    await go_on(world, 120)
+    await world.settle()
+    assert revisions(world) == {"5": 4}
+
+
 async def test_an_expectation_that_is_no_pattern_is_refused_with_its_place() -> None:
     world = World(
         rollout={

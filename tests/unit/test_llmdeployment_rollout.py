@@ -174,6 +174,64 @@ async def test_the_spec_before_ends_a_rollback() -> None:
     assert "rollout" not in world.status
 
 
+async def test_a_long_drain_is_no_reason_to_go_back() -> None:
+    world = World(replicas=2, rollout={"progressDeadlineSeconds": 30}, drain={"maxSeconds": 200})
+    await world.settle()
+    for pod in world.pods:
+        world.runtimes.in_flight[pod["status"]["podIP"]] = 1  # a stream that does not end
+    world.change(engine={"maxNumSeqs": 4})
+    written = []
+    for _ in range(120):
+        await go_on(world, 5)
+        written.append(len(world.api.writes))
+    assert revisions(world) == {"4": 2}
+    assert "rollout" not in world.status
+    assert len(set(written)) < 30, "a drain that goes on is not told again and again"
+
+
+async def test_a_revision_that_came_while_no_replica_was_wanted_is_rolled_back_all_the_same() -> (
+    None
+):
+    world = World(rollout={"progressDeadlineSeconds": 60})
+    await world.settle()
+    world.change(replicas=0)
+    await world.settle()
+    world.change(engine={"maxNumSeqs": 4})
+    await go_on(world, 600)
+    assert (world.status["phase"], world.condition("Ready")[0]) == ("Stopped", "True")
+    written = len(world.api.writes)
+    await go_on(world, 60)
+    assert len(world.api.writes) == written
+    world.restart_operator()
+    world.change(replicas=1)
+    await go_on(world, 50, breaks="4")
+    assert revisions(world) == {"4": 1}
+    await go_on(world, 60, breaks="4")
+    assert revisions(world) == {"first": 1}
+    assert world.status["rollout"]["failure"]["reason"] == "ProgressDeadlineExceeded"
+
+
+async def test_a_way_back_that_cannot_be_read_any_more_leaves_what_runs_as_it_is() -> None:
+    world = World(replicas=2, rollout={"progressDeadlineSeconds": 60})
+    await world.settle()
+    world.change(engine={"maxNumSeqs": 4})
+    await go_on(world, 120, breaks="4")
+    assert world.status["phase"] == "RolledBack"
+    before = [pod["metadata"]["name"] for pod in world.pods]
+    # To this version of the operator, what was recorded is no spec any more.
+    for path, document in list(world.api.objects.items()):
+        if document["kind"] == "ControllerRevision":
+            document["data"]["spec"]["engine"] = {"maxNumSeqs": "many"}
+            world.api.put(path, document)
+        elif document["kind"] == "Pod":
+            del document["metadata"]["annotations"]["mizzen.dev/made-from"]
+            world.api.put(path, document)
+    world.restart_operator()
+    await go_on(world, 60)
+    assert [pod["metadata"]["name"] for pod in world.pods] == before
+    assert world.status["phase"] == "RolledBack"
+
+
 async def test_the_operator_looks_again_when_the_deadline_passes() -> None:
     world = World(rollout={"progressDeadlineSeconds": 60})
     await world.settle()
