@@ -225,7 +225,10 @@ class CheckpointDamagedError(MizzenError):
     reason = "CheckpointDamaged"
 
     def __init__(self, path: object) -> None:
-        super().__init__(f"The result cannot be read from {path}: its files are damaged.")
+        super().__init__(
+            f"The result cannot be read from {path}: its files are damaged. The next run goes on "
+            "from the checkpoint before it; check the volume if this comes again."
+        )
 
 
 class BaseModelChangedError(JobError):

@@ -292,9 +292,10 @@ async def test_zero_comes_after_the_gates_were_closed_and_nobody_asked() -> None
     await scaled.run(30)
     assert scaled.world.condition("Ready") is not None
     scaled.metrics.now = load(0)
-    seen = []
+    seen, told = [], set()
     for _ in range(30):
         await scaled.run(5)
+        told.add((scaled.world.condition("Ready"), scaled.world.status["phase"]))
         pods = scaled.world.pods
         gates = [_gate(pod) for pod in pods]
         seen.append((scaled.scaling.get("holding", False), gates))
@@ -304,6 +305,9 @@ async def test_zero_comes_after_the_gates_were_closed_and_nobody_asked() -> None
     assert seen[-1][1] == []
     assert scaled.scaling["desired"] == 0
     assert scaled.world.status["phase"] == "Stopped"
+    assert {(ready and ready[0], phase) for ready, phase in told} == {
+        ("True", "Ready"), ("True", "Stopping"), ("True", "Stopped"),
+    }  # fmt: skip
 
 
 async def test_a_wake_starts_as_many_as_the_held_requests_need() -> None:
