@@ -230,16 +230,20 @@ async def test_a_fixed_size_takes_the_answer_away() -> None:
     assert condition[1] == "ScalingDisabled"
 
 
-async def test_scaling_a_running_deployment_begins_at_its_size() -> None:
+@pytest.mark.parametrize("scaling", [SCALING, SCALING | {"dryRun": True}], ids=["", "dry"])
+async def test_scaling_a_running_deployment_begins_at_its_size(scaling: dict[str, Any]) -> None:
     scaled = Scaled()
     spec = {"model": {"source": "pvc://models/smollm2"}, "replicas": 4}
     scaled.world.write(spec)
     await scaled.world.settle()
     del spec["replicas"]
-    scaled.world.write(spec | {"scaling": SCALING})
+    before = [pod["metadata"]["uid"] for pod in scaled.world.pods]
+    scaled.world.write(spec | {"scaling": scaling})
     scaled.metrics.now = load(1)
+    await scaled.world.look()  # before the autoscaler has looked
     await scaled.run(120)
-    assert len(scaled.world.pods) == 4
+    assert [pod["metadata"]["uid"] for pod in scaled.world.pods] == before
+    assert all(_gate(pod) == "True" for pod in scaled.world.pods)
 
 
 async def test_an_answer_that_could_not_be_written_is_given_again() -> None:
