@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import pytest_asyncio
 
+from mizzen.runtime.engine import grammar
 from mizzen.runtime.engine.api import Grammar
 from mizzen.runtime.server.schemas import OpenAIRequest
 from tests.fixtures.runtime_server import Running, eventually, running_tiny_model
@@ -131,6 +132,33 @@ async def test_what_cannot_be_honoured_is_a_400_and_costs_nobody_else(
     assert answer.status_code == 400, answer.text
     assert running.service.engine.in_flight() == 0
     assert (await complete(running, max_tokens=1))["finish_reason"] == "length"
+
+
+async def test_who_only_waited_for_the_grammars_of_others_may_come_again(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar, "COMPILE_LIMIT_S", 0.05)
+    go_on = threading.Event()
+    running.service.engine._grammars._threads.submit(go_on.wait)
+    body = {"model": "tiny", "prompt": "x", "guided_regex": "c+"}
+    try:
+        answer = await running.http.post("/v1/completions", json=body)
+    finally:
+        go_on.set()
+    assert answer.status_code == 429
+    assert "Retry-After" in answer.headers
+    assert "of other requests are being compiled" in answer.json()["error"]["message"]
+    assert running.service.engine.in_flight() == 0
+
+
+async def test_large_grammars_are_not_all_remembered(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar, "MAX_KEPT_CHARS", 250)
+    compiler = running.service.engine._grammars
+    for letter in "abcb":
+        await compiler.start(Grammar("regex", letter * 100))
+    assert [kept.source[0] for kept in compiler._kept] == ["c", "b"]
 
 
 async def test_a_client_that_leaves_while_its_grammar_compiles_leaves_nothing(
