@@ -76,7 +76,10 @@ class OperatorConfig(BaseSettings):
     health_host: str = "0.0.0.0"
     health_port: int = Field(8002, ge=0, description="/healthz, /readyz and /metrics.")
     stuck_after_s: float = Field(
-        120.0, gt=0, description="/healthz fails when a due key waited this long."
+        120.0,
+        gt=0,
+        description="/healthz fails when a due key waited this long, or a reconcile takes so much "
+        "longer than its longest call may.",
     )
 
     lease_name: str = "mizzen-operator"

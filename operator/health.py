@@ -13,6 +13,7 @@ from mizzen.operator.config import OperatorConfig
 from mizzen.operator.engine.lease import Lease
 from mizzen.operator.engine.workqueue import WorkQueue
 from mizzen.operator.kube.store import Store
+from mizzen.operator.runtimes import LONGEST_CALL_S
 from mizzen.operator.telemetry import Telemetry
 
 
@@ -31,7 +32,9 @@ class Health:
 
     def problem(self) -> str:
         """Return what is wrong with a process that should be restarted, empty if nothing is."""
-        stuck_s = max(self.queue.oldest_age_s(), self.queue.longest_work_s())
+        # A reconcile that waits for a runtime is not stuck, and ending it would begin it anew.
+        working_s = self.queue.longest_work_s() - LONGEST_CALL_S
+        stuck_s = max(self.queue.oldest_age_s(), working_s)
         if stuck_s > self.config.stuck_after_s:
             return f"work stands still for {stuck_s:.0f} s"
         if self.resync_age_s() > 3 * self.config.resync_s + 60:

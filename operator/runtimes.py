@@ -18,7 +18,7 @@ ADMIN_PORT = 8002
 HTTP_PORT = 8000
 _LOAD_TIMEOUT_S = 120.0
 _ANSWER_TIMEOUT_S = 30.0
-_WEIGHTS_TIMEOUT_S = 600.0
+LONGEST_CALL_S = 600.0  # new weights may be a hundred gigabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ class HttpRuntimes:
             WeightsRefusedError: trying again will not help.
         """
         url = f"http://{_host(pod_ip)}:{self._admin_port}/weights"
-        timeout = aiohttp.ClientTimeout(total=_WEIGHTS_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=LONGEST_CALL_S)
         try:
             async with aiohttp.request(
                 "POST", url, headers=self._headers(), json={"path": path}, timeout=timeout

@@ -101,10 +101,11 @@ def _undo(kubectl: Kubectl, name: str, *, number: int | None) -> str:
         raise KubectlError(f"{name} has no revision {number}. There are: {there}.")
     past = revisions[number]["data"]["spec"]
     spec = restored_spec(resource["spec"], past, kept=NOT_IN_REVISION)
-    # Somebody else's change in between is not to be lost.
-    version = resource["metadata"]["resourceVersion"]
+    # Somebody else's change in between is not to be lost. Of the spec only: the status of a
+    # deployment that is worth undoing changes all the time.
+    generation = resource["metadata"]["generation"]
     patch = [
-        {"op": "test", "path": "/metadata/resourceVersion", "value": version},
+        {"op": "test", "path": "/metadata/generation", "value": generation},
         {"op": "replace", "path": "/spec", "value": spec},
     ]
     kubectl("patch", "llmdeployment", name, "--type=json", "-p", json.dumps(patch))

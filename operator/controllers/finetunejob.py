@@ -111,7 +111,9 @@ def decide(observed: Observed, facts: Facts, now: datetime) -> Step | None:
         is_suspended=job.spec.suspend,
         backoff_limit=job.spec.failure.backoff_limit,
         now=now,
-        workers=Range(job.spec.workers.min, job.spec.workers.max),
+        workers=Range(
+            job.spec.workers.min, job.spec.workers.max, tensor=job.spec.parallelism.tensor
+        ),
     )
     wait = None
     if not isinstance(step, Start) or isinstance(step, Shrink):

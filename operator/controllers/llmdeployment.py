@@ -155,7 +155,7 @@ async def _bring_adapters(
     groups: Iterable[Group], observed: Observed, facts: Facts
 ) -> AdaptersSeen:
     """Bring adapters up to date, where the deployment has or had any."""
-    if not observed.serving.adapters and not observed.status.get("adapters"):
+    if not observed.serving.adapters and "adapters" not in observed.status:
         return AdaptersSeen()
     return await bring_adapters(groups, observed.serving.adapters, facts.runtimes)
 
@@ -166,7 +166,7 @@ def _next_look(
     waits = [
         plan.look_again_after_s,
         loading.look_again_after_s,
-        _UNANSWERED_S if adapters.incomplete else None,
+        _UNANSWERED_S if adapters.incomplete or adapters.leftover else None,
         _REFUSED_S if adapters.errors or not is_routed else None,
     ]
     wait = min((wait for wait in waits if wait is not None), default=None)

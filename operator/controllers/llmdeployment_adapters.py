@@ -23,6 +23,7 @@ class AdaptersSeen:
     loaded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     errors: Mapping[str, str] = field(default_factory=dict)  # by adapter
     incomplete: frozenset[str] = frozenset()  # replicas to try again soon
+    leftover: frozenset[str] = frozenset()  # replicas that could not drop what nobody wants
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ async def bring_adapters(
         loaded={ip: names for one in rounds for ip, names in one.loaded.items()},
         errors=errors,
         incomplete=frozenset().union(*(one.incomplete for one in rounds)),
+        leftover=frozenset().union(*(one.leftover for one in rounds)),
     )
 
 
@@ -96,8 +98,7 @@ async def _bring(ip: str, wanted: Sequence[WantedAdapter], runtimes: Runtimes) -
     change = plan_change(wanted, known)
     missing = {adapter.name for adapter in change.load}
     errors: dict[str, str] = {}
-    for name in change.unload:
-        await runtimes.unload_adapter(ip, name)
+    dropped = [await runtimes.unload_adapter(ip, name) for name in change.unload]
     for adapter in change.load:
         try:
             path, digest = adapter.source.path, adapter.digest
@@ -110,4 +111,5 @@ async def _bring(ip: str, wanted: Sequence[WantedAdapter], runtimes: Runtimes) -
         loaded={ip: names},
         errors=errors,
         incomplete=frozenset({ip}) if missing - errors.keys() else frozenset(),
+        leftover=frozenset() if all(dropped) else frozenset({ip}),
     )

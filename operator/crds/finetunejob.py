@@ -34,6 +34,7 @@ from mizzen.operator.crds.training_run import (
     Failure,
     JobResources,
     SpareCapacity,
+    TensorParallelism,
     Workers,
 )
 
@@ -181,7 +182,9 @@ class Promotion(ApiModel):
     ] = None
 
 
-_CANNOT_CHANGE = "cannot change (only suspend, workers, spareCapacity and priority can)."
+_CANNOT_CHANGE = (
+    "cannot change (only suspend, workers, parallelism, spareCapacity and priority can)."
+)
 
 
 def _unchanged(*fields: str) -> tuple[dict[str, str], ...]:
@@ -250,6 +253,22 @@ class FineTuneJobSpec(ApiModel):
             "workers.max above 1 needs method sft, dpo, reward or distill.",
         ),
         cel(
+            "self.workers.min % self.parallelism.tensor == 0 && "
+            "self.workers.max % self.parallelism.tensor == 0",
+            "workers.min and workers.max must be multiples of parallelism.tensor.",
+        ),
+        cel(
+            "self.parallelism.tensor == 1 || "
+            "self.method in ['sft', 'dpo', 'reward'] && self.adaptation.type != 'qlora'",
+            "parallelism.tensor above 1 needs method sft, dpo or reward, and adaptation.type full "
+            "or lora.",
+        ),
+        cel(
+            "self.parallelism.tensor == 1 || !has(self.evaluation) || "
+            "!self.evaluation.suites.exists(s, s.type == 'winRate')",
+            "A suite of type winRate needs parallelism.tensor 1.",
+        ),
+        cel(
             "has(self.output) && has(self.output.uri) || has(self.baseModel.deployment) || "
             "self.baseModel.source.startsWith('pvc://')",
             "Set output.uri, since the base model is on no claim the result could lie on.",
@@ -298,6 +317,9 @@ class FineTuneJobSpec(ApiModel):
         Budget | None, Field(description="What it may use; then it ends with what it has.")
     ] = None
     workers: Annotated[Workers, Field(description="How many pods train together.")] = Workers()
+    parallelism: Annotated[
+        TensorParallelism, Field(description="How many workers share one copy of the model.")
+    ] = TensorParallelism()
     resources: Annotated[JobResources, Field(description="What the trainer pod asks for.")] = (
         JobResources()
     )
@@ -333,7 +355,8 @@ class FineTuneJobSpec(ApiModel):
 class FineTuneJob(ApiModel):
     """One training run: data and base model in, an evaluated and published result out.
 
-    Its spec cannot change once it exists, but for suspend, workers, spareCapacity and priority.
+    Its spec cannot change once it exists, but for suspend, workers, parallelism, spareCapacity
+    and priority.
     """
 
     rules: ClassVar[tuple[dict[str, str], ...]] = (

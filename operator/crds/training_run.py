@@ -54,6 +54,20 @@ class Workers(ApiModel):
     max: Annotated[int, Field(ge=1, le=64, description="How many to train with.")] = 1
 
 
+class TensorParallelism(ApiModel):
+    """How many of the workers share one copy of the model."""
+
+    tensor: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=64,
+            description="Workers that hold one copy together, each a part of every matrix; there "
+            "are workers/tensor copies.",
+        ),
+    ] = 1
+
+
 class JobResources(ApiModel):
     """What the trainer pod asks for."""
 

@@ -23,6 +23,7 @@ from mizzen.operator.desired.labels import (
     RESTARTS,
     ROLE,
     ROLE_TRAINER,
+    TENSOR,
     base_labels,
     owner_reference,
 )
@@ -78,6 +79,7 @@ def build_trainer_pod(job: Job, worker: Worker, *, image: str, pull_policy: str)
         RESTARTS: str(worker.crashes),
         PREEMPTIONS: str(worker.preemptions),
         GROUP_SIZE: str(worker.workers),
+        TENSOR: str(job.spec.parallelism.tensor),
     }
     if job.spec.queue:
         metadata["labels"] |= _kueue_labels(job, worker)

@@ -22,6 +22,7 @@ GENERATION = "mizzen.dev/generation"
 RANKS_OF = "mizzen.dev/ranks-of"  # in DEPLOYMENT's place on what names ranks that take no requests
 
 DRAINING_SINCE = "mizzen.dev/draining-since"
+TENSOR = "mizzen.dev/tensor"  # a trainer's: workers that share one copy of the model
 GROUP_SIZE = "mizzen.dev/group-size"  # pods that make up the replica
 RESTARTS = "mizzen.dev/restarts"  # failures in a row before this replica was made
 LAST_FAILURE = "mizzen.dev/last-failure"  # JSON: reason and message of the latest of them

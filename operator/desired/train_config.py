@@ -123,6 +123,7 @@ def build_train_config(job: Job, generation: int, workers: int) -> Json:
         "output": _output(job),
         "evaluation": _evaluation(job),
         "workers": workers,
+        "parallelism": spec.parallelism.model_dump(),
         "generation": generation,
         "admin_port": ADMIN_PORT,
     }

@@ -6,6 +6,7 @@ three states (value, zero, unknown) come about here, so that both sources give t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -99,16 +100,16 @@ class Raw:
     reporting: int = 0  # replicas whose series are among them
 
     def number(self, figure: Figure) -> float | None:
-        """Return the figure, None where it is missing or no number."""
+        """Return the figure, None where it is missing or no finite number."""
         value = self.values.get((figure, ()))
-        return None if value is None or value != value else value
+        return None if value is None or not math.isfinite(value) else value
 
     def parts(self, figure: Figure) -> dict[tuple[str, ...], float]:
         """Return the figure by the values of its labels."""
         return {
             labels: value
             for (one, labels), value in self.values.items()
-            if one == figure and value == value
+            if one == figure and math.isfinite(value)
         }
 
 

@@ -49,14 +49,16 @@ class Generation:
     workers: int = 1
     placed: int = 1  # of them, those that have a node
     created_at: datetime | None = None
+    tensor: int = 1  # workers that share one copy of the model
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """How many workers a job may have."""
+    """How many workers a job may have, always in groups of `tensor` that share a copy."""
 
     min: int = 1
     max: int = 1
+    tensor: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,12 +199,14 @@ def decide_generation(
 
 
 def _while_running(newest: Generation, workers: Range, now: datetime) -> Step:
-    if not workers.min <= newest.workers <= workers.max:
+    is_within = workers.min <= newest.workers <= workers.max
+    if not is_within or newest.tensor != workers.tensor:
         return AskToYield()  # the job was changed meanwhile
     waited_s = (now - (newest.created_at or now)).total_seconds()
     is_short = newest.outcome is Outcome.PENDING and newest.placed < newest.workers
-    if is_short and newest.placed >= workers.min and waited_s > _PLACING_S:
-        return Shrink(newest.number + 1, newest.crashes, newest.placed)
+    fitting = newest.placed - newest.placed % workers.tensor
+    if is_short and fitting >= workers.min and waited_s > _PLACING_S:
+        return Shrink(newest.number + 1, newest.crashes, fitting)
     return Watch()
 
 

@@ -122,10 +122,10 @@ def scaling_document(
 def time_zone_document(
     previous: Mapping[str, object] | None, problem: str, *, desired: int, now: datetime
 ) -> Document:
-    """Return the field for a schedule whose time zone does not exist: nothing moves."""
+    """Return the field for a schedule whose time zone does not exist: nothing moves, or is held."""
     reason = Reason.TIME_ZONE_UNKNOWN
     return {
-        **(previous or {"inputs": {}, "updatedAt": rfc3339(now)}),
+        **_without(previous or {"inputs": {}, "updatedAt": rfc3339(now)}, "holding"),
         "desired": desired,
         "state": reason.value,
         "message": problem,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 from mizzen.operator.crds.common import Json
-from mizzen.operator.desired.labels import GENERATION, GROUP_SIZE, RANK, RESTARTS
+from mizzen.operator.desired.labels import GENERATION, GROUP_SIZE, RANK, RESTARTS, TENSOR
 from mizzen.operator.planning.generations import (
     BAD_CONFIGURATION_EXIT_CODE,
     WORKER_LOST_EXIT_CODE,
@@ -80,6 +80,7 @@ def _generation(pods: list[Json]) -> Generation:
         workers=size,
         placed=sum(bool(pod.get("spec", {}).get("nodeName")) for pod in pods),
         created_at=_time(pods[0]["metadata"].get("creationTimestamp")),
+        tensor=int(pods[0]["metadata"].get("annotations", {}).get(TENSOR, 1)),
     )
 
 

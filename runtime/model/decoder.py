@@ -23,6 +23,7 @@ from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.layers import (
     ACTIVATIONS,
     ColumnLinear,
+    HeadNorm,
     Linear,
     LoraDelta,
     Norm,
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         self.q_norm = self.k_norm = None
         if spec.qk_norm:
             self.q_norm, self.k_norm = (
-                Norm(f"{prefix}self_attn.{side}_norm", spec.head_dim, spec, place=place)
+                HeadNorm(f"{prefix}self_attn.{side}_norm", spec.head_dim, spec, place=place)
                 for side in "qk"
             )
         self._is_interleaved = spec.rope.is_interleaved

@@ -280,9 +280,25 @@ class Norm(Replicated):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        if self.bias is not None:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        return ops.rms_norm(x, self.weight, self.eps)
+        weight, bias = self._scale_and_shift()
+        if bias is not None:
+            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+        return ops.rms_norm(x, weight, self.eps)
+
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
+
+
+class HeadNorm(Norm):
+    """The norm of each query or key head. A rank has some of the heads and thus of its gradient."""
+
+    def __init__(self, name: str, width: int, spec: ArchSpec, *, place: Placement) -> None:
+        super().__init__(name, width, spec, place=place)
+        self._group = place.group
+
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
+        copy, bias = self._group.copy, self.bias
+        return copy(self.weight), None if bias is None else copy(bias)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

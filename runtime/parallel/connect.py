@@ -34,6 +34,7 @@ class Meeting:
     # A file in a folder that is private to us: who may write there may join. Over several pods
     # the address and the port of a store in the leader's pod.
     store: Path | tuple[str, int]
+    name: str = ""  # tells groups apart that meet at one store
     address: str = LOOPBACK  # by which the others reach this pod
     device: torch.device
     timeout_s: float
@@ -94,7 +95,8 @@ def _store(meeting: Meeting) -> Any:
     if isinstance(meeting.store, Path):
         return dist.FileStore(str(meeting.store), meeting.size)
     host, port = meeting.store
-    return dist.TCPStore(host, port, timeout=timedelta(seconds=meeting.timeout_s))
+    store = dist.TCPStore(host, port, timeout=timedelta(seconds=meeting.timeout_s))
+    return dist.PrefixStore(meeting.name, store) if meeting.name else store
 
 
 def _gloo(store: Any, place: int, size: int, meeting: Meeting) -> Any:

@@ -64,3 +64,16 @@ def head_shard(*, heads: int, kv_heads: int, rank: int, size: int) -> HeadShard:
     kv_head, sharer = divmod(rank, size // kv_heads)
     share = even_span(group, rank=sharer, size=size // kv_heads)
     return HeadShard(Span(kv_head * group + share.start, share.size), Span(kv_head, 1))
+
+
+def check_trainable(*, kv_heads: int, size: int) -> None:
+    """Refuse to train where ranks share a KV head: each would see a part of its gradient.
+
+    Raises:
+        TensorParallelInvalidError: there are more ranks than KV heads.
+    """
+    if size > kv_heads:
+        raise TensorParallelInvalidError(
+            f"Training over {size} ranks needs as many KV heads, and the model has {kv_heads}. "
+            f"Set parallelism.tensor to at most {kv_heads}."
+        )

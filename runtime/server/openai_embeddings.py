@@ -14,14 +14,19 @@ from mizzen.runtime.server.routes import json_response
 from mizzen.runtime.server.schemas import EmbeddingRequest
 from mizzen.runtime.server.service import Service
 
+_AT_ONCE = 64  # of one request's inputs: the engine's queue is everybody's
+
 
 async def embeddings(service: Service, asked: EmbeddingRequest) -> ASGIApp:
-    """Embed each input; all of them run in the engine at once."""
+    """Embed each input; many of them run in the engine at once."""
     adapter = service.resolve(asked.model)
     prompts = await encode_prompts(service.engine, asked.inputs(), param="input")
+    room = asyncio.Semaphore(_AT_ONCE)
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_embed(service, prompt, adapter)) for prompt in prompts]
+            tasks = [
+                group.create_task(_embed(service, prompt, adapter, room)) for prompt in prompts
+            ]
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from errors
     vectors = [task.result() for task in tasks]
@@ -34,9 +39,12 @@ async def embeddings(service: Service, asked: EmbeddingRequest) -> ASGIApp:
     return json_response({"object": "list", "data": data, "model": asked.model, "usage": usage})
 
 
-async def _embed(service: Service, prompt: tuple[int, ...], adapter: str | None) -> list[float]:
+async def _embed(
+    service: Service, prompt: tuple[int, ...], adapter: str | None, room: asyncio.Semaphore
+) -> list[float]:
     params = SamplingParams(embed=True, max_tokens=1)
-    outputs = [output async for output in service.generate(prompt, params, adapter=adapter)]
+    async with room:
+        outputs = [output async for output in service.generate(prompt, params, adapter=adapter)]
     vector = outputs[-1].embedding
     assert vector is not None, "asked for"
     length = math.hypot(*vector)

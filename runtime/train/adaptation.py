@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.decoder import Decoder
-from mizzen.runtime.model.lora import PATHS, LoraConfig, TrainableLora, save_adapter
+from mizzen.runtime.model.lora import (
+    PATHS,
+    Adapter,
+    LoraConfig,
+    Pair,
+    TrainableLora,
+    save_adapter,
+    site_shapes,
+)
 from mizzen.runtime.model.packed import Quantization
+from mizzen.runtime.parallel.shard import check_trainable
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.export import check_exportable, published_dtype, write_model
-from mizzen.runtime.train.trainable import NamedView, Trainable, full_views
+from mizzen.runtime.train.trainable import NamedView, Trainable, full_views, views_of
+
+Weights = Iterable[tuple[str, Tensor]]
 
 
 class Adapted(Protocol):
@@ -38,8 +49,10 @@ class Adapted(Protocol):
         """Give the weights the values that will be published: the gate must see those."""
         ...
 
-    def write(self, folder: Path, *, base_model: Path, tokenizer: Tokenizer) -> None:
-        """Write the artifact's files."""
+    def write(
+        self, folder: Path, weights: Weights, *, base_model: Path, tokenizer: Tokenizer
+    ) -> None:
+        """Write the artifact's files, of these whole tensors by their checkpoint names."""
         ...
 
 
@@ -78,11 +91,13 @@ class FullAdaptation:
         for _, tensor in self.trainable.weights():
             tensor.copy_(tensor.to(dtype))
 
-    def write(self, folder: Path, *, base_model: Path, tokenizer: Tokenizer) -> None:
+    def write(
+        self, folder: Path, weights: Weights, *, base_model: Path, tokenizer: Tokenizer
+    ) -> None:
         """Write a complete model."""
         write_model(
             folder,
-            self.trainable.weights(),
+            weights,
             spec=self._decoder.spec,
             base_model=base_model,
             tokenizer=tokenizer,
@@ -96,12 +111,7 @@ class LoraAdaptation:
         self, lora: TrainableLora, *, heads: Sequence[NamedView], weight_decay: float
     ) -> None:
         self._lora = lora
-        views = [
-            NamedView(site.tensor_name(side), matrix, matrix)
-            for site, pair in lora.pairs()
-            for side, matrix in zip("AB", pair, strict=True)
-            if isinstance(matrix, nn.Parameter)
-        ]
+        views = views_of(lora.shards(), ranks=lora.ranks)
         self.trainable = Trainable(views, heads=heads, lora=lora, weight_decay=weight_decay)
 
     def precision(self) -> AbstractContextManager[object]:
@@ -115,9 +125,17 @@ class LoraAdaptation:
     def round_for_publishing(self) -> None:
         """Do nothing: an adapter is published in the type it was trained in."""
 
-    def write(self, folder: Path, *, base_model: Path, tokenizer: Tokenizer) -> None:
+    def write(
+        self, folder: Path, weights: Weights, *, base_model: Path, tokenizer: Tokenizer
+    ) -> None:
         """Write the adapter in PEFT's layout; the tokenizer stays the base model's."""
-        save_adapter(folder, self._lora.adapter(), base_model=str(base_model))
+        named = dict(weights)
+        pairs = {
+            site: Pair(named[site.tensor_name("A")], named[site.tensor_name("B")])
+            for site, _ in self._lora.pairs()
+        }
+        adapter = Adapter(self._lora.config, pairs)
+        save_adapter(folder, adapter, base_model=str(base_model))
 
 
 def adapt(
@@ -127,11 +145,15 @@ def adapt(
 
     Raises:
         JobConfigError: the job names linears there are not, or its result could not be written.
+        TensorParallelInvalidError: ranks would share a KV head.
     """
+    check_trainable(kv_heads=decoder.spec.kv_heads, size=decoder.group.size)
     adaptation, hyper = config.adaptation, config.hyperparameters
     if adaptation.type == "full":
         return FullAdaptation(decoder, heads=heads, weight_decay=hyper.weight_decay, dtype=dtype)
     targets = tuple(PATHS) if adaptation.targets == "all-linear" else adaptation.targets
+    # A feed-forward without a gate has nothing to adapt there.
+    sites = site_shapes(decoder)
     if unknown := sorted(set(targets) - PATHS.keys()):
         raise JobConfigError(
             f"adaptation.targets names {', '.join(unknown)}. "
@@ -141,7 +163,7 @@ def adapt(
         rank=adaptation.rank,
         alpha=adaptation.alpha,
         dropout=adaptation.dropout,
-        targets=targets,
+        targets=tuple(target for target in targets if target in sites),
     )
     lora = TrainableLora(decoder, rules, seed=hyper.seed)
     return LoraAdaptation(lora, heads=heads, weight_decay=hyper.weight_decay)

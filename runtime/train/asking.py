@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import urllib3
 
 from mizzen.runtime.train.options import ServedModel
-from mizzen.runtime.train.stop import StopFlag
+from mizzen.runtime.train.stop import Stop
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class Asker:
         self,
         questions: Sequence[Mapping[str, Any]],
         read: Callable[[urllib3.BaseHTTPResponse], T],
-        stop: StopFlag,
+        stop: Stop,
     ) -> list[T]:
         """Return what `read` makes of the answer to each question; what it raises ends them all.
 
@@ -75,7 +75,7 @@ class Asker:
         return read(self._http.request("POST", self.url, body=body, headers=self._headers))
 
 
-def _wait_for(future: Future[T], stop: StopFlag) -> T:
+def _wait_for(future: Future[T], stop: Stop) -> T:
     stop.check()
     while not future.done():
         wait([future], timeout=_POLL_S)

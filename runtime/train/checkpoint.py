@@ -4,7 +4,8 @@ A checkpoint is a folder `step-00000010` with `manifest.json`, which holds the c
 hashes of all other files. The folder is filled under another name and renamed when every byte is
 on the disk, so whatever bears the final name was complete once; a hash that no longer fits means
 damage, and the one before is taken. Our loop fills it with safetensors files; their tensors are
-named like the model's parameters and are whole: nothing depends on how many ranks wrote them.
+named like the model's parameters, and what is part of one says so (`parts.py`): nothing depends on
+how many ranks wrote them.
 """
 
 from __future__ import annotations
@@ -14,28 +15,32 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.train.durable import sha256_of, storage_faults_of, sync_path
 from mizzen.runtime.train.errors import (
     BaseModelChangedError,
+    CheckpointDamagedError,
     CheckpointMismatchError,
     StorageFullError,
 )
+from mizzen.runtime.train.parts import Wanted, files_by_kind, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
 _COMMITTED = re.compile(r"^step-(\d{8})$")
 PARTIAL_PREFIX = ".partial-"
 _MANIFEST = "manifest.json"
-_SUFFIX = ".safetensors"
 _FORMAT = 1
+
+# Fills a checkpoint's folder; returns the hashes of those files that are on the disk already.
+Fill = Callable[[Path], Mapping[str, str] | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +90,18 @@ class CheckpointStore:
 
     def commit(self, state: TrainState) -> Committed:
         """Write a state's tensors; as `commit_files` otherwise."""
-        need = sum(t.nbytes for group in state.tensors.values() for t in group.values())
-        return self.commit_files(
-            state.counters, lambda folder: _write_tensors(folder, state.tensors), need_bytes=need
-        )
 
-    def commit_files(
-        self, counters: Counters, fill: Callable[[Path], None], *, need_bytes: int
-    ) -> Committed:
+        def fill(folder: Path) -> None:
+            write_tensors(folder, state.tensors)
+
+        return self.commit_files(state.counters, fill, need_bytes=bytes_of(state))
+
+    def find(self, step: int) -> Committed | None:
+        """Return what is committed of a step."""
+        path = self._path(step)
+        return _read_committed(path) if path.exists() else None
+
+    def commit_files(self, counters: Counters, fill: Fill, *, need_bytes: int) -> Committed:
         """Let `fill` write a state into a folder; when this returns, a power cut cannot undo it.
 
         A step that is already committed is not written twice: the same step is the same state.
@@ -100,31 +109,30 @@ class CheckpointStore:
         Raises:
             StorageFullError: there is no room; earlier checkpoints stay as they are.
         """
-        name = f"step-{counters.step:08d}"
-        if (self.directory / name).exists():
-            return _read_committed(self.directory / name)
-        partial = self.directory / f"{PARTIAL_PREFIX}{name}"
+        if (known := self.find(counters.step)) is not None:
+            return known
+        final = self._path(counters.step)
+        partial = self.directory / f"{PARTIAL_PREFIX}{final.name}"
         committed_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         try:
             with storage_faults_of("A checkpoint", self.directory, need_bytes=need_bytes):
                 self._check_room(need_bytes)
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-                fill(partial)
-                self._seal(partial, counters, committed_at)
-                partial.rename(self.directory / name)
+                self._seal(partial, counters, committed_at, fill(partial) or {})
+                partial.rename(final)
                 sync_path(self.directory)
-        except StorageFullError:
+        except (StorageFullError, RankLostError):
             # What we half wrote must not be what keeps the volume full.
             shutil.rmtree(partial, ignore_errors=True)
             raise
         self.prune()
-        return Committed(step=counters.step, committed_at=committed_at, path=self.directory / name)
+        return Committed(step=counters.step, committed_at=committed_at, path=final)
 
     def restore(self) -> tuple[Committed, TrainState] | None:
         """Return the newest undamaged state; as `find_newest` otherwise."""
         newest = self.find_newest()
-        return None if newest is None else (newest[0], _read_state(newest[0].path))
+        return None if newest is None else (newest[0], self.read(newest[0].step))
 
     def find_newest(self) -> tuple[Committed, Counters] | None:
         """Return the newest undamaged checkpoint, or None where there is none yet.
@@ -148,6 +156,17 @@ class CheckpointStore:
             return _read_committed(path), Counters(**manifest["counters"])
         return None
 
+    def read(self, step: int, wanted: Mapping[str, Wanted] | None = None) -> TrainState:
+        """Return a state that is whole, of the wanted tensors that part alone.
+
+        Raises:
+            TensorsDifferError: its tensors are not those that are wanted.
+        """
+        manifest = _read_manifest(self._path(step))
+        kinds = files_by_kind(self._path(step), manifest["sha256"])
+        tensors = {kind: dict(read_tensors(files, wanted or {})) for kind, files in kinds.items()}
+        return TrainState(counters=Counters(**manifest["counters"]), tensors=tensors)
+
     def steps(self) -> list[int]:
         """Return the committed steps, oldest first."""
         return [_step_of(path) for path in self._committed_paths()]
@@ -158,16 +177,32 @@ class CheckpointStore:
 
     def load(self, step: int) -> TrainState | None:
         """Return one committed state, None where it is damaged."""
-        path = self.directory / f"step-{step:08d}"
-        return None if _intact_manifest(path) is None else _read_state(path)
+        return None if _intact_manifest(self._path(step)) is None else self.read(step)
 
-    def _seal(self, partial: Path, counters: Counters, committed_at: str) -> None:
+    def tensors(self, step: int, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield a committed state's tensors of one kind, whole, one after the other.
+
+        Raises:
+            CheckpointDamagedError: there is no such state any more, or not as it was committed.
+        """
+        manifest = _intact_manifest(self._path(step))
+        if manifest is None:
+            raise CheckpointDamagedError(self._path(step))
+        return read_tensors(files_by_kind(self._path(step), manifest["sha256"])[kind], {})
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}"
+
+    def _seal(
+        self, partial: Path, counters: Counters, committed_at: str, sealed: Mapping[str, str]
+    ) -> None:
         """Put everything in the folder on the disk, and the manifest beside it."""
-        hashes = {}
+        hashes = dict(sealed)
         for path in sorted(partial.rglob("*")):
-            sync_path(path)
-            if path.is_file():
-                hashes[path.relative_to(partial).as_posix()] = sha256_of(path)
+            if (name := path.relative_to(partial).as_posix()) not in sealed:
+                sync_path(path)
+                if path.is_file():
+                    hashes[name] = sha256_of(path)
         manifest = {
             "format": _FORMAT,
             "counters": asdict(counters),
@@ -228,17 +263,9 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _write_tensors(folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-    for stem, tensors in groups.items():
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, folder / f"{stem}{_SUFFIX}")
-
-
-def _read_state(path: Path) -> TrainState:
-    manifest = _read_manifest(path)
-    files = [name for name in manifest["sha256"] if name.endswith(_SUFFIX)]
-    tensors = {name.removesuffix(_SUFFIX): load_file(path / name) for name in files}
-    return TrainState(counters=Counters(**manifest["counters"]), tensors=tensors)
+def bytes_of(state: TrainState) -> int:
+    """Return how much room a state's files take."""
+    return sum(t.nbytes for group in state.tensors.values() for t in group.values())
 
 
 def _read_manifest(path: Path) -> dict:  # type: ignore[type-arg]

@@ -96,6 +96,12 @@ class Checkpointing(Part):
     )  # beside the last; of steps that are due by their number
 
 
+class Parallelism(Part):
+    """How many of the workers share one copy of the model, each with a part of every matrix."""
+
+    tensor: int = Field(default=1, ge=1)
+
+
 class Budget(Part):
     """What a job may use before it ends with what it has; only the steps count, of all runs."""
 
@@ -150,6 +156,8 @@ class Evaluation(Part):
 TRANSFORMS = frozenset({"merge", "quantize", "prune"})
 # Whose samples workers can share out.
 SHARED = frozenset({"sft", "dpo", "reward", "distill"})
+# Of whose copies of the model workers can hold parts.
+_SPREAD = frozenset({"sft", "dpo", "reward"})
 _MEASURE_OF: dict[str, SuiteType] = {
     "dpo": "preferenceLoss",
     "reward": "preferenceLoss",
@@ -185,6 +193,7 @@ class TrainConfig(Part):
     output: Output
     evaluation: Evaluation = Evaluation()
     workers: int = Field(default=1, ge=1)  # pods of this generation
+    parallelism: Parallelism = Parallelism()
     generation: int = Field(default=1, ge=0)
     admin_port: int = Field(default=8002, ge=0, le=65535)
 
@@ -208,12 +217,26 @@ class TrainConfig(Part):
             raise ValueError(f"method {self.method} runs on one worker: set workers to 1")
         if self.workers > 1 and self.distill is not None and self.distill.on_policy:
             raise ValueError("distill.on_policy runs on one worker: set workers to 1")
+        if self.parallelism.tensor > 1:
+            self._check_tensor()
         is_adapter = self.is_trained and self.adaptation.type != "full"
         wanted = "adapter" if is_adapter else "model"
         if self.output.kind != wanted:
             maker = f"adaptation {self.adaptation.type}" if self.is_trained else self.method
             raise ValueError(f"{maker} makes output.kind {wanted}")
         return self
+
+    def _check_tensor(self) -> None:
+        ranks = self.parallelism.tensor
+        if self.workers % ranks:
+            raise ValueError(f"workers must be a multiple of parallelism.tensor, {ranks}")
+        if self.method not in _SPREAD or self.adaptation.type == "qlora":
+            raise ValueError(
+                f"parallelism.tensor above 1 is for methods {', '.join(sorted(_SPREAD))} with "
+                "adaptation full or lora: set parallelism.tensor to 1"
+            )
+        if any(suite.type == "winRate" for suite in self.evaluation.suites):
+            raise ValueError("a suite of type winRate needs parallelism.tensor 1")
 
     def _check_backend(self) -> None:
         if self.backend == "Mizzen":

@@ -150,7 +150,7 @@ class MemoryTooSmallError(JobError):
 
 
 class MicroBatchTooLargeError(JobError):
-    """A step of backend Transformers does not fit; it cannot be made smaller on the way."""
+    """A step does not fit, and this backend or these ranks cannot make it smaller on the way."""
 
     reason = "MemoryTooSmall"
 
@@ -186,7 +186,8 @@ class TrainingDoesNotFitError(JobError):
             f"Training needs {weights_mib} MiB for weights + {gradients_mib} MiB for gradients + "
             f"{moments_mib} MiB for the optimizer = {total_mib} MiB before the first sample, and "
             f"the trainer has {limit_mib} MiB. Use adaptation.type lora or qlora, a smaller base "
-            "model, or more memory."
+            "model, more memory, or more workers for one copy "
+            "(parallelism.tensor)."
         )
 
 
@@ -206,6 +207,28 @@ class CheckpointMismatchError(JobError):
     """The committed checkpoint belongs to a different job."""
 
     reason = "CheckpointMismatch"
+
+
+class TensorsDifferError(CheckpointMismatchError):
+    """Its tensors have other names or shapes."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The checkpoint's tensors are not those of this base model and adaptation. "
+            "Restore the base model, or give the job a new name to start afresh."
+        )
+
+
+class CheckpointDamagedError(MizzenError):
+    """What was committed a moment ago cannot be read; the one before it may be intact."""
+
+    reason = "CheckpointDamaged"
+
+    def __init__(self, path: object) -> None:
+        super().__init__(
+            f"The result cannot be read from {path}: its files are damaged. The next run goes on "
+            "from the checkpoint before it; check the volume if this comes again."
+        )
 
 
 class BaseModelChangedError(JobError):

@@ -7,9 +7,10 @@ job that is asked to yield goes on where it stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -17,7 +18,7 @@ from mizzen.runtime.train.config import Suite
 from mizzen.runtime.train.durable import write_durably
 from mizzen.runtime.train.measures import Measure
 from mizzen.runtime.train.progress import Verdict
-from mizzen.runtime.train.stop import StopFlag
+from mizzen.runtime.train.stop import Stop
 from mizzen.runtime.train.suites.exam import Exam, Subject
 
 
@@ -30,10 +31,27 @@ class Tally:
     total: float = 0.0
     answers: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Tally:
+        """Return the tally that `asdict` and JSON made these fields of."""
+        return cls(**{**fields, "answers": tuple(fields["answers"])})
+
     @property
     def mean(self) -> float:
         """Mean of what was counted so far."""
         return self.total / max(1.0, self.weight)
+
+
+class Tallies(Protocol):
+    """What is counted so far, across restarts."""
+
+    def get(self, name: str) -> Tally:
+        """Return what was counted so far."""
+        ...
+
+    def put(self, name: str, tally: Tally) -> None:
+        """Keep a tally."""
+        ...
 
 
 class TallyStore:
@@ -66,10 +84,7 @@ class TallyStore:
             document = json.loads(self._path.read_bytes())
             if document["fingerprint"] != self._fingerprint:
                 return {}
-            return {
-                name: Tally(**{**fields, "answers": tuple(fields["answers"])})
-                for name, fields in document["tallies"].items()
-            }
+            return {name: Tally.of(fields) for name, fields in document["tallies"].items()}
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return {}  # counting again is always possible
 
@@ -80,8 +95,8 @@ class Examination:
 
     exams: Sequence[Exam]
     micro_batch: int
-    store: TallyStore
-    stop: StopFlag
+    store: Tallies
+    stop: Stop
 
     def ask_base(self, subject: Subject) -> None:
         """Count what the candidate will be compared with.

@@ -16,7 +16,7 @@ from mizzen.runtime.attention.causal import CausalAttention
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.train.samples import Prompt
-from mizzen.runtime.train.stop import StopFlag
+from mizzen.runtime.train.stop import Stop
 
 _AT_ONCE = 64  # sequences whose keys and values live together
 
@@ -38,7 +38,7 @@ def draw_answers(
     rules: Drawing,
     *,
     seed: int,
-    stop: StopFlag,
+    stop: Stop,
 ) -> list[list[int]]:
     """Return an answer's token ids for each prompt, the token that ends it included.
 
@@ -59,7 +59,7 @@ def _draw(
     lora: LoraDelta | None,
     rules: Drawing,
     random: torch.Generator,
-    stop: StopFlag,
+    stop: Stop,
 ) -> list[list[int]]:
     device, lens = decoder.place.device, [len(prompt) for prompt in prompts]
     cache = _Cache(lens, room=max(lens) + rules.max_new_tokens, device=device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +34,7 @@ from mizzen.runtime.train.sources import load_source
 from mizzen.runtime.train.stop import EXIT_DONE, EXIT_YIELDED, StopFlag, YieldRequested
 from mizzen.runtime.train.surroundings import Surroundings
 from mizzen.runtime.train.teacher import check_same_tokens
+from mizzen.runtime.train.together import SharedStop, Together
 from mizzen.runtime.train.training import Training
 from mizzen.runtime.train.transform import Transform
 from mizzen.runtime.train.watchdog import watch
@@ -75,11 +77,14 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
         work = _prepare(config, environment, board, stop, workers)
     watch(stop, timeout_s=config.failure.hang_timeout_s)
     try:
-        if isinstance(work, Training) and not workers.is_leader:
+        if isinstance(work, Training) and not workers.is_in_first_copy:
             work.follow()
             workers.end()
             return EXIT_DONE
         verdicts = work.run()
+        if not workers.is_leader:
+            workers.end()
+            return EXIT_DONE
     except YieldRequested:
         workers.end()
         _report(environment.termination_log, board)
@@ -118,6 +123,8 @@ def _prepare(
     around = _surround(config, environment, stop)
     if config.is_trained:
         check_memory(around)
+    if workers.tensor.size > 1:
+        around = replace(around, stop=SharedStop(stop, Together(workers.tensor, around.device)))
     if config.distill is not None and config.distill.teacher is not None:
         check_same_tokens(around.tokenizer, config.distill.teacher)
     if config.is_trained:
@@ -134,6 +141,7 @@ def _prepare(
         data=read,
         tallies=TallyStore(directory, fingerprint=fingerprint(config, read)),
         board=board,
+        stop=stop,
     )
 
 

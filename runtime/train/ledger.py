@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
-from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
+from mizzen.runtime.train.checkpoint import Committed, Counters, TrainState
 from mizzen.runtime.train.history import LossHistory, StepRecord
 from mizzen.runtime.train.progress import ProgressBoard
 from mizzen.runtime.train.trainable import Trainable
@@ -34,10 +34,22 @@ class Ledger(Protocol):
         ...
 
 
+class Store(Protocol):
+    """Where a leader's checkpoints are."""
+
+    def commit(self, state: TrainState) -> Committed:
+        """Make a state safe."""
+        ...
+
+    def restore(self) -> tuple[Committed, TrainState] | None:
+        """Return the newest undamaged state."""
+        ...
+
+
 class DiskLedger:
     """The leader's."""
 
-    def __init__(self, store: CheckpointStore, history: LossHistory, board: ProgressBoard) -> None:
+    def __init__(self, store: Store, history: LossHistory, board: ProgressBoard) -> None:
         self._store = store
         self._history = history
         self._board = board

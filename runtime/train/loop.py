@@ -21,15 +21,20 @@ from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.train.batches import SampleOrder, total_steps
 from mizzen.runtime.train.budget import Spent, find_spent
 from mizzen.runtime.train.checkpoint import Counters
+from mizzen.runtime.train.clip import clip_gradients
 from mizzen.runtime.train.config import Budget, Checkpointing, Hyperparameters
-from mizzen.runtime.train.errors import LossNotFiniteError, MemoryTooSmallError
+from mizzen.runtime.train.errors import (
+    LossNotFiniteError,
+    MemoryTooSmallError,
+    MicroBatchTooLargeError,
+)
 from mizzen.runtime.train.history import StepRecord
 from mizzen.runtime.train.ledger import Ledger
 from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.progress import ProgressBoard
 from mizzen.runtime.train.samples import Item
 from mizzen.runtime.train.schedule import learning_rate
-from mizzen.runtime.train.stop import StopFlag, YieldRequested
+from mizzen.runtime.train.stop import Stop, YieldRequested
 from mizzen.runtime.train.trainable import Trainable
 from mizzen.runtime.train.workers import Workers
 
@@ -50,7 +55,7 @@ class LoopParts:
     order: SampleOrder
     ledger: Ledger
     board: ProgressBoard
-    stop: StopFlag
+    stop: Stop
     workers: Workers
     validate: Callable[[int], None] | None = None  # of a committed step, where the best are kept
 
@@ -81,6 +86,7 @@ class Loop:
         self._micro_batch = hyper.micro_batch
         self._bad_in_a_row = 0
         self._is_rolled_back = False
+        self._is_commit_wanted = False  # by the leader's clock
         self.counters = counters
         self.total_steps = total_steps(
             epoch_samples=parts.order.epoch_samples,
@@ -149,7 +155,8 @@ class Loop:
         parts = self._parts
         fields = asdict(self.counters)
         counters = torch.tensor(list(fields.values()), device=self._device)
-        parts.workers.copy_from_leader([counters, *parts.trainable.held()])
+        parts.workers.copy_from_leader(counters)
+        parts.workers.copy_from_first_copy(parts.trainable.held())
         self.counters = Counters(**dict(zip(fields, counters.tolist(), strict=True)))
         parts.trainable.steps = self.counters.step
 
@@ -172,7 +179,7 @@ class Loop:
             # Between two updates no checkpoint could be taken, so only the first can be stopped.
             loss = self._accumulate(items, step, can_stop=number == 0)
             loss = self._agree(loss, can_stop=number == 0)
-            norm = _clip(parts.trainable.parameters, hyper.grad_clip)
+            norm = clip_gradients(parts.trainable, parts.workers.tensor, limit=hyper.grad_clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 parts.trainable.drop_gradients()
                 raise _NotFinite
@@ -231,6 +238,9 @@ class Loop:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                if self._parts.workers.tensor.size > 1:
+                    # The others wait in the middle of a layer for what does not come.
+                    raise MicroBatchTooLargeError(self._micro_batch) from error
                 if self._micro_batch == 1:
                     raise MemoryTooSmallError from error
             # Outside of the handler, whose traceback holds on to what did not fit.
@@ -258,13 +268,18 @@ class Loop:
 
     def _agree(self, loss: float, *, can_stop: bool) -> float:
         """Sum gradients and loss over the workers; stop here if any of them was asked to."""
-        parts = self._parts
-        # One clock for all: with their own, some would take a last step without the others.
-        elapsed_ms = self._elapsed_ms() if parts.workers.is_leader else 0.0
-        values = [loss, float(parts.stop.is_asked), elapsed_ms]
-        loss, asked, elapsed_ms = parts.workers.sum_with_gradients(
+        parts, workers = self._parts, self._parts.workers
+        # One clock for all: with their own, some would take a last step without the others, or
+        # write a part of a checkpoint that the others do not.
+        elapsed_ms = self._elapsed_ms() if workers.is_leader else 0.0
+        is_time_up = workers.is_leader and self._is_time_up()
+        # Workers that share a copy have one loss.
+        own_loss = loss if workers.tensor.rank == 0 else 0.0
+        values = [own_loss, float(parts.stop.is_asked), elapsed_ms, float(is_time_up)]
+        loss, asked, elapsed_ms, time_up = workers.sum_with_gradients(
             parts.trainable.parameters, values
         )
+        self._is_commit_wanted = bool(time_up)
         if asked and can_stop:
             parts.trainable.drop_gradients()
             raise YieldRequested
@@ -278,16 +293,14 @@ class Loop:
     def _is_commit_due(self) -> bool:
         rules = self._checkpointing
         is_step_due = rules.every_steps and self.counters.step % rules.every_steps == 0
-        elapsed_s = time.monotonic() - self._committed_at_s
-        return bool(is_step_due or (rules.every_seconds and elapsed_s >= rules.every_seconds))
+        return bool(is_step_due or self._is_commit_wanted)
+
+    def _is_time_up(self) -> bool:
+        every_s = self._checkpointing.every_seconds
+        return every_s is not None and time.monotonic() - self._committed_at_s >= every_s
 
     def _epoch(self) -> float:
         return self.counters.samples / self._parts.order.epoch_samples
-
-
-def _clip(parameters: Sequence[torch.nn.Parameter], limit: float) -> float:
-    """Scale the gradients to at most `limit`, if there is one; return their norm before."""
-    return torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -57,7 +57,10 @@ def check_memory(around: Surroundings) -> None:
 
 def plan_need(config: TrainConfig, spec: ArchSpec, device: torch.device) -> Need:
     """Return what a job needs on a device, from the shapes of its models alone."""
-    place = Placement(load_dtype(config, device), torch.device("meta"), RankGroup())
+    # Where ranks do not share evenly, the last one has most.
+    ranks = config.parallelism.tensor
+    last = RankGroup(ranks - 1, ranks)
+    place = Placement(load_dtype(config, device), torch.device("meta"), last)
     decoder, bits = Decoder(spec, place), frozen_bits(config)
     if bits != "none":
         for part in decoder.parts():

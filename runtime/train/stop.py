@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 EXIT_DONE = 0
 EXIT_CRASH = 1
@@ -17,6 +18,19 @@ EXIT_YIELDED = 75
 
 class YieldRequested(Exception):
     """Raised at a safe point once somebody wants the job to stop."""
+
+
+class Stop(Protocol):
+    """What a job's loops look at."""
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the job should stop; to look is also to show that one is alive."""
+        ...
+
+    def check(self) -> None:
+        """Raise `YieldRequested` if it should: the caller stands at a safe point."""
+        ...
 
 
 class StopFlag:

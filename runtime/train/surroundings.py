@@ -9,7 +9,7 @@ import torch
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.train.config import TrainConfig
-from mizzen.runtime.train.stop import StopFlag
+from mizzen.runtime.train.stop import Stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +20,6 @@ class Surroundings:
     spec: ArchSpec
     tokenizer: Tokenizer
     device: torch.device
-    stop: StopFlag
+    stop: Stop
     judge_api_key: str | None = None
     teacher_api_key: str | None = None

@@ -7,7 +7,7 @@ views, so saving copies nothing and restoring is one copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,19 +15,21 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from mizzen.runtime.model.decoder import Decoder
-from mizzen.runtime.model.layers import LoraDelta
-from mizzen.runtime.train.errors import CheckpointMismatchError
+from mizzen.runtime.model.layers import LoraDelta, TensorShard
+from mizzen.runtime.train.errors import TensorsDifferError
+from mizzen.runtime.train.parts import Part, Wanted, part_of
 
 WEIGHTS, FIRST_MOMENT, SECOND_MOMENT = "weights", "exp_avg", "exp_avg_sq"
 
 
 @dataclass(frozen=True, slots=True)
 class NamedView:
-    """A checkpoint tensor as part of a parameter."""
+    """A checkpoint tensor, or a rank's part of it, as part of a parameter."""
 
     name: str
     parameter: nn.Parameter
     view: Tensor
+    part: Part | None = None  # None: all of it, and every rank has the same
 
     def of(self, like_parameter: Tensor) -> Tensor:
         """Return the same part of a tensor shaped like the parameter, such as a moment."""
@@ -88,6 +90,12 @@ class Trainable:
             maximize=False,
         )
 
+    def gradients(self, *, is_cut: bool) -> list[Tensor]:
+        """Return the gradients of what ranks hold parts of, or of what each holds whole."""
+        cut = {id(view.parameter) for view in self._views if view.part is not None}
+        chosen = (p for p in self.parameters if (id(p) in cut) is is_cut)
+        return [p.grad for p in chosen if p.grad is not None]
+
     def drop_gradients(self) -> None:
         """Forget what was accumulated."""
         for parameter in self.parameters:
@@ -111,11 +119,15 @@ class Trainable:
             SECOND_MOMENT: self._moment_views(SECOND_MOMENT),
         }
 
+    def wanted(self) -> dict[str, Wanted]:
+        """Return which part of each checkpoint tensor is this rank's, of those that are cut."""
+        return {v.name: Wanted(v.part, tuple(v.view.shape)) for v in self._views if v.part}
+
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], *, steps: int) -> None:
         """Put back what `state_tensors` gave after `steps` steps.
 
         Raises:
-            CheckpointMismatchError: the names or shapes are not this model's.
+            TensorsDifferError: the names or shapes are not this model's.
         """
         self.steps = steps
         with torch.no_grad():
@@ -131,11 +143,17 @@ class Trainable:
 def full_views(decoder: Decoder) -> list[NamedView]:
     """Return every weight of a decoder under its checkpoint name."""
     decoder.requires_grad_(True)
+    return views_of(decoder.shards(), ranks=decoder.group.size)
+
+
+def views_of(shards: Iterable[TensorShard], *, ranks: int) -> list[NamedView]:
+    """Return what a rank of so many holds of checkpoint tensors as parts of its parameters."""
     views = []
-    for shard in decoder.shards():
+    for shard in shards:
         base = shard.tensor if isinstance(shard.tensor, nn.Parameter) else shard.tensor._base
         assert isinstance(base, nn.Parameter)
-        views.append(NamedView(shard.name, base, shard.tensor))
+        part = part_of(shard) if ranks > 1 else None
+        views.append(NamedView(shard.name, base, shard.tensor, part))
     return views
 
 
@@ -147,9 +165,6 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 def _copy_all(saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in into.items()}:
-        raise CheckpointMismatchError(
-            "The checkpoint's tensors are not those of this base model and adaptation. "
-            "Restore the base model, or give the job a new name to start afresh."
-        )
+        raise TensorsDifferError
     for name, tensor in into.items():
         tensor.copy_(saved[name])

@@ -17,7 +17,7 @@ from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.adaptation import Adapted, adapt, frozen_bits, load_dtype
 from mizzen.runtime.train.batches import SampleOrder
-from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
+from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.digest import mark_model
@@ -30,11 +30,14 @@ from mizzen.runtime.train.methods.method import Method, NotedMethod
 from mizzen.runtime.train.notes import Ask, NoteStore, take_notes
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
 from mizzen.runtime.train.samples import Item
-from mizzen.runtime.train.stop import StopFlag, YieldRequested
+from mizzen.runtime.train.shared_store import FollowingLedger, LeadingStore
+from mizzen.runtime.train.stop import Stop, YieldRequested
 from mizzen.runtime.train.suites.build import build_exams, build_validation
 from mizzen.runtime.train.suites.exam import Subject
 from mizzen.runtime.train.surroundings import Surroundings
 from mizzen.runtime.train.teacher import ServedTeacher
+from mizzen.runtime.train.together import SharedNotes, SharedTallies, Together
+from mizzen.runtime.train.trainable import WEIGHTS
 from mizzen.runtime.train.utilization import peak_tokens_per_second
 from mizzen.runtime.train.validation import Validation
 from mizzen.runtime.train.workers import Workers
@@ -61,12 +64,14 @@ class Training:
         self._method = method
         self._board = board
         self._workers = workers
-        self._stop: StopFlag = around.stop
+        self._ranks = ranks = Together(workers.tensor, device)
+        self._stop: Stop = around.stop
         self._tokenizer: Tokenizer = around.tokenizer
         self._decoder = load_decoder(
             config.base_model,
             dtype=load_dtype(config, device),
             device=device,
+            group=workers.tensor,
             quantization=frozen_bits(config),
             is_trained_beside=True,
         )
@@ -77,20 +82,23 @@ class Training:
             dtype=choose_dtype(config.hyperparameters.dtype, device),
         )
         self.data = data
-        if not workers.is_leader:
+        if not workers.is_in_first_copy:
             workers.begin()  # until then the leader may be taking notes
         if isinstance(method, NotedMethod):
+            notes = NoteStore(directory, fingerprint=fingerprint)
+            is_asked_together = ranks.group.size > 1 and workers.is_in_first_copy
             self.data = take_notes(
                 data,
                 method,
-                NoteStore(directory, fingerprint=fingerprint),
+                SharedNotes(notes, ranks) if is_asked_together else notes,
                 ask=lambda: _asker(around, method, self._decoder, self._adapted),
                 at_once=config.hyperparameters.micro_batch,
             )
+        tallies = TallyStore(directory, fingerprint=fingerprint)
         self._examination = Examination(
             exams=build_exams(around, method, self.data),
             micro_batch=config.hyperparameters.micro_batch,
-            store=TallyStore(directory, fingerprint=fingerprint),
+            store=SharedTallies(tallies, ranks) if ranks.group.size > 1 else tallies,
             stop=self._stop,
         )
         self._store = CheckpointStore(
@@ -109,20 +117,17 @@ class Training:
                 keep=config.checkpoint.keep_best,
                 subject=lambda: self._subject(self._adapted.trainable.lora),
             )
-        restored = self._store.restore() if workers.is_leader else None
-        self._state = restored[1] if restored else None
+        self._state = self._restore()
         self.step = self._state.counters.step if self._state else 0
         board.peak(
             peak_tokens_per_second(
                 self._decoder,
                 dtype=choose_dtype(config.hyperparameters.dtype, device),
                 is_frozen=config.adaptation.type != "full",
-                workers=config.workers,
+                # A rank has a part of the weights, so ranks of one copy are as fast as one.
+                workers=workers.copies,
             )
         )
-        if restored:
-            board.committed(restored[0])
-            log.info("Resuming from step %d.", self.step)
 
     def run(self) -> list[Verdict]:
         """Train to the end and ask the gate; return its verdicts.
@@ -155,8 +160,9 @@ class Training:
             log.info("Yielding at step %d.", loop.counters.step)
             raise
         except RankLostError:
-            if loop is not None:
-                loop.commit()  # a step is whole or has not begun to move anything
+            # A step is whole or has not begun to move anything; but a part that is lost is lost.
+            if loop is not None and self._ranks.group.size == 1:
+                loop.commit()
             raise
         loss = examination.loss(step=self.step)
         self._board.evaluated(eval_loss=loss, verdicts=verdicts)
@@ -193,8 +199,17 @@ class Training:
         loop.run()
 
     def write(self, folder: Path) -> None:
-        """Write the artifact's files."""
-        self._adapted.write(folder, base_model=self._config.base_model, tokenizer=self._tokenizer)
+        """Write the artifact's files.
+
+        Raises:
+            CheckpointDamagedError: the last commit, which alone has all ranks' parts, is damaged.
+        """
+        weights = self._adapted.trainable.weights()
+        if self._ranks.group.size > 1:
+            weights = self._store.tensors(self.step, WEIGHTS)
+        self._adapted.write(
+            folder, weights, base_model=self._config.base_model, tokenizer=self._tokenizer
+        )
         for name, tensors in self._method.files().items():
             save_file(dict(tensors), folder / name, metadata={"format": "pt"})
 
@@ -227,11 +242,32 @@ class Training:
             counters=counters,
         )
 
-    def _ledger(self, resumed_step: int) -> Ledger:
+    def _restore(self) -> TrainState | None:
+        """Return the state to go on from, of which a copy's other ranks have parts, if any."""
+        if not self._workers.is_in_first_copy:
+            return None
         if not self._workers.is_leader:
+            following = FollowingLedger(self._store, self._ranks)
+            return following.restore(self._adapted.trainable)
+        restored = self._leading_store().restore()
+        if restored is None:
+            return None
+        self._board.committed(restored[0])
+        log.info("Resuming from step %d.", restored[0].step)
+        return restored[1]
+
+    def _leading_store(self) -> CheckpointStore | LeadingStore:
+        if self._ranks.group.size == 1:
+            return self._store
+        return LeadingStore(self._store, self._ranks, self._adapted.trainable)
+
+    def _ledger(self, resumed_step: int) -> Ledger:
+        if not self._workers.is_in_first_copy:
             return NoLedger()
+        if not self._workers.is_leader:
+            return FollowingLedger(self._store, self._ranks)
         history = LossHistory(self._config.checkpoint.directory, resumed_step=resumed_step)
-        return DiskLedger(self._store, history, self._board)
+        return DiskLedger(self._leading_store(), history, self._board)
 
 
 def _asker(around: Surroundings, method: NotedMethod, decoder: Decoder, adapted: Adapted) -> Ask:

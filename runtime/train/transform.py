@@ -26,6 +26,7 @@ from mizzen.runtime.train.export import write_model
 from mizzen.runtime.train.methods.sft import Sft
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
 from mizzen.runtime.train.samples import Sample
+from mizzen.runtime.train.stop import StopFlag
 from mizzen.runtime.train.suites.build import build_exams
 from mizzen.runtime.train.suites.exam import Subject
 from mizzen.runtime.train.surroundings import Surroundings
@@ -39,6 +40,7 @@ class Transform:
     data: Prepared | None  # None: nothing to calibrate with and no gate
     tallies: TallyStore
     board: ProgressBoard
+    stop: StopFlag
     step: int = 0
 
     @property
@@ -62,7 +64,7 @@ class Transform:
         if examination is not None:
             examination.ask_base(self._subject(self.config.base_model))
         self.board.enter("Running")
-        with self.around.stop.nothing_to_lose():
+        with self.stop.nothing_to_lose():
             self._write_candidate()
         if examination is None:
             return []
@@ -114,11 +116,11 @@ class Transform:
             exams=build_exams(self.around, Sft(), self.data),
             micro_batch=self.config.hyperparameters.micro_batch,
             store=self.tallies,
-            stop=self.around.stop,
+            stop=self.stop,
         )
 
     def _subject(self, model: Path) -> Subject:
-        with self.around.stop.nothing_to_lose():
+        with self.stop.nothing_to_lose():
             return Subject(decoder=load_decoder(model, device=self.around.device))
 
 

@@ -1,8 +1,9 @@
 """The pods that train one model together: each learns from its share of a step's samples.
 
-Every worker holds the whole model and moves it alike; gradients are summed once in a step, and
-with them travel the loss and the wish to stop, so that all stop after the same step. Worker 0
-leads: it alone reads and writes checkpoints, evaluates and publishes.
+`parallelism.tensor` workers hold one copy of the model, each a part; where that is 1, each holds
+the whole. All copies move alike: gradients are summed once in a step over those who hold the same
+part, and with them travel the loss and the wish to stop, so that all stop after the same step.
+Worker 0 leads: its copy alone reads and writes checkpoints and evaluates, and it alone publishes.
 """
 
 from __future__ import annotations
@@ -37,10 +38,21 @@ _BUCKET_ELEMENTS = 16 << 20
 
 
 class Workers:
-    """The group as one worker sees it; a group of one does nothing at all."""
+    """The group as one worker sees it; a group of one does nothing at all.
 
-    def __init__(self, group: RankGroup, lines: Sequence[Line] = ()) -> None:
-        self._group = group
+    `tensor` are the workers that hold the parts of one copy of the model, `data` those that hold
+    the same part of all copies.
+    """
+
+    def __init__(
+        self,
+        *,
+        tensor: RankGroup | None = None,
+        data: RankGroup | None = None,
+        lines: Sequence[Line] = (),
+    ) -> None:
+        self.tensor = tensor or RankGroup()
+        self._data = data or RankGroup()
         self._lines = lines
         self._begun: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._is_over = False
@@ -48,27 +60,39 @@ class Workers:
     @property
     def is_leader(self) -> bool:
         """Whether this worker reads and writes what the job keeps."""
-        return self._group.rank == 0
+        return self.is_in_first_copy and self.tensor.rank == 0
+
+    @property
+    def is_in_first_copy(self) -> bool:
+        """Whether this worker holds a part of the copy that is evaluated and committed."""
+        return self._data.rank == 0
+
+    @property
+    def copies(self) -> int:
+        """How many copies of the model there are."""
+        return self._data.size
 
     def share(self, count: int) -> Span:
-        """Return which of a step's `count` items are this worker's."""
-        return even_span(count, rank=self._group.rank, size=self._group.size)
+        """Return which of a step's `count` items are those of this worker's copy."""
+        return even_span(count, rank=self._data.rank, size=self._data.size)
 
     def watch(self, stop: StopFlag) -> None:
-        """Begin to listen to the others, and to tell them when this worker is asked to stop."""
+        """Begin to listen to the others, and to tell them when this worker is asked to stop.
+
+        A line's patience stays that of a start: nobody waits for an answer here, and a worker that
+        is well can be silent for longer than serving allows while it reads weights.
+        """
         for line in self._lines:
-            line.expect_life()
             threading.Thread(target=self._listen, args=(line, stop), daemon=True).start()
         if self._lines:
             threading.Thread(target=self._pass_on, args=(stop,), daemon=True).start()
 
     def begin(self) -> None:
-        """As the leader, let the others begin; as one of them, wait until they may."""
-        if self._group.size == 1:
-            return
+        """Let the other copies begin; as one of them, wait until they may."""
         if self.is_leader:
             for line in self._lines:
                 line.send(_BEGIN)
+        if self.is_in_first_copy:
             return
         while True:
             try:
@@ -78,27 +102,41 @@ class Workers:
             except queue.Empty:
                 continue
 
-    def copy_from_leader(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the tensors with the leader's."""
-        for tensor in tensors:
-            self._group.broadcast(tensor)
+    def copy_from_leader(self, numbers: Tensor) -> None:
+        """Overwrite the numbers with the leader's."""
+        if self.is_in_first_copy:
+            self.tensor.broadcast(numbers)
+        self._data.broadcast(numbers)
+
+    def copy_from_first_copy(self, parts: Sequence[Tensor]) -> None:
+        """Overwrite a copy's tensors with the first copy's."""
+        for part in parts:
+            self._data.broadcast(part)
 
     def sum_with_gradients(
         self, parameters: Sequence[torch.nn.Parameter], values: Sequence[float]
     ) -> list[float]:
-        """Sum each gradient over the workers in place, and a few numbers on the same way.
+        """Sum each gradient over the copies in place, and a few numbers over all workers.
 
         Raises:
             RankLostError: another worker is gone; the gradients are of no use.
         """
-        if self._group.size == 1:
-            return list(values)
+        if self._data.size > 1:
+            values = self._sum_over_copies(parameters, values)
+        if self.tensor.size > 1:
+            numbers = torch.tensor(values, dtype=torch.float32, device=parameters[0].device)
+            values = self.tensor.all_reduce(numbers).tolist()
+        return list(values)
+
+    def _sum_over_copies(
+        self, parameters: Sequence[torch.nn.Parameter], values: Sequence[float]
+    ) -> list[float]:
         for parameter in parameters:
             if parameter.grad is None:  # this worker's samples did not reach it
                 parameter.grad = torch.zeros_like(parameter)
         numbers = torch.tensor(values, dtype=torch.float32, device=parameters[0].device)
         for bucket in _buckets([numbers, *(p.grad for p in parameters if p.grad is not None)]):
-            flat = self._group.all_reduce(torch.cat([tensor.reshape(-1) for tensor in bucket]))
+            flat = self._data.all_reduce(torch.cat([tensor.reshape(-1) for tensor in bucket]))
             parts = flat.split([tensor.numel() for tensor in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
@@ -140,7 +178,8 @@ class Workers:
         if self.is_leader:
             # A collective ends with the other's connections, and what follows it is a commit.
             # Only where these stay, as those of a stopped process do, it would wait on.
-            self._group.abort()
+            for group in (self.tensor, self._data):
+                group.abort()
             time.sleep(_LAST_COMMIT_S)
         leave(report_fatal(error))
 
@@ -154,7 +193,7 @@ def meet(config: TrainConfig, environment: TrainerEnvironment, device: torch.dev
         SecretMissingError: the token that proves who belongs to it cannot be read.
     """
     if config.workers == 1:
-        return Workers(RankGroup())
+        return Workers()
     nodes = Nodes(
         count=config.workers,
         index=environment.node_rank,
@@ -178,15 +217,25 @@ def meet(config: TrainConfig, environment: TrainerEnvironment, device: torch.dev
         lines = [reach_leader(nodes, agreement)]
         host, port = json.loads(lines[0].receive()[1])
         own, place = lines[0].own_address, (host, port)
-    meeting = Meeting(
-        size=nodes.count,
-        first=nodes.index,
-        store=place,
-        address=own,
-        device=device,
-        timeout_s=timeout_s,
-    )
-    return Workers(connect(nodes.index, meeting), lines)
+    copy, part = divmod(nodes.index, config.parallelism.tensor)
+
+    def join(name: str, *, rank: int, size: int) -> RankGroup:
+        if size == 1:
+            return RankGroup()
+        meeting = Meeting(
+            size=size,
+            first=rank,
+            store=place,
+            name=name,
+            address=own,
+            device=device,
+            timeout_s=timeout_s,
+        )
+        return connect(rank, meeting)
+
+    tensor = join(f"copy-{copy}", rank=part, size=config.parallelism.tensor)
+    data = join(f"part-{part}", rank=copy, size=config.workers // config.parallelism.tensor)
+    return Workers(tensor=tensor, data=data, lines=lines)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

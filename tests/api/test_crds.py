@@ -290,6 +290,26 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(checkpoint={"keepBest": 1}, workers={"min": 1, "max": 2}),
         "checkpoint.keepBest needs processing.holdoutRatio above 0 and workers.max 1.",
     ),
+    "a copy of the model that lacks a worker": (
+        job(parallelism={"tensor": 2}, workers={"min": 1, "max": 2}),
+        "workers.min and workers.max must be multiples of parallelism.tensor.",
+    ),
+    "copies shared by a method that cannot": (
+        job(method="distill", distill={"teacher": "pvc://models/teacher"},
+            parallelism={"tensor": 2}, workers={"min": 2, "max": 2}),
+        "parallelism.tensor above 1 needs method sft, dpo or reward, and adaptation.type full",
+    ),
+    "copies shared beside a base in few bits": (
+        job(adaptation={"type": "qlora"}, parallelism={"tensor": 2},
+            workers={"min": 2, "max": 2}),
+        "parallelism.tensor above 1 needs method sft, dpo or reward, and adaptation.type full",
+    ),
+    "copies shared before a judge": (
+        job(parallelism={"tensor": 2}, workers={"min": 2, "max": 2},
+            evaluation={"suites": [{"name": "s", "type": "winRate"}],
+                        "judge": {"deployment": "judge"}}),
+        "A suite of type winRate needs parallelism.tensor 1.",
+    ),
     "a method of another backend": (
         job(backend="Transformers", method="dpo"),
         "backend Transformers runs method sft alone: all other methods need backend Mizzen.",

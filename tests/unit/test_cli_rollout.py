@@ -46,7 +46,7 @@ class Cluster:
 
     def write(self, revisions: list[Json]) -> None:
         resource = {
-            "metadata": {"name": "chat", "uid": "u", "resourceVersion": "7"},
+            "metadata": {"name": "chat", "uid": "u", "resourceVersion": "7", "generation": 3},
             "spec": SPEC,
             "status": {"revision": "hash2"},
         }
@@ -92,7 +92,7 @@ def test_undo_brings_the_revision_before_back_and_keeps_the_size(cluster: Cluste
     assert (result.exit_code, result.stdout) == (0, "chat goes back to revision 1.\n")
     patch = json.loads(cluster.asked[-1].partition(" -p ")[2])
     assert patch == [
-        {"op": "test", "path": "/metadata/resourceVersion", "value": "7"},
+        {"op": "test", "path": "/metadata/generation", "value": 3},
         {
             "op": "replace",
             "path": "/spec",

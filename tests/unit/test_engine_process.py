@@ -136,6 +136,22 @@ class MuteProcess:
         self.is_killed = True
 
 
+async def test_a_request_that_cannot_be_sent_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "load", lambda path: None)
+    process = MuteProcess()
+    muted = asyncio.create_task(process.start())
+    engine = await remote.RemoteEngine.start(process, EngineConfig(model=tmp_path), NullRecorder())
+    unsendable = replace(REQUEST, sampling=SamplingParams(seed=2**70))
+    with pytest.raises(OverflowError):
+        await anext(engine.generate(unsendable))
+    assert engine.in_flight() == 0
+    process.is_killed = True
+    await engine.stop()
+    muted.cancel()
+
+
 async def test_an_engine_that_stays_silent_is_dead_ends_its_requests_and_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """A job's next step, read as a table."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -93,6 +94,10 @@ def group(outcome: Outcome, *, workers: int = 3, placed: int = 3, age_s: int = 3
     return Generation(4, outcome, 1, LONG_AGO, workers, placed, created_at)
 
 
+def shared(outcome: Outcome, *, placed: int = 4, tensor: int = 2) -> Generation:
+    return replace(group(outcome, workers=4, placed=placed), tensor=tensor)
+
+
 TWO_TO_FOUR = Range(2, 4)
 GROUPS = {
     "starts with as many workers as it may have": (None, Start(1, 0, 4)),
@@ -114,6 +119,26 @@ def test_decide_generation_of_several_workers(newest: Generation | None, expecte
     step = decide_generation(
         newest, is_suspended=False, backoff_limit=2, now=NOW, workers=TWO_TO_FOUR
     )
+    assert step == expected
+
+
+PAIRS = Range(2, 4, tensor=2)
+COPIES = {
+    "takes the room there is for whole copies": (
+        shared(Outcome.PENDING, placed=3),
+        Shrink(5, 1, 2),
+    ),
+    "waits for room for a whole copy": (shared(Outcome.PENDING, placed=1), Watch()),
+    "watches copies that are shared as wanted": (shared(Outcome.RUNNING), Watch()),
+    "yields to share copies in another way": (shared(Outcome.RUNNING, tensor=1), AskToYield()),
+}
+
+
+@pytest.mark.parametrize(("newest", "expected"), COPIES.values(), ids=COPIES)
+def test_decide_generation_of_workers_that_share_copies(
+    newest: Generation, expected: object
+) -> None:
+    step = decide_generation(newest, is_suspended=False, backoff_limit=2, now=NOW, workers=PAIRS)
     assert step == expected
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mizzen.operator.engine.results import Requeue
 from tests.fixtures.serving_world import World, gates, names, publish_job
 
 
@@ -63,6 +64,24 @@ async def test_an_adapter_that_is_not_wanted_any_more_is_unloaded() -> None:
     await world.settle()
     assert list(world.runtimes.loaded.values()) == [{}]
     assert "adapters" not in world.status
+
+
+async def test_the_last_adapter_is_unloaded_also_from_a_replica_that_answers_later() -> None:
+    world = World(adapters=[{"name": "support", "source": "pvc://models/adapters/support"}])
+    await world.settle()
+    address = world.pods[0]["status"]["podIP"]
+    for trouble in (world.runtimes.silent, world.runtimes.holding):
+        world.change(adapters=[{"name": "support", "source": "pvc://models/adapters/support"}])
+        await world.settle()
+        trouble.add(address)
+        world.change(adapters=[])
+        await world.settle()
+        assert await world.look() == Requeue(2.0)
+        assert world.runtimes.loaded[address] == {"support": None}
+        trouble.clear()
+        await world.settle()
+        assert world.runtimes.loaded[address] == {}
+        assert "adapters" not in world.status
 
 
 async def test_a_refused_adapter_is_named_and_the_base_model_serves() -> None:

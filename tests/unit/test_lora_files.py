@@ -134,6 +134,8 @@ REFUSED = {
     "trained whole modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "a rank above the limit": ({"r": 128}, "Raise --max-lora-rank"),
     "no rank": ({"r": None}, "states no rank"),
+    "a rank that is no number": ({"r": "4"}, "states no rank"),
+    "a strength that is no number": ({"lora_alpha": "8"}, "lora_alpha that is no number"),
 }
 
 
@@ -157,6 +159,15 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, base: Path) -> N
     save_peft_adapter(tmp_path / "adapter", other, seed=0, target_modules=["q_proj"])
     with pytest.raises(BadAdapterError, match="Load it on the base model it was trained for"):
         LoraSlots(load_decoder(base)).load(1, load_adapter(tmp_path / "adapter"))
+
+
+def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "base")
+    save_peft_adapter(tmp_path / "adapter", model, seed=0, target_modules=["q_proj"])
+    with (tmp_path / "adapter" / "adapter_model.safetensors").open("ab") as file:
+        file.write(b"rest of another file")
+    with pytest.raises(BadAdapterError, match=r"is damaged: .* Copy it again"):
+        load_adapter(tmp_path / "adapter")
 
 
 def test_an_adapter_cut_short_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,16 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from mizzen.operator.metrics.figures import UNKNOWN, Measured, Target, share_within
+from mizzen.operator.metrics.figures import (
+    RUNNING,
+    TTFT,
+    UNKNOWN,
+    Measured,
+    Raw,
+    Target,
+    measured,
+    share_within,
+)
 from mizzen.operator.metrics.scrape import Process, ScrapeSource, parse
 from tests.fixtures.metrics_story import NAME, OTHER, QUIET, STEP_S, TARGET, Story, check
 
@@ -153,6 +162,14 @@ SHARES: dict[str, tuple[float | None, float | None]] = {
 def test_the_share_within_a_limit(limit: float | None, expected: float | None) -> None:
     buckets = {("0.2",): 2.0, ("0.4",): 3.0, ("+Inf",): 4.0}
     assert share_within(buckets, limit) == expected
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_no_finite_number_is_unknown_as_with_prometheus(value: float) -> None:
+    raw = Raw({(RUNNING, ()): value, (TTFT, ("1",)): value}, runtime_age_s=0.0, reporting=2)
+    found = measured(raw, TARGET)
+    assert found.engines.running == UNKNOWN
+    assert found.traffic.ttft_ok_ratio == UNKNOWN
 
 
 def test_a_histogram_without_observations_has_no_share() -> None:

@@ -21,7 +21,11 @@ from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
 from mizzen.runtime.train.config import Budget, Checkpointing, Hyperparameters
 from mizzen.runtime.train.data import Prepared
-from mizzen.runtime.train.errors import LossNotFiniteError, MemoryTooSmallError
+from mizzen.runtime.train.errors import (
+    LossNotFiniteError,
+    MemoryTooSmallError,
+    MicroBatchTooLargeError,
+)
 from mizzen.runtime.train.history import LossHistory, read_history
 from mizzen.runtime.train.ledger import DiskLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
@@ -65,7 +69,9 @@ def samples(count: int, *, bad: Sequence[int] = ()) -> tuple[Sample, ...]:
     return tuple(made)
 
 
-def loop_of(root: Path, data: Sequence[Sample], method: Sft, **hyper: Any) -> Loop:
+def loop_of(
+    root: Path, data: Sequence[Sample], method: Sft, *, workers: Workers | None = None, **hyper: Any
+) -> Loop:
     decoder = load_decoder(write_tiny_model(root / "model"), dtype=torch.float32)
     prepared = Prepared(
         train=(tuple(data),), weights=(1.0,), holdout=(), truncated=0, dropped=0, digest="d"
@@ -83,7 +89,7 @@ def loop_of(root: Path, data: Sequence[Sample], method: Sft, **hyper: Any) -> Lo
         ),
         board=board,
         stop=StopFlag(),
-        workers=Workers(RankGroup()),
+        workers=workers or Workers(),
     )
     rules = {"max_steps": 6, "batch_size": 2, "micro_batch": 2, "learning_rate": 1e-3, **hyper}
     return Loop(
@@ -185,6 +191,12 @@ def test_memory_that_runs_out_halves_what_runs_at_once(
 def test_memory_that_not_even_one_sample_fits_into_ends_the_job(tmp_path: Path) -> None:
     with pytest.raises(MemoryTooSmallError, match=r"Lower processing.maxSeqLen"):
         loop_of(tmp_path, samples(4), Fragile(room=0)).run()
+
+
+def test_ranks_that_share_a_model_cannot_each_try_with_fewer_samples(tmp_path: Path) -> None:
+    pair = Workers(tensor=RankGroup(0, 2))
+    with pytest.raises(MicroBatchTooLargeError, match=r"with 2 samples at once. Lower"):
+        loop_of(tmp_path, samples(4), Fragile(room=1), workers=pair).run()
 
 
 def test_another_runtime_error_is_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from hack.tiny_model import write_tiny_model
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import LoraConfig, TrainableLora
+from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.batches import PackedBatch, pack, split_micro
+from mizzen.runtime.train.clip import clip_gradients
 from mizzen.runtime.train.config import Suite
 from mizzen.runtime.train.device import read_cpu_quota
 from mizzen.runtime.train.evaluate import Tally, decide_verdict
-from mizzen.runtime.train.loop import _clip
 from mizzen.runtime.train.measures import PERPLEXITY
 from mizzen.runtime.train.methods import token_loss
 from mizzen.runtime.train.methods.token_loss import token_losses_sum
@@ -289,7 +290,8 @@ def test_verdict(base: float, candidate: float, allowed: float, passed: bool) ->
 def test_gradients_are_cut_to_the_limit_where_there_is_one(limit: float, expected: float) -> None:
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([3.0, 4.0])
-    assert _clip([parameter], limit) == 5.0
+    trainable = Trainable([NamedView("w", parameter, parameter)], lora=None, weight_decay=0.0)
+    assert clip_gradients(trainable, RankGroup(), limit=limit) == 5.0
     assert parameter.grad.norm().item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mizzen.runtime.errors import TensorParallelInvalidError
 from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.layers import TensorShard
 from mizzen.runtime.model.lora.adapter import Adapter, LoraConfig, Pair, Site
-from mizzen.runtime.model.lora.sites import site_shapes
+from mizzen.runtime.model.lora.sites import SiteShape, site_shapes
+from mizzen.runtime.parallel.shard import check_trainable
 
 
 class TrainableLora(nn.Module):
@@ -22,14 +23,10 @@ class TrainableLora(nn.Module):
 
     def __init__(self, decoder: Decoder, config: LoraConfig, *, seed: int = 0) -> None:
         super().__init__()
-        if decoder.group.size > decoder.spec.kv_heads:
-            # Ranks that share a KV head would each see only a share of its gradient.
-            raise TensorParallelInvalidError(
-                f"Training over {decoder.group.size} ranks needs as many KV heads, and the model "
-                f"has {decoder.spec.kv_heads}. Use fewer ranks."
-            )
+        check_trainable(kv_heads=decoder.spec.kv_heads, size=decoder.group.size)
         self.config = config
         self._group = decoder.group
+        self.ranks = decoder.group.size
         self._shapes = site_shapes(decoder)
         self.a = nn.ParameterDict()
         self.b = nn.ParameterDict()
@@ -54,15 +51,31 @@ class TrainableLora(nn.Module):
         key = _key(layer, target)
         if key not in self.a:
             return None
-        a_RI, b_OR = self.a[key], self.b[key]
+        a_RI, b_OR, shape = self.a[key], self.b[key], self._shapes[target]
         # The matrix that every rank holds whole is used by each in part: its gradient is a sum.
-        if self._shapes[target].columns is None:
+        if shape.columns is None:
             a_RI = self._group.copy(a_RI)
         else:
             b_OR = self._group.copy(b_OR)
         x_TI, dtype = x_TI.to(a_RI.dtype), x_TI.dtype
-        x_TI = F.dropout(x_TI, self.config.dropout, self.training)
+        x_TI = self._dropped(x_TI, shape)
         return (F.linear(F.linear(x_TI, a_RI), b_OR) * self.config.scale).to(dtype)
+
+    def _dropped(self, x_TI: Tensor, shape: SiteShape) -> Tensor:
+        rate = self.config.dropout
+        if self._group.size == 1 or shape.columns is None:
+            return F.dropout(x_TI, rate, self.training)
+        # Drawn for all ranks' inputs: what is dropped does not depend on the number of ranks.
+        kept_TI = F.dropout(x_TI.new_ones(x_TI.shape[0], shape.width_in), rate, self.training)
+        return x_TI * kept_TI[:, shape.columns.start : shape.columns.stop]
+
+    def shards(self) -> Iterator[TensorShard]:
+        """Yield each matrix as part of a whole one, by PEFT's names."""
+        for site, (a_RI, b_OR) in self.pairs():
+            shape, rank = self._shapes[site.target], self.config.rank
+            whole_a, whole_b = (rank, shape.width_in), (shape.width_out, rank)
+            yield TensorShard(site.tensor_name("A"), a_RI, whole_a, columns=shape.columns)
+            yield TensorShard(site.tensor_name("B"), b_OR, whole_b, rows=shape.rows)
 
     def pairs(self) -> Iterator[tuple[Site, Pair]]:
         """Yield this rank's matrices; views, so that a checkpoint can be copied into them."""

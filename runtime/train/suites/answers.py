@@ -10,7 +10,7 @@ from mizzen.runtime.train.config import Suite
 from mizzen.runtime.train.generate import Drawing, draw_answers
 from mizzen.runtime.train.measures import EXACT_MATCH, WIN_RATE
 from mizzen.runtime.train.records import Messages
-from mizzen.runtime.train.stop import StopFlag
+from mizzen.runtime.train.stop import Stop
 from mizzen.runtime.train.suites.exam import Count, Exam, Question, Subject
 
 Preference = Literal["first", "second", "tie"]
@@ -20,7 +20,7 @@ class Judge(Protocol):
     """Says which of two answers is better."""
 
     def compare(
-        self, messages: Messages, pairs: Sequence[tuple[str, str]], stop: StopFlag
+        self, messages: Messages, pairs: Sequence[tuple[str, str]], stop: Stop
     ) -> list[Preference]:
         """Return the better one of each pair of answers to the same conversation."""
         ...
@@ -29,7 +29,7 @@ class Judge(Protocol):
 class Speaker:
     """Draws the likeliest answer, token by token: asked again, a model says the same."""
 
-    def __init__(self, suite: Suite, tokenizer: Tokenizer, stop: StopFlag) -> None:
+    def __init__(self, suite: Suite, tokenizer: Tokenizer, stop: Stop) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
         self._rules = Drawing(
@@ -83,7 +83,7 @@ class WinRate(Exam):
         questions: Sequence[Question],
         speaker: Speaker,
         judge: Judge,
-        stop: StopFlag,
+        stop: Stop,
     ) -> None:
         super().__init__(suite, WIN_RATE)
         self._questions = questions

@@ -12,7 +12,7 @@ from mizzen.runtime.train.asking import BUSY, Asker
 from mizzen.runtime.train.errors import JudgeFailedError, JudgeUnreachableError
 from mizzen.runtime.train.options import ServedModel
 from mizzen.runtime.train.records import Messages
-from mizzen.runtime.train.stop import StopFlag
+from mizzen.runtime.train.stop import Stop
 from mizzen.runtime.train.suites.answers import Preference
 
 # A deployment that sleeps is woken by the request, which the gateway holds that long.
@@ -37,7 +37,7 @@ class HttpJudge:
         )
 
     def compare(
-        self, messages: Messages, pairs: Sequence[tuple[str, str]], stop: StopFlag
+        self, messages: Messages, pairs: Sequence[tuple[str, str]], stop: Stop
     ) -> list[Preference]:
         """Return the better one of each pair of answers to the same conversation.
 
