@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
@@ -20,6 +21,7 @@ from mizzen.operator.status.conditions import parse_rfc3339
 _COUNTS = (Standing.FAILED, Standing.STARTING, Standing.UNREADY, Standing.IN_SERVICE)
 # A replica this long in service has been scraped, whatever the interval.
 _SETTLED_S = 60.0
+_WAKE = re.compile(r";held=([0-9]{1,9})$")
 
 
 def find_scaled(key: Key, facts: Facts) -> Json | None:
@@ -33,8 +35,8 @@ def find_scaled(key: Key, facts: Facts) -> Json | None:
 def wake_of(resource: Json) -> Wake:
     """Return the gateways' wish: the annotation holds TIME;held=N."""
     text = str((resource["metadata"].get("annotations") or {}).get(labels.WAKE) or "")
-    _, _, count = text.partition(";held=")
-    return Wake(token=text[:128], held=int(count) if count.isdigit() else 0)
+    found = _WAKE.search(text)  # anybody may have written it
+    return Wake(token=text[:128], held=int(found[1]) if found else 0)
 
 
 def target_of(key: Key, groups: Iterable[Group], slo: Slo, *, now: datetime) -> Target:

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from mizzen.operator.controllers.autoscaler import Autoscaler
+from mizzen.operator.controllers.autoscaler_observe import wake_of
 from mizzen.operator.engine.key import Key
 from mizzen.operator.kube.errors import KubeError
 from mizzen.operator.metrics.figures import Measured, Name, Target
-from mizzen.operator.planning.signals import Engines, Signal, Traffic
+from mizzen.operator.planning.signals import Engines, Signal, Traffic, Wake
 from mizzen.operator.status.conditions import rfc3339
 from tests.fixtures.memory_api import failing
 from tests.fixtures.serving_world import CRS, KEY, World
@@ -308,6 +311,32 @@ async def test_zero_comes_after_the_gates_were_closed_and_nobody_asked() -> None
     assert {(ready and ready[0], phase) for ready, phase in told} == {
         ("True", "Ready"), ("True", "Stopping"), ("True", "Stopped"),
     }  # fmt: skip
+
+
+HELD = {"20": 20, "\u00b2": 0, "9" * 5000: 0, "-1": 0, "": 0}
+
+
+@pytest.mark.parametrize(("text", "held"), HELD.items(), ids=["20", "two", "huge", "less", "none"])
+def test_a_wake_that_is_no_number_of_requests_is_a_wake_all_the_same(text: str, held: int) -> None:
+    annotation = f"2026-09-01T13:00:00Z;held={text}"
+    resource = {"metadata": {"annotations": {"mizzen.dev/wake": annotation}}}
+    assert wake_of(resource) == Wake(token=annotation[:128], held=held)
+
+
+async def test_a_deployment_that_cannot_be_sized_keeps_no_other_from_it() -> None:
+    scaled = Scaled()
+    await scaled.run(20)
+    later = scaled.world.resource | {"status": {}}
+    later["metadata"] = {"name": "later", "namespace": "team"}
+    scaled.world.api.put(f"{CRS}/later", later)
+
+    async def collect(targets: Sequence[Target]) -> Mapping[Name, Measured]:
+        assert [target.name[1] for target in targets] == ["smollm2", "later"]
+        return {targets[1].name: load(20)}
+
+    scaled.metrics.collect = collect  # type: ignore[method-assign]
+    await scaled.look()
+    assert scaled.world.api.objects[f"{CRS}/later"]["status"]["scaling"]["desired"] == 1
 
 
 async def test_a_wake_starts_as_many_as_the_held_requests_need() -> None:
