@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 
 import grpc  # type: ignore[import-untyped]
 from google.protobuf import json_format  # type: ignore[import-untyped]
-from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from mizzen.runtime.server.adapters import load_adapter, source_from_parameters, unload_adapter
 from mizzen.runtime.server.errors import ApiError, to_api_error
@@ -22,6 +21,11 @@ from mizzen.runtime.server.oip_infer import (
     to_inputs,
     understand,
     wanted_output,
+)
+from mizzen.runtime.server.oip_messages import (
+    model_config_pb2,
+    service_pb2,
+    service_pb2_grpc,
 )
 from mizzen.runtime.server.oip_models import (
     model_config,

@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import math
+import struct
+from array import array
 
-import numpy as np
 from starlette.types import ASGIApp
 
 from mizzen.runtime.engine.api import SamplingParams
@@ -39,17 +41,17 @@ async def embeddings(service: Service, asked: EmbeddingRequest) -> ASGIApp:
 
 async def _embed(
     service: Service, prompt: tuple[int, ...], adapter: str | None, room: asyncio.Semaphore
-) -> np.ndarray:
+) -> list[float]:
     params = SamplingParams(embed=True, max_tokens=1)
     async with room:
         outputs = [output async for output in service.generate(prompt, params, adapter=adapter)]
-    vector = np.array(outputs[-1].embedding, dtype=np.float32)
-    unit: np.ndarray = vector / np.linalg.norm(vector)
-    return unit
+    vector = outputs[-1].embedding
+    assert vector is not None, "asked for"
+    length = math.hypot(*vector)
+    return array("f", [value / length for value in vector]).tolist()
 
 
-def _encode(vector: np.ndarray, asked: EmbeddingRequest) -> list[float] | str:
+def _encode(vector: list[float], asked: EmbeddingRequest) -> list[float] | str:
     if asked.encoding_format == "base64":
-        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-    values: list[float] = vector.tolist()
-    return values
+        return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+    return vector
