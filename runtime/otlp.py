@@ -41,18 +41,17 @@ class OtlpSpan(Span):
 
     def add(self, amounts: Mapping[str, int]) -> None:
         """Add to attributes that count; none is 0."""
-        known = self._span.attributes or {}
+        known = self._known()
         self.note({name: known.get(name, 0) + amount for name, amount in amounts.items()})
 
     def append(self, attribute: str, text: str) -> None:
         """Put a text behind those that an attribute has."""
-        known = (self._span.attributes or {}).get(attribute, ())
-        self.note({attribute: [*known, text]})
+        self.note({attribute: [*self._known().get(attribute, ()), text]})
 
     def answered(self, status: int) -> None:
         """Say how it was answered, with HTTP's status."""
         self.note({"http.response.status_code": status})
-        if status >= 400 and "error.type" not in (self._span.attributes or {}):
+        if status >= 400 and "error.type" not in self._known():
             self.failed(str(status), is_ours=status >= 500)
 
     def failed(self, kind: str, *, is_ours: bool = True) -> None:
@@ -60,6 +59,10 @@ class OtlpSpan(Span):
         self.note({"error.type": kind})
         if is_ours:
             self._span.set_status(Status(StatusCode.ERROR))
+
+    def _known(self) -> Mapping[str, Any]:
+        # A span that is not sampled has no attributes, not even empty ones.
+        return getattr(self._span, "attributes", None) or {}
 
     def headers(self) -> dict[str, str]:
         """Return the headers that make what is sent with them a part of this."""

@@ -136,7 +136,11 @@ class Autoscaler:
         rivals = await self._rivals.find(self._kube, now=now)
         for one in scaled:
             name = one.key.namespace, one.key.name
-            await self._decide(one, measured[name], rivals.get(name, ""), now=now)
+            try:
+                await self._decide(one, measured[name], rivals.get(name, ""), now=now)
+            except Exception:
+                # A defect that one deployment meets must not keep the others from being sized.
+                logger.exception("cannot size a deployment", extra={"key": str(one.key)})
 
     def _read(self, key: Key, resource: Json, now: datetime) -> Scaled | None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
@@ -11,15 +12,15 @@ from mizzen.operator.desired import labels
 from mizzen.operator.engine.key import Key
 from mizzen.operator.facts import Facts
 from mizzen.operator.metrics.figures import Measured, Target
-from mizzen.operator.planning.rollout import Standing
+from mizzen.operator.planning.rollout import COUNTS, Standing
 from mizzen.operator.planning.scale_rules import Slo
 from mizzen.operator.planning.signals import Observation, ReplicaState, Wake
 from mizzen.operator.routing import ref_of
 from mizzen.operator.status.conditions import parse_rfc3339
 
-_COUNTS = (Standing.FAILED, Standing.STARTING, Standing.UNREADY, Standing.IN_SERVICE)
 # A replica this long in service has been scraped, whatever the interval.
 _SETTLED_S = 60.0
+_WAKE = re.compile(r";held=([0-9]{1,9})$")
 
 
 def find_scaled(key: Key, facts: Facts) -> Json | None:
@@ -33,8 +34,8 @@ def find_scaled(key: Key, facts: Facts) -> Json | None:
 def wake_of(resource: Json) -> Wake:
     """Return the gateways' wish: the annotation holds TIME;held=N."""
     text = str((resource["metadata"].get("annotations") or {}).get(labels.WAKE) or "")
-    _, _, count = text.partition(";held=")
-    return Wake(token=text[:128], held=int(count) if count.isdigit() else 0)
+    found = _WAKE.search(text)  # anybody may have written it
+    return Wake(token=text[:128], held=int(found[1]) if found else 0)
 
 
 def target_of(key: Key, groups: Iterable[Group], slo: Slo, *, now: datetime) -> Target:
@@ -54,7 +55,7 @@ def observation_of(
     """Return the look at one deployment."""
     return Observation(
         now_s=now.timestamp(),
-        replicas=tuple(_replica(group, now) for group in groups if group.standing in _COUNTS),
+        replicas=tuple(_replica(group, now) for group in groups if group.standing in COUNTS),
         traffic=measured.traffic,
         engines=measured.engines,
         wake=wake_of(resource),

@@ -182,7 +182,12 @@ def _waiting(group: list[Json], nodes: Mapping[str, Node]) -> tuple[Json, ...]:
     if any(labels.GROUP_GATE in labels.gates_of(pod) for pod in group):
         return ()  # not complete yet
     waiting = [pod for pod in group if not is_over(pod) and node_of(pod, nodes) is None]
-    return tuple(sorted(waiting, key=lambda pod: int(pod["metadata"]["labels"][labels.RANK])))
+    return tuple(sorted(waiting, key=_rank))
+
+
+def _rank(pod: Json) -> int:
+    """Return the pod's place; anybody's pod may have some labels of a replica, and not this one."""
+    return _count(pod["metadata"]["labels"].get(labels.RANK))
 
 
 def _want(name: str, waiting: tuple[Json, ...], nodes: Mapping[str, Node], resource: str) -> Want:

@@ -21,7 +21,7 @@ from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.documents import uid_of
 from mizzen.operator.planning.capacity import too_many_devices
 from mizzen.operator.planning.fit import DoesNotFitError
-from mizzen.operator.planning.rollout import Standing
+from mizzen.operator.planning.rollout import COUNTS, Standing
 from mizzen.operator.routing import PROMOTES_TO, ref_of
 from mizzen.operator.specs import InvalidSpecError
 from mizzen.operator.status.causes import Cause
@@ -64,8 +64,15 @@ class Observed:
 
     @property
     def desired(self) -> int:
-        """How many replicas should run: a fixed number, or what the autoscaler wants."""
-        return self.spec.wanted_replicas((self.status.get("scaling") or {}).get("desired"))
+        """How many replicas should run: a fixed number, or what the autoscaler wants.
+
+        It begins with those that are there, so until it has looked none of them goes.
+        """
+        scaled = (self.status.get("scaling") or {}).get("desired")
+        if scaled is None:
+            there = sum(group.standing in COUNTS for group in self.groups)
+            scaled = max(there, self.spec.desired_replicas)
+        return self.spec.wanted_replicas(scaled)
 
     @property
     def is_holding(self) -> bool:

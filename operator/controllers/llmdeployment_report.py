@@ -111,6 +111,7 @@ def what_is_seen(
         desired=observed.desired,
         max_unavailable=spec.rollout.max_unavailable,
         scaling=scaling_seen(observed.status) if spec.scaling else None,
+        is_holding=observed.is_holding,
         url=f"http://{serving.name}.{serving.namespace}.svc.{domain}:{labels.HTTP_PORT}/v1",
         selector=f"{labels.DEPLOYMENT}={serving.name},{labels.RANK}=0",
         devices_per_pod=spec.devices_per_pod,

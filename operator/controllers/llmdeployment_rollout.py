@@ -191,16 +191,20 @@ def _swaps(observed: Observed, rollout: Rollout, target: Serving | None) -> dict
 
 
 def _without_the_failed(replicas: list[Replica], course: Course) -> list[Replica]:
-    """Count replicas of a revision that was given up as serving nobody, so that they go first."""
+    """Count replicas of a revision that was given up as serving nobody, so that they go first.
+
+    Those that go back in place stay, and serve meanwhile.
+    """
     rollout = course.rollout
     if rollout is None or rollout.failure is None:
         return replicas
     is_safe = any(
         r.standing is Standing.IN_SERVICE and r.revision == course.target for r in replicas
     )
+    goes = is_safe and rollout.revision not in course.swaps
     return [
         replace(r, standing=Standing.UNREADY)
-        if is_safe and r.revision == rollout.revision and r.standing is Standing.IN_SERVICE
+        if goes and r.revision == rollout.revision and r.standing is Standing.IN_SERVICE
         else r
         for r in replicas
     ]

@@ -264,8 +264,9 @@ class FineTuneJobSpec(ApiModel):
         ),
         cel(
             "self.parallelism.tensor == 1 || "
-            "self.method == 'sft' && self.adaptation.type != 'qlora'",
-            "parallelism.tensor above 1 needs method sft and adaptation.type full or lora.",
+            "self.method in ['sft', 'dpo', 'reward'] && self.adaptation.type != 'qlora'",
+            "parallelism.tensor above 1 needs method sft, dpo or reward, and adaptation.type full "
+            "or lora.",
         ),
         cel(
             "self.parallelism.tensor == 1 || !has(self.evaluation) || "

@@ -30,7 +30,8 @@ class Standing(IntEnum):
     LEAVING = 6  # deleted, its processes may still be ending
 
 
-_COUNTS = (Standing.FAILED, Standing.STARTING, Standing.UNREADY, Standing.IN_SERVICE)
+# Those that are there for the wanted number.
+COUNTS = (Standing.FAILED, Standing.STARTING, Standing.UNREADY, Standing.IN_SERVICE)
 _MAY_HAVE_REQUESTS = (Standing.UNREADY, Standing.IN_SERVICE)
 _HOLDS_DEVICES = (*_MAY_HAVE_REQUESTS, Standing.DRAINING)
 
@@ -142,7 +143,7 @@ def _current(
     A failed replica counts until its back-off is over: so it is neither replaced early, nor does
     the rollout go on around it.
     """
-    there = [r for r in everyone if r.revision == revision and r.standing in _COUNTS]
+    there = [r for r in everyone if r.revision == revision and r.standing in COUNTS]
     due = [r for r in there if _will_be_retried(r) and _retry_in_s(r, now) <= 0]
     return [r for r in there if r not in due], due
 

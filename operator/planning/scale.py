@@ -126,6 +126,12 @@ def _inputs(now: Situation, history: History) -> dict[str, float | None]:
 
 def _limit(now: Situation) -> str | None:
     """Return which bound keeps the number below the need; the text holds no changing number."""
+    if now.bounds.unpaid:
+        return (
+            f"scaling.budget.gpus pays for {now.bounds.high} of the at least {now.bounds.unpaid} "
+            f"replicas that are asked for, and at most {now.ceiling} may run. Raise it to what "
+            "they take, or ask for fewer."
+        )
     if now.need.replicas <= now.ceiling:
         return None
     if now.bounds.is_budget:

@@ -27,6 +27,7 @@ class Bounds:
     high: int
     schedule: str = ""  # the one that holds, if any
     is_budget: bool = False  # the budget is what limits
+    unpaid: int = 0  # the fewest asked for, where the budget does not pay for so many
 
 
 def find_time_zone(name: str) -> ZoneInfo:
@@ -54,7 +55,14 @@ def bounds_now(rules: ScaleRules, now_s: float) -> Bounds:
             break
     budget = rules.budget_replicas
     if budget is not None and budget < high:
-        return Bounds(low=min(low, budget), high=budget, schedule=name, is_budget=True)
+        fewest = max(1, low)
+        return Bounds(
+            low=min(low, budget),
+            high=budget,
+            schedule=name,
+            is_budget=True,
+            unpaid=fewest if budget < fewest else 0,
+        )
     return Bounds(low=low, high=high, schedule=name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -28,13 +29,14 @@ def swap_step(
     """Return what else is to be done, and the replica whose weights to swap now.
 
     Replicas of the revisions `swaps` count as if they were of `revision` already: none is replaced
-    for being old. One whose slot is taken there cannot become the same, and is replaced.
+    for being old. One whose slot is taken there by another cannot become the same, and is replaced.
     """
-    taken = {r.slot for r in replicas if revision in (r.revision, r.born)}
+    taken = Counter(r.slot for r in replicas if revision in (r.revision, r.born))
     was: dict[tuple[str, int], Replica] = {}
     for replica in replicas:
         is_first = (revision, replica.slot) not in was
-        if replica.revision in swaps and replica.slot not in taken and is_first:
+        is_free = taken[replica.slot] == int(replica.born == revision)
+        if replica.revision in swaps and is_free and is_first:
             was[revision, replica.slot] = replica
     seen = [replace(r, revision=revision) if r in was.values() else r for r in replicas]
     step = next_step(seen, revision=revision, desired=desired, budget=budget, now=now)

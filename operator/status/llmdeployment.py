@@ -96,6 +96,7 @@ class Seen:
     desired: int
     max_unavailable: int
     scaling: ScalingSeen | None  # None: the number of replicas is fixed
+    is_holding: bool = False  # the gates are closed, to see whether anybody asks
     url: str
     selector: str
     devices_per_pod: int
@@ -122,7 +123,8 @@ class Seen:
     @property
     def is_complete(self) -> bool:
         """Whether all that is wanted serves."""
-        return sum(r.serves for r in self.current) >= self.desired and not self.refusal
+        has_all = sum(r.serves for r in self.current) >= self.desired or self.is_holding
+        return has_all and not self.refusal
 
     @property
     def is_settled(self) -> bool:
@@ -216,7 +218,7 @@ def _phase(seen: Seen) -> str:
     cause = seen.cause
     if cause and cause.reason is Reason.ROLLED_BACK:
         return "RolledBack"
-    if seen.desired == 0 and not cause:
+    if (seen.desired == 0 or seen.is_holding) and not cause:
         return "Stopping" if any(r.is_there for r in seen.replicas) else "Stopped"
     if seen.is_complete:
         return "Ready"
@@ -300,10 +302,16 @@ def _ready(seen: Seen, progress: tuple[Reason, str]) -> Condition:
         return Condition(type_, False, seen.cause.reason, seen.cause.message)
     if not seen.is_complete:
         return Condition(type_, False, *progress)
-    if seen.desired == 0:
-        return Condition(type_, True, Reason.SCALED_TO_ZERO, "No replica is wanted.")
+    if seen.desired == 0 or seen.is_holding:
+        return Condition(type_, True, Reason.SCALED_TO_ZERO, _rest(seen))
     message = f"{seen.desired} of {_replicas(seen.desired)} in service."
     return Condition(type_, True, Reason.IN_SERVICE, message)
+
+
+def _rest(seen: Seen) -> str:
+    if seen.is_holding:
+        return "Nobody asks; new requests are held while that is looked at once more."
+    return "No replica is wanted."
 
 
 def _accepted(seen: Seen) -> Condition:
@@ -315,8 +323,8 @@ def _accepted(seen: Seen) -> Condition:
 
 def _available(seen: Seen, progress: tuple[Reason, str]) -> Condition:
     type_ = ConditionType.AVAILABLE
-    if seen.desired == 0 and not seen.serving:
-        return Condition(type_, False, Reason.SCALED_TO_ZERO, "No replica is wanted.")
+    if (seen.desired == 0 or seen.is_holding) and not seen.serving:
+        return Condition(type_, False, Reason.SCALED_TO_ZERO, _rest(seen))
     if seen.serving >= max(1, seen.desired - seen.max_unavailable):
         return Condition(type_, True, Reason.IN_SERVICE, "Requests are answered.")
     if seen.cause:

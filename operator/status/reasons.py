@@ -150,6 +150,7 @@ class Reason(StrEnum):
     TRAINING_DOES_NOT_FIT = "TrainingDoesNotFit"
     TRAINER_HANGS = "TrainerHangs"
     CHECKPOINT_MISMATCH = "CheckpointMismatch"
+    CHECKPOINT_DAMAGED = "CheckpointDamaged"
     BASE_MODEL_CHANGED = "BaseModelChanged"
     STORAGE_FULL = "StorageFull"
     STORAGE_NOT_WRITABLE = "StorageNotWritable"

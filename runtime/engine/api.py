@@ -68,6 +68,7 @@ class GenerationRequest:
     adapter: str | None = None
     priority: int = 0
     cache_salt: str = ""
+    continues_text: bool = False  # the answer's text is one with the prompt's: no turn is between
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +230,9 @@ class TokenizerApi(Protocol):
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the tokens' text."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token adds to a text, its name where it is a special one."""
 
     def apply_chat_template(
         self,

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mizzen.runtime.engine.token_bytes import byte_table
 from mizzen.runtime.engine.tokenizer import Tokenizer
 
 # A character has at most four bytes: when this many tokens still end in half a one, it is broken
@@ -85,10 +86,17 @@ class ByteDecoder(TokenDecoder):
 class WindowDecoder(TokenDecoder):
     """For every other vocabulary: decode a short window before and after the new token."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], special: frozenset[int]) -> None:
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        special: frozenset[int],
+        before: Sequence[int] = (),
+    ) -> None:
+        """Decode what follows the tokens `before`; without any, a text's beginning."""
         self._decode = decode
         self._special = special
-        self._context: list[int] = []  # decoded already; decides how the next text joins on
+        # Decoded already; decides how the next text joins on.
+        self._context = [token for token in before[-MAX_PENDING_TOKENS:] if token not in special]
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
@@ -123,38 +131,12 @@ class DetokenizerFactory:
         self._tokenizer = tokenizer
         self._bytes_of = byte_table(tokenizer)
 
-    def make(self, stop: Sequence[str] = ()) -> Detokenizer:
-        """Return a detokenizer for a new sequence."""
+    def make(self, stop: Sequence[str] = (), *, before: Sequence[int] = ()) -> Detokenizer:
+        """Return a detokenizer for a new sequence, whose text goes on after the tokens `before`."""
         if self._bytes_of is not None:
             return Detokenizer(ByteDecoder(self._bytes_of), stop)
-        return Detokenizer(WindowDecoder(self._tokenizer.decode, self._tokenizer.special_ids), stop)
-
-
-def byte_table(tokenizer: Tokenizer) -> list[bytes] | None:
-    """Return each token's bytes, or None when the vocabulary is not byte-level."""
-    decoder = tokenizer.backend.decoder
-    if decoder is None or "ByteLevel" not in repr(decoder):
-        return None
-    table = [b""] * tokenizer.vocab_size
-    byte_of = {char: byte for byte, char in _byte_alphabet().items()}
-    for token, index in tokenizer.backend.get_vocab(with_added_tokens=True).items():
-        if index in tokenizer.special_ids:
-            continue
-        try:
-            table[index] = bytes(byte_of[char] for char in token)
-        except KeyError:  # an added token in plain text
-            table[index] = token.encode()
-    return table
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """Return GPT-2's printable character for each byte.
-
-    Source: openai/gpt-2, `bytes_to_unicode` in src/encoder.py.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+        tokenizer = self._tokenizer
+        return Detokenizer(WindowDecoder(tokenizer.decode, tokenizer.special_ids, before), stop)
 
 
 def _first_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:

@@ -306,7 +306,10 @@ class Engine:
             use = self._adapters.acquire(request.adapter) if request.adapter else None
         live = Live(
             seq=self._sequence(request, use, grammar),
-            detokenizer=self._detokenizers.make(request.sampling.stop),
+            detokenizer=self._detokenizers.make(
+                request.sampling.stop,
+                before=request.prompt_token_ids if request.continues_text else (),
+            ),
             stream=stream,
             arrived_at=time.monotonic(),
             adapter_use=use,

@@ -6,6 +6,7 @@ and nobody else's.
 """
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -15,11 +16,13 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from mizzen.runtime.engine.api import JSON_ON_ONE_LINE, Grammar
-from mizzen.runtime.engine.errors import InvalidRequestError
+from mizzen.runtime.engine.errors import EngineBusyError, InvalidRequestError
 from mizzen.runtime.engine.tokenizer import Tokenizer
 
 COMPILE_LIMIT_S = 5.0
 MAX_SOURCE_CHARS = 256 * 1024
+# What is remembered takes some 60 bytes for a character of its source.
+MAX_KEPT, MAX_KEPT_CHARS = 128, 1024 * 1024
 # A mask of a sane grammar takes a tenth of a millisecond; every other sequence waits for it.
 STEP_FUEL, STEP_ITEMS, LEXER_STATES = 50_000, 20_000, 100_000
 
@@ -59,7 +62,7 @@ class GrammarCompiler:
             step_lexer_fuel=STEP_FUEL, step_max_items=STEP_ITEMS, max_lexer_states=LEXER_STATES
         )
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="mizzen-grammar")
-        self._matcher = lru_cache(maxsize=128)(self._compile)
+        self._kept: dict[Grammar, LLMatcher] = {}  # the last used last; belongs to that thread
         self._vocabulary = lru_cache(maxsize=1)(self._load_vocabulary)
 
     async def start(self, grammar: Grammar) -> GrammarState:
@@ -67,17 +70,33 @@ class GrammarCompiler:
 
         Raises:
             InvalidRequestError: it is broken, or too large or too costly.
+            EngineBusyError: too many others are being compiled.
         """
         if len(grammar.source) > MAX_SOURCE_CHARS:
             raise _refusal(f"it has over {MAX_SOURCE_CHARS} characters")
-        loop = asyncio.get_running_loop()
+        loop, begun = asyncio.get_running_loop(), threading.Event()
+
+        def begin() -> GrammarState:
+            begun.set()
+            return GrammarState(self._matcher(grammar).deep_copy())
+
         try:
             async with asyncio.timeout(COMPILE_LIMIT_S):
-                return await loop.run_in_executor(
-                    self._threads, lambda: GrammarState(self._matcher(grammar).deep_copy())
-                )
+                return await loop.run_in_executor(self._threads, begin)
         except TimeoutError as error:
-            raise _refusal(f"compiling it took over {COMPILE_LIMIT_S:.0f} s") from error
+            if begun.is_set():
+                raise _refusal(f"compiling it took over {COMPILE_LIMIT_S:.0f} s") from error
+            raise EngineBusyError(
+                "The grammars of other requests are being compiled. Try again later.",
+                retry_after_s=COMPILE_LIMIT_S,
+            ) from error
+
+    def _matcher(self, grammar: Grammar) -> LLMatcher:
+        kept = self._kept
+        kept[grammar] = matcher = kept.pop(grammar) if grammar in kept else self._compile(grammar)
+        while len(kept) > MAX_KEPT or sum(len(each.source) for each in kept) > MAX_KEPT_CHARS:
+            del kept[next(iter(kept))]
+        return matcher
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         try:

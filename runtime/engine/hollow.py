@@ -31,7 +31,7 @@ _SYMBOLS, _NAMES, _HASHES, _, _VERSIONS = _TABLES
 _DYNAMIC_SECTION = 6
 _SONAME, _NAMES_BYTES, _SYMBOL_BYTES, _VERSION_COUNT = 14, 10, 11, 0x6FFFFFFD
 _UNDEFINED, _ABSOLUTE = 0, 0xFFF1
-_FUNCTION = 2
+_GLOBAL, _FUNCTION = 1, 2
 
 _RETURN_1 = b"\xb8\x01\x00\x00\x00\xc3"  # mov eax, 1; ret
 
@@ -49,10 +49,10 @@ class _Section:
 
 
 def hollow_out(library: bytes | mmap.mmap) -> bytes:
-    """Return a library with the same name, symbols and versions; each symbol's call returns 1.
+    """Return a library with the same name, functions and versions; each function returns 1.
 
     Raises:
-        NotALibraryError: `library` is something else.
+        NotALibraryError: `library` is something else, or has variables too.
     """
     tables, soname = _read(library)
     code_at = _HEADER.size + 4 * _PROGRAM.size
@@ -105,12 +105,22 @@ def _sections(library: bytes | mmap.mmap) -> list[_Section]:
 
 
 def _all_at(address: int, symbols: bytes) -> bytes:
-    """Return the symbols as functions at `address`, but for those defined elsewhere."""
+    """Return the symbols with each function at `address`.
+
+    Weak ones become undefined. They are C++ templates that every library which needs one has too,
+    and the loader might choose this copy for all of them.
+    """
     moved = bytearray()
     for name, kind, visibility, section, value, size in _SYMBOL.iter_unpack(symbols):
+        place = section, value, size
         if section not in (_UNDEFINED, _ABSOLUTE):
-            kind, value, size = kind & 0xF0 | _FUNCTION, address, len(_RETURN_1)
-        moved += _SYMBOL.pack(name, kind, visibility, section, value, size)
+            if kind >> 4 != _GLOBAL:
+                place = _UNDEFINED, 0, 0
+            elif kind & 0xF == _FUNCTION:
+                place = section, address, len(_RETURN_1)
+            else:
+                raise NotALibraryError("It has variables, which others would read.")
+        moved += _SYMBOL.pack(name, kind, visibility, *place)
     return bytes(moved)
 
 

@@ -123,9 +123,9 @@ class RemoteEngine:
         if request.request_id in self._streams:
             raise InvalidRequestError(f"Request id {request.request_id!r} is in use.")
         stream = self._streams[request.request_id] = asyncio.Queue()
-        self._link.send(Generate(request))
         ended = False
         try:
+            self._link.send(Generate(request))
             while not ended:
                 item = await stream.get()
                 ended = isinstance(item, Exception) or item.finish_reason is not None

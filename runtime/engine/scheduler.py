@@ -245,20 +245,21 @@ class Scheduler:
                 seq.blocks += self.pool.allocate(missing)
             chunk = _chunk(seq, count)
             if seq.guesser is not None and chunk.samples:
-                chunk.draft = self._draft(seq, seq.guesser, budget - behind - count)
+                chunk.draft = self._draft(seq, seq.guesser, budget - behind - count, behind=behind)
             chunks.append(chunk)
             budget -= chunk.size
             position += 1
         return chunks, preempted
 
-    def _draft(self, seq: Sequence, guesser: Guesser, room: int) -> list[int]:
+    def _draft(self, seq: Sequence, guesser: Guesser, room: int, *, behind: int) -> list[int]:
         """Return guesses, with blocks for them; guessing takes nothing from anybody else."""
         if len(self.running) > MAX_RUNNING or self.waiting:
             return []
         room = min(room, self.limits.draft_tokens, seq.max_tokens - seq.output_tokens - 1)
         draft = guesser.propose(seq.token_ids, room) if room > 0 else []
         missing = self.pool.blocks_for(len(seq.token_ids) + len(draft)) - len(seq.blocks)
-        if missing > self.pool.free:
+        # Each one behind may need a block for its own token.
+        if missing > 0 and missing > self.pool.free - behind:
             return []
         if missing > 0:
             seq.blocks += self.pool.allocate(missing)

@@ -1,7 +1,7 @@
 """Stand-ins for libraries that PyTorch loads for a GPU, on a machine without one.
 
-Its build for GPUs loads all of them as it is imported, and some fill tables then: 118 MB of each
-process that no file backs, and another 126 MB of pages, for functions that nothing ever calls. It
+Its build for GPUs loads all of them as it is imported, and some fill tables then: some 130 MB of
+each process that no file backs, and as many of files' pages, for functions that nothing calls. It
 looks for each in the entries of Python's path, in their order: the first that is found is loaded,
 and is what the others are linked to.
 """
@@ -13,7 +13,10 @@ from pathlib import Path
 from mizzen.runtime.engine.hollow import hollow_out
 
 # Without a device, the status 1 that their stand-ins return is a failure in all of them.
-LIBRARIES = ("cublasLt", "cufft", "cusparse", "cusparseLt", "nvJitLink", "nvrtc")
+LIBRARIES = (
+    *("cublas", "cublasLt", "cufft", "curand", "cusolver", "cusparse", "cusparseLt"),
+    *("nvJitLink", "nvrtc"),
+)
 DEVICES = Path("/dev")
 _GPU_NODES = ("nvidiactl", "dxg")  # in a machine and in a container, under Linux and WSL
 

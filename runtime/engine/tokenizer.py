@@ -13,7 +13,8 @@ from mizzen.runtime.engine.api import Message
 from mizzen.runtime.engine.chat_template import knows_tools, render_chat
 from mizzen.runtime.engine.errors import InvalidRequestError
 from mizzen.runtime.engine.gguf_vocab import build_tokenizer
-from mizzen.runtime.errors import WeightsMissingError
+from mizzen.runtime.engine.token_bytes import byte_table, piece_bytes
+from mizzen.runtime.errors import NotAModelError, WeightsMissingError
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -80,6 +81,19 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the tokens' text."""
         return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token adds to a text, its name where it is a special one."""
+        piece = self.backend.id_to_token(token_id)
+        if piece is None:  # models have more rows than their tokenizer has tokens
+            return b""
+        if token_id in self.special_ids:
+            return piece.encode()
+        return self._byte_table[token_id] if self._byte_table else piece_bytes(piece)
+
+    @cached_property
+    def _byte_table(self) -> list[bytes] | None:
+        return byte_table(self)
 
     def render(
         self,
@@ -157,7 +171,10 @@ def _until_last(inside: list[int], ids: Sequence[int], ends: Sequence[int]) -> l
 
 
 def _from_directory(path: Path) -> Tokenizer:
-    backend = RustTokenizer.from_file(str(path / "tokenizer.json"))
+    try:
+        backend = RustTokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # the library's errors have no type of their own
+        raise _unreadable(path / "tokenizer.json", error) from error
     backend.no_truncation()
     backend.no_padding()
     settings = _read_json(path / "tokenizer_config.json")
@@ -193,6 +210,16 @@ def _from_gguf(path: Path) -> Tokenizer:
     from mizzen.runtime.model.gguf_header import read_gguf_header  # noqa: PLC0415 - only if needed
 
     metadata = read_gguf_header(path).metadata
+    try:
+        return _from_metadata(metadata)
+    except KeyError as missing:
+        raise NotAModelError(
+            f"{path.name} lacks the entry {missing}, without which it has no tokenizer. Use the "
+            "model's Hugging Face directory instead."
+        ) from None
+
+
+def _from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     tokens = metadata["tokenizer.ggml.tokens"]
     keys = {name: f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "eot")}
     ids: dict[str, int] = {name: metadata[key] for name, key in keys.items() if key in metadata}
@@ -207,7 +234,14 @@ def _from_gguf(path: Path) -> Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> NotAModelError:
+    return NotAModelError(f"{file.name} cannot be read ({error}). Copy the file again.")
 
 
 def _text_of(token: str | Mapping[str, Any]) -> str:

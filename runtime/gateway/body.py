@@ -16,7 +16,7 @@ from mizzen.runtime.gateway.errors import (
     SlowBodyError,
 )
 
-# What scores are asked for with. Not told by max_tokens: a runtime takes "0" for 0 too.
+# What scores are asked for with.
 SCORES = ("prompt_logprobs", "prompt_samples")
 
 
@@ -52,7 +52,7 @@ def engine_priority(given: object, key_priority: int) -> int:
     A client may let others go first, but not go before what its key may.
     """
     own = -key_priority
-    # What is no integer a runtime may take for one: "-5", -5.0, true.
+    # Of what is no integer, such as "-5", a runtime is told nothing: it may be of another version.
     return max(own, given) if type(given) is int else own
 
 

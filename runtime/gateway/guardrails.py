@@ -117,8 +117,23 @@ def refuse_scores(rails: Sequence[Guardrail]) -> None:
             raise RefusedByGuardrailError(rail.name, why)
 
 
+def refuse_streamed_logprobs(document: dict[str, object], rails: Sequence[Guardrail]) -> None:
+    """Refuse log probabilities in a stream whose text is checked: tokens come before their text.
+
+    Raises:
+        RefusedByGuardrailError: answers are checked.
+    """
+    is_asked = document.get("logprobs") is not None and document.get("logprobs") is not False
+    if not is_asked or not document.get("stream"):
+        return
+    for rail in rails:
+        if rail.is_output:
+            why = "the tokens of 'logprobs' cannot be checked in a stream, so leave out one of both"
+            raise RefusedByGuardrailError(rail.name, why)
+
+
 def _refuse_tokens(rail: Guardrail, document: dict[str, object]) -> None:
-    # A runtime takes "15" and 15.0 for the token 15, so only what is text for sure may pass.
+    # Only what is text for sure may pass, whatever a runtime would make of "15" or 15.0.
     for name in ("prompt", "input"):
         given = document.get(name)
         is_template = name == "prompt" and isinstance(given, dict)

@@ -11,7 +11,12 @@ from mizzen.runtime.gateway.body import Body
 from mizzen.runtime.gateway.directory import Directory, Route, ServedModel
 from mizzen.runtime.gateway.errors import BadBodyError, NoReplicaError, UnknownModelError
 from mizzen.runtime.gateway.guarded import GuardedReply
-from mizzen.runtime.gateway.guardrails import RefusedByGuardrailError, check_request, refuse_scores
+from mizzen.runtime.gateway.guardrails import (
+    RefusedByGuardrailError,
+    check_request,
+    refuse_scores,
+    refuse_streamed_logprobs,
+)
 from mizzen.runtime.gateway.lifecycle import Lifecycle
 from mizzen.runtime.gateway.metrics import GatewayMetrics
 from mizzen.runtime.gateway.prompts import apply_prompt
@@ -76,6 +81,7 @@ class Intake:
         body = asked.body
         try:
             document = check_request(body.document, model.guardrails)
+            refuse_streamed_logprobs(body.document, model.guardrails)
             if body.is_for_idle_moments:
                 refuse_scores(model.guardrails)
         except RefusedByGuardrailError as error:

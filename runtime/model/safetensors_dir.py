@@ -69,7 +69,7 @@ class SafetensorsDir:
         if file is None:
             raise WeightsMissingError(f"The checkpoint has no tensor {name}.")
         if file not in self._open_files:
-            self._open_files[file] = safe_open(self._directory / file, framework="pt")
+            self._open_files[file] = _open(self._directory / file)
         try:
             return self._open_files[file].get_slice(name)
         except SafetensorError:
@@ -102,14 +102,23 @@ def _data_len(file: Path, header: bytes) -> int:
     try:
         entries = json.loads(header)
         return max(
-            (e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"),
+            (int(e["data_offsets"][1]) for name, e in entries.items() if name != "__metadata__"),
             default=0,
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise NotAModelError(f"{file.name} is not a safetensors file: bad header.") from None
 
 
 def _tensor_names(file: Path) -> list[str]:
     check_whole(file)
-    with safe_open(file, framework="pt") as tensors:
+    with _open(file) as tensors:
         return list(tensors.keys())
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise NotAModelError(
+            f"{file.name} is damaged, or not a safetensors file: {error}. Copy the file again."
+        ) from None

@@ -120,6 +120,11 @@ async def load_adapter(service: Service, name: str, source: AdapterSource) -> No
             service.adapter_errors[name] = str(error)
             # Whatever else the engine calls it, the adapter is at fault.
             raise ApiError(400, str(error), code="adapter_load_failed") from error
+        except Exception as error:
+            log.exception("loading the adapter %s failed", name)
+            message = "The server failed on this adapter; its log says why."
+            service.adapter_errors[name] = message
+            raise ApiError(500, message, code="adapter_load_failed") from error
         service.adapter_errors.pop(name, None)
         # The engine keeps the digest of the first load of an equal content; asked is asked.
         service.adapter_digests[name] = source.digest

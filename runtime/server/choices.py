@@ -67,6 +67,8 @@ def run_choices(
     prompts: Sequence[tuple[int, ...]],
     sampling: SamplingParams,
     adapter: str | None,
+    *,
+    continues_text: bool,
 ) -> Outputs:
     """Yield (choice index, output) of `n` answers to each prompt, as they come."""
     runs = [
@@ -77,6 +79,7 @@ def run_choices(
             priority=request.priority,
             cache_salt=request.cache_salt,
             place=place,
+            continues_text=continues_text,
         )
         for prompt in prompts
         for place in range(request.n)

@@ -146,6 +146,7 @@ def _place(error: ErrorDetails) -> list[str]:
     ]
 
 
-def _how_telling(error: ErrorDetails) -> tuple[int, bool]:
-    # A field of several types fails once for each; the branch that got furthest was meant.
-    return len(_place(error)), error["type"] != "string_type"
+def _how_telling(error: ErrorDetails) -> tuple[bool, int, bool]:
+    # A field of several types fails once for each; the branch that got furthest was meant: to the
+    # end of a list, which is only then found to be too long.
+    return error["type"] == "too_long", len(_place(error)), error["type"] != "string_type"

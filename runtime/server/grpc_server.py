@@ -5,12 +5,12 @@ from typing import Any
 from urllib.parse import unquote
 
 import grpc  # type: ignore[import-untyped]
-from tritonclient.grpc import service_pb2_grpc
 
 from mizzen.runtime.server import grpc_health
 from mizzen.runtime.server.access import Access, Gate
 from mizzen.runtime.server.errors import ApiError
 from mizzen.runtime.server.oip_grpc import Context, InferenceServicer, abort_with
+from mizzen.runtime.server.oip_messages import service_pb2_grpc
 from mizzen.runtime.server.service import Service
 
 INFERENCE = "inference.GRPCInferenceService"

@@ -31,6 +31,8 @@ class InputTensor(_Lenient):
 class OutputParameters(_Lenient):
     """How an output is wanted."""
 
+    model_config = ConfigDict(extra="allow")  # `wanted_output` looks at what is not served
+
     binary_data: bool | None = None
 
 

@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 
 import grpc  # type: ignore[import-untyped]
 from google.protobuf import json_format  # type: ignore[import-untyped]
-from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from mizzen.runtime.server.adapters import load_adapter, source_from_parameters, unload_adapter
 from mizzen.runtime.server.errors import ApiError, to_api_error
@@ -21,6 +20,12 @@ from mizzen.runtime.server.oip_infer import (
     timed_out,
     to_inputs,
     understand,
+    wanted_output,
+)
+from mizzen.runtime.server.oip_messages import (
+    model_config_pb2,
+    service_pb2,
+    service_pb2_grpc,
 )
 from mizzen.runtime.server.oip_models import (
     model_config,
@@ -52,6 +57,11 @@ _CODES = {
 # A text that quotes the request may be as long as that; over the limit of a trailer (8 KiB, with
 # three bytes for each that is not ASCII) clients get an error of their own in its place.
 _MOST_DETAILS = 512
+
+
+# Of one stream. A client may send and never read; what it is owed then must not fill the memory.
+_MOST_OPEN = 256  # requests that are being answered
+_MOST_UNREAD = 1024  # responses
 
 
 async def abort_with(context: Context, error: ApiError) -> None:
@@ -148,7 +158,7 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
         self, requests: AsyncIterator[Message], context: Context
     ) -> AsyncIterator[Message]:
         """Answer prompts as they come, each with as many responses as it has pieces."""
-        ready: asyncio.Queue[Message | None] = asyncio.Queue()
+        ready = _Responses()
         reader = asyncio.create_task(self._read(requests, ready, context))
         try:
             while (response := await ready.get()) is not None:
@@ -160,19 +170,20 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
     async def _read(
         self,
         requests: AsyncIterator[Message],
-        ready: asyncio.Queue[Message | None],
+        ready: "_Responses",
         context: Context,
     ) -> None:
+        room = asyncio.Semaphore(_MOST_OPEN)
         try:
             async with asyncio.TaskGroup() as answers:
                 async for request in requests:
-                    answers.create_task(self._answer(request, ready, context))
+                    await room.acquire()
+                    task = answers.create_task(self._answer(request, ready, context))
+                    task.add_done_callback(lambda _: room.release())
         finally:
-            ready.put_nowait(None)
+            ready.end()
 
-    async def _answer(
-        self, request: Message, ready: asyncio.Queue[Message | None], context: Context
-    ) -> None:
+    async def _answer(self, request: Message, ready: "_Responses", context: Context) -> None:
         with self._inference(context) as span:
             try:
                 call = _call(request)
@@ -183,16 +194,14 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
                 error = timed_out() if isinstance(error, TimeoutError) else error
                 answer = to_api_error(error)
                 span.answered(answer.status)
-                ready.put_nowait(_failure(request, answer))
+                await ready.put(_failure(request, answer))
             else:
                 span.answered(200)
 
-    async def _respond(
-        self, call: InferCall, asked: Inference, ready: asyncio.Queue[Message | None]
-    ) -> None:
+    async def _respond(self, call: InferCall, asked: Inference, ready: "_Responses") -> None:
         if not asked.stream:
             tensors = await run_whole(self._service, asked)
-            ready.put_nowait(_streamed(_response(call, tensors), final=True))
+            await ready.put(_streamed(_response(call, tensors), final=True))
             return
         sent = 0
         async with aclosing(run_stream(self._service, asked)) as outputs:
@@ -200,7 +209,7 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
                 count, sent = output.output_tokens - sent, output.output_tokens
                 tensors = answer_tensors(asked, output, text=output.text, count=count)
                 final = output.finish_reason is not None
-                ready.put_nowait(_streamed(_response(call, tensors), final=final))
+                await ready.put(_streamed(_response(call, tensors), final=final))
 
     async def _check_model(self, request: Message, context: Context) -> None:
         try:
@@ -221,13 +230,38 @@ class InferenceServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type:
             self._service.close_request()
 
 
+class _Responses:
+    """Responses on their way to one client; who makes them waits while it does not read."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._room = asyncio.Semaphore(_MOST_UNREAD)
+
+    async def put(self, response: Message) -> None:
+        """Add a response, as soon as there is room for it."""
+        await self._room.acquire()
+        self._queue.put_nowait(response)
+
+    def end(self) -> None:
+        """Say that no more will come."""
+        self._queue.put_nowait(None)
+
+    async def get(self) -> Message | None:
+        """Wait for the next response, None at the end."""
+        response = await self._queue.get()
+        self._room.release()
+        return response
+
+
 def _call(request: Message) -> InferCall:
     return InferCall(
         model=request.model_name,
         version=request.model_version,
         call_id=request.id,
         inputs=to_inputs(_tensors(request)),
-        outputs=tuple(output.name for output in request.outputs),
+        outputs=tuple(
+            wanted_output(output.name, _parameters(output.parameters)) for output in request.outputs
+        ),
         parameters=_parameters(request.parameters),
     )
 

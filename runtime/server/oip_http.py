@@ -21,6 +21,7 @@ from mizzen.runtime.server.oip_infer import (
     run_whole,
     to_inputs,
     understand,
+    wanted_output,
 )
 from mizzen.runtime.server.oip_models import (
     model_config,
@@ -169,7 +170,10 @@ async def _infer(service: Service, request: Request, asked: InferBody, raw: byte
         version=request.path_params.get("version", ""),
         call_id=asked.id,
         inputs=to_inputs(_input_tensors(asked.inputs, raw)),
-        outputs=tuple(output.name for output in asked.outputs),
+        outputs=tuple(
+            wanted_output(output.name, output.parameters.model_extra or {})
+            for output in asked.outputs
+        ),
         parameters=asked.parameters,
     )
     understood = await understand(service, call)

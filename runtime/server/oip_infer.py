@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from mizzen.runtime.engine.api import TokenOutput
 from mizzen.runtime.server.errors import ApiError, from_validation, invalid
@@ -38,6 +38,9 @@ OUTPUTS: Mapping[str, str] = {
 
 class InferSampling(Sampling):
     """The JSON in `sampling_parameters`; `lora_name` picks an adapter, as in Triton's backend."""
+
+    # Triton's backend takes numbers as text, and its own examples send them so.
+    model_config = ConfigDict(strict=False)
 
     lora_name: str | None = None
     n: int = Field(1, ge=1, le=1)
@@ -126,6 +129,18 @@ def _check_names(call: InferCall) -> None:
         raise invalid("sequence_id", "Sequences are not supported; send the whole prompt.")
 
 
+def wanted_output(name: str, parameters: Mapping[str, object]) -> str:
+    """Return the name of a wanted output.
+
+    Raises:
+        ApiError: it is wanted in a form that is not served, or at a place that is not filled.
+    """
+    for extension in ("classification", "shared_memory_region"):
+        if parameters.get(extension):
+            raise invalid(name, f"{name}: {extension} is not supported here; leave it out.")
+    return name
+
+
 def _text(inputs: Mapping[str, Tensor], name: str) -> str:
     value = inputs[name].values[0]
     try:
@@ -166,7 +181,13 @@ def _wanted(call: InferCall) -> tuple[str, ...]:
 async def run_stream(service: Service, asked: Inference) -> AsyncGenerator[TokenOutput, None]:
     """Yield the answer's outputs; those that carry nothing for the client are left out."""
     params = asked.sampling.to_params(logprobs=None, default_max_tokens=16)
-    run = service.generate(asked.prompt, params, adapter=asked.adapter, priority=asked.priority)
+    run = service.generate(
+        asked.prompt,
+        params,
+        adapter=asked.adapter,
+        priority=asked.priority,
+        continues_text=True,
+    )
     async with aclosing(run):
         async for output in run:
             if output.text or output.finish_reason:

@@ -24,7 +24,7 @@ async def chat_completions(service: Service, asked: ChatRequest) -> ASGIApp:
     engine = service.engine
     prompt = await encode_chat(engine, asked)
     params = asked.params(in_tags=engine.tokenizer.calls_in_tags)
-    outputs = run_choices(service, asked, [prompt], params, adapter)
+    outputs = run_choices(service, asked, [prompt], params, adapter, continues_text=False)
     if asked.stream:
         return await EventStream.start(_stream(asked, outputs, engine.tokenizer))
     return json_response(await _whole(asked, outputs, engine.tokenizer))
@@ -69,7 +69,8 @@ async def _stream(
     )
     usage, begun = Usage(asked.n), set[int]()
     names = _tool_names(asked)
-    readers = [ToolReader(names) if names else None for _ in range(asked.n)]
+    parallel = asked.parallel_tool_calls
+    readers = [ToolReader(names, parallel=parallel) if names else None for _ in range(asked.n)]
     async with aclosing(outputs):
         async for index, output in outputs:
             usage.add(index, output)
@@ -121,7 +122,7 @@ def _tool_names(asked: ChatRequest) -> frozenset[str]:
 def _message(asked: ChatRequest, text: str) -> dict[str, object]:
     message: dict[str, object] = {"role": "assistant", "content": text, "refusal": None}
     if names := _tool_names(asked):
-        said, calls = read_tools(text, names)
+        said, calls = read_tools(text, names, parallel=asked.parallel_tool_calls)
         message["content"] = said or (None if calls else "")
         if calls:
             message["tool_calls"] = calls

@@ -30,7 +30,7 @@ async def completions(service: Service, asked: CompletionRequest) -> ASGIApp:
     prompts = await encode_prompts(engine, asked.prompts(), param="prompt")
     if asked.is_score:
         return json_response(await score_prompts(service, asked, prompts, adapter))
-    outputs = run_choices(service, asked, prompts, asked.params(), adapter)
+    outputs = run_choices(service, asked, prompts, asked.params(), adapter, continues_text=True)
     answer = _Answer(asked, engine.tokenizer, _echoes(asked, engine.tokenizer, prompts))
     if asked.stream:
         return await EventStream.start(answer.stream(outputs))

@@ -22,8 +22,10 @@ def chat_logprobs(tokenizer: TokenizerApi, logprobs: Sequence[TokenLogprob]) -> 
 
 
 def _chat_token(tokenizer: TokenizerApi, token_id: int, logprob: float) -> dict[str, object]:
-    text = token_text(tokenizer, token_id)
-    return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+    # A character may be spread over tokens: only their bytes, joined, are its text.
+    written = tokenizer.token_bytes(token_id)
+    text = written.decode(errors="replace")
+    return {"token": text, "logprob": finite(logprob), "bytes": list(written)}
 
 
 @dataclass(slots=True)
@@ -43,17 +45,19 @@ class CompletionLogprobs:
         return {
             "tokens": texts,
             "token_logprobs": [finite(entry.logprob) for entry in logprobs],
-            "top_logprobs": [
-                {token_text(self.tokenizer, token): finite(value) for token, value in entry.top}
-                for entry in logprobs
-            ],
+            "top_logprobs": [self._top(entry) for entry in logprobs],
             "text_offset": offsets,
         }
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        # OpenAI's API has the chosen token among them, whatever its rank.
+        places = (*entry.top, (entry.token_id, entry.logprob)) if entry.top else ()
+        return {token_text(self.tokenizer, token): finite(value) for token, value in places}
 
 
 def token_text(tokenizer: TokenizerApi, token_id: int) -> str:
     """Return one token as text, a special one too."""
-    return tokenizer.decode([token_id], skip_special_tokens=False)
+    return tokenizer.token_bytes(token_id).decode(errors="replace")
 
 
 def finite(logprob: float) -> float:

@@ -9,10 +9,13 @@ import time
 import uuid
 
 from mizzen.runtime.engine.api import PromptScores, ScoreRequest, TokenizerApi, TokenLogprob
-from mizzen.runtime.server.errors import to_api_error
+from mizzen.runtime.server.errors import invalid, to_api_error
 from mizzen.runtime.server.openai_logprobs import finite, token_text
 from mizzen.runtime.server.schemas import CompletionRequest
 from mizzen.runtime.server.service import Service
+
+# Of an answer, which is in memory whole: 8,192 tokens with 1,023 samples each take about 300 MB.
+_MOST_NUMBERS = 2**23
 
 
 async def score_prompts(
@@ -26,6 +29,7 @@ async def score_prompts(
     Raises:
         ApiError: what the engine had against one of them, or that it is busy.
     """
+    _check_size(asked, prompts)
     requests = [
         ScoreRequest(
             token_ids=prompt,
@@ -46,6 +50,17 @@ async def score_prompts(
         service.metrics.reject(error)
         raise error from None
     return _body(asked, engine.tokenizer, prompts, [task.result() for task in tasks])
+
+
+def _check_size(asked: CompletionRequest, prompts: list[tuple[int, ...]]) -> None:
+    places = sum(len(prompt) for prompt in prompts)
+    numbers = places * (1 + (asked.prompt_logprobs or 0) + (asked.prompt_samples or 0))
+    if numbers > _MOST_NUMBERS:
+        raise invalid(
+            "prompt",
+            f"prompt: the answer would have {numbers} numbers, and {_MOST_NUMBERS} are the most. "
+            "Send fewer prompts at a time, or ask for fewer prompt_samples or prompt_logprobs.",
+        )
 
 
 def _body(

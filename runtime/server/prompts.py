@@ -1,12 +1,15 @@
 """Requests become token ids. Long texts are encoded off the event loop."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from mizzen.runtime.engine.api import EngineApi
 from mizzen.runtime.engine.errors import PromptTooLongError
 from mizzen.runtime.server.errors import invalid
 from mizzen.runtime.server.schemas import ChatRequest, Prompts
+
+Result = TypeVar("Result")
 
 # Encoding takes about a second per million characters; this much is a few milliseconds.
 _INLINE_CHARS = 20_000
@@ -14,11 +17,11 @@ _INLINE_CHARS = 20_000
 
 async def encode_chat(engine: EngineApi, request: ChatRequest) -> tuple[int, ...]:
     """Return the conversation in the model's own chat format."""
-    messages = [message.to_template() for message in request.messages]
+    turns = [message.to_template() for message in request.messages]
     tools = request.template_tools()
-    size = sum(len(message["content"]) for message in messages) + len(str(tools))
-    token_ids = await encode_off_loop(
-        lambda: engine.tokenizer.apply_chat_template(messages, tools), size
+    token_ids = await off_loop(
+        lambda: engine.tokenizer.apply_chat_template(turns, tools),
+        chars=chars_of(turns) + len(str(tools)),
     )
     return _checked(engine, token_ids, param="messages")
 
@@ -27,29 +30,33 @@ async def encode_prompts(
     engine: EngineApi, prompts: Prompts, *, param: str
 ) -> list[tuple[int, ...]]:
     """Return the token ids of each prompt, given as text or as tokens."""
-    return [await _encode_prompt(engine, prompt, param) for prompt in prompts]
+
+    def encode() -> list[Sequence[int]]:
+        return [engine.tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+
+    largest = engine.tokenizer.vocab_size - 1
+    for prompt in prompts:
+        if not isinstance(prompt, str) and max(prompt) > largest:
+            raise invalid(param, f"{param}: token ids go up to {largest} in this model.")
+    chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    encoded = await off_loop(encode, chars=chars)
+    return [_checked(engine, token_ids, param=param) for token_ids in encoded]
 
 
 async def encode_text(engine: EngineApi, text: str, *, param: str) -> tuple[int, ...]:
     """Return one text's token ids."""
-    token_ids = await encode_off_loop(lambda: engine.tokenizer.encode(text), len(text))
-    return _checked(engine, token_ids, param=param)
+    (token_ids,) = await encode_prompts(engine, [text], param=param)
+    return token_ids
 
 
-async def _encode_prompt(
-    engine: EngineApi, prompt: str | Sequence[int], param: str
-) -> tuple[int, ...]:
-    if isinstance(prompt, str):
-        return await encode_text(engine, prompt, param=param)
-    largest = engine.tokenizer.vocab_size - 1
-    if max(prompt) > largest:
-        raise invalid(param, f"{param}: token ids go up to {largest} in this model.")
-    return _checked(engine, prompt, param=param)
+async def off_loop(work: Callable[[], Result], *, chars: int) -> Result:
+    """Return `work()`, called in a thread where it is about many characters."""
+    return work() if chars <= _INLINE_CHARS else await asyncio.to_thread(work)
 
 
-async def encode_off_loop(encode: Callable[[], list[int]], chars: int) -> list[int]:
-    """Return `encode()`, called in a thread where its text is long."""
-    return encode() if chars <= _INLINE_CHARS else await asyncio.to_thread(encode)
+def chars_of(turns: Sequence[Mapping[str, object]]) -> int:
+    """Return about how long the turns of a conversation are, with the calls they made."""
+    return sum(len(str(turn)) for turn in turns)
 
 
 def _checked(engine: EngineApi, token_ids: Sequence[int], *, param: str) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """What OpenAI clients send, checked once at the border. Must not know the engine's state.
 
 A field we know and cannot honour is refused with its name; silence would be taken for effect.
+So is "5" for a number, as at OpenAI: what looks into a request on its way must see what we see.
 """
 
 from dataclasses import replace
@@ -18,12 +19,13 @@ MAX_TOOLS = 128
 _MAX_STOPS = 16
 _MAX_STOP_CHARS = 1024
 _MAX_BIASES = 1024
-_MAX_PROMPTS = 64
+_MAX_PROMPTS = 2048  # as OpenAI; libraries send a thousand inputs to embed at a time
 _MOST = 2**31 - 1
 _COLDEST = 1e-5  # below, logits divided by it leave float32; its limit is the best token
 
 StopText = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, le=_MOST)]
+TokenName = Annotated[int, Field(ge=0, le=_MOST, strict=False)]  # JSON's names are text
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 PromptField = (
     str
@@ -40,10 +42,10 @@ Prompts = list[str] | list[list[int]]  # as texts or as token ids
 class Sampling(BaseModel):
     """The sampling parameters that every protocol shares, under OpenAI's and vLLM's names."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
     temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, ge=0, le=1)
     top_k: int = Field(0, ge=-1, le=_MOST)  # vLLM's -1 and our 0 both keep all
     min_p: float = Field(0.0, ge=0, le=1)
     presence_penalty: Penalty = 0.0
@@ -55,7 +57,7 @@ class Sampling(BaseModel):
     stop: StopText | Annotated[list[StopText], Field(max_length=_MAX_STOPS)] | None = None
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=_MAX_STOPS)
     ignore_eos: bool = False
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: dict[TokenName, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, max_length=_MAX_BIASES
     )
     structured_outputs: StructuredOutputs | None = None
@@ -115,7 +117,7 @@ class Sampling(BaseModel):
 class StreamOptions(BaseModel):
     """What a stream carries beside its text."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     include_usage: bool = False
 
@@ -337,7 +339,7 @@ class CompletionRequest(OpenAIRequest):
 class EmbeddingRequest(BaseModel):
     """Body of POST /v1/embeddings."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str = Field(min_length=1, max_length=512)
     input: PromptField
@@ -352,7 +354,7 @@ class EmbeddingRequest(BaseModel):
 class TokenizeRequest(BaseModel):
     """Body of POST /tokenize: a prompt or messages."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     prompt: str | None = None
@@ -371,7 +373,7 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """Body of POST /detokenize."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     tokens: list[TokenId]

@@ -155,10 +155,12 @@ class Service:
         priority: int = 0,
         cache_salt: str = "",
         place: int = 0,
+        continues_text: bool = False,
     ) -> AsyncGenerator[TokenOutput, None]:
         """Yield the answer to a prompt; closing the iterator frees what it holds.
 
-        `place` is the answer's among those to the same prompt, whose tokens count once.
+        `place` is the answer's among those to the same prompt, whose tokens count once. An answer
+        that `continues_text` begins in the middle of one, as its tokens say.
 
         Raises:
             ApiError: whatever the engine had against it, or that it was cut by a stop.
@@ -170,6 +172,7 @@ class Service:
             adapter=adapter,
             priority=priority,
             cache_salt=cache_salt,
+            continues_text=continues_text,
         )
         engine = self.engine
         trace_asked(current_span.get(), request)

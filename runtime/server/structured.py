@@ -24,7 +24,7 @@ class StructuredOutputs(BaseModel):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if len(self.model_fields_set) != 1 or all(v is None for v in self.__dict__.values()):
+        if sum(value is not None for value in self.__dict__.values()) != 1:
             raise ValueError("set exactly one of json, json_object, regex, choice, grammar")
         return self
 

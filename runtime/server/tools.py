@@ -84,8 +84,10 @@ class ToolReader:
     out to be a call is held back until that is known.
     """
 
-    def __init__(self, names: Collection[str]) -> None:
+    def __init__(self, names: Collection[str], *, parallel: bool = True) -> None:
+        """Read calls of these tools: all there are, or only the first."""
         self._names = names
+        self._parallel = parallel
         self._held = ""  # not decided yet
         self._arguments = ""  # of the call that is being written
         self._in_tags = False
@@ -201,19 +203,27 @@ class ToolReader:
 
     def _call(self, name: str) -> None:
         self._calls += 1
+        if not self._is_wanted:
+            return
         function = {"name": name, "arguments": ""}
         call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
         self._out.append({"tool_calls": [{"index": self._calls - 1, **call}]})
 
+    @property
+    def _is_wanted(self) -> bool:
+        return self._parallel or self._calls == 1
+
     def _pass_arguments(self, text: str) -> None:
-        if text:
+        if text and self._is_wanted:
             call = {"index": self._calls - 1, "function": {"arguments": text}}
             self._out.append({"tool_calls": [call]})
 
 
-def read_tools(text: str, names: Collection[str]) -> tuple[str, list[Delta]]:
+def read_tools(
+    text: str, names: Collection[str], *, parallel: bool = True
+) -> tuple[str, list[Delta]]:
     """Return what a whole answer says, and its calls."""
-    reader = ToolReader(names)
+    reader = ToolReader(names, parallel=parallel)
     said, calls = "", list[Delta]()
     for delta in [*reader.push(text), *reader.finish()]:
         said += delta.get("content", "")

@@ -12,8 +12,9 @@ import hashlib
 import json
 import logging
 import os
+import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from mizzen.runtime.sources.errors import (
@@ -55,9 +56,16 @@ class Cache:
     def remember(self, listing: Listing) -> None:
         """Note what an address means now, for a start without the network."""
         place = self._places.revision(_key(listing.address))
-        unfinished = place.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(listing.to_json()))
-        unfinished.rename(place)
+        # Under a name of its own: in their pods, replicas all have the same process id.
+        unfinished = place.with_suffix(f".{uuid.uuid4().hex}")
+        try:
+            unfinished.write_text(json.dumps(listing.to_json()))
+            unfinished.rename(place)
+        except OSError as error:
+            # A full volume must not keep a model that is on it from being served.
+            log.warning("not noted what %s is at now: %s", listing.address, error)
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
 
     def recall(self, address: str) -> Listing | None:
         """Return what an address meant the last time, None where it was never asked."""

@@ -156,6 +156,8 @@ class Evaluation(Part):
 TRANSFORMS = frozenset({"merge", "quantize", "prune"})
 # Whose samples workers can share out.
 SHARED = frozenset({"sft", "dpo", "reward", "distill"})
+# Of whose copies of the model workers can hold parts.
+_SPREAD = frozenset({"sft", "dpo", "reward"})
 _MEASURE_OF: dict[str, SuiteType] = {
     "dpo": "preferenceLoss",
     "reward": "preferenceLoss",
@@ -231,10 +233,10 @@ class TrainConfig(Part):
         ranks = self.parallelism.tensor
         if self.workers % ranks:
             raise ValueError(f"workers must be a multiple of parallelism.tensor, {ranks}")
-        if self.method != "sft" or self.adaptation.type == "qlora":
+        if self.method not in _SPREAD or self.adaptation.type == "qlora":
             raise ValueError(
-                "parallelism.tensor above 1 is for method sft with adaptation full or lora: set "
-                "parallelism.tensor to 1"
+                f"parallelism.tensor above 1 is for methods {', '.join(sorted(_SPREAD))} with "
+                "adaptation full or lora: set parallelism.tensor to 1"
             )
         if any(suite.type == "winRate" for suite in self.evaluation.suites):
             raise ValueError("a suite of type winRate needs parallelism.tensor 1")

@@ -186,7 +186,7 @@ class TrainingDoesNotFitError(JobError):
             f"Training needs {weights_mib} MiB for weights + {gradients_mib} MiB for gradients + "
             f"{moments_mib} MiB for the optimizer = {total_mib} MiB before the first sample, and "
             f"the trainer has {limit_mib} MiB. Use adaptation.type lora or qlora, a smaller base "
-            "model, more memory, or with method sft more workers for one copy "
+            "model, more memory, or more workers for one copy "
             "(parallelism.tensor)."
         )
 
@@ -237,7 +237,10 @@ class CheckpointDamagedError(MizzenError):
     reason = "CheckpointDamaged"
 
     def __init__(self, path: object) -> None:
-        super().__init__(f"The result cannot be read from {path}: its files are damaged.")
+        super().__init__(
+            f"The result cannot be read from {path}: its files are damaged. The next run goes on "
+            "from the checkpoint before it; check the volume if this comes again."
+        )
 
 
 class BaseModelChangedError(JobError):

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,8 +69,20 @@ class NoteStore:
         return self._directory / f"part-{first:08d}.safetensors"
 
 
+class Notes(Protocol):
+    """Where answers are kept."""
+
+    def load(self) -> list[Tensor]:
+        """Return the answers that are there, from the first item on without a gap."""
+        ...
+
+    def add(self, first: int, answers: Sequence[Tensor]) -> None:
+        """Keep the answers of the items from `first` on."""
+        ...
+
+
 def take_notes(
-    data: Prepared, method: NotedMethod, store: NoteStore, *, ask: Callable[[], Ask], at_once: int
+    data: Prepared, method: NotedMethod, store: Notes, *, ask: Callable[[], Ask], at_once: int
 ) -> Prepared:
     """Return the data with a frozen model's answers attached to each item.
 
@@ -90,7 +103,7 @@ def take_notes(
 
 @torch.no_grad()
 def _answer(
-    items: Sequence[Item], answers: list[Tensor], store: NoteStore, ask: Ask, at_once: int
+    items: Sequence[Item], answers: list[Tensor], store: Notes, ask: Ask, at_once: int
 ) -> None:
     while (first := len(answers)) < len(items):
         part: list[Tensor] = []

@@ -7,13 +7,16 @@ only the first of them knows, it tells the others.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.evaluate import Tally, TallyStore
+from mizzen.runtime.train.notes import NoteStore
 from mizzen.runtime.train.stop import StopFlag, YieldRequested
 
 
@@ -41,6 +44,11 @@ class Together:
         content = torch.tensor(list(said) if self.is_leader else [0] * count, dtype=torch.uint8)
         return json.loads(bytes(self.group.broadcast(content.to(self._device)).tolist()))
 
+    def least(self, count: int) -> int:
+        """Return the smallest of the ranks' counts."""
+        own = torch.tensor([count], device=self._device)
+        return int(self.group.all_gather(own).min().item())
+
     def ask_all(self, document: Any) -> list[Any]:
         """Return each rank's document, by rank; all must be of JSON and equally long."""
         said = torch.tensor(list(json.dumps(document).encode()), dtype=torch.uint8)
@@ -64,6 +72,24 @@ class SharedStop:
         """Raise `YieldRequested` if any rank was asked to stop: all stand at a safe point."""
         if self.is_asked:
             raise YieldRequested
+
+
+class SharedNotes:
+    """The notes on the leader's disk: every rank goes on with the same item."""
+
+    def __init__(self, own: NoteStore, ranks: Together) -> None:
+        self._own = own
+        self._ranks = ranks
+
+    def load(self) -> list[Tensor]:
+        """Return the answers that every rank can read."""
+        answers = self._own.load()
+        return answers[: self._ranks.least(len(answers))]
+
+    def add(self, first: int, answers: Sequence[Tensor]) -> None:
+        """Keep the answers of the items from `first` on, which all ranks have alike."""
+        if self._ranks.is_leader:
+            self._own.add(first, answers)
 
 
 class SharedTallies:

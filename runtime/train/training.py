@@ -37,7 +37,7 @@ from mizzen.runtime.train.suites.build import build_exams, build_validation
 from mizzen.runtime.train.suites.exam import Subject
 from mizzen.runtime.train.surroundings import Surroundings
 from mizzen.runtime.train.teacher import ServedTeacher
-from mizzen.runtime.train.together import SharedTallies, Together
+from mizzen.runtime.train.together import SharedNotes, SharedTallies, Together
 from mizzen.runtime.train.trainable import WEIGHTS
 from mizzen.runtime.train.utilization import peak_tokens_per_second
 from mizzen.runtime.train.validation import Validation
@@ -79,10 +79,12 @@ class Training:
         if not workers.is_in_first_copy:
             workers.begin()  # until then the leader may be taking notes
         if isinstance(method, NotedMethod):
+            notes = NoteStore(directory, fingerprint=fingerprint)
+            is_asked_together = ranks.group.size > 1 and workers.is_in_first_copy
             self.data = take_notes(
                 data,
                 method,
-                NoteStore(directory, fingerprint=fingerprint),
+                SharedNotes(notes, ranks) if is_asked_together else notes,
                 ask=lambda: _asker(around, method, self._decoder, self._adapted),
                 at_once=config.hyperparameters.micro_batch,
             )

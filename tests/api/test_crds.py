@@ -296,13 +296,14 @@ REFUSED: dict[str, tuple[Document, str]] = {
         "workers.min and workers.max must be multiples of parallelism.tensor.",
     ),
     "copies shared by a method that cannot": (
-        job(method="dpo", parallelism={"tensor": 2}, workers={"min": 2, "max": 2}),
-        "parallelism.tensor above 1 needs method sft and adaptation.type full or lora.",
+        job(method="distill", distill={"teacher": "pvc://models/teacher"},
+            parallelism={"tensor": 2}, workers={"min": 2, "max": 2}),
+        "parallelism.tensor above 1 needs method sft, dpo or reward, and adaptation.type full",
     ),
     "copies shared beside a base in few bits": (
         job(adaptation={"type": "qlora"}, parallelism={"tensor": 2},
             workers={"min": 2, "max": 2}),
-        "parallelism.tensor above 1 needs method sft and adaptation.type full or lora.",
+        "parallelism.tensor above 1 needs method sft, dpo or reward, and adaptation.type full",
     ),
     "copies shared before a judge": (
         job(parallelism={"tensor": 2}, workers={"min": 2, "max": 2},

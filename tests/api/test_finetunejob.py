@@ -309,6 +309,19 @@ async def test_workers_come_together_and_go_together(scene: Scene) -> None:
     assert status["restarts"] == 0
 
 
+async def test_another_number_of_workers_for_one_copy_takes_a_yield(scene: Scene) -> None:
+    scene.apply(job(workers={"min": 2, "max": 2}))
+    await scene.look()
+    scene.play("support-g1-0", "Running")
+    scene.play("support-g1-1", "Running")
+    scene.apply(job(workers={"min": 2, "max": 2}, parallelism={"tensor": 2}))
+    assert (await scene.look())["phase"] == "Yielding"
+    scene.play("support-g1-0", "Failed", exitCode=75)
+    scene.play("support-g1-1", "Failed", exitCode=75)
+    assert (await scene.look(times=2))["workers"] == 2
+    assert "support-g2-1" in scene.pods()
+
+
 async def test_another_number_of_workers_takes_a_yield(scene: Scene) -> None:
     scene.apply(job(workers={"max": 2}))
     await scene.look()

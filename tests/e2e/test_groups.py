@@ -9,7 +9,7 @@ import yaml
 from tests.e2e.conftest import ROOT, Cluster, kill_container
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
-MANIFEST = ROOT / "manifests" / "examples" / "cpu-two-pods.yaml"
+EXAMPLES = ROOT / "manifests" / "examples"
 SCHEME = "containerd://"
 NAME, NAMESPACE = "smollm2-group", "quickstart"
 # The model is sure of its answer: where two words are almost equally likely, rounding decides.
@@ -26,12 +26,12 @@ def names_of(cluster: Cluster) -> set[str]:
     return {pod["metadata"]["name"] for pod in pods_of(cluster)}
 
 
-def answer_of(cluster: Cluster) -> str:
+def answer_of(cluster: Cluster, model: str = NAME) -> str:
     reply = httpx.post(
         f"{cluster.gateway}/v1/chat/completions",
         headers={"Authorization": f"Bearer {cluster.api_key}"},
         json={
-            "model": NAME,
+            "model": model,
             "messages": [{"role": "user", "content": QUESTION}],
             "temperature": 0,
             "max_tokens": 24,
@@ -51,7 +51,7 @@ def is_ready(resource: dict[str, Any]) -> bool:
 
 
 def test_two_pods_answer_as_one_and_come_back_as_one(quickstart: Cluster) -> None:
-    resource = yaml.safe_load(MANIFEST.read_text())
+    resource = yaml.safe_load((EXAMPLES / "cpu-two-pods.yaml").read_text())
     quickstart.apply(resource)
     try:
         quickstart.wait_for("llmd", NAME, "-n", NAMESPACE, until=is_ready)
@@ -71,3 +71,14 @@ def test_two_pods_answer_as_one_and_come_back_as_one(quickstart: Cluster) -> Non
         assert "Paris" in answer_of(quickstart)
     finally:
         quickstart.kubectl("delete", "llmd", NAME, "-n", NAMESPACE)
+
+
+def test_two_pods_with_half_of_the_layers_each_answer_as_one(quickstart: Cluster) -> None:
+    resource = yaml.safe_load((EXAMPLES / "cpu-two-stages.yaml").read_text())
+    name = resource["metadata"]["name"]
+    quickstart.apply(resource)
+    try:
+        quickstart.wait_for("llmd", name, "-n", NAMESPACE, until=is_ready)
+        assert "Paris" in answer_of(quickstart, name)
+    finally:
+        quickstart.kubectl("delete", "llmd", name, "-n", NAMESPACE)

@@ -12,7 +12,7 @@ from tests.e2e.test_jobs import NAMESPACE, Job, samples
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 GPU = {"resource": "nvidia.com/gpu", "count": 1}
-STEPS = 60
+STEPS = 40
 NAME, DATA = "lender", "berths"
 
 

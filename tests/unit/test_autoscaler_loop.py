@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from mizzen.operator.controllers.autoscaler import Autoscaler
+from mizzen.operator.controllers.autoscaler_observe import wake_of
 from mizzen.operator.engine.key import Key
 from mizzen.operator.kube.errors import KubeError
 from mizzen.operator.metrics.figures import Measured, Name, Target
-from mizzen.operator.planning.signals import Engines, Signal, Traffic
+from mizzen.operator.planning.signals import Engines, Signal, Traffic, Wake
 from mizzen.operator.status.conditions import rfc3339
 from tests.fixtures.memory_api import failing
 from tests.fixtures.serving_world import CRS, KEY, World
@@ -227,16 +230,20 @@ async def test_a_fixed_size_takes_the_answer_away() -> None:
     assert condition[1] == "ScalingDisabled"
 
 
-async def test_scaling_a_running_deployment_begins_at_its_size() -> None:
+@pytest.mark.parametrize("scaling", [SCALING, SCALING | {"dryRun": True}], ids=["", "dry"])
+async def test_scaling_a_running_deployment_begins_at_its_size(scaling: dict[str, Any]) -> None:
     scaled = Scaled()
     spec = {"model": {"source": "pvc://models/smollm2"}, "replicas": 4}
     scaled.world.write(spec)
     await scaled.world.settle()
     del spec["replicas"]
-    scaled.world.write(spec | {"scaling": SCALING})
+    before = [pod["metadata"]["uid"] for pod in scaled.world.pods]
+    scaled.world.write(spec | {"scaling": scaling})
     scaled.metrics.now = load(1)
+    await scaled.world.look()  # before the autoscaler has looked
     await scaled.run(120)
-    assert len(scaled.world.pods) == 4
+    assert [pod["metadata"]["uid"] for pod in scaled.world.pods] == before
+    assert all(_gate(pod) == "True" for pod in scaled.world.pods)
 
 
 async def test_an_answer_that_could_not_be_written_is_given_again() -> None:
@@ -292,9 +299,10 @@ async def test_zero_comes_after_the_gates_were_closed_and_nobody_asked() -> None
     await scaled.run(30)
     assert scaled.world.condition("Ready") is not None
     scaled.metrics.now = load(0)
-    seen = []
+    seen, told = [], set()
     for _ in range(30):
         await scaled.run(5)
+        told.add((scaled.world.condition("Ready"), scaled.world.status["phase"]))
         pods = scaled.world.pods
         gates = [_gate(pod) for pod in pods]
         seen.append((scaled.scaling.get("holding", False), gates))
@@ -304,6 +312,35 @@ async def test_zero_comes_after_the_gates_were_closed_and_nobody_asked() -> None
     assert seen[-1][1] == []
     assert scaled.scaling["desired"] == 0
     assert scaled.world.status["phase"] == "Stopped"
+    assert {(ready and ready[0], phase) for ready, phase in told} == {
+        ("True", "Ready"), ("True", "Stopping"), ("True", "Stopped"),
+    }  # fmt: skip
+
+
+HELD = {"20": 20, "\u00b2": 0, "9" * 5000: 0, "-1": 0, "": 0}
+
+
+@pytest.mark.parametrize(("text", "held"), HELD.items(), ids=["20", "two", "huge", "less", "none"])
+def test_a_wake_that_is_no_number_of_requests_is_a_wake_all_the_same(text: str, held: int) -> None:
+    annotation = f"2026-09-01T13:00:00Z;held={text}"
+    resource = {"metadata": {"annotations": {"mizzen.dev/wake": annotation}}}
+    assert wake_of(resource) == Wake(token=annotation[:128], held=held)
+
+
+async def test_a_deployment_that_cannot_be_sized_keeps_no_other_from_it() -> None:
+    scaled = Scaled()
+    await scaled.run(20)
+    later = scaled.world.resource | {"status": {}}
+    later["metadata"] = {"name": "later", "namespace": "team"}
+    scaled.world.api.put(f"{CRS}/later", later)
+
+    async def collect(targets: Sequence[Target]) -> Mapping[Name, Measured]:
+        assert [target.name[1] for target in targets] == ["smollm2", "later"]
+        return {targets[1].name: load(20)}
+
+    scaled.metrics.collect = collect  # type: ignore[method-assign]
+    await scaled.look()
+    assert scaled.world.api.objects[f"{CRS}/later"]["status"]["scaling"]["desired"] == 1
 
 
 async def test_a_wake_starts_as_many_as_the_held_requests_need() -> None:

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
-from mizzen.operator.controllers.capacity_observe import read_leases, read_nodes, read_returning
+from mizzen.operator.controllers.capacity_observe import (
+    read_leases,
+    read_nodes,
+    read_replicas,
+    read_returning,
+)
 from mizzen.operator.desired import labels
 from tests.fixtures.shared_cluster import GPU, NOW, Cluster
 
@@ -57,6 +62,15 @@ def test_a_checkpoint_of_unknown_time_counts_as_none(
     jobs: dict[str, Any] = {"team/tune": {"status": {"checkpoint": {"committedAt": committed_at}}}}
     (lease,) = read_leases([pod], jobs, {}, GPU, now=NOW)
     assert lease.unsaved_s == unsaved_s
+
+
+@pytest.mark.parametrize("rank", [{}, {labels.RANK: "first"}])
+def test_a_strangers_pod_that_looks_like_half_a_replica_stops_nothing(rank: dict[str, str]) -> None:
+    pod = trainer_pod()
+    pod["metadata"]["labels"] = {labels.ROLE: labels.ROLE_RUNTIME} | rank
+    del pod["spec"]["nodeName"]
+    (replica,) = read_replicas([pod, pod], {}, GPU)
+    assert not replica.want.is_gated
 
 
 def test_pods_that_kueue_admits_are_no_lease_of_ours() -> None:

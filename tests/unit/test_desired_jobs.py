@@ -178,6 +178,16 @@ def test_workers_are_told_where_their_leader_is(monkeypatch: pytest.MonkeyPatch)
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
 
 
+def test_workers_are_told_how_many_of_them_share_a_copy() -> None:
+    pairs = job(workers={"min": 2, "max": 4}, parallelism={"tensor": 2})
+    told = build_train_config(pairs, generation=1, workers=4)
+    assert (told["workers"], told["parallelism"]) == (4, {"tensor": 2})
+    pod = build_trainer_pod(
+        pairs, Worker(generation=1, workers=4, rank=3), image="r:1", pull_policy="Always"
+    )
+    assert pod["metadata"]["annotations"]["mizzen.dev/tensor"] == "2"
+
+
 def test_workers_may_reach_each_other_and_a_lone_trainer_needs_no_name() -> None:
     policy = build_workers_policy(job(workers={"max": 2}))
     source = policy["spec"]["ingress"][0]["from"][0]["podSelector"]

@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from mizzen.runtime.engine.detokenizer import Detokenizer, DetokenizerFactory, byte_table
+from mizzen.runtime.engine.detokenizer import Detokenizer, DetokenizerFactory
+from mizzen.runtime.engine.token_bytes import byte_table
 from mizzen.runtime.engine.tokenizer import Tokenizer
 
 EXTRA_PIECES = ["Ġthe", "Ġfox", "the", "END", "EN", "D<", "ðŁĺ"]
@@ -64,6 +65,27 @@ def test_joined_deltas_are_the_text_and_none_holds_half_a_character(text: str, k
     assert "".join(deltas) == tokenizer.decode(ids)
     if "\ufffd" not in tokenizer.decode(ids):
         assert not any("\ufffd" in delta for delta in deltas)
+
+
+@settings(max_examples=100, deadline=None)
+@given(words=st.lists(st.sampled_from([" the", " fox", "a", " ", "ü"]), min_size=1, max_size=8))
+@pytest.mark.parametrize("kind", sorted(FACTORIES))
+def test_a_text_goes_on_as_if_it_were_one_with_its_prompt(kind: str, words: list[str]) -> None:
+    tokenizer = FACTORIES[kind]
+    ids, cut = tokenizer.encode("a the" + "".join(words)), len(tokenizer.encode("a the"))
+    text = tokenizer.decode(ids)
+    deltas, _ = stream(DetokenizerFactory(tokenizer).make(before=ids[:cut]), ids[cut:])
+    assert "a the" + "".join(deltas) == text
+
+
+@pytest.mark.parametrize("kind", sorted(FACTORIES))
+def test_the_bytes_of_its_tokens_are_a_text(kind: str) -> None:
+    tokenizer, text = FACTORIES[kind], " the fox 🦊a"
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
+    special = next(iter(tokenizer.special_ids))
+    assert tokenizer.token_bytes(special).decode() == tokenizer.backend.id_to_token(special)
+    assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b""
 
 
 def test_a_character_split_over_tokens_comes_whole() -> None:

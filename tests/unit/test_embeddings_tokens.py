@@ -53,6 +53,13 @@ async def test_an_embedding_is_the_last_hidden_state_of_transformers(
     assert running.service.engine.in_flight() == 0
 
 
+async def test_a_thousand_inputs_at_a_time_fill_no_queue(running: Running) -> None:
+    body = {"model": "tiny", "input": ["x"] * 1000, "encoding_format": "base64"}
+    answer = (await running.http.post("/v1/embeddings", json=body, timeout=120)).json()
+    assert [entry["index"] for entry in answer["data"]] == list(range(1000))
+    assert len({entry["embedding"] for entry in answer["data"]}) == 1
+
+
 async def test_embedding_beside_text_leaves_the_text_alone(running: Running) -> None:
     body = {"model": "tiny", "prompt": "x", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
     alone = await running.http.post("/v1/completions", json=body)
@@ -78,6 +85,7 @@ async def test_tokens_go_to_text_and_back(running: Running) -> None:
 
 BAD: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "no input": ("/v1/embeddings", {"model": "tiny", "input": []}, 400, "input"),
+    "too many": ("/v1/embeddings", {"model": "tiny", "input": ["x"] * 2049}, 400, "at most 2048"),
     "too long": ("/v1/embeddings", {"model": "tiny", "input": "x" * 600}, 400, "600 tokens"),
     "a name": ("/v1/embeddings", {"model": "gpt", "input": "x"}, 404, "Served now: tiny"),
     "no such token": ("/v1/embeddings", {"model": "tiny", "input": [10**6]}, 400, "go up to"),

@@ -136,6 +136,22 @@ class MuteProcess:
         self.is_killed = True
 
 
+async def test_a_request_that_cannot_be_sent_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "load", lambda path: None)
+    process = MuteProcess()
+    muted = asyncio.create_task(process.start())
+    engine = await remote.RemoteEngine.start(process, EngineConfig(model=tmp_path), NullRecorder())
+    unsendable = replace(REQUEST, sampling=SamplingParams(seed=2**70))
+    with pytest.raises(OverflowError):
+        await anext(engine.generate(unsendable))
+    assert engine.in_flight() == 0
+    process.is_killed = True
+    await engine.stop()
+    muted.cancel()
+
+
 async def test_an_engine_that_stays_silent_is_dead_ends_its_requests_and_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,10 +198,22 @@ async def test_the_engine_ends_when_the_server_does(tmp_path: Path) -> None:
         assert process.wait(60) == 0
 
 
-def test_the_server_imports_no_torch() -> None:
+def test_the_server_imports_neither_torch_nor_numpy() -> None:
     code = "import sys, mizzen.runtime.server.main as _; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert {"torch", "transformers", "pandas", "llguidance"}.isdisjoint(done.stdout.split())
+    unwanted = {"torch", "numpy", "transformers", "pandas", "llguidance"}
+    assert unwanted.isdisjoint(done.stdout.split())
+
+
+def test_a_process_that_has_a_server_can_still_have_a_client() -> None:
+    code = (
+        "import mizzen.runtime.server.grpc_server, tritonclient.grpc.aio as client; "
+        "from mizzen.runtime.server import oip_messages as ours; "
+        "from tritonclient.grpc import service_pb2 as theirs; "
+        "print(client.InferenceServerClient.__name__, ours.service_pb2 is theirs)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["InferenceServerClient", "True"]
 
 
 ERRORS: list[tuple[Exception, int]] = [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mizzen.runtime.engine import spawn
+from mizzen.runtime.engine import hollow, spawn
 from mizzen.runtime.engine.hollow import NotALibraryError, hollow_out
 from mizzen.runtime.engine.spawn import EngineProcess
 from mizzen.runtime.engine.stand_ins import LIBRARIES, has_gpu, write_stand_ins
@@ -48,6 +48,33 @@ def test_a_hollow_library_is_found_by_the_versions_of_its_symbols(tmp_path: Path
     assert done.stdout.split() == ["True", "False"]
 
 
+def _openmp_with(kind: int) -> bytes:
+    """Return the library with another kind of symbol for one of its functions."""
+    library = bytearray(_openmp().read_bytes())
+    tables, _ = hollow._read(bytes(library))
+    symbols, names = tables[hollow._SYMBOLS].content, tables[hollow._NAMES].content
+    name = names.index(b"\0omp_get_level\0") + 1
+    (entry,) = (
+        at
+        for at in range(0, len(symbols), hollow._SYMBOL.size)
+        if hollow._SYMBOL.unpack_from(symbols, at)[0] == name
+    )
+    library[library.index(symbols) + entry + 4] = kind
+    return bytes(library)
+
+
+@pytest.mark.parametrize(("kind", "found"), [(0x12, "True"), (0x22, "False"), (0xA2, "False")])
+def test_templates_that_many_libraries_define_are_not_found_in_a_hollow_one(
+    tmp_path: Path, kind: int, found: str
+) -> None:
+    library = tmp_path / "libgomp.so.1"
+    library.write_bytes(hollow_out(_openmp_with(kind)))
+    code = "import ctypes, sys; print(hasattr(ctypes.CDLL(sys.argv[1]), 'omp_get_level'))"
+    command = [sys.executable, "-c", code, str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == found
+
+
 NOT_LIBRARIES = {
     "nothing": b"",
     "text": b"INPUT(libgomp.so.1)\n" * 9,
@@ -57,6 +84,7 @@ NOT_LIBRARIES = {
     + b"\x03\0\xb7\0"
     + bytes(44),
     "half a library": _openmp().read_bytes()[:10_000],
+    "a library with variables": _openmp_with(0x11),
 }
 
 
@@ -71,7 +99,7 @@ def test_a_stand_in_lies_where_the_library_does_unless_it_cannot_be_read(tmp_pat
     libraries = site / "nvidia" / "cu13" / "lib"
     libraries.mkdir(parents=True)
     (libraries / "libcublasLt.so.13").write_bytes(_openmp().read_bytes())
-    (libraries / "libcublas.so.13").write_bytes(_openmp().read_bytes())  # takes little as it is
+    (libraries / "libcudart.so.13").write_bytes(_openmp().read_bytes())  # asked for devices
     (libraries / "libnvrtc.so.13").write_text("a build for another machine")
     (libraries / "libcufft.so.12").touch()
     write_stand_ins(folder, [str(tmp_path / "absent"), str(site)])

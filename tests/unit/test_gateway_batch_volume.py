@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import tracemalloc
 from collections.abc import AsyncIterator
@@ -14,7 +15,7 @@ import pytest
 from mizzen.runtime.gateway.batches.job import Job, Work, to_its_end
 from mizzen.runtime.gateway.batches.lines import Line, LineAnswer
 from mizzen.runtime.gateway.batches.records import Batch, StoredFile
-from mizzen.runtime.gateway.batches.shelf import Shelf, claim, mend
+from mizzen.runtime.gateway.batches.shelf import Shelf, claim, mend, remove_expired
 from mizzen.runtime.gateway.server import Gateway
 from tests.fixtures.batches import UNRUN, client_of, jsonl, line
 from tests.fixtures.gateway_house import MakeHouse, open_houses, until
@@ -53,6 +54,20 @@ async def test_what_is_older_than_the_setting_says_is_removed(
     gateway: Gateway = (await make_house(batches_dir=tmp_path)).gateway
     await until(lambda: shelf.file(old.id) is None and not shelf.data(old.id).exists())
     assert gateway.config.batches_keep_days == 30
+
+
+def test_what_an_upload_left_that_never_ended_is_removed_and_what_a_batch_writes_is_not(
+    tmp_path: Path,
+) -> None:
+    shelf = Shelf(tmp_path, "me")
+    left, written, known = (shelf.data(f"file-{letter * 32}") for letter in "abc")
+    stored = StoredFile("file-" + "c" * 32, "c", "batch", 1, created_at_s=0, expires_at_s=10**9)
+    shelf.put_file(stored)
+    for path, at_s in ((left, 0), (written, 2 * 86400), (known, 0)):
+        path.write_bytes(b"x")
+        os.utime(path, (at_s, at_s))
+    remove_expired(tmp_path, now_s=9 * 86400, keep_s=86400)
+    assert [path.exists() for path in (left, written, known)] == [False, True, True]
 
 
 async def test_a_volume_that_fails_is_said_to_the_client(

@@ -64,6 +64,16 @@ async def test_a_file_can_be_listed_read_and_deleted(make_house: MakeHouse, tmp_
         await client.files.retrieve(made[1].id)
 
 
+@pytest.mark.parametrize("limit", ["0", "-1", "x", "101", "9" * 5000], ids=lambda text: text[:3])
+async def test_a_limit_that_is_none_is_a_400(
+    make_house: MakeHouse, tmp_path: Path, limit: str
+) -> None:
+    house = await make_house(batches_dir=tmp_path)
+    async with house.client.get(f"{house.url}/v1/batches?limit={limit}") as answer:
+        assert answer.status == 400
+        assert "must be a number from 1 to 100" in (await answer.json())["error"]["message"]
+
+
 async def test_without_a_volume_the_answer_names_the_setting(make_house: MakeHouse) -> None:
     client = client_of(await make_house())
     with pytest.raises(openai.InternalServerError, match=r"gateway\.batches\.volume") as raised:

@@ -297,6 +297,29 @@ async def test_a_client_that_leaves_before_anything_could_pass_stops_the_replica
     await asyncio.wait_for(house.replicas[0].cancelled.wait(), 60)
 
 
+LOGPROBS: dict[str, tuple[str, dict[str, object]]] = {
+    "chat": (CHAT, {"messages": [], "logprobs": True, "top_logprobs": 2}),
+    "completion": ("/v1/completions", {"prompt": "x", "logprobs": 0}),
+}
+
+
+@pytest.mark.parametrize(("path", "fields"), LOGPROBS.values(), ids=LOGPROBS)
+async def test_where_a_stream_is_checked_its_tokens_do_not_come_before_its_text(
+    make_house: MakeHouse, path: str, fields: dict[str, object]
+) -> None:
+    house = await make_house("says_secret")
+    house.replicas[0].may_continue.set()
+    house.serve(*house.replicas, model=model(guardrails=[OUT]))
+    status, document = await post(house, path, stream=True, **fields)
+    assert (status, document["error"]["code"]) == (400, "content_filter")
+    assert "'logprobs' cannot be checked in a stream" in document["error"]["message"]
+    assert not house.replicas[0].seen
+    whole, _ = await post(house, path, **fields)
+    body = {"model": "tiny", "stream": True, **fields, "logprobs": None}
+    async with house.client.post(house.url + path, json=body) as answer:
+        assert (whole, answer.status) == (200, 200)
+
+
 @pytest.mark.parametrize("tokens", [0, "0"])
 @pytest.mark.parametrize("scores", [{"prompt_logprobs": 0}, {"prompt_samples": 1}])
 async def test_where_answers_are_checked_no_scores_are_given(

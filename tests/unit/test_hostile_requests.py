@@ -161,11 +161,16 @@ async def test_what_a_request_gets_wrong_is_a_400(
 
 async def test_the_coldest_temperature_there_is_chooses_the_best_token(running: Running) -> None:
     texts = []
-    for temperature in (0, 1e-40, 1e-320):
-        path, body, _ = chat(temperature=temperature, max_tokens=8, ignore_eos=True)
+    for coldest in (
+        {"temperature": 0},
+        {"temperature": 1e-40},
+        {"temperature": 1e-320},
+        {"top_p": 0},
+    ):
+        path, body, _ = chat(**coldest, max_tokens=8, ignore_eos=True)
         answer = await running.http.post(path, content=body)
         texts.append(answer.json()["choices"][0]["message"]["content"])
-    assert texts == texts[:1] * 3
+    assert texts == texts[:1] * 4
 
 
 async def test_a_body_that_breaks_off_is_no_failure_of_ours(

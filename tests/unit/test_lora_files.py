@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from transformers import OPTConfig
 
 from mizzen.runtime.attention.causal import CausalAttention
 from mizzen.runtime.errors import BadAdapterError, ShardTruncatedError
@@ -23,7 +24,7 @@ from mizzen.runtime.model.lora import (
     load_adapter,
     save_adapter,
 )
-from tests.fixtures.tiny_models import save_tiny_llama
+from tests.fixtures.tiny_models import make_model, save_tiny_llama
 
 TOKENS = torch.arange(3, 43)
 
@@ -134,6 +135,8 @@ REFUSED = {
     "trained whole modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "a rank above the limit": ({"r": 128}, "Raise --max-lora-rank"),
     "no rank": ({"r": None}, "states no rank"),
+    "a rank that is no number": ({"r": "4"}, "states no rank"),
+    "a strength that is no number": ({"lora_alpha": "8"}, "lora_alpha that is no number"),
 }
 
 
@@ -157,6 +160,33 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, base: Path) -> N
     save_peft_adapter(tmp_path / "adapter", other, seed=0, target_modules=["q_proj"])
     with pytest.raises(BadAdapterError, match="Load it on the base model it was trained for"):
         LoraSlots(load_decoder(base)).load(1, load_adapter(tmp_path / "adapter"))
+
+
+def test_an_adapter_for_a_linear_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
+    gated = save_tiny_llama(tmp_path / "gated")
+    save_peft_adapter(tmp_path / "adapter", gated, seed=0, target_modules=["gate_proj"])
+    config = OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    make_model(config).save_pretrained(tmp_path / "ungated")
+    slots = LoraSlots(load_decoder(tmp_path / "ungated"))
+    with pytest.raises(BadAdapterError, match="gate_proj of layer 0 does not fit this model"):
+        slots.load(1, load_adapter(tmp_path / "adapter"))
+
+
+def test_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "base")
+    save_peft_adapter(tmp_path / "adapter", model, seed=0, target_modules=["q_proj"])
+    with (tmp_path / "adapter" / "adapter_model.safetensors").open("ab") as file:
+        file.write(b"rest of another file")
+    with pytest.raises(BadAdapterError, match=r"is damaged: .* Copy it again"):
+        load_adapter(tmp_path / "adapter")
 
 
 def test_an_adapter_cut_short_is_refused(tmp_path: Path) -> None:

@@ -136,6 +136,22 @@ def scribble(directory: Path) -> None:
     (directory / "model.safetensors").write_bytes((9).to_bytes(8, "little") + b"not json!")
 
 
+def lengthen(directory: Path) -> None:
+    with (directory / "model.safetensors").open("ab") as file:
+        file.write(b"rest of another file")
+
+
+def scribble_in_the_header(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"F32", b"F99", 1))
+
+
+def forget_a_place(directory: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": []}}).encode()
+    file = directory / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+
+
 def remove_weights(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
 
@@ -177,6 +193,9 @@ BROKEN = {
     "a header cut short": (cut_header, "ShardTruncated", "cut short"),
     "an empty file": (empty, "ShardTruncated", "cut short"),
     "a file of something else": (scribble, "NotAModel", "bad header"),
+    "more than its header promises": (lengthen, "NotAModel", "is damaged, .* Copy the file again"),
+    "a header of nonsense": (scribble_in_the_header, "NotAModel", "is damaged"),
+    "a tensor without a place": (forget_a_place, "NotAModel", "bad header"),
     "no weights": (remove_weights, "WeightsMissing", "no .safetensors file"),
     "a shard missing": (remove_a_shard, "WeightsMissing", "00002-of-00002.safetensors is missing"),
     "an index that points elsewhere": (leave_the_directory, "NotAModel", "outside"),

@@ -20,6 +20,7 @@ import tritonclient.http.aio
 from tritonclient.utils import InferenceServerException
 
 from mizzen.runtime.engine.errors import EngineBusyError
+from mizzen.runtime.server import oip_grpc
 from tests.fixtures.fake_engine import FakeEngine
 from tests.fixtures.runtime_server import Running, eventually, running_server
 from tests.fixtures.triton_tensors import tensors
@@ -175,6 +176,9 @@ async def test_errors_say_what_to_change(client: AnyClient, fake: FakeEngine) ->
     for message, (model, values) in cases.items():
         with pytest.raises(InferenceServerException, match=message):
             await client.infer(model, tensors(client.kind, **values))
+    classes = [client.kind.InferRequestedOutput("text_output", class_count=2)]
+    with pytest.raises(InferenceServerException, match="classification is not supported here"):
+        await client.infer("tiny", tensors(client.kind, text_input=b"x"), outputs=classes)
     fake.refuse = EngineBusyError("Too many wait.", retry_after_s=3)
     with pytest.raises(InferenceServerException, match="Too many wait"):
         await client.infer("tiny", tensors(client.kind, text_input=b"x"))
@@ -370,6 +374,22 @@ async def test_a_stream_answers_several_requests_each_under_its_id(running: Runn
     assert is_final(by_id["1"][0])
     assert len(errors) == 1
     assert "context holds 128" in str(errors[0])
+
+
+async def test_a_stream_that_is_never_read_holds_so_many_requests_and_no_more(
+    running: Running, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oip_grpc, "_MOST_OPEN", 3)
+    monkeypatch.setattr(oip_grpc, "_MOST_UNREAD", 2)
+    fake.stall_after = 1
+    requests = [{"text_input": "x", "stream": True}] * 20
+    asked = asyncio.ensure_future(stream(running, *requests))
+    await eventually(lambda: len(fake.requests) == 3)
+    await asyncio.sleep(0.2)  # for those that must not come
+    assert len(fake.requests) == 3
+    fake.release.set()
+    results = await asyncio.wait_for(asked, 60)
+    assert sum(is_final(result) for result, _ in results) == len(fake.requests) == 20
 
 
 async def test_the_sync_client_streams_with_a_callback(running: Running) -> None:

@@ -2,14 +2,17 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
+from mizzen.runtime.engine.api import TokenLogprob
 from mizzen.runtime.engine.errors import EngineBusyError, EngineDeadError
+from mizzen.runtime.server.openai_logprobs import CompletionLogprobs
 from tests.fixtures.fake_engine import FakeEngine
 from tests.fixtures.runtime_server import Running, eventually, running_server
 
@@ -154,6 +157,38 @@ async def test_messages_reach_the_template_as_plain_turns(
     assert text == "<system>be short<user>ab<assistant>"
 
 
+async def test_what_is_long_is_read_beside_the_event_loop(
+    running: Running, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, set[threading.Thread]] = {}
+
+    def noted(name: str, result: Any) -> Callable[..., Any]:
+        def call(*_: Any, **__: Any) -> Any:
+            threads.setdefault(name, set()).add(threading.current_thread())
+            return result
+
+        return call
+
+    monkeypatch.setattr(fake.tokenizer, "apply_chat_template", noted("a call's arguments", [5]))
+    monkeypatch.setattr(fake.tokenizer, "encode", noted("many inputs", [5]))
+    monkeypatch.setattr(fake.tokenizer, "decode", noted("many tokens", "x"))
+    function = {"name": "f", "arguments": json.dumps({"a": "x" * 30_000})}
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "user", "content": "and?"},
+    ]
+    for path, body in {
+        CHAT: chat(messages=turns, max_tokens=1),
+        COMPLETIONS: {"model": "tiny", "prompt": ["x" * 900] * 30, "max_tokens": 1},
+        "/detokenize": {"tokens": [5] * 30_000},
+    }.items():
+        assert (await running.http.post(path, json=body)).status_code == 200
+    # The engine, which is none here, encodes its own words in the main thread.
+    assert all(seen - {threading.main_thread()} for seen in threads.values())
+    assert len(threads) == 3
+
+
 async def test_chat_logprobs_give_each_token_and_its_alternatives(running: Running) -> None:
     asked = chat(logprobs=True, top_logprobs=2, max_tokens=2)
     body = (await running.http.post(CHAT, json=asked)).json()
@@ -177,6 +212,10 @@ async def test_completion_logprobs_are_parallel_lists_with_offsets(running: Runn
     assert got["tokens"] == ["H", "e", "l"]
     assert got["text_offset"] == [0, 1, 2]
     assert got["top_logprobs"][0] == {"H": -0.5}
+    body = CompletionLogprobs(ENGINE.tokenizer).body(
+        [TokenLogprob(token_id=ord("z") + 2, logprob=-9.0, top=((ord("H") + 2, -0.5),))]
+    )
+    assert body["top_logprobs"] == [{"H": -0.5, "z": -9.0}]
     streamed = events((await running.http.post(COMPLETIONS, json=asked | {"stream": True})).text)
     offsets = [event["choices"][0]["logprobs"]["text_offset"] for event in streamed[:-1]]
     assert offsets == [[0], [1], [2]]
@@ -253,6 +292,23 @@ BAD_BODIES: dict[str, tuple[dict[str, Any], str, str]] = {
     "empty stop": (chat(stop=[""]), "stop.0", "at least 1 character"),
     "bias out of range": (chat(logit_bias={"5": 900}), "logit_bias.5", "less than or equal to 100"),
     "infinite": (chat(temperature=float("inf")), "temperature", "finite"),
+    "a number as text": (chat(max_tokens="5"), "max_tokens", "valid integer"),
+    "a number with a point": (chat(seed=1.0), "seed", "valid integer"),
+    "a truth for a number": (chat(n=True), "n", "valid integer"),
+    "a temperature as text": (chat(temperature="0.5"), "temperature", "valid number"),
+    "a truth as text": (chat(stream="true"), "stream", "valid boolean"),
+    "an option as text": (
+        chat(stream=True, stream_options={"include_usage": "yes"}),
+        *("stream_options.include_usage", "valid boolean"),
+    ),
+    "a token that no number holds": (
+        chat(stop_token_ids=[10**30]),
+        *("stop_token_ids.0", "less than or equal to"),
+    ),
+    "a bias of a token that no number holds": (
+        chat(logit_bias={"1" + "0" * 30: 1}),
+        *("logit_bias.1" + "0" * 30, "less than or equal to"),
+    ),
 }
 
 
@@ -299,6 +355,14 @@ async def test_a_token_outside_the_vocabulary_is_a_400(running: Running) -> None
     answer = await running.http.post(COMPLETIONS, json={"model": "tiny", "prompt": [1, 2**30]})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "prompt"
+
+
+async def test_scores_that_would_fill_the_memory_are_a_400(running: Running) -> None:
+    asked = {"prompt": ["x" * 127] * 64, "prompt_samples": 1024, "prompt_logprobs": 20}
+    body = {"model": "tiny", "max_tokens": 0, **asked}
+    error = (await running.http.post(COMPLETIONS, json=body)).json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", "prompt")
+    assert "would have 8493760 numbers, and 8388608 are the most" in error["message"]
 
 
 async def test_a_refusing_template_is_a_400(running: Running) -> None:

@@ -244,6 +244,17 @@ def test_a_budget_caps_the_number() -> None:
     assert "scaling.budget" in decision.limited
 
 
+@pytest.mark.parametrize(("least", "paid", "run"), [(3, 2, 2), (1, 0, 1), (0, 0, 1)])
+def test_a_budget_for_fewer_than_are_asked_for_is_told(least: int, paid: int, run: int) -> None:
+    rules = ScaleRules(min_replicas=least, max_replicas=5, budget_replicas=paid)
+    decision = decide(History(), signals(ready=1), rules)
+    assert decision.replicas == run
+    assert decision.limited == (
+        f"scaling.budget.gpus pays for {paid} of the at least {max(1, least)} replicas that are "
+        f"asked for, and at most {run} may run. Raise it to what they take, or ask for fewer."
+    )
+
+
 def test_a_missed_promise_lowers_the_load_ratio_and_a_kept_one_raises_it() -> None:
     def trimmed(ok: float) -> float | None:
         found = warm()

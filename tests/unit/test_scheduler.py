@@ -22,6 +22,7 @@ def make_scheduler(
     model_len: int = 64,
     max_waiting: int = 100,
     max_waiting_tokens: int = 1000,
+    draft_tokens: int = 0,
 ) -> Scheduler:
     pool = BlockPool(num_blocks=blocks + 1, block_size=SIZE)
     return Scheduler(
@@ -34,6 +35,7 @@ def make_scheduler(
             model_len=model_len,
             max_waiting=max_waiting,
             max_waiting_tokens=max_waiting_tokens,
+            draft_tokens=draft_tokens,
         ),
     )
 
@@ -199,6 +201,30 @@ def test_the_last_arrived_is_preempted_and_computed_again() -> None:
         run_step(scheduler)
     assert (first.output_tokens, second.output_tokens) == (12, 4)
     scheduler.check()
+
+
+class Guessing:
+    """Guesses as much as it may."""
+
+    def propose(self, token_ids: list[int], count: int) -> list[int]:
+        return [7] * count
+
+
+def test_guesses_take_no_block_that_one_behind_them_needs() -> None:
+    scheduler = make_scheduler(blocks=4, model_len=16, draft_tokens=2)
+    arrivals = Arrivals()
+    guessing, behind = arrivals.make(3, max_tokens=9), arrivals.make(4, max_tokens=9)
+    guessing.guesser = Guessing()
+    scheduler.add(guessing)
+    scheduler.add(behind)
+    run_step(scheduler)
+    other = scheduler.pool.allocate(1)
+    chunks = run_step(scheduler)
+    # One block is left, and who comes second needs it for its next token.
+    assert [chunk.seq for chunk in chunks] == [guessing, behind]
+    assert scheduler.preemptions == 0
+    assert chunks[0].draft == []
+    scheduler.pool.release(other)
 
 
 def test_a_lower_priority_value_is_served_first() -> None:

@@ -123,6 +123,26 @@ async def test_listed_adapters_are_loaded_before_the_first_request(tmp_path: Pat
         assert "--adapter-root" in errors["outside"]
 
 
+async def test_an_adapter_that_the_engine_fails_on_does_not_keep_the_base_model_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad").mkdir()
+    listed = tmp_path / "adapters.json"
+    listed.write_text(json.dumps({"adapters": [{"name": "bad", "path": str(tmp_path / "bad")}]}))
+    engine = FakeEngine()
+
+    async def fail(name: str, path: Path, digest: str | None = None) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine, "load_adapter", fail)
+    async with running_server(engine, adapters_file=listed, adapter_root=[tmp_path]) as running:
+        assert (await health(running))["readyz"] == 200
+        errors = (await running.admin.get("/adapters")).json()["errors"]
+        assert errors == [
+            {"name": "bad", "message": "The server failed on this adapter; its log says why."}
+        ]
+
+
 @pytest.mark.parametrize("content", [None, "{", '{"adapters": [{"name": "x"}]}', "[]"])
 async def test_a_missing_or_broken_list_does_not_keep_the_base_model_down(
     tmp_path: Path, content: str | None

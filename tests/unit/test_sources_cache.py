@@ -155,6 +155,39 @@ def test_only_the_damaged_file_of_many_is_fetched_again(root: Path) -> None:
     assert (folder / "m.gguf").read_bytes() == shelf.content
 
 
+def test_replicas_of_one_node_note_a_revision_at_the_same_moment(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing, rename = Shelf().listing(), Path.rename
+    cache, other = Cache(root), Cache(root)
+
+    def between(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        other.remember(listing)  # with the same process id, as the first process of its container
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", between)
+    cache.remember(listing)
+    assert cache.recall(listing.address) == listing
+    assert len(list((root / "revisions").iterdir())) == 1
+
+
+def test_a_model_that_is_there_is_served_from_a_volume_that_is_full(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf = Shelf()
+    folder = Cache(root).provide(shelf.listing(), shelf, LoadProgress())
+
+    def full(path: Path, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    cache = Cache(root)
+    cache.remember(shelf.listing())
+    assert cache.provide(shelf.listing(), shelf, LoadProgress()) == folder
+    assert "No space left on device" in caplog.text
+
+
 def test_an_interrupted_fetch_leaves_no_model_but_its_bytes(root: Path) -> None:
     shelf = Shelf()
     shelf.fault = ConnectionError("cut")

@@ -103,6 +103,11 @@ CASES: dict[str, tuple[Seen, str, dict[str, tuple[str, str]]]] = {
         seen(desired=0), "Stopped",
         {"Ready": ("True", "ScaledToZero"), "Available": ("False", "ScaledToZero")},
     ),
+    "gates that are closed to see whether anybody asks": (
+        seen(replica(S.UNREADY), is_holding=True), "Stopping",
+        {"Ready": ("True", "ScaledToZero"), "Available": ("False", "ScaledToZero"),
+         "Progressing": ("False", "Settled"), "Degraded": ("False", "AsExpected")},
+    ),
     "not looked at by the autoscaler yet": (
         seen(replica(S.IN_SERVICE), scaling=scaling_seen({})), "Ready",
         {"ScalingActive": ("Unknown", "NotYetDecided"), "Ready": ("True", "InService")},

@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import pytest_asyncio
 
+from mizzen.runtime.engine import grammar
 from mizzen.runtime.engine.api import Grammar
 from mizzen.runtime.server.schemas import OpenAIRequest
 from tests.fixtures.runtime_server import Running, eventually, running_tiny_model
@@ -133,6 +134,33 @@ async def test_what_cannot_be_honoured_is_a_400_and_costs_nobody_else(
     assert (await complete(running, max_tokens=1))["finish_reason"] == "length"
 
 
+async def test_who_only_waited_for_the_grammars_of_others_may_come_again(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar, "COMPILE_LIMIT_S", 0.05)
+    go_on = threading.Event()
+    running.service.engine._grammars._threads.submit(go_on.wait)
+    body = {"model": "tiny", "prompt": "x", "guided_regex": "c+"}
+    try:
+        answer = await running.http.post("/v1/completions", json=body)
+    finally:
+        go_on.set()
+    assert answer.status_code == 429
+    assert "Retry-After" in answer.headers
+    assert "of other requests are being compiled" in answer.json()["error"]["message"]
+    assert running.service.engine.in_flight() == 0
+
+
+async def test_large_grammars_are_not_all_remembered(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar, "MAX_KEPT_CHARS", 250)
+    compiler = running.service.engine._grammars
+    for letter in "abcb":
+        await compiler.start(Grammar("regex", letter * 100))
+    assert [kept.source[0] for kept in compiler._kept] == ["c", "b"]
+
+
 async def test_a_client_that_leaves_while_its_grammar_compiles_leaves_nothing(
     running: Running,
 ) -> None:
@@ -156,4 +184,6 @@ async def test_a_client_that_leaves_while_its_grammar_compiles_leaves_nothing(
 async def test_old_and_new_names_mean_the_same() -> None:
     old = OpenAIRequest(model="m", guided_regex="a+")
     new = OpenAIRequest(model="m", structured_outputs={"regex": "a+"})
-    assert old.grammar() == new.grammar() == Grammar("regex", "a+")
+    # As libraries write out what is not set.
+    full = OpenAIRequest(model="m", structured_outputs={"regex": "a+", "json": None})
+    assert old.grammar() == new.grammar() == full.grammar() == Grammar("regex", "a+")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,13 @@ CASES: dict[str, tuple[list[Replica], int, Step, Replica | None]] = {
     ),
     "one whose slot is taken is replaced": (
         [new(0), old(0)], 2, Step(create=(Creation(1, "new"),)), None,
+    ),
+    "one that was made for the revision goes back to it": (
+        [replace(old(0), born="new"), old(1)], 2, Step(), replace(old(0), born="new"),
+    ),
+    "one whose place was another's is replaced": (
+        [replace(old(1), born="new"), replace(old(1), revision="older")], 2,
+        Step(create=(Creation(0, "new"),)), replace(old(1), born="new"),
     ),
     "a failed one is replaced by a new one": (
         [old(0, S.FAILED), old(1)], 2,
@@ -132,6 +140,36 @@ async def test_replicas_take_new_weights_one_after_the_other_and_stay() -> None:
     world.restart_operator()
     await world.settle()
     assert len(world.api.writes) == written
+
+
+async def test_the_way_back_is_in_place_too() -> None:
+    world = await swapped()
+    before, first = pod_names(world), pod_revisions(world)
+    await world.settle()
+    world.change(model={"source": "pvc://models/smollm2"})
+    await world.settle()
+    assert pod_names(world) == before
+    assert pod_revisions(world) == first
+    assert {path for _, path in world.runtimes.weights[2:]} == {"/mnt/pvc/models/smollm2"}
+    assert world.condition("Ready") == ("True", "InService", "2 of 2 replicas are in service.")
+    assert "rollout" not in world.status
+
+
+async def test_what_was_swapped_before_a_rollback_is_swapped_back() -> None:
+    world = await swapped(progressDeadlineSeconds=60)
+    before, first = pod_names(world), pod_revisions(world)
+    world.runtimes.silent.add(world.pods[1]["status"]["podIP"])
+    for _ in range(15):
+        await world.look()
+        world.pass_time(3)
+    assert len(pod_revisions(world)) == 2
+    for _ in range(15):
+        await world.look()
+        world.pass_time(3)
+    assert world.status["rollout"]["failure"]["reason"] == "ProgressDeadlineExceeded"
+    await world.settle()
+    assert pod_names(world) == before
+    assert pod_revisions(world) == first
 
 
 async def test_later_replicas_and_the_way_back_have_names_of_their_own() -> None:

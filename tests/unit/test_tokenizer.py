@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer as RustTokenizer
@@ -10,7 +11,7 @@ from hack.tiny_model import write_tiny_model
 from mizzen.runtime.engine.errors import InvalidRequestError
 from mizzen.runtime.engine.gguf_vocab import UnknownTokenizerError, build_tokenizer
 from mizzen.runtime.engine.tokenizer import Tokenizer
-from mizzen.runtime.errors import WeightsMissingError
+from mizzen.runtime.errors import NotAModelError, WeightsMissingError
 
 CHAT = [
     {"role": "user", "content": "Hi there"},
@@ -163,6 +164,26 @@ def test_a_sentencepiece_vocabulary_prefers_better_scored_pieces() -> None:
     )
     assert tokenizer.encode("the the").tokens == ["<s>", "▁the", "▁the"]
     assert tokenizer.decode(tokenizer.encode("the é").ids) == "the é"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_file_cut_short_is_named(directory: Path, name: str) -> None:
+    content = (directory / name).read_text()
+    (directory / name).write_text(content[: len(content) // 2])
+    with pytest.raises(NotAModelError, match=rf"{name} cannot be read .*Copy the file again"):
+        Tokenizer.load(directory)
+
+
+def test_a_gguf_file_without_its_merges_says_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = gguf_metadata()
+    del metadata["tokenizer.ggml.merges"]
+    header = SimpleNamespace(metadata=metadata)
+    monkeypatch.setattr("mizzen.runtime.model.gguf_header.read_gguf_header", lambda path: header)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(NotAModelError, match=r"lacks the entry 'tokenizer\.ggml\.merges'"):
+        Tokenizer.load(tmp_path / "model.gguf")
 
 
 def test_unknown_gguf_tokenizers_are_refused_by_name() -> None:

@@ -206,6 +206,23 @@ async def test_a_call_by_choice_reaches_the_client_and_its_result_the_model() ->
         )
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_no_parallel_calls_means_that_the_first_is_the_only_one(stream: bool) -> None:
+    text, _, _ = TEXTS["two calls"]
+    fake = FakeEngine(says=text + " Done.", model_len=4000)
+    async with running_server(fake) as running, client(running) as openai_client:
+        answer = await openai_client.chat.completions.create(
+            model="tiny", messages=[USER], tools=TOOLS, parallel_tool_calls=False, stream=stream
+        )
+        choices = [chunk.choices[0] async for chunk in answer] if stream else answer.choices
+    said = [choice.delta if stream else choice.message for choice in choices]
+    calls = [call for part in said for call in part.tool_calls or ()]
+    assert [call.function.name for call in calls if call.id] == ["weather"]
+    assert "".join(call.function.arguments for call in calls) == '{"city": "Paris"}'
+    assert "".join(part.content or "" for part in said).strip() == "Done."
+    assert choices[-1].finish_reason == "tool_calls"
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "forced without tools": ({"tool_choice": "required"}, "tools does not hold"),
     "a name that is not offered": (

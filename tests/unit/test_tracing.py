@@ -122,9 +122,14 @@ async def test_a_trace_begins_at_the_gateway_where_the_client_has_none(receiver:
     }
 
 
-async def test_a_client_that_is_not_sampled_is_not_traced(receiver: Receiver) -> None:
-    async with both(FakeEngine()) as (house, _):
-        await ask(house, BODY, traceparent=TRACEPARENT[:-2] + "00")
+async def test_a_client_that_is_not_sampled_is_answered_and_not_traced(
+    receiver: Receiver, tmp_path: Path
+) -> None:
+    async with running_tiny_model(tmp_path) as running, open_houses() as make:
+        house = await make(upstream=[f"tiny={running.url}"])
+        unsampled = TRACEPARENT[:-2] + "00"
+        assert (await ask(house, BODY, traceparent=unsampled))[0] == 200
+        assert (await ask(house, BODY | {"n": 0}, traceparent=unsampled))[0] == 400
     assert not receiver.spans
 
 

@@ -13,6 +13,7 @@ from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainStat
 from mizzen.runtime.train.digest import mark_model
 from mizzen.runtime.train.errors import (
     BaseModelChangedError,
+    CheckpointDamagedError,
     CheckpointMismatchError,
     StorageFullError,
     StorageNotWritableError,
@@ -106,6 +107,17 @@ def test_a_half_written_checkpoint_is_never_chosen_and_is_removed(tmp_path: Path
     assert restored_step(store_in(tmp_path)) is None
     assert list(tmp_path.iterdir()) == []
     assert not committed.exists()
+
+
+def test_a_result_is_not_read_from_damaged_files(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    path = store.commit(state_at(1)).path
+    expected = state_at(1).tensors["weights"]
+    assert dict(store.tensors(1, "weights")).keys() == expected.keys()
+    file = path / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(CheckpointDamagedError, match="goes on from the checkpoint before it"):
+        store.tensors(1, "weights")
 
 
 def test_a_checkpoint_of_another_job_is_an_error_and_stays(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
     assert str(caught.value) == (
         "Training needs 512 MiB for weights + 512 MiB for gradients + 1024 MiB for the optimizer "
         "= 2048 MiB before the first sample, and the trainer has 2047 MiB. Use adaptation.type "
-        "lora or qlora, a smaller base model, more memory, or with method sft more workers for "
+        "lora or qlora, a smaller base model, more memory, or more workers for "
         "one copy (parallelism.tensor)."
     )
 

@@ -26,6 +26,7 @@ from tests.fixtures.train_runs import (
     start,
     start_workers,
     write_job,
+    write_preferences,
 )
 
 WAIT_S = 120
@@ -122,6 +123,24 @@ def test_two_ranks_of_a_model_learn_what_one_learns(
     spread = shared(tmp_path / "spread", 2, tensor=2, **overrides, **base, **RARELY)
     assert exit_codes(start_workers(spread, 2)) == [0, 0]
     assert_same_result(spread, alone)
+
+
+PREFERENCES = {
+    "evaluation": {"suites": [{"name": "holdout", "type": "preferenceLoss"}], "on_fail": "Warn"},
+}
+
+
+@pytest.mark.parametrize("method", ["dpo", "reward"])
+def test_two_ranks_learn_preferences_as_one_does(tmp_path: Path, method: str) -> None:
+    data = write_preferences(tmp_path / "preferences.jsonl")
+    asked = {**LORA, **RARELY, **PREFERENCES, "method": method,
+             "datasets": [{"name": "colours", "path": str(data)}]}  # fmt: skip
+    alone = write_job(tmp_path / "alone", **asked, **TWELVE)
+    assert run(alone) == 0
+    spread = shared(tmp_path / "spread", 2, tensor=2, **asked)
+    assert exit_codes(start_workers(spread, 2)) == [0, 0]
+    assert_same_result(spread, alone)
+    assert len(list(spread.checkpoints.glob("notes/*"))) == (1 if method == "dpo" else 0)
 
 
 def test_two_copies_of_two_ranks_learn_what_one_worker_learns(tmp_path: Path, calm: Job) -> None:
@@ -233,8 +252,12 @@ def test_more_ranks_than_kv_heads_are_refused(tmp_path: Path) -> None:
 
 REFUSED = {
     "workers must be a multiple of parallelism.tensor, 2": {"workers": 3},
-    "set parallelism.tensor to 1": {"method": "dpo", "evaluation": {"suites": []}},
-    "parallelism.tensor above 1 is for method sft with adaptation full or lora": {
+    "set parallelism.tensor to 1": {
+        "method": "distill",
+        "distill": {"teacher": "/teacher"},
+        "evaluation": {"suites": []},
+    },
+    "parallelism.tensor above 1 is for methods dpo, reward, sft with adaptation full or lora": {
         "adaptation": {"type": "qlora"}
     },
     "a suite of type winRate needs parallelism.tensor 1": {

@@ -30,6 +30,14 @@ def test_all_of_them_run() -> None:
     assert found == Generation(2, Outcome.RUNNING, 1, None, workers=2, placed=2)
 
 
+def test_they_say_how_many_of_them_share_a_copy() -> None:
+    pods = [pod(0), pod(1)]
+    for one in pods:
+        one["metadata"]["annotations"]["mizzen.dev/tensor"] = "2"
+    found = newest_generation(pods, {"generation": 2})
+    assert found == Generation(2, Outcome.RUNNING, 1, None, workers=2, placed=2, tensor=2)
+
+
 def test_one_that_is_gone_is_lost() -> None:
     assert outcome(pod(1, code=76)) is Outcome.LOST
     assert outcome(pod(0)) is Outcome.ENDING

@@ -32,6 +32,7 @@ _WINDOW = re.compile(r"([1-9]\d{0,2})h")
 _LONGEST_WINDOW_H = 168
 _MOST_OPEN = 100
 _MOST_METADATA = 16
+_LIMIT_DIGITS = 9
 _PIECE_BYTES = 256 * 1024
 _BODY_BYTES = 2**20
 _FIELDS = frozenset(("input_file_id", "endpoint", "completion_window", "metadata"))
@@ -255,7 +256,8 @@ def _page(
     request: web.Request, records: Sequence[_Record], *, most: int, usual: int
 ) -> web.Response:
     given = request.query.get("limit", str(usual))
-    if not given.isdecimal() or not 1 <= int(given) <= most:
+    # int() refuses thousands of digits in its own way.
+    if not given.isdecimal() or len(given) > _LIMIT_DIGITS or not 1 <= int(given) <= most:
         raise BadBodyError(f"The parameter 'limit' must be a number from 1 to {most}.")
     after = request.query.get("after")
     ids = [record.id for record in records]

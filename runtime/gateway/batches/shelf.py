@@ -22,6 +22,7 @@ from typing import Any
 from mizzen.runtime.gateway.batches.records import Batch, StoredFile, to_fields
 
 _STRAY_S = 600
+_ORPHAN_S = 8 * 86400  # a batch writes answers for up to seven days before its files are known
 _ID = re.compile(r"(file-|batch_)[0-9a-f]{32}")
 
 
@@ -165,10 +166,22 @@ def remove_expired(root: Path, *, now_s: int, keep_s: int) -> None:
             if fields["expires_at_s"] <= now_s:
                 for ending in ("json", "data"):
                     (home / "files" / f"{fields['id']}.{ending}").unlink(missing_ok=True)
+        for path in _listed(home / "files"):
+            if path.suffix == ".data" and _is_orphan(path, now_s):
+                path.unlink(missing_ok=True)
         for fields in _read_all(home / "batches"):
             batch = Batch.parse(fields)
             if batch.is_ended and batch.expires_at_s + keep_s <= now_s:
                 Shelf(root, batch.owner).delete_batch(batch.id)
+
+
+def _is_orphan(content: Path, now_s: int) -> bool:
+    """Whether a file's content is of an upload that was cut off by the end of its gateway."""
+    if content.with_suffix(".json").exists():
+        return False
+    with suppress(FileNotFoundError):
+        return content.stat().st_mtime + _ORPHAN_S <= now_s
+    return False
 
 
 def _read_all(folder: Path) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -61,7 +62,11 @@ def load_adapter(directory: Path, *, max_rank: int | None = None) -> Adapter:
     if not (directory / WEIGHTS_FILE).exists():
         raise BadAdapterError(f"{directory} has no {WEIGHTS_FILE}. Other formats are not read.")
     check_whole(directory / WEIGHTS_FILE)
-    pairs = _pair_up(load_file(directory / WEIGHTS_FILE))
+    try:
+        tensors = load_file(directory / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise BadAdapterError(f"{WEIGHTS_FILE} is damaged: {error}. Copy it again.") from None
+    pairs = _pair_up(tensors)
     targets = tuple(t for t in PATHS if any(site.target == t for site in pairs))
     return Adapter(replace(config, targets=targets), pairs)
 
@@ -93,11 +98,14 @@ def _read_config(document: Mapping[str, Any]) -> LoraConfig:
             f"The adapter uses {', '.join(used)}, which Mizzen does not compute. "
             "Train it without, or merge it into the base model."
         )
-    if not document.get("r"):
+    rank, alpha = document.get("r"), document.get("lora_alpha", 8)
+    if not isinstance(rank, int) or rank < 1:
         raise BadAdapterError(f"{CONFIG_FILE} states no rank (r).")
+    if not isinstance(alpha, int | float):
+        raise BadAdapterError(f"{CONFIG_FILE} has a lora_alpha that is no number.")
     return LoraConfig(
-        rank=document["r"],
-        alpha=document.get("lora_alpha", 8),
+        rank=rank,
+        alpha=alpha,
         dropout=document.get("lora_dropout", 0.0),
         is_rank_stabilized=bool(document.get("use_rslora", False)),
     )

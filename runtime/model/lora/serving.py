@@ -68,13 +68,20 @@ class LoraSlots:
         )
 
     def _check(self, site: Site, pair: Pair, adapter: Adapter) -> None:
-        shape, rank = self._shapes[site.target], adapter.config.rank
-        expected = ((rank, shape.width_in), (shape.width_out, rank))
-        if site.layer >= self._layers or (pair.a_RI.shape, pair.b_OR.shape) != expected:
+        if not self._fits(site, pair, rank=adapter.config.rank):
             raise BadAdapterError(
                 f"The adapter's {site.target} of layer {site.layer} does not fit this model. "
                 "Load it on the base model it was trained for."
             )
+
+    def _fits(self, site: Site, pair: Pair, *, rank: int) -> bool:
+        shape = self._shapes.get(site.target)
+        if shape is None or site.layer >= self._layers:
+            return False
+        return (pair.a_RI.shape, pair.b_OR.shape) == (
+            (rank, shape.width_in),
+            (shape.width_out, rank),
+        )
 
     def _prepare(self, site: Site, pair: Pair, adapter: Adapter) -> Pair:
         a_RI, b_OR = self._shapes[site.target].cut(pair)
