@@ -205,6 +205,12 @@ def test_the_server_imports_neither_torch_nor_numpy() -> None:
     assert unwanted.isdisjoint(done.stdout.split())
 
 
+def test_the_engine_imports_no_grammars_before_one_is_asked_for() -> None:
+    code = "import sys, mizzen.runtime.engine.process as _; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"llguidance", "transformers", "pandas"}.isdisjoint(done.stdout.split())
+
+
 def test_a_process_that_has_a_server_can_still_have_a_client() -> None:
     code = (
         "import mizzen.runtime.server.grpc_server, tritonclient.grpc.aio as client; "
