@@ -27,6 +27,8 @@ rm -rf /opt/tools
 cd /opt/mizzen/lib/python3*/site-packages
 # Packages' own tests are a tenth of the size.
 find . -type d -name tests -prune -exec rm -rf {} +
+# Ray's half for Java.
+rm -rf ray/jars
 if [ "${SLIM_TORCH:-0}" = 1 ]; then
     # Compilers and engines for a GPU that no library of PyTorch links; loading it proves that.
     rm -rf triton torch/include torch/test nvidia/*/include nvidia/cudnn/lib/libcudnn_*.so.*

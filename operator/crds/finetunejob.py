@@ -222,7 +222,7 @@ class FineTuneJobSpec(ApiModel):
         *_unchanged(
             "backend", "method", "adaptation", "baseModel", "processing", "hyperparameters"
         ),
-        *_unchanged("checkpoint", "resources", "failure"),
+        *_unchanged("checkpoint", "resources", "failure", "roles"),
         _unchanged_sections(),
         *_unchanged_if_any(
             "dataset", "evaluation", "output", "promotion", "budget", "podTemplatePatch"
@@ -249,8 +249,13 @@ class FineTuneJobSpec(ApiModel):
             "promotion.strategy HotLoadAdapter needs adaptation.type lora or qlora.",
         ),
         cel(
-            "self.workers.max == 1 || self.method in ['sft', 'dpo', 'reward', 'distill']",
-            "workers.max above 1 needs method sft, dpo, reward or distill.",
+            "self.workers.max == 1 || self.roles == 'Ray' || "
+            "self.method in ['sft', 'dpo', 'reward', 'distill']",
+            "workers.max above 1 needs method sft, dpo, reward or distill, or roles Ray.",
+        ),
+        cel(
+            "self.roles == 'InProcess' || self.method in ['grpo', 'ppo']",
+            "roles Ray needs method grpo or ppo.",
         ),
         cel(
             "self.workers.min % self.parallelism.tensor == 0 && "
@@ -317,6 +322,13 @@ class FineTuneJobSpec(ApiModel):
         Budget | None, Field(description="What it may use; then it ends with what it has.")
     ] = None
     workers: Annotated[Workers, Field(description="How many pods train together.")] = Workers()
+    roles: Annotated[
+        Literal["InProcess", "Ray"],
+        Field(
+            description="Who draws answers, judges them and knows the base (grpo, ppo): the "
+            "trainer, or processes of their own beside it."
+        ),
+    ] = "InProcess"
     parallelism: Annotated[
         TensorParallelism, Field(description="How many workers share one copy of the model.")
     ] = TensorParallelism()

@@ -122,6 +122,7 @@ def build_train_config(job: Job, generation: int, workers: int) -> Json:
         },
         "output": _output(job),
         "evaluation": _evaluation(job),
+        "roles": spec.roles,
         "workers": workers,
         "parallelism": spec.parallelism.model_dump(),
         "generation": generation,

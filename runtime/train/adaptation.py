@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import (
     PATHS,
     Adapter,
@@ -22,9 +23,10 @@ from mizzen.runtime.model.lora import (
     site_shapes,
 )
 from mizzen.runtime.model.packed import Quantization
+from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.parallel.shard import check_trainable
 from mizzen.runtime.train.config import TrainConfig
-from mizzen.runtime.train.device import choose_dtype
+from mizzen.runtime.train.device import choose_dtype, products_in
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.export import check_exportable, published_dtype, write_model
 from mizzen.runtime.train.trainable import NamedView, Trainable, full_views, views_of
@@ -76,9 +78,7 @@ class FullAdaptation:
 
     def precision(self) -> AbstractContextManager[object]:
         """Return autocast where products are in bfloat16."""
-        if self._dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self._decoder.place.device.type, dtype=self._dtype)
+        return products_in(self._dtype, self._decoder.place.device)
 
     def set_training(self, is_training: bool) -> None:
         """Tell the decoder."""
@@ -148,9 +148,20 @@ def adapt(
         TensorParallelInvalidError: ranks would share a KV head.
     """
     check_trainable(kv_heads=decoder.spec.kv_heads, size=decoder.group.size)
-    adaptation, hyper = config.adaptation, config.hyperparameters
-    if adaptation.type == "full":
-        return FullAdaptation(decoder, heads=heads, weight_decay=hyper.weight_decay, dtype=dtype)
+    weight_decay = config.hyperparameters.weight_decay
+    if config.adaptation.type == "full":
+        return FullAdaptation(decoder, heads=heads, weight_decay=weight_decay, dtype=dtype)
+    lora = build_lora(decoder, config)
+    return LoraAdaptation(lora, heads=heads, weight_decay=weight_decay)
+
+
+def build_lora(decoder: Decoder, config: TrainConfig) -> TrainableLora:
+    """Return the adapter that the job trains, as it is before the first step.
+
+    Raises:
+        JobConfigError: the job names linears there are not.
+    """
+    adaptation = config.adaptation
     targets = tuple(PATHS) if adaptation.targets == "all-linear" else adaptation.targets
     # A feed-forward without a gate has nothing to adapt there.
     sites = site_shapes(decoder)
@@ -165,8 +176,23 @@ def adapt(
         dropout=adaptation.dropout,
         targets=tuple(target for target in targets if target in sites),
     )
-    lora = TrainableLora(decoder, rules, seed=hyper.seed)
-    return LoraAdaptation(lora, heads=heads, weight_decay=hyper.weight_decay)
+    return TrainableLora(decoder, rules, seed=config.hyperparameters.seed)
+
+
+def load_base(config: TrainConfig, device: torch.device, group: RankGroup | None = None) -> Decoder:
+    """Read the base as it is trained, rounded where the adapter learns beside a rounded one.
+
+    Raises:
+        BadModelError: the checkpoint is not one we can use.
+    """
+    return load_decoder(
+        config.base_model,
+        dtype=load_dtype(config, device),
+        device=device,
+        group=group,
+        quantization=frozen_bits(config),
+        is_trained_beside=True,
+    )
 
 
 def load_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

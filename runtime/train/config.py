@@ -192,6 +192,7 @@ class TrainConfig(Part):
     checkpoint: Checkpointing
     output: Output
     evaluation: Evaluation = Evaluation()
+    roles: Literal["InProcess", "Ray"] = "InProcess"  # who draws and judges answers
     workers: int = Field(default=1, ge=1)  # pods of this generation
     parallelism: Parallelism = Parallelism()
     generation: int = Field(default=1, ge=0)
@@ -213,7 +214,9 @@ class TrainConfig(Part):
         self._check_backend()
         if self.checkpoint.keep_best:
             self._check_keep_best()
-        if self.workers > 1 and self.method not in SHARED:
+        if self.roles == "Ray" and self.method not in ("grpo", "ppo"):
+            raise ValueError(f"roles Ray are for methods grpo and ppo, not {self.method}")
+        if self.workers > 1 and self.method not in SHARED and self.roles == "InProcess":
             raise ValueError(f"method {self.method} runs on one worker: set workers to 1")
         if self.workers > 1 and self.distill is not None and self.distill.on_policy:
             raise ValueError("distill.on_policy runs on one worker: set workers to 1")

@@ -203,6 +203,18 @@ class TrainerHangsError(MizzenError):
         )
 
 
+class RoleLostError(MizzenError):
+    """A process that drew answers, judged them or knew the reference is gone."""
+
+    reason = "RoleLost"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A role on Ray is gone, most often because its memory was not enough: each holds a "
+            "copy of the base model. Give the trainer more memory, or set spec.roles to InProcess."
+        )
+
+
 class CheckpointMismatchError(JobError):
     """The committed checkpoint belongs to a different job."""
 

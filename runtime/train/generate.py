@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mizzen.runtime.attention.causal import CausalAttention
+from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
+from mizzen.runtime.train.options import Rl
 from mizzen.runtime.train.samples import Prompt
 from mizzen.runtime.train.stop import Stop
 
-_AT_ONCE = 64  # sequences whose keys and values live together
+AT_ONCE = 64  # sequences whose keys and values live together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,15 @@ class Drawing:
     max_new_tokens: int
     temperature: float  # 0: the likeliest token
     eos_ids: tuple[int, ...]
+
+
+def drawing_of(rules: Rl, tokenizer: Tokenizer) -> Drawing:
+    """Return how a policy's answers are drawn."""
+    return Drawing(
+        max_new_tokens=rules.max_new_tokens,
+        temperature=rules.temperature,
+        eos_ids=tokenizer.eos_token_ids,
+    )
 
 
 @torch.no_grad()
@@ -42,13 +53,15 @@ def draw_answers(
 ) -> list[list[int]]:
     """Return an answer's token ids for each prompt, the token that ends it included.
 
+    Each `AT_ONCE` prompts have random numbers of their own, so that others may draw some of them.
+
     Raises:
         YieldRequested: somebody asked to stop; nothing of a step has happened yet.
     """
-    random = torch.Generator().manual_seed(seed)
     answers: list[list[int]] = []
-    for start in range(0, len(prompts), _AT_ONCE):
-        part = prompts[start : start + _AT_ONCE]
+    for start in range(0, len(prompts), AT_ONCE):
+        random = torch.Generator().manual_seed(seed + start)
+        part = prompts[start : start + AT_ONCE]
         answers += _draw(decoder, part, lora, rules, random, stop)
     return answers
 

@@ -30,9 +30,10 @@ from mizzen.runtime.train.methods.registry import build_method
 from mizzen.runtime.train.progress import ProgressBoard, Verdict, fit_termination_log
 from mizzen.runtime.train.publish import publish
 from mizzen.runtime.train.records import Shape
+from mizzen.runtime.train.roles.cast import close_stage, open_stage
 from mizzen.runtime.train.sources import load_source
 from mizzen.runtime.train.stop import EXIT_DONE, EXIT_YIELDED, StopFlag, YieldRequested
-from mizzen.runtime.train.surroundings import Surroundings
+from mizzen.runtime.train.surroundings import Stage, Surroundings
 from mizzen.runtime.train.teacher import check_same_tokens
 from mizzen.runtime.train.together import SharedStop, Together
 from mizzen.runtime.train.training import Training
@@ -74,7 +75,13 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
     with stop.nothing_to_lose():
         workers = meet(config, environment, choose_device(environment.device))
         workers.watch(stop)
-        work = _prepare(config, environment, board, stop, workers)
+        stage = open_stage(config, environment, workers, stop)
+    if stage is not None and not workers.is_leader:
+        board.enter("Running")
+        workers.wait_for_end()
+        return EXIT_YIELDED if stop.is_asked else EXIT_DONE
+    with stop.nothing_to_lose():
+        work = _prepare(config, environment, board, stop, workers, stage)
     watch(stop, timeout_s=config.failure.hang_timeout_s)
     try:
         if isinstance(work, Training) and not workers.is_in_first_copy:
@@ -89,6 +96,7 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
         workers.end()
         _report(environment.termination_log, board)
         return EXIT_YIELDED
+    close_stage(stage)
     workers.end()
     with stop.nothing_to_lose():
         failed = [verdict.suite for verdict in verdicts if not verdict.passed]
@@ -117,10 +125,11 @@ def _prepare(
     board: ProgressBoard,
     stop: StopFlag,
     workers: Workers,
+    stage: Stage | None,
 ) -> Work:
     if config.backend == "Transformers":
         return prepare_transformers(config, environment, board, stop)
-    around = _surround(config, environment, stop)
+    around = _surround(config, environment, stop, stage)
     if config.is_trained:
         check_memory(around)
     if workers.tensor.size > 1:
@@ -145,7 +154,9 @@ def _prepare(
     )
 
 
-def _surround(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag) -> Surroundings:
+def _surround(
+    config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag, stage: Stage | None
+) -> Surroundings:
     checkpoint = find_checkpoint(config.base_model)
     return Surroundings(
         config=config,
@@ -155,6 +166,7 @@ def _surround(config: TrainConfig, environment: TrainerEnvironment, stop: StopFl
         stop=stop,
         judge_api_key=environment.judge_api_key,
         teacher_api_key=environment.teacher_api_key,
+        stage=stage,
     )
 
 

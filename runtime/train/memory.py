@@ -21,6 +21,7 @@ from mizzen.runtime.train.adaptation import adapt, frozen_bits, load_dtype
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.errors import TrainingDoesNotFitError
+from mizzen.runtime.train.roles.actors import ReferenceRole, RolloutRole, choose_device_of
 from mizzen.runtime.train.surroundings import Surroundings
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -61,10 +62,7 @@ def plan_need(config: TrainConfig, spec: ArchSpec, device: torch.device) -> Need
     ranks = config.parallelism.tensor
     last = RankGroup(ranks - 1, ranks)
     place = Placement(load_dtype(config, device), torch.device("meta"), last)
-    decoder, bits = Decoder(spec, place), frozen_bits(config)
-    if bits != "none":
-        for part in decoder.parts():
-            decoder.store(part, bits)
+    decoder = _base(config, spec, place)
     adapted = adapt(decoder, config, heads=(), dtype=place.dtype)
     held = [decoder, *_asked_at_each_step(config, decoder, device)]
     weights = [tensor for one in held for tensor in (*one.parameters(), *one.buffers())]
@@ -76,13 +74,34 @@ def _asked_at_each_step(
 ) -> Iterator[Decoder]:
     """Return the models that stay beside the one that learns, without their weights."""
     place = decoder.place
-    if config.section == "rl" and config.adaptation.type == "full":
-        yield Decoder(decoder.spec, place)  # the reference: an adapter's is its own base
+    for _ in range(_copies(config, device)):
+        yield _base(config, decoder.spec, place)
     rules = config.distill
     if config.method == "distill" and rules is not None and rules.on_policy and rules.teacher:
         spec = ArchSpec.from_dir(find_checkpoint(rules.teacher))
         dtype = choose_dtype(config.hyperparameters.dtype, device)
         yield Decoder(spec, replace(place, dtype=dtype))
+
+
+def _copies(config: TrainConfig, device: torch.device) -> int:
+    """Return how many more bases there are for rl, beside the trainer's own, in the same memory."""
+    if config.section != "rl":
+        return 0
+    if config.roles == "InProcess":
+        return int(config.adaptation.type == "full")  # the reference: an adapter's is its own base
+    if config.workers > 1:
+        return 0  # in the other pods
+    gpus = torch.cuda.device_count()
+    devices = [choose_device_of(role, device, gpus) for role in (RolloutRole, ReferenceRole)]
+    return sum(name in ("cpu", "cuda:0") for name in devices)
+
+
+def _base(config: TrainConfig, spec: ArchSpec, place: Placement) -> Decoder:
+    decoder, bits = Decoder(spec, place), frozen_bits(config)
+    if bits != "none":
+        for part in decoder.parts():
+            decoder.store(part, bits)
+    return decoder
 
 
 def need_of(weights: Iterable[Tensor], moving: Iterable[Tensor]) -> Need:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +16,13 @@ from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import LoraSlots, load_adapter
 from mizzen.runtime.model.lora.files import CONFIG_FILE
+from mizzen.runtime.train.adaptation import load_dtype
+from mizzen.runtime.train.batches import split_micro
+from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.methods.reward import HEAD_FILE, HEAD_NAME, rewards_of
 from mizzen.runtime.train.options import Rule
-from mizzen.runtime.train.samples import Sample
+from mizzen.runtime.train.samples import Prompt, Sample, joined
 
 
 def rule_reward(rule: Rule, *, text: str, tokens: int, answer: str | None) -> float:
@@ -51,9 +54,20 @@ class RuleRewards:
 
 
 class RewardModel:
-    """A trained reward model: an adapter beside the policy's own base, or a model of its own."""
+    """A trained reward model: an adapter beside the policy's own base, or a model of its own.
 
-    def __init__(self, path: Path, *, base_model: Path, base: Decoder) -> None:
+    Only an adapter needs the base, so only then it is asked for.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        base_model: Path,
+        base: Callable[[], Decoder],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         head = path / HEAD_FILE
         if not head.exists():
             raise JobConfigError(
@@ -69,13 +83,12 @@ class RewardModel:
                     f"{base_model}. Use one base for both, or a reward model with adaptation.type "
                     "full."
                 )
-            self._decoder = base
-            self._slots = LoraSlots(base)
+            self._decoder = base()
+            self._slots = LoraSlots(self._decoder)
             self._slots.load(1, load_adapter(path))
         else:
-            place = base.place
-            self._decoder = load_decoder(path, dtype=place.dtype, device=place.device)
-        self._head_1D = load_file(head)[HEAD_NAME].to(base.place.device)
+            self._decoder = load_decoder(path, dtype=dtype, device=device)
+        self._head_1D = load_file(head)[HEAD_NAME].to(device)
 
     @torch.no_grad()
     def of(self, samples: Sequence[Sample]) -> Tensor:
@@ -84,3 +97,48 @@ class RewardModel:
         if self._slots is not None:
             lora = self._slots.batch([1] * len(samples), [len(sample) for sample in samples])
         return rewards_of(self._decoder, samples, lora, self._head_1D).cpu()
+
+
+class Rewards:
+    """What a job pays for answers: by rules, by a reward model, less what a missing end costs.
+
+    The reward model is read when the first answer is judged.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, device: torch.device) -> None:
+        assert config.rl is not None, "checked by the job's configuration"
+        self._config = config
+        self._device = device
+        self._rules = config.rl
+        self._ends = tokenizer.eos_token_ids
+        self._by_rules = RuleRewards(self._rules.rewards, tokenizer)
+        self._model: RewardModel | None = None
+
+    def of(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[list[int]],
+        *,
+        base: Callable[[], Decoder],
+    ) -> list[float]:
+        """Return what each answer is worth; `base` gives the model that the policy started from."""
+        pairs = list(zip(prompts, answers, strict=True))
+        rewards = [self._by_rules.of(answer, prompt.answer) for prompt, answer in pairs]
+        if self._rules.reward_model is not None:
+            if self._model is None:
+                self._model = RewardModel(
+                    self._rules.reward_model,
+                    base_model=self._config.base_model,
+                    base=base,
+                    dtype=load_dtype(self._config, self._device),
+                    device=self._device,
+                )
+            samples = [joined(*pair) for pair in pairs]
+            at_once = self._config.hyperparameters.micro_batch
+            parts = [self._model.of(part) for part in split_micro(samples, at_once)]
+            rewards = [r + m for r, m in zip(rewards, torch.cat(parts).tolist(), strict=True)]
+        penalty = self._rules.missing_eos_penalty
+        return [
+            reward - penalty * (answer[-1] not in self._ends)
+            for reward, answer in zip(rewards, answers, strict=True)
+        ]

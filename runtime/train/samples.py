@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,3 +88,9 @@ class Prompt:
     def labels(self) -> int:
         """One: a step's mean goes over prompts."""
         return 1
+
+
+def joined(prompt: Prompt, answer: Sequence[int]) -> Sample:
+    """Return a prompt with an answer, whose tokens are the labels."""
+    token_ids_T = np.concatenate([prompt.token_ids_T, np.asarray(answer, np.int32)])
+    return Sample(token_ids_T, np.arange(len(token_ids_T)) >= len(prompt))

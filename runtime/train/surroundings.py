@@ -12,6 +12,13 @@ from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.stop import Stop
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where roles are played on Ray: a place in each pod, the trainer's first."""
+
+    places: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """What a method may need to know."""
@@ -23,3 +30,4 @@ class Surroundings:
     stop: Stop
     judge_api_key: str | None = None
     teacher_api_key: str | None = None
+    stage: Stage | None = None  # where others than the trainer draw and judge

@@ -15,12 +15,13 @@ from mizzen.runtime.model.arch import find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
-from mizzen.runtime.train.adaptation import Adapted, adapt, frozen_bits, load_dtype
+from mizzen.runtime.train.adaptation import Adapted, adapt, load_base
 from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.digest import mark_model
+from mizzen.runtime.train.errors import RoleLostError
 from mizzen.runtime.train.evaluate import Examination, TallyStore
 from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.ledger import DiskLedger, Ledger, NoLedger
@@ -67,14 +68,7 @@ class Training:
         self._ranks = ranks = Together(workers.tensor, device)
         self._stop: Stop = around.stop
         self._tokenizer: Tokenizer = around.tokenizer
-        self._decoder = load_decoder(
-            config.base_model,
-            dtype=load_dtype(config, device),
-            device=device,
-            group=workers.tensor,
-            quantization=frozen_bits(config),
-            is_trained_beside=True,
-        )
+        self._decoder = load_base(config, device, workers.tensor)
         self._adapted = adapt(
             self._decoder,
             config,
@@ -159,7 +153,7 @@ class Training:
             loop.commit()
             log.info("Yielding at step %d.", loop.counters.step)
             raise
-        except RankLostError:
+        except (RankLostError, RoleLostError):
             # A step is whole or has not begun to move anything; but a part that is lost is lost.
             if loop is not None and self._ranks.group.size == 1:
                 loop.commit()

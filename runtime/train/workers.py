@@ -54,7 +54,8 @@ class Workers:
         self.tensor = tensor or RankGroup()
         self._data = data or RankGroup()
         self._lines = lines
-        self._begun: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._has_ended = threading.Event()
         self._is_over = False
 
     @property
@@ -87,20 +88,36 @@ class Workers:
         if self._lines:
             threading.Thread(target=self._pass_on, args=(stop,), daemon=True).start()
 
+    @property
+    def own_address(self) -> str | None:
+        """The address by which the others know this worker; None where there are none."""
+        return self._lines[0].own_address if self._lines else None
+
     def begin(self) -> None:
         """Let the other copies begin; as one of them, wait until they may."""
         if self.is_leader:
-            for line in self._lines:
-                line.send(_BEGIN)
-        if self.is_in_first_copy:
-            return
+            self.tell(_BEGIN)
+        if not self.is_in_first_copy:
+            self.hear()
+
+    def tell(self, message: bytes) -> None:
+        """As the leader, say something to all others."""
+        for line in self._lines:
+            line.send(message)
+
+    def hear(self) -> bytes:
+        """Wait for the next thing that the leader says."""
         while True:
             try:
                 # Not for ever: a signal is handled only between two calls.
-                self._begun.get(timeout=_LOOK_S)
-                return
+                return self._heard.get(timeout=_LOOK_S)
             except queue.Empty:
                 continue
+
+    def wait_for_end(self) -> None:
+        """Wait until the leader has no more use for the others."""
+        while not self._has_ended.wait(_LOOK_S):
+            continue
 
     def copy_from_leader(self, numbers: Tensor) -> None:
         """Overwrite the numbers with the leader's."""
@@ -156,11 +173,12 @@ class Workers:
                 self._lose(error)
                 return
             if kind == END:
+                self._has_ended.set()
                 return
             if message == _STOP:
                 stop.ask()
             else:
-                self._begun.put(message)
+                self._heard.put(message)
 
     def _pass_on(self, stop: StopFlag) -> None:
         """Hurry the others: they would hear of it only at the end of the step."""
@@ -204,6 +222,11 @@ def meet(config: TrainConfig, environment: TrainerEnvironment, device: torch.dev
         wait_s=environment.join_seconds,
     )
     agreement = hashlib.sha256(config.model_dump_json(exclude={"admin_port"}).encode()).hexdigest()
+    if config.roles == "Ray":
+        # Nothing is summed with those that only play roles.
+        leads = nodes.index == 0
+        lines = meet_followers(nodes, agreement) if leads else [reach_leader(nodes, agreement)]
+        return Workers(data=RankGroup(rank=nodes.index), lines=lines)
     # Between two collectives lies at most what the watchdog allows for.
     timeout_s = config.failure.hang_timeout_s
     if nodes.index == 0:

@@ -290,6 +290,7 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(checkpoint={"keepBest": 1}, workers={"min": 1, "max": 2}),
         "checkpoint.keepBest needs processing.holdoutRatio above 0 and workers.max 1.",
     ),
+    "roles where nobody answers": (job(roles="Ray"), "roles Ray needs method grpo or ppo."),
     "a copy of the model that lacks a worker": (
         job(parallelism={"tensor": 2}, workers={"min": 1, "max": 2}),
         "workers.min and workers.max must be multiples of parallelism.tensor.",
@@ -474,6 +475,8 @@ def test_a_job_cannot_change_but_for_suspend(cluster: ApiCluster, namespace: str
     assert apply(cluster, namespace, job(suspend=True))["spec"]["suspend"] is True
     with pytest.raises(ClusterError, match=r"spec.hyperparameters cannot change"):
         apply(cluster, namespace, job(hyperparameters={"epochs": 2}))
+    with pytest.raises(ClusterError, match=r"spec.roles cannot change"):
+        apply(cluster, namespace, job(roles="Ray"))
     with pytest.raises(ClusterError, match=r"spec.output cannot change"):
         apply(cluster, namespace, job(output={"uri": "pvc://models/elsewhere"}))
 

@@ -35,7 +35,7 @@ def test_pytorchs_layer_and_the_one_above_share_no_package() -> None:
     assert not set(pins(FOLDER / "torch.lock")) & set(pins(FOLDER / "runtime.lock"))
 
 
-@pytest.mark.parametrize("extra", ["", "runtime", "transformers"])
+@pytest.mark.parametrize("extra", ["", "runtime", "rlhf", "transformers"])
 def test_every_dependency_that_the_project_names_is_in_its_image(extra: str) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     wanted = project["optional-dependencies"][extra] if extra else project["dependencies"]

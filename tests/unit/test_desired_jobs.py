@@ -102,6 +102,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "a reward model on another claim": {
         "method": "ppo",
         "rl": {"rewardModel": "pvc://rewards/a", "gaeLambda": 0.9, "whitenRewards": False},
+        "roles": "Ray",
     },
     "a patient watchdog": {"failure": {"hangTimeoutSeconds": 7200}},
     "results elsewhere": {"output": {"uri": "pvc://results/x"}},

@@ -1,6 +1,7 @@
 """A job that cannot fit is refused with its arithmetic, before it reads anything."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,20 +56,25 @@ def test_the_need_of_training_is_known_before_a_weight_is_read(
     assert plan_need(config, decoder.spec, CPU) == allocated
 
 
-REFERENCES = {
-    "a copy of the base beside weights that all move": ("full", "model", 2),
-    "the base itself behind an adapter": ("lora", "adapter", 1),
+FULL = {"adaptation": {"type": "full"}, "output": {"kind": "model"}}
+LORA = {"adaptation": {"type": "lora"}, "output": {"kind": "adapter"}}
+REFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "a copy of the base beside weights that all move": (FULL, {}, 2),
+    "the base itself behind an adapter": (LORA, {}, 1),
+    "one of two copies where others play the roles in its pod": (LORA, {"roles": "Ray"}, 3),
+    "in another pod where there are several": (FULL, {"roles": "Ray", "workers": 2}, 1),
 }
 
 
-@pytest.mark.parametrize(("kind", "makes", "models"), REFERENCES.values(), ids=REFERENCES)
-def test_the_reference_of_a_policy_is(tmp_path: Path, kind: str, makes: str, models: int) -> None:
+@pytest.mark.parametrize(("adapted", "cast", "models"), REFERENCES.values(), ids=REFERENCES)
+def test_the_reference_of_a_policy_is(
+    tmp_path: Path, adapted: dict[str, Any], cast: dict[str, Any], models: int
+) -> None:
     rl = {"rewards": [{"type": "length", "tokens": 4}]}
-    suites = {"suites": []}
-    both = {"adaptation": {"type": kind}, "output": {"kind": makes}, "evaluation": suites}
+    both = {**adapted, "evaluation": {"suites": []}}
     alone, policy = (
-        load_config(write_job(tmp_path / method, method=method, rl=rl, **both).config_path)
-        for method in ("sft", "grpo")
+        load_config(write_job(tmp_path / method, method=method, **both, **more).config_path)
+        for method, more in (("sft", {}), ("grpo", {"rl": rl, **cast}))
     )
     spec = ArchSpec.from_dir(alone.base_model)
     base = sum(

@@ -194,6 +194,20 @@ def test_the_ratio_is_clipped(
     assert loss.item() == pytest.approx(expected)
 
 
+def test_answers_and_their_likelihood_know_no_dropout(tmp_path: Path, decoder: Decoder) -> None:
+    method = method_of(Grpo, tmp_path)
+    lora = TrainableLora(decoder, LoraConfig(rank=2, alpha=64.0, dropout=0.5))
+    with torch.no_grad():
+        for matrix in lora.b.values():
+            matrix.normal_(std=0.2)
+    prompts = [prompt(5, seed) for seed in range(4)]
+    first, again = (method.roll_out(decoder, prompts, lora, seed=1) for _ in range(2))
+    assert lora.training
+    for one, other in zip(first, again, strict=True):
+        assert one.sample.token_ids_T.tolist() == other.sample.token_ids_T.tolist()
+        assert one.old_N.tolist() == other.old_N.tolist()
+
+
 @pytest.mark.parametrize("kind", [Grpo, Ppo])
 def test_the_first_update_starts_from_a_ratio_of_one_and_no_drift(
     tmp_path: Path, decoder: Decoder, kind: Any
@@ -224,7 +238,7 @@ def test_an_answer_that_does_not_end_pays_for_it(tmp_path: Path, decoder: Decode
     method = method_of(Grpo, tmp_path, missing_eos_penalty=5.0)
     (end,) = method._drawing.eos_ids
     prompts = [prompt(4, 0)] * 2
-    ended, cut = method._rewards(decoder, prompts, [[1, end], [1, 1]])
+    ended, cut = method._roles.judge(decoder, prompts, [[1, end], [1, 1]])()
     assert ended - cut == pytest.approx(5.0)
 
 
@@ -262,7 +276,8 @@ def test_a_reward_model_judges_beside_the_base_it_was_trained_on(tmp_path: Path)
     assert run(judge) == 0
     (artifact,), base_model = judge.artifacts, tmp_path / "r" / "model"
     base = load_decoder(base_model, dtype=torch.float32)
-    model = RewardModel(artifact, base_model=base_model, base=base)
+    beside = {"base": lambda: base, "dtype": torch.float32, "device": CPU}
+    model = RewardModel(artifact, base_model=base_model, **beside)
     tokenizer = Tokenizer.load(base_model)
     told = []
     for answer in ("teal it is", "no green"):
@@ -272,9 +287,9 @@ def test_a_reward_model_judges_beside_the_base_it_was_trained_on(tmp_path: Path)
     better, worse = model.of(told).tolist()
     assert better > worse
     with pytest.raises(JobConfigError, match="Use one base for both"):
-        RewardModel(artifact, base_model=tmp_path / "other", base=base)
+        RewardModel(artifact, base_model=tmp_path / "other", **beside)
     with pytest.raises(JobConfigError, match="Name the artifact of a job with method reward"):
-        RewardModel(base_model, base_model=base_model, base=base)
+        RewardModel(base_model, base_model=base_model, **beside)
 
 
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {

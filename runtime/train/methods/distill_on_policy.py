@@ -24,9 +24,13 @@ from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.generate import Drawing, draw_answers
 from mizzen.runtime.train.methods.method import Method
-from mizzen.runtime.train.methods.policy import concatenated, joined, log_probs_by_sample
-from mizzen.runtime.train.methods.token_loss import token_log_probs, token_losses_sum
-from mizzen.runtime.train.samples import Floats, Item, Prompt, Sample
+from mizzen.runtime.train.methods.policy import concatenated
+from mizzen.runtime.train.methods.token_loss import (
+    log_probs_by_sample,
+    token_log_probs,
+    token_losses_sum,
+)
+from mizzen.runtime.train.samples import Floats, Item, Prompt, Sample, joined
 from mizzen.runtime.train.surroundings import Surroundings
 from mizzen.runtime.train.teacher import ServedTeacher
 

@@ -1,33 +1,31 @@
 """What GRPO and PPO share: answers drawn on-policy, their rewards, and how far they drifted.
 
 Old log-probabilities are computed by the trainer's own forward pass and not taken from drawing,
-so that the ratio of the first update is one. The reference is the policy with its adapter off;
-only where every weight moves is a second copy of the base kept.
+so that the ratio of the first update is one.
 """
 
 # Shapes: N answer tokens of a rollout or of a batch of them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
-from mizzen.runtime.model.loader import load_decoder
-from mizzen.runtime.train.batches import pack, split_micro
+from mizzen.runtime.train.batches import pack
 from mizzen.runtime.train.errors import JobConfigError
-from mizzen.runtime.train.generate import Drawing, draw_answers
+from mizzen.runtime.train.generate import draw_answers, drawing_of
 from mizzen.runtime.train.measures import REWARD
 from mizzen.runtime.train.methods.method import Method
-from mizzen.runtime.train.methods.token_loss import token_log_probs
-from mizzen.runtime.train.rewards import RewardModel, RuleRewards
-from mizzen.runtime.train.samples import Floats, Prompt, Sample
+from mizzen.runtime.train.methods.token_loss import log_probs_by_sample, token_log_probs
+from mizzen.runtime.train.roles.cast import cast_roles
+from mizzen.runtime.train.samples import Floats, Prompt, Sample, joined
 from mizzen.runtime.train.surroundings import Surroundings
 
 
@@ -69,14 +67,8 @@ class PolicyMethod(Method):
         self._rules = config.rl
         self._around = around
         self._micro_batch = config.hyperparameters.micro_batch
-        self._drawing = Drawing(
-            max_new_tokens=self._rules.max_new_tokens,
-            temperature=self._rules.temperature,
-            eos_ids=around.tokenizer.eos_token_ids,
-        )
-        self._by_rules = RuleRewards(self._rules.rewards, around.tokenizer)
-        self._reference: Decoder | None = None
-        self._reward_model: RewardModel | None = None
+        self._drawing = drawing_of(self._rules, around.tokenizer)
+        self._roles = cast_roles(around)
         self._measured: dict[str, float] = {}
 
     def count(
@@ -84,8 +76,10 @@ class PolicyMethod(Method):
     ) -> tuple[float, float]:
         """Return the summed reward of one answer to each prompt, and their number."""
         seed = zlib.crc32(b"".join(item.token_ids_T.tobytes() for item in items))
-        answers = self._draw(decoder, items, lora, seed=seed)
-        return sum(self._rewards(decoder, items, answers)), float(len(items))
+        # By the trainer itself, also where others draw for its steps: they have no base any more.
+        stop = self._around.stop
+        answers = draw_answers(decoder, items, lora, self._drawing, seed=seed, stop=stop)
+        return sum(self._roles.judge(decoder, items, answers)()), float(len(items))
 
     def measured(self) -> Mapping[str, float]:
         """Return the last step's mean reward, and its drift from the reference per token."""
@@ -96,11 +90,20 @@ class PolicyMethod(Method):
         self, decoder: Decoder, prompts: Sequence[Prompt], lora: LoraDelta | None, *, seed: int
     ) -> list[Rollout]:
         """Return an answer to each prompt, with everything but its advantage."""
-        answers = self._draw(decoder, prompts, lora, seed=seed)
-        rewards = self._rewards(decoder, prompts, answers)
-        samples = [joined(p, answer) for p, answer in zip(prompts, answers, strict=True)]
-        old = self._log_probs(decoder, samples, lora)
-        reference = self._log_probs(self._reference_of(decoder), samples, None)
+        with _without_dropout(lora):
+            answers = self._roles.draw(decoder, prompts, lora, seed=seed)
+            samples = [joined(p, answer) for p, answer in zip(prompts, answers, strict=True)]
+            # Whoever else plays a role does so while the trainer computes.
+            judged = self._roles.judge(decoder, prompts, answers)
+            compared = self._roles.compare(decoder, samples)
+            old = log_probs_by_sample(
+                decoder,
+                samples,
+                lora,
+                at_once=self._micro_batch,
+                temperature=self._rules.temperature,
+            )
+        rewards, reference = judged(), compared()
         rollouts = [
             Rollout(sample=sample, reward=reward, old_N=o, reference_N=r)
             for sample, reward, o, r in zip(samples, rewards, old, reference, strict=True)
@@ -124,79 +127,19 @@ class PolicyMethod(Method):
         near_N = ratio_N.clamp(1 - self._rules.clip_low, 1 + self._rules.clip_high)
         return -torch.minimum(ratio_N * advantage_N, near_N * advantage_N)
 
-    def _draw(
-        self, decoder: Decoder, prompts: Sequence[Prompt], lora: Any, *, seed: int
-    ) -> list[list[int]]:
-        stop = self._around.stop
-        return draw_answers(decoder, prompts, lora, self._drawing, seed=seed, stop=stop)
 
-    def _rewards(
-        self, decoder: Decoder, prompts: Sequence[Prompt], answers: Sequence[list[int]]
-    ) -> list[float]:
-        pairs = list(zip(prompts, answers, strict=True))
-        rewards = [self._by_rules.of(answer, prompt.answer) for prompt, answer in pairs]
-        if self._rules.reward_model is not None:
-            model = self._reward_model_of(decoder)
-            samples = [joined(*pair) for pair in pairs]
-            parts = [model.of(part) for part in split_micro(samples, self._micro_batch)]
-            rewards = [r + m for r, m in zip(rewards, torch.cat(parts).tolist(), strict=True)]
-        penalty, ends = self._rules.missing_eos_penalty, self._drawing.eos_ids
-        return [
-            reward - penalty * (answer[-1] not in ends)
-            for reward, answer in zip(rewards, answers, strict=True)
-        ]
-
-    def _log_probs(
-        self, decoder: Decoder, samples: Sequence[Sample], lora: LoraDelta | None
-    ) -> list[Floats]:
-        temperature = self._drawing.temperature
-        return log_probs_by_sample(
-            decoder, samples, lora, at_once=self._micro_batch, temperature=temperature
-        )
-
-    def _reference_of(self, decoder: Decoder) -> Decoder:
-        """Return what is never trained: the decoder behind an adapter, else a copy of the base."""
-        config = self._around.config
-        if config.adaptation.type != "full":
-            return decoder
-        if self._reference is None:
-            place = decoder.place
-            self._reference = load_decoder(
-                config.base_model, dtype=place.dtype, device=place.device
-            )
-        return self._reference
-
-    def _reward_model_of(self, decoder: Decoder) -> RewardModel:
-        path, config = self._rules.reward_model, self._around.config
-        if self._reward_model is None and path is not None:
-            base = self._reference_of(decoder)
-            self._reward_model = RewardModel(path, base_model=config.base_model, base=base)
-        assert self._reward_model is not None
-        return self._reward_model
-
-
-@torch.no_grad()
-def log_probs_by_sample(
-    decoder: Decoder,
-    samples: Sequence[Sample],
-    lora: LoraDelta | None,
-    *,
-    at_once: int,
-    temperature: float = 1.0,
-) -> list[Floats]:
-    """Return the log-probability of each sample's labels."""
-    found: list[Floats] = []
-    for part in split_micro(samples, at_once):
-        batch = pack(part, decoder.place.device)
-        values_N = token_log_probs(decoder, batch, lora, temperature=temperature)
-        found += [x.cpu().numpy() for x in values_N.split(list(batch.label_counts))]
-    return found
-
-
-def joined(prompt: Prompt, answer: Sequence[int]) -> Sample:
-    """Return a prompt with an answer, whose tokens are the labels."""
-    token_ids_T = np.concatenate([prompt.token_ids_T, np.asarray(answer, np.int32)])
-    return Sample(token_ids_T, np.arange(len(token_ids_T)) >= len(prompt))
+@contextmanager
+def _without_dropout(lora: LoraDelta | None) -> Iterator[None]:
+    """Let an adapter answer as it will be served: with dropout it would be another policy."""
+    if not isinstance(lora, nn.Module):
+        yield
+        return
+    was_training = lora.training
+    lora.eval()
+    try:
+        yield
+    finally:
+        lora.train(was_training)
 
 
 def concatenated(arrays: Sequence[Floats | None], like: Tensor) -> Tensor:

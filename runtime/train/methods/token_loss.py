@@ -6,7 +6,7 @@ Logits are the largest tensor of a step (49k columns of float32), so a few rows 
 # Shapes: T packed tokens, D model width, N scored positions, V vocabulary.
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from mizzen.runtime.attention.causal import CausalAttention
 from mizzen.runtime.model.decoder import Attend, Decoder
 from mizzen.runtime.model.layers import LoraDelta
-from mizzen.runtime.train.batches import PackedBatch
+from mizzen.runtime.train.batches import PackedBatch, pack, split_micro
+from mizzen.runtime.train.samples import Floats, Sample
 
 LOGIT_ROWS = 256
 
@@ -78,6 +79,24 @@ def head_log_probs(
         for hidden, target in parts
     ]
     return torch.cat(found) if found else hidden_ND.new_zeros(0, dtype=torch.float32)
+
+
+@torch.no_grad()
+def log_probs_by_sample(
+    decoder: Decoder,
+    samples: Sequence[Sample],
+    lora: LoraDelta | None,
+    *,
+    at_once: int,
+    temperature: float = 1.0,
+) -> list[Floats]:
+    """Return the log-probability of each sample's labels."""
+    found: list[Floats] = []
+    for part in split_micro(samples, at_once):
+        batch = pack(part, decoder.place.device)
+        values_N = token_log_probs(decoder, batch, lora, temperature=temperature)
+        found += [x.cpu().numpy() for x in values_N.split(list(batch.label_counts))]
+    return found
 
 
 class _FastOnCpu:

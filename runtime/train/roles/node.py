@@ -1,0 +1,90 @@
+"""The Ray processes of one pod: the head's where roles begin, a member's where they only live.
+
+Ray's public ways to start (`ray.init`, `ray start`) start more than roles need: a monitor for
+autoscaling, whose port asks nobody who they are, a server for remote clients and a log monitor. So
+the class behind both is used, which may change between versions: Ray's is pinned to the minor one.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import tempfile
+
+import ray
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+from ray._raylet import (
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    persist_port,
+)
+
+log = logging.getLogger(__name__)
+
+# Of what roles say to each other; weights go through it a bucket at a time.
+_STORE_BYTES = 256 << 20
+# How many roles one pod can play.
+_SEATS = 16
+# Of its agents, which here do not open them.
+_UNUSED_PORTS = (
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+)
+
+
+class _PodNode(Node):
+    """A node whose raylet does not wait for its agents to tell it their ports.
+
+    It would wait 15 s, which is too short where processors are busy, and abort.
+    """
+
+    def start_ray_processes(self) -> None:
+        """Write down the ports that are not used, as the agents will, and go on."""
+        for name in _UNUSED_PORTS:
+            persist_port(self._session_dir, self._node_id, name, -1)
+        super().start_ray_processes()
+
+
+def start_node(*, address: str, place: str, head: str | None = None) -> str:
+    """Start them and return the head's address. They end with this process, however it ends.
+
+    Args:
+        address: This pod's, by which the other pods reach it.
+        place: The resource by which a role asks for this pod.
+        head: The head's address; where there is none, this pod's is the head.
+    """
+    node = _PodNode(
+        RayParams(
+            node_ip_address=address,
+            gcs_address=head,
+            gcs_server_port=None if head else 0,
+            num_cpus=0,
+            num_gpus=0,
+            resources={place: _SEATS},
+            runtime_env_agent_port=_free_port(address),  # else it is waited for in the same way
+            object_store_memory=_STORE_BYTES,
+            include_dashboard=False,
+            include_log_monitor=False,  # type: ignore[arg-type]
+            no_monitor=True,
+            # A new one each: nothing may be found there of another user of this machine.
+            temp_dir=tempfile.mkdtemp(prefix="ray-"),
+        ),
+        head=head is None,
+        shutdown_at_exit=False,
+        spawn_reaper=True,  # the kernel ends them with their parent
+    )
+    log.info("Ray is at %s; its logs are in %s.", node.address, node.get_session_dir_path())  # type: ignore[no-untyped-call]
+    return str(node.address)
+
+
+def enter(head: str) -> None:
+    """Become the process that places roles and asks them."""
+    ray.init(address=head, log_to_driver=False, configure_logging=False)
+
+
+def _free_port(address: str) -> int:
+    with socket.create_server((address, 0)) as free:
+        return int(free.getsockname()[1])
