@@ -46,6 +46,8 @@ from mizzen.operator.planning.rollout import Replica
 _UNANSWERED_S = 2.0
 _REFUSED_S = 60.0
 _MOVED_ON_S = 0.1
+# What goes on beside a refused write (drains, a canary) is looked at this often at most.
+_BESIDE_FAILURE_S = 10.0
 
 
 async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Result:
@@ -94,11 +96,22 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
     except KubeError as error:
         failure = failure or error
     is_routed = await bring_routes(key, resource, serving, kube=kube, facts=facts, now=now)
+    result = _next_look(plan, adapters, loading, is_routed=is_routed)
     if failure is not None:
-        return Retryable(failure) if failure.retry else Requeue(_REFUSED_S)
+        return _after_failure(failure, result)
     if _replicas(latest) != _replicas(groups):
         return Requeue(_MOVED_ON_S)
-    return _next_look(plan, adapters, loading, is_routed=is_routed)
+    return result
+
+
+def _after_failure(failure: KubeError, result: Result) -> Result:
+    """Return when to look again after a write that failed, with what else there is to look at."""
+    within_s = None
+    if isinstance(result, Requeue):
+        within_s = max(_BESIDE_FAILURE_S, result.after_s)
+    if failure.retry:
+        return Retryable(failure, within_s)
+    return Requeue(min(_REFUSED_S, within_s or _REFUSED_S))
 
 
 def _replicas(groups: Iterable[Group]) -> list[Replica]:

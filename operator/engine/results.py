@@ -17,9 +17,13 @@ class Requeue:
 
 @dataclass(frozen=True, slots=True)
 class Retryable:
-    """Something failed that may work later: try again with growing pauses."""
+    """Something failed that may work later: try again with growing pauses.
+
+    At the latest after `within_s` seconds, where something else is to be looked at.
+    """
 
     error: Exception
+    within_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,8 +67,10 @@ async def handle(
         case Requeue(after_s):
             queue.succeed(key)
             queue.add(key, after_s)
-        case Retryable(error):
+        case Retryable(error, within_s):
             pause_s = queue.retry(key)
+            if within_s is not None:
+                queue.add(key, within_s)
             logger.warning(
                 "reconcile will be retried",
                 extra={"key": str(key), "error": str(error), "pause_s": round(pause_s, 1)},

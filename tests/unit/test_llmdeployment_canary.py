@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mizzen.operator.engine.results import Retryable
 from mizzen.operator.planning.canary import Answers
 from tests.fixtures.serving_world import World
-from tests.unit.test_llmdeployment_rollout import go_on, revisions
+from tests.unit.test_llmdeployment_rollout import go_on, quota_of, revisions
 
 STEPS = [{"weight": 10, "holdSeconds": 30}, {"weight": 50, "holdSeconds": 30}]
 PROBE = {"prompt": "2 + 2 =", "expect": r"\b4\b"}
@@ -168,6 +169,20 @@ async def test_one_replica_gets_a_canary_beside_it() -> None:
     await go_on(world, 20)
     assert revisions(world) == {"first": 1, "4": 1}
     assert state(world) == (0, 10)
+
+
+async def test_a_canary_is_judged_also_while_a_quota_refuses_pods() -> None:
+    world = await begun(errorRatio=0.05)
+    await go_on(world, 20)
+    assert state(world) == (0, 10)
+    world.change(replicas=8)
+    world.api.fault = quota_of(len(world.pods), world)
+    result = await world.look()
+    assert isinstance(result, Retryable)
+    assert result.within_s == 10
+    count(world, canary=answers(40, 8), stable=answers(360, 2))
+    await world.look()
+    assert world.status["rollout"]["failure"]["reason"] == "CanaryErrors"
 
 
 async def test_a_canary_that_is_scaled_to_zero_is_judged_when_it_is_back() -> None:

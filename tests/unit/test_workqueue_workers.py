@@ -54,6 +54,10 @@ CASES: dict[str, tuple[list[Callable[[], Result]], list[float]]] = {
         [lambda: Retryable(OSError("no answer"))] * 3,
         [0.0, 1.0, 3.0, 7.0],
     ),
+    "but no later than something else is to be looked at": (
+        [lambda: Retryable(OSError("no answer"), 5)] * 5,
+        [0.0, 1.0, 3.0, 7.0, 12.0, 17.0],
+    ),
     "a defect is retried like a failure": ([crash, crash], [0.0, 1.0, 3.0]),
     "terminal waits for a changed resource": ([lambda: Terminal(ValueError("bad"))], [0.0]),
     "a success between failures starts the pauses again": (
