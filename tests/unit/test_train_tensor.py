@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,16 +14,18 @@ from transformers import GPT2Config, Qwen3Config
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.train.config import load_config
 from mizzen.runtime.train.errors import JobConfigError
-from mizzen.runtime.train.history import StepRecord, read_history
 from mizzen.runtime.train.memory import plan_need
 from tests.fixtures.tiny_models import TINY, make_model, save_tiny_tokenizer
 from tests.fixtures.train_runs import (
     Job,
+    assert_same_curve,
     exit_codes,
     free_port,
+    read_curve,
     run,
     start,
     start_workers,
+    wait_for_step,
     write_job,
     write_preferences,
 )
@@ -52,25 +53,6 @@ def saved(folder: Path, config: GPT2Config | Qwen3Config) -> Path:
     return folder
 
 
-def curve(job: Job) -> list[StepRecord]:
-    path = job.checkpoints / "metrics.jsonl"
-    return read_history(path) if path.exists() else []
-
-
-def wait_for_step(job: Job, step: int) -> None:
-    ends_at = time.monotonic() + WAIT_S
-    while len(curve(job)) < step:
-        assert time.monotonic() < ends_at, f"step {step} was not reached"
-        time.sleep(0.01)
-
-
-def assert_same_curve(left: list[StepRecord], right: list[StepRecord]) -> None:
-    assert [r.step for r in left] == [r.step for r in right]
-    assert [r.tokens for r in left] == [r.tokens for r in right]
-    assert [r.loss for r in left] == pytest.approx([r.loss for r in right], rel=1e-4)
-    assert [r.grad_norm for r in left] == pytest.approx([r.grad_norm for r in right], rel=1e-3)
-
-
 def published(job: Job) -> dict[str, torch.Tensor]:
     (folder,) = job.artifacts
     return load_file(next(folder.glob("*model.safetensors")))
@@ -95,8 +77,8 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def assert_same_result(job: Job, reference: Job) -> None:
-    assert len(curve(job)) == 12
-    assert_same_curve(curve(job), curve(reference))
+    assert len(read_curve(job)) == 12
+    assert_same_curve(read_curve(job), read_curve(reference))
     found, expected = published(job), published(reference)
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
     for name, tensor in found.items():
@@ -153,10 +135,10 @@ def test_a_checkpoint_goes_on_at_any_number_of_copies_and_ranks(tmp_path: Path, 
     root = tmp_path / "job"
     job = shared(root, 2, tensor=1, **LORA)
     assert exit_codes(start_workers(job, 2, kill_at_sync=14)) == [-signal.SIGKILL, 76]
-    first = len(curve(job))
+    first = len(read_curve(job))
     shared(root, 2, tensor=2, **LORA)
     assert exit_codes(start_workers(job, 2, kill_at_sync=14)) == [-signal.SIGKILL, 76]
-    second = len(curve(job))
+    second = len(read_curve(job))
     newest = sorted(job.checkpoints.glob("step-*"))[-1]
     assert (newest / "weights-00002-of-00002.safetensors").exists()
     assert 0 < first < second < 12
@@ -195,7 +177,7 @@ def test_all_ranks_stop_at_one_committed_step_when_one_is_asked_to(
     ranks[asked].terminate()
     assert exit_codes(ranks) == [75, 75]
     newest = sorted(job.checkpoints.glob("step-*"))[-1]
-    assert int(newest.name.removeprefix("step-")) == curve(job)[-1].step
+    assert int(newest.name.removeprefix("step-")) == read_curve(job)[-1].step
     assert len(list(newest.glob("*-of-00002.safetensors"))) == 6
 
 

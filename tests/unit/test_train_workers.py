@@ -2,19 +2,19 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from mizzen.runtime.train.history import StepRecord, read_history
 from tests.fixtures.train_runs import (
-    Job,
+    assert_same_curve,
     exit_codes,
     free_port,
+    read_curve,
     run,
     start,
     start_workers,
+    wait_for_step,
     write_job,
 )
 
@@ -23,32 +23,13 @@ LORA = {"adaptation": {"type": "lora", "rank": 4, "alpha": 8.0}}
 FULL = {"adaptation": {"type": "full"}, "output": {"kind": "model"}}
 
 
-def curve(job: Job) -> list[StepRecord]:
-    path = job.checkpoints / "metrics.jsonl"
-    return read_history(path) if path.exists() else []
-
-
-def wait_for_step(job: Job, step: int) -> None:
-    ends_at = time.monotonic() + WAIT_S
-    while len(curve(job)) < step:
-        assert time.monotonic() < ends_at, f"step {step} was not reached"
-        time.sleep(0.01)
-
-
-def assert_same_curve(left: list[StepRecord], right: list[StepRecord]) -> None:
-    assert [r.step for r in left] == [r.step for r in right]
-    assert [r.tokens for r in left] == [r.tokens for r in right]
-    assert [r.loss for r in left] == pytest.approx([r.loss for r in right], rel=1e-4)
-    assert [r.grad_norm for r in left] == pytest.approx([r.grad_norm for r in right], rel=1e-3)
-
-
 @pytest.mark.parametrize("overrides", [LORA, FULL], ids=["lora", "full"])
 def test_workers_together_learn_what_one_learns(tmp_path: Path, overrides: dict) -> None:
     alone = write_job(tmp_path / "alone", **overrides)
     assert run(alone) == 0
     shared = write_job(tmp_path / "shared", **overrides)
     assert exit_codes(start_workers(shared, 2)) == [0, 0]
-    assert_same_curve(curve(shared), curve(alone))
+    assert_same_curve(read_curve(shared), read_curve(alone))
     assert len(shared.artifacts) == 1
 
 
@@ -58,7 +39,7 @@ def test_more_workers_than_samples_in_a_step_still_learn_the_same(tmp_path: Path
     assert run(alone) == 0
     shared = write_job(tmp_path / "shared", **short)
     assert exit_codes(start_workers(shared, 3)) == [0, 0, 0]
-    assert_same_curve(curve(shared), curve(alone))
+    assert_same_curve(read_curve(shared), read_curve(alone))
 
 
 def test_the_same_workers_twice_give_the_same_bytes(tmp_path: Path) -> None:
@@ -77,7 +58,7 @@ def test_all_stop_at_one_committed_step_when_one_is_asked_to(tmp_path: Path, ask
     workers[asked].terminate()
     assert exit_codes(workers) == [75, 75]
     committed = sorted(job.checkpoints.glob("step-*"))[-1]
-    assert int(committed.name.removeprefix("step-")) == curve(job)[-1].step
+    assert int(committed.name.removeprefix("step-")) == read_curve(job)[-1].step
 
 
 def test_a_job_goes_on_with_another_number_of_workers_as_if_nothing_had_changed(
@@ -87,9 +68,9 @@ def test_a_job_goes_on_with_another_number_of_workers_as_if_nothing_had_changed(
     assert run(calm) == 0
     job = write_job(tmp_path / "resized", **LORA, hyperparameters={"max_steps": 12})
     assert exit_codes(start_workers(job, 2, kill_at_sync=14)) == [-signal.SIGKILL, 76]
-    assert len(curve(job)) < 12
+    assert len(read_curve(job)) < 12
     assert exit_codes(start_workers(job, 3)) == [0, 0, 0]
-    assert_same_curve(curve(job), curve(calm))
+    assert_same_curve(read_curve(job), read_curve(calm))
 
 
 def test_a_lost_worker_ends_the_generation_at_a_committed_step(tmp_path: Path) -> None:
@@ -101,7 +82,7 @@ def test_a_lost_worker_ends_the_generation_at_a_committed_step(tmp_path: Path) -
     assert exit_codes(workers) == [76, -signal.SIGKILL]
     assert job.last_word["reason"] == "RankLost"
     committed = sorted(job.checkpoints.glob("step-*"))[-1]
-    assert int(committed.name.removeprefix("step-")) == curve(job)[-1].step
+    assert int(committed.name.removeprefix("step-")) == read_curve(job)[-1].step
 
 
 def test_a_worker_that_was_told_something_else_is_turned_away(tmp_path: Path) -> None:
