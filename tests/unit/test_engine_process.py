@@ -129,6 +129,9 @@ class MuteProcess:
         await link.receive()  # a request that is never answered
         await asyncio.Event().wait()
 
+    def clean_up(self) -> None:
+        pass
+
     def wait(self, timeout_s: float) -> int | None:
         return -signal.SIGKILL if self.is_killed else None
 
