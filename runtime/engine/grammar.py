@@ -1,23 +1,25 @@
 """Answers that must follow a grammar: a JSON schema, a regular expression, a choice, Lark rules.
 
-llguidance does the work. A grammar is compiled away from the event loop and the engine's loop,
-under limits on its size and on the work of one step, so that a hostile one costs its own request
-and nobody else's.
+llguidance does the work, and is imported with the first grammar. One is compiled away from the
+event loop and the engine's loop, under limits on its size and on the work of one step, so that a
+hostile one costs its own request and nobody else's.
 """
 
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from mizzen.runtime.engine.api import JSON_ON_ONE_LINE, Grammar
 from mizzen.runtime.engine.errors import EngineBusyError, InvalidRequestError
 from mizzen.runtime.engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 COMPILE_LIMIT_S = 5.0
 MAX_SOURCE_CHARS = 256 * 1024
@@ -30,7 +32,7 @@ STEP_FUEL, STEP_ITEMS, LEXER_STATES = 50_000, 20_000, 100_000
 class GrammarState:
     """One sequence's place in its grammar. Used by one thread at a time."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: "LLMatcher") -> None:
         self._matcher = matcher
 
     def allowed(self) -> NDArray[np.bool_]:
@@ -58,9 +60,6 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocab_size = max(vocab_size, tokenizer.vocab_size)
         self._eos_ids = eos_ids
-        self._limits = LLParserLimits(
-            step_lexer_fuel=STEP_FUEL, step_max_items=STEP_ITEMS, max_lexer_states=LEXER_STATES
-        )
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="mizzen-grammar")
         self._kept: dict[Grammar, LLMatcher] = {}  # the last used last; belongs to that thread
         self._vocabulary = lru_cache(maxsize=1)(self._load_vocabulary)
@@ -91,19 +90,24 @@ class GrammarCompiler:
                 retry_after_s=COMPILE_LIMIT_S,
             ) from error
 
-    def _matcher(self, grammar: Grammar) -> LLMatcher:
+    def _matcher(self, grammar: Grammar) -> "LLMatcher":
         kept = self._kept
         kept[grammar] = matcher = kept.pop(grammar) if grammar in kept else self._compile(grammar)
         while len(kept) > MAX_KEPT or sum(len(each.source) for each in kept) > MAX_KEPT_CHARS:
             del kept[next(iter(kept))]
         return matcher
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
+    def _compile(self, grammar: Grammar) -> "LLMatcher":
+        from llguidance import LLMatcher, LLParserLimits  # noqa: PLC0415 - few replicas need it
+
         try:
             source = _to_llguidance(grammar)
         except ValueError as error:
             raise _refusal(str(error)) from error
-        matcher = LLMatcher(self._vocabulary(), source, log_level=0, limits=self._limits)
+        limits = LLParserLimits(
+            step_lexer_fuel=STEP_FUEL, step_max_items=STEP_ITEMS, max_lexer_states=LEXER_STATES
+        )
+        matcher = LLMatcher(self._vocabulary(), source, log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # much is found out, and paid for, only by the first mask
         if matcher.is_error():
@@ -112,7 +116,9 @@ class GrammarCompiler:
             raise _refusal("it allows no text")
         return matcher
 
-    def _load_vocabulary(self) -> LLTokenizer:
+    def _load_vocabulary(self) -> "LLTokenizer":
+        from llguidance import LLTokenizer  # noqa: PLC0415 - few replicas need it
+
         try:
             return LLTokenizer(
                 self._tokenizer.backend.to_str(),
@@ -124,6 +130,8 @@ class GrammarCompiler:
 
 
 def _to_llguidance(grammar: Grammar) -> str:
+    from llguidance import LLMatcher  # noqa: PLC0415 - few replicas need it
+
     match grammar.kind:
         case "json_schema":
             layout: Any = JSON_ON_ONE_LINE  # its stub wants every key optional

@@ -106,6 +106,7 @@ class RemoteEngine:
         # What is wrong with the model itself comes before what its tokenizer lacks.
         match answer:
             case Started() as started:
+                process.clean_up()
                 first = await link.receive()
             case Ended(fault):
                 raise to_error(fault)

@@ -25,7 +25,6 @@ class EngineProcess:
     def __init__(self, devices: Path = DEVICES) -> None:
         """Start it, without the libraries for GPUs where `devices` has none."""
         self.socket, theirs = socket.socketpair()
-        # There until the end: ranks above 0 are started once the settings are known.
         self._files = contextlib.ExitStack()
         environment = _ENVIRONMENT | os.environ | _path_without_gpu(self._files, devices)
         with theirs:
@@ -42,6 +41,13 @@ class EngineProcess:
     def pid(self) -> int:
         """The process's number."""
         return self._process.pid
+
+    def clean_up(self) -> None:
+        """Remove what only its start needs, now that each of its ranks has started.
+
+        What is left for the end would stay in the pod's folder if this process were killed.
+        """
+        self._files.close()
 
     def wait(self, timeout_s: float) -> int | None:
         """Return the exit code, below zero for a signal's; None if it runs after `timeout_s`."""
@@ -66,7 +72,7 @@ class EngineProcess:
     ) -> None:
         self.kill()
         self.socket.close()
-        self._files.close()
+        self.clean_up()
 
 
 def _path_without_gpu(files: contextlib.ExitStack, devices: Path) -> dict[str, str]:

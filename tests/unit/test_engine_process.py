@@ -129,6 +129,9 @@ class MuteProcess:
         await link.receive()  # a request that is never answered
         await asyncio.Event().wait()
 
+    def clean_up(self) -> None:
+        pass
+
     def wait(self, timeout_s: float) -> int | None:
         return -signal.SIGKILL if self.is_killed else None
 
@@ -203,6 +206,12 @@ def test_the_server_imports_neither_torch_nor_numpy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     unwanted = {"torch", "numpy", "transformers", "pandas", "llguidance"}
     assert unwanted.isdisjoint(done.stdout.split())
+
+
+def test_the_engine_imports_no_grammars_before_one_is_asked_for() -> None:
+    code = "import sys, mizzen.runtime.engine.process as _; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"llguidance", "transformers", "pandas"}.isdisjoint(done.stdout.split())
 
 
 def test_a_process_that_has_a_server_can_still_have_a_client() -> None:

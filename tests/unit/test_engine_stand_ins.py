@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from hack.tiny_model import write_tiny_model
 from mizzen.runtime.engine import hollow, spawn
+from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.hollow import NotALibraryError, hollow_out
+from mizzen.runtime.engine.remote import RemoteEngine
 from mizzen.runtime.engine.spawn import EngineProcess
 from mizzen.runtime.engine.stand_ins import LIBRARIES, has_gpu, write_stand_ins
+from mizzen.runtime.engine.startup import NullRecorder
 from tests.fixtures.runtime_server import eventually
 
 
@@ -126,6 +130,17 @@ async def test_without_a_gpu_the_engine_loads_none_of_the_libraries_that_fill_me
         assert process.wait(120) == 0  # it came as far as to its settings
         assert folder.exists()  # for ranks that are started later
     assert not folder.exists()
+
+
+async def test_an_engine_that_has_started_leaves_no_files_behind(tmp_path: Path) -> None:
+    with EngineProcess(devices=tmp_path) as process:
+        (folder,) = (Path(each) for each in _stand_ins(process))
+        model = write_tiny_model(tmp_path / "tiny", context=64)
+        config = EngineConfig(model=model, device="cpu", dtype="float32", kv_cache_gib=0.02)
+        assert folder.exists()
+        engine = await RemoteEngine.start(process, config, NullRecorder())
+        assert not folder.exists()
+        await engine.stop()
 
 
 def test_with_a_gpu_the_engine_has_no_stand_ins(tmp_path: Path) -> None:
