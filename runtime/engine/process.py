@@ -97,8 +97,8 @@ class Host:
         self._timings = timings
         self._link = link
         self._outputs: list[tuple[str, Item]] = []
-        self._submits: dict[str, asyncio.Task[None]] = {}
-        self._scores: dict[int, asyncio.Task[None]] = {}
+        # What may be called off: requests by id, whose grammars compile, and scores by number.
+        self._open: dict[str | int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._rest = Rest(REST_BEATS)
 
@@ -124,17 +124,14 @@ class Host:
         while (message := await self._link.receive()) is not None:
             match message:
                 case Generate(request):
-                    self._submits[request.request_id] = self._begin(self._submit(request))
+                    self._keep(request.request_id, self._submit(request))
                 case Abort(request_id):
-                    if submit := self._submits.get(request_id):  # its grammar is being compiled
-                        submit.cancel()
+                    self._call_off(request_id)
                     await self._engine.abort(request_id)
                 case Score(number=number):
-                    task = self._scores[number] = self._begin(self._return(message))
-                    task.add_done_callback(partial(self._forget, number))
+                    self._keep(number, self._return(message))
                 case Forget(number):
-                    if score := self._scores.get(number):
-                        score.cancel()
+                    self._call_off(number)
                 case Start():
                     log.error("The engine was told to start twice.")
                 case _:
@@ -146,8 +143,14 @@ class Host:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _forget(self, number: int, _: asyncio.Task[None]) -> None:
-        del self._scores[number]
+    def _keep(self, key: str | int, work: Coroutine[None, None, None]) -> None:
+        """Begin what may be called off, also before its first line has run."""
+        task = self._open[key] = self._begin(work)
+        task.add_done_callback(lambda _: self._open.pop(key))
+
+    def _call_off(self, key: str | int) -> None:
+        if task := self._open.get(key):
+            task.cancel()
 
     async def _submit(self, request: GenerationRequest) -> None:
         deliver = partial(self._collect, request.request_id)
@@ -155,8 +158,6 @@ class Host:
             await self._engine.submit(request, deliver)
         except Exception as error:
             deliver(error)
-        finally:
-            del self._submits[request.request_id]
 
     async def _return(self, call: AnyCall) -> None:
         fault: Fault | None = None

@@ -200,7 +200,7 @@ def prepare_transformers(
     around = None
     if questions := [suite.name for suite in config.evaluation.suites if suite.is_question]:
         try:
-            around = _surround(config, environment, stop)
+            around = _surround(config, environment, stop, stage=None)
         except UnknownArchitectureError as error:
             raise JobConfigError(
                 f"evaluation.suites {', '.join(questions)} are asked by Mizzen's decoder, and it "

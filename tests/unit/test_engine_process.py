@@ -35,6 +35,7 @@ from mizzen.runtime.engine.errors import (
     UnknownAdapterError,
 )
 from mizzen.runtime.engine.messages import (
+    Abort,
     FromEngine,
     Generate,
     Report,
@@ -192,6 +193,24 @@ async def test_an_engine_that_rests_gives_freed_memory_back_until_it_works_again
     await eventually(lambda: given_back == [0, 7], within_s=30)
     theirs.close()
     assert await serving == 0
+    await link.close()
+
+
+async def test_a_request_that_is_called_off_before_it_began_leaves_nothing() -> None:
+    ours, theirs = socket.socketpair()
+    link, server = await open_link(ours, ToEngine), await open_link(theirs, FromEngine)
+    host = engine_process.Host(FakeEngine(), TimingLog(), link)
+    request = GenerationRequest(
+        request_id="one", prompt_token_ids=(5, 6), sampling=SamplingParams(max_tokens=4)
+    )
+    server.send(Generate(request))
+    server.send(Abort("one"))
+    serving = asyncio.create_task(host._listen())
+    server.send(Generate(replace(request, request_id="two")))
+    await eventually(lambda: host._engine.in_flight() == 0 and not host._open, within_s=30)
+    await server.close()
+    await serving
+    assert not host._open
     await link.close()
 
 

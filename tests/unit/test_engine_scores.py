@@ -273,7 +273,7 @@ async def test_a_score_whose_asker_leaves_is_forgotten_in_the_engines_process(
         asked.cancel()
         await eventually(lambda: list(engine._loop._idle._works) == [work], within_s=20)
     assert (await remote.score(ScoreRequest(token_ids=PROMPT))).logprobs
-    assert not host._scores
+    assert not host._open
     await remote.stop()
     await serving
 
