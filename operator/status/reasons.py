@@ -91,6 +91,7 @@ class Reason(StrEnum):
     ENGINE_DEAD = "EngineDead"
     BAD_ADAPTER = "BadAdapter"
     RANK_LOST = "RankLost"
+    ROLE_LOST = "RoleLost"
     NODES_DISAGREE = "NodesDisagree"
     INTERNAL_ERROR = "InternalError"
 
