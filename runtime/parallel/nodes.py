@@ -4,6 +4,7 @@ Whoever comes has to prove that it holds the group's secret (`handshake.py`); st
 away and the wait goes on.
 """
 
+import itertools
 import json
 import logging
 import queue
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from mizzen.runtime.errors import MizzenError, RankLostError
 from mizzen.runtime.parallel.handshake import (
+    Caller,
     StrangerError,
     answer_caller,
     call_leader,
@@ -54,6 +56,16 @@ class Nodes:
         return group_key(self.secret, f"{self.leader}:{self.port}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A pod that has proved itself and waits to be let in."""
+
+    number: int  # in the order in which the connections came
+    index: int
+    connection: socket.socket
+    caller: Caller
+
+
 class SecretMissingError(MizzenError):
     """The secret by which the pods of a group know each other cannot be read."""
 
@@ -86,7 +98,8 @@ def meet_followers(nodes: Nodes, agreement: str) -> list[Line]:
         RankLostError: not all of them came in time.
     """
     lines: dict[int, Line] = {}
-    arrivals: queue.SimpleQueue[tuple[int, socket.socket]] = queue.SimpleQueue()
+    newest: dict[int, int] = {}  # a connection's number, by its pod's index
+    arrivals: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
     ends_at = time.monotonic() + nodes.wait_s
     with socket.create_server((nodes.host, nodes.port), backlog=_BACKLOG) as door:
         threading.Thread(
@@ -95,10 +108,16 @@ def meet_followers(nodes: Nodes, agreement: str) -> list[Line]:
         try:
             while len(lines) < nodes.count - 1:
                 left_s = ends_at - time.monotonic()
-                index, connection = arrivals.get(timeout=max(0.0, left_s))
+                arrival = arrivals.get(timeout=max(0.0, left_s))
+                index = arrival.index
+                # Answered here, so that who has been let in is one of the lines already.
+                if arrival.number < newest.get(index, 0) or not _let_in(arrival, nodes.key):
+                    arrival.connection.close()
+                    continue
                 if index in lines:  # it was restarted meanwhile
                     lines[index].close()
-                lines[index] = Line(connection, f"Pod {index}")
+                newest[index] = arrival.number
+                lines[index] = Line(arrival.connection, f"Pod {index}")
         except queue.Empty:
             for line in lines.values():
                 line.close()
@@ -134,39 +153,51 @@ def _open_door(
     door: socket.socket,
     nodes: Nodes,
     agreement: str,
-    arrivals: "queue.SimpleQueue[tuple[int, socket.socket]]",
+    arrivals: "queue.SimpleQueue[_Arrival]",
 ) -> None:
-    while True:
+    for number in itertools.count(1):
         try:
             connection, (address, *_) = door.accept()
         except OSError:  # closed: everybody is there, or the time is up
             return
         # Each in a thread of its own: one that connects and says nothing keeps nobody out.
         threading.Thread(
-            target=_greet, args=(connection, address, nodes, agreement, arrivals), daemon=True
+            target=_greet,
+            args=(number, connection, address, nodes, agreement, arrivals),
+            daemon=True,
         ).start()
 
 
 def _greet(
+    number: int,
     connection: socket.socket,
     address: str,
     nodes: Nodes,
     agreement: str,
-    arrivals: "queue.SimpleQueue[tuple[int, socket.socket]]",
+    arrivals: "queue.SimpleQueue[_Arrival]",
 ) -> None:
     try:
         connection.settimeout(_HANDSHAKE_S)
         caller = check_caller(connection, nodes.key)
         hello = json.loads(caller.hello)
-        objection = _objection(nodes, agreement, hello)
-        answer_caller(connection, nodes.key, caller, objection)
+        if objection := _objection(nodes, agreement, hello):
+            answer_caller(connection, nodes.key, caller, objection)
     except (OSError, EOFError, StrangerError, ValueError) as error:
         objection = str(error)
     if objection:
         log.warning("%s was turned away: %s", address, objection)
         connection.close()
     else:
-        arrivals.put((hello["node"], connection))
+        arrivals.put(_Arrival(number, hello["node"], connection, caller))
+
+
+def _let_in(arrival: _Arrival, key: bytes) -> bool:
+    """Tell a pod that it has come to its leader; return whether it could still be told."""
+    try:
+        answer_caller(arrival.connection, key, arrival.caller, "")
+    except OSError:
+        return False
+    return True
 
 
 def _objection(nodes: Nodes, agreement: str, hello: dict[str, object]) -> str:
