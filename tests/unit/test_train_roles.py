@@ -45,6 +45,7 @@ from tests.fixtures.train_runs import (
 )
 
 # Ray starts half a dozen processes, and each role imports torch.
+pytestmark = pytest.mark.timeout(1800)
 WAIT_S = 400
 LETTERS = [{"type": "regex", "pattern": f"[{span}]"} for span in ("a-m", "n-z", "A-M")]
 WORTH = {"suites": [{"name": "worth", "type": "reward", "max_regression_ratio": 10.0}]}
