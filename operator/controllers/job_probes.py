@@ -20,7 +20,9 @@ from mizzen.operator.status.job_facts import Problem, Promotion
 from mizzen.operator.status.reasons import Reason
 
 _UNANSWERED = Problem(
-    Reason.PROMOTING, "Every ready replica has the result; its probe prompts are not answered yet."
+    Reason.PROMOTING,
+    "Every ready replica has the result; its probe prompts are not answered yet. If it stays so, "
+    "the log of a replica says why.",
 )
 
 
@@ -63,6 +65,7 @@ def _taken_back(number: int, probe: rollout.Probe, said: str) -> Problem:
     return Problem(
         Reason.ROLLED_BACK,
         f"The result was taken back: its answer to probe {number} does not match "
-        f"{probe.expect!r}: {said!r}. A job whose result it replaced serves again.",
+        f"{probe.expect!r}: {said!r}. What it replaced serves again. Change the data, the learning "
+        "rate or the probe, and submit a new job.",
         is_final=True,
     )

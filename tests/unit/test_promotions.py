@@ -253,6 +253,7 @@ async def test_an_adapter_that_talks_no_sense_is_taken_back_and_the_one_before_s
     assert promoted(failed) == ("Failed", "False", "RolledBack")
     (why,) = [c["message"] for c in failed["conditions"] if c["type"] == "Failed"]
     assert "probe 1 does not match 'Paris': ' a large cheese'" in why
+    assert why.endswith("and submit a new job.")
     await world.settle()
     assert list(world.runtimes.loaded.values()) == [{"support": "sha256:1"}]
     assert promoted(await reconcile_job(world, "one")) == ("Succeeded", "True", "Promoted")
