@@ -38,6 +38,8 @@ bin_dir = "/usr/lib/cni"
 conf_dir = "{layout.etc / "cni"}"
 [plugins."io.containerd.grpc.v1.cri".containerd]
 snapshotter = "overlayfs"
+# Compressed layers are in the registry, on the same disk.
+discard_unpacked_layers = true
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]

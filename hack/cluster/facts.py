@@ -35,12 +35,16 @@ def gather(layout: Layout, pins: Pins) -> Facts:
         and succeeds("unshare", "--mount", "--net", "--pid", "--fork", "true"),
         missing_cgroups=_missing_cgroups(),
         taken_ports=_taken_ports(layout, pins),
-        free_bytes=min(
-            shutil.disk_usage(path).free for path in (state, _existing_parent(cache_root()))
-        ),
-        needed_gib=pins.later_gib if built else pins.first_build_gib,
+        free_bytes=free_bytes(layout.root),
+        needed_gib=pins.servers_gib if built else pins.first_build_gib,
         disk=str(state),
     )
+
+
+def free_bytes(state: Path) -> int:
+    """Return the room of the fuller one of the two disks that the cluster writes to."""
+    folders = (_existing_parent(state), _existing_parent(cache_root()))
+    return min(shutil.disk_usage(folder).free for folder in folders)
 
 
 def missing_packages(wanted: tuple[str, ...]) -> tuple[str, ...]:

@@ -45,7 +45,8 @@ class Pins:
     network: Network
     ports: Ports
     first_build_gib: int
-    later_gib: int
+    images_gib: int
+    servers_gib: int
 
 
 @cache
@@ -57,8 +58,7 @@ def load_pins() -> Pins:
         debian_packages=tuple(document["debian"]["packages"]),
         network=Network(**document["network"]),
         ports=Ports(**document["ports"]),
-        first_build_gib=document["disk"]["first_build_gib"],
-        later_gib=document["disk"]["later_gib"],
+        **document["disk"],
     )
 
 

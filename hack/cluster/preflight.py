@@ -73,12 +73,18 @@ def find_problems(facts: Facts) -> list[str]:
         )
     problems += [_port_sentence(taken) for taken in facts.taken_ports]
     if facts.free_bytes < facts.needed_gib * GIB:
-        problems.append(
-            f"The disk of {facts.disk} has {facts.free_bytes // GIB} GiB free and the cluster "
-            f"needs {facts.needed_gib} GiB: free some, or point XDG_STATE_HOME and "
-            "XDG_CACHE_HOME to a larger disk."
-        )
+        problems.append(full_disk_sentence(facts.disk, facts.free_bytes, facts.needed_gib))
     return problems
+
+
+def full_disk_sentence(
+    disk: str, free_bytes: int, needed_gib: int, *, who: str = "the cluster needs"
+) -> str:
+    """Say that a disk has too little room for the cluster or its images, and what to do."""
+    return (
+        f"The disk of {disk} has {free_bytes // GIB} GiB free and {who} "
+        f"{needed_gib} GiB: free some, or point XDG_STATE_HOME and XDG_CACHE_HOME to a larger disk."
+    )
 
 
 def _port_sentence(taken: TakenPort) -> str:

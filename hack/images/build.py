@@ -10,8 +10,11 @@ from pathlib import Path
 
 from hack.cluster import registry
 from hack.cluster.errors import ClusterError
-from hack.cluster.host import attempt, run
-from hack.cluster.places import REPOSITORY
+from hack.cluster.facts import free_bytes
+from hack.cluster.host import attempt, run, succeeds
+from hack.cluster.pins import load_pins
+from hack.cluster.places import REPOSITORY, cluster_state_root
+from hack.cluster.preflight import GIB, full_disk_sentence
 from hack.cluster.progress import elapsed, say, step
 from hack.images import base, content
 from hack.images.store import alone, buildah
@@ -34,6 +37,7 @@ def build_packages(*, slim_torch: bool) -> None:
     Beside the build of the cluster's servers this costs little; after it, minutes.
     """
     with alone():
+        _check_room()
         made_from = base.build()
         for target in TARGETS:
             stage = f"{target}-packages"
@@ -46,6 +50,7 @@ def build_and_push(*, slim_torch: bool) -> dict[str, str]:
     """Build and push what the registry does not have; return the images' tags."""
     wanted = tags(slim_torch=slim_torch)
     with alone():
+        _check_room()
         made_from = base.build()
         for target, tag in wanted.items():
             repository = f"mizzen/{target}"
@@ -94,6 +99,15 @@ def uv_cache() -> Path:
     if folder := os.environ.get("UV_CACHE_DIR"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uv"
+
+
+def _check_room() -> None:
+    if succeeds(*buildah("inspect", "--type", "image", base.name())):
+        return  # Built before: the large layers are there.
+    root, needed_gib = cluster_state_root(), load_pins().images_gib
+    free = free_bytes(root)
+    if free < needed_gib * GIB:
+        raise ClusterError(full_disk_sentence(str(root), free, needed_gib, who="the images need"))
 
 
 def _build(target: str, image: str, *, made_from: str, slim_torch: bool) -> None:

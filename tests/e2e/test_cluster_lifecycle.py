@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from hack.images import store as image_store
+
 ROOT = Path(__file__).parents[2]
 GROUPS = Path("/sys/fs/cgroup")
 pytestmark = [
@@ -37,6 +39,8 @@ ip link set lo up
 for folder in /run /var/lib/kubelet /var/lib/cni /var/log/containers; do
     mkdir -p $folder && mount -t tmpfs tmpfs $folder
 done
+# `down --purge` deletes the built images, which the cluster beside needs.
+mkdir -p "$MIZZEN_IMAGES" && mount -t tmpfs tmpfs "$MIZZEN_IMAGES"
 names=$(awk '$3 == "cgroup" {print $2}' /proc/mounts | xargs -n 1 basename)
 umount --recursive /sys/fs/cgroup
 mount -t tmpfs tmpfs /sys/fs/cgroup
@@ -133,6 +137,7 @@ def sandbox() -> Iterator[Sandbox]:
         ["sh", "-c", f'{join} exec unshare --mount --net --cgroup sh -c "$0"', SETUP],
         stdout=subprocess.PIPE,
         text=True,
+        env={**os.environ, "MIZZEN_IMAGES": str(image_store.root())},
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "ready\n"

@@ -1,10 +1,13 @@
 """What stands in the way of a local cluster is said in one clear sentence each."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from hack.cluster.errors import ClusterError
 from hack.cluster.preflight import GIB, INSTEAD, Facts, TakenPort, find_problems
+from hack.images import build, store
 
 GOOD = Facts(
     is_root=True,
@@ -84,6 +87,18 @@ CASES = {
 @pytest.mark.parametrize(("facts", "sentence"), CASES.values(), ids=CASES)
 def test_a_problem_is_one_sentence_that_says_what_to_change(facts: Facts, sentence: str) -> None:
     assert find_problems(facts) == [sentence]
+
+
+def test_images_are_not_begun_on_a_disk_that_cannot_hold_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "succeeds", lambda *_: False)
+    monkeypatch.setattr(build, "attempt", lambda *_: None)
+    monkeypatch.setattr(store, "attempt", lambda *_: None)
+    monkeypatch.setattr(build, "free_bytes", lambda _: 12 * GIB)
+    with pytest.raises(ClusterError, match="has 12 GiB free and the images need 13 GiB: free"):
+        build.build_packages(slim_torch=True)
 
 
 def test_all_problems_are_said_at_once() -> None:
