@@ -64,8 +64,8 @@ class Linear(nn.Module):
     ) -> Tensor:
         """Return `x` times the weight, plus the bias unless told not to, plus the residual."""
         addend = self.bias if bias else None
-        if isinstance(self._packed, PanelWeight):
-            return self._packed(x_TI, addend, residual_TO)
+        if self.panels is not None:
+            return self.panels(x_TI, addend, residual_TO)
         out_TO = (
             F.linear(x_TI, self.weight, addend)
             if self._packed is None
@@ -78,7 +78,7 @@ class Linear(nn.Module):
         if self._packed is not None:
             return
         self._packed = pack(self.weight, quantization)
-        if self._panels is not None or not is_read_by_row:
+        if self._readable is not None or not is_read_by_row:
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def store(self, quantization: Quantization) -> None:
@@ -88,15 +88,19 @@ class Linear(nn.Module):
 
     def rows(self, at_T: Tensor) -> Tensor:
         """Return these rows of the weight; of a packed one, if `is_read_by_row` was said."""
-        if self._panels is not None:
-            return self._panels.rows(at_T)
+        if self._readable is not None:
+            return self._readable.rows(at_T)
         return F.embedding(at_T, self.weight)
 
     @property
-    def _panels(self) -> PanelWeight | None:
+    def panels(self) -> PanelWeight | None:
+        """The weight, if it is packed for the matrix unit."""
+        return self._packed if isinstance(self._packed, PanelWeight) else None
+
+    @property
+    def _readable(self) -> PanelWeight | None:
         """The packed weight, if its rows are still what they were."""
-        packed = self._packed
-        return packed if isinstance(packed, PanelWeight) and not packed.has_8_bits else None
+        return None if self.panels is None or self.panels.has_8_bits else self.panels
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,9 +243,9 @@ class VocabTable(Linear):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Return float32 scores over the whole vocabulary, equal on every rank."""
-        if self._group.size == 1 and isinstance(self._packed, PanelWeight):
+        if self._group.size == 1 and self.panels is not None:
             # The sums are float32: not rounded on the way, they need not be widened after it.
-            scores_NV = self._packed(hidden_ND, self.bias, dtype=torch.float32)
+            scores_NV = self.panels(hidden_ND, self.bias, dtype=torch.float32)
             return scores_NV[:, : self.vocab]
         local_NV = self.matmul(self._group.copy(hidden_ND))
         return self._group.all_gather(local_NV)[:, : self.vocab].float()
