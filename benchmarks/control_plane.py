@@ -59,10 +59,10 @@ class Api:
 
     async def watch(self, path: str, seen: Callable[[str, Json], None]) -> None:
         """Hand every event of a collection to `seen`, until cancelled; again after an end."""
-        session = self.client.rest_client.pool_manager
-        assert session is not None
         while True:
             listing = await self.http.request("GET", path)
+            session = self.client.rest_client.pool_manager
+            assert session is not None, "the first request makes it"
             for item in listing["items"]:
                 seen("LISTED", item)
             version = listing["metadata"]["resourceVersion"]
