@@ -6,6 +6,7 @@ from mizzen.operator.crds.common import API_VERSION, Json
 from mizzen.operator.crds.finetunejob import KIND as JOB_KIND
 from mizzen.operator.crds.finetunejob import FineTuneJobSpec
 from mizzen.operator.crds.llmdeployment import KIND as DEPLOYMENT_KIND
+from mizzen.operator.desired.labels import HTTP_PORT
 from mizzen.operator.desired.sources import locate_model
 from mizzen.operator.desired.train_config import Job, config_map_of
 from mizzen.operator.kube.client import Kube
@@ -72,6 +73,31 @@ def find_teacher(
     if isinstance(found, str):
         return Problem(Reason.TEACHER_NOT_FOUND, f"distill.deployment names {found}")
     return found
+
+
+def find_rollout(spec: FineTuneJobSpec, namespace: str, store: Store) -> Json | Problem | None:
+    """Return where the replicas are that draw the job's answers, None where the trainer does.
+
+    Whether they serve the job's base model is theirs to say, by the digest of its weights.
+    """
+    if spec.rl is None or spec.rl.rollout is None:
+        return None
+    name = spec.rl.rollout.deployment
+    deployment = store.get(Ref(API_VERSION, DEPLOYMENT_KIND, namespace, name))
+    if deployment is None:
+        return Problem(
+            Reason.ROLLOUT_NOT_FOUND,
+            f"rl.rollout names {name}, but this namespace has no LLMDeployment of that name. "
+            "Create it or correct the name.",
+        )
+    parallelism = deployment["spec"].get("parallelism") or {}
+    if max(parallelism.get("tensor", 1), parallelism.get("pipeline", 1)) > 1:
+        return Problem(
+            Reason.ROLLOUT_REFUSED,
+            f"rl.rollout names {name}, whose replicas are spread over ranks and take no policy. "
+            "Name a deployment with spec.parallelism.tensor and pipeline 1.",
+        )
+    return {"url": f"http://{name}.{namespace}.svc:{HTTP_PORT}"}
 
 
 def _find_served(name: str, namespace: str, store: Store, *, gateway_url: str) -> Json | str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mizzen.operator.controllers.job_inputs import (
     find_base_model,
     find_judge,
+    find_rollout,
     find_teacher,
     missing_input,
 )
@@ -71,9 +72,12 @@ async def observe(key: Key, resource: Json, kube: Kube, facts: Facts) -> Observe
     teacher = find_teacher(spec, key.namespace, facts.store, gateway_url=url)
     if isinstance(teacher, Problem):
         return Observed(resource, None, pods, newest, teacher)
+    rollout = find_rollout(spec, key.namespace, facts.store)
+    if isinstance(rollout, Problem):
+        return Observed(resource, None, pods, newest, rollout)
     created_at = str(resource["metadata"]["creationTimestamp"])
     identity = (key.namespace, key.name, uid_of(resource))
-    job = Job(*identity, spec, base, created_at, judge, teacher)
+    job = Job(*identity, spec, base, created_at, judge, teacher, rollout)
     problem = None if pods else await missing_input(job, kube)
     return Observed(resource, job, pods, newest, problem)
 

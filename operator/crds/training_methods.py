@@ -164,6 +164,18 @@ class RewardRule(ApiModel):
     weight: Annotated[float, Field(ge=-1000, le=1000, description="What a full hit gives.")] = 1.0
 
 
+class Rollout(ApiModel):
+    """Who draws a policy's answers in the trainer's stead."""
+
+    deployment: Annotated[
+        DnsLabel,
+        Field(
+            description="An LLMDeployment of this namespace that serves the base model. Its "
+            "replicas are given the policy before each step and draw when they have room."
+        ),
+    ]
+
+
 class Rl(ApiModel):
     """Learning from rewards for answers of one's own (grpo, ppo)."""
 
@@ -217,6 +229,10 @@ class Rl(ApiModel):
     whiten_rewards: Annotated[
         bool, Field(description="Divide rewards by their deviation (ppo).")
     ] = True
+    rollout: Annotated[
+        Rollout | None,
+        Field(description="Who draws the answers; by default the trainer, or its roles."),
+    ] = None
 
 
 class EvaluationSuite(ApiModel):
@@ -327,6 +343,12 @@ def method_rules() -> tuple[dict[str, str], ...]:
         cel(
             f"self.adaptation.type != 'qlora' || !(self.method in {list(COMPUTED)})",
             f"adaptation.type qlora is for methods that train, not for {', '.join(COMPUTED)}.",
+        ),
+        cel(
+            "!has(self.rl) || !has(self.rl.rollout) || "
+            "self.adaptation.type != 'full' && self.roles == 'InProcess'",
+            "rl.rollout needs adaptation.type lora or qlora, and roles InProcess: replicas draw "
+            "the answers, and are given adapters.",
         ),
         cel(
             f"!has(self.budget) || !(self.method in {list(COMPUTED)})",

@@ -36,6 +36,7 @@ class Job:
     created_at: str = ""  # feedback that came later is another job's
     judge: Json | None = None  # where the judge of winRate is, as the trainer is told
     teacher: Json | None = None  # where a deployment that teaches is
+    rollout: Json | None = None  # where the replicas are that draw a policy's answers
 
     @property
     def output_uri(self) -> str:
@@ -111,6 +112,7 @@ def build_train_config(job: Job, generation: int, workers: int) -> Json:
         "hyperparameters": spec.hyperparameters.model_dump(exclude_none=True),
         **_as_paths(method_options(spec)),
         **_distill(job),
+        **_rl(job),
         "failure": {"hang_timeout_s": spec.failure.hang_timeout_seconds},
         "budget": spec.budget.model_dump() if spec.budget else {},
         "checkpoint": {
@@ -156,6 +158,15 @@ def _distill(job: Job) -> Json:
     section = distill.model_dump(exclude={"deployment", "api_key_secret"}, exclude_none=True)
     served = {"served": job.teacher} if job.teacher else {}
     return {"distill": {**_as_paths(section), **served}}
+
+
+def _rl(job: Job) -> Json:
+    rl = job.spec.rl
+    if rl is None:
+        return {}
+    section = rl.model_dump(exclude={"rollout"}, exclude_none=True)
+    replicas = {"rollout": job.rollout} if job.rollout else {}
+    return {"rl": {**_as_paths(section), **replicas}}
 
 
 def method_options(spec: FineTuneJobSpec) -> Json:

@@ -9,6 +9,8 @@ from mizzen.runtime.errors import MizzenError
 
 FinishReason = Literal["stop", "length", "abort"]
 Message = Mapping[str, Any]
+# After every priority that a request can name: such work is nobody's demand and not counted as it.
+BACKGROUND_PRIORITY = 2**31
 
 
 class JsonLayout(TypedDict):
@@ -53,6 +55,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # how many top alternatives; 0 gives the chosen token's only
+    logprobs_as_drawn: bool = False  # of the distribution at this temperature, not at 1
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: Grammar | None = None
     embed: bool = False  # the last hidden state is the answer, and no text
@@ -148,7 +151,7 @@ class AdapterState:
 class EngineStats:
     """Gauges of this moment and counters since start."""
 
-    running: int
+    running: int  # as `waiting`: without work in the background
     waiting: int
     blocks_total: int
     blocks_free: int

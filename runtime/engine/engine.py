@@ -255,8 +255,8 @@ class Engine:
         with loop.lock:
             pool = scheduler.pool
             return EngineStats(
-                running=len(scheduler.running),
-                waiting=len(scheduler.waiting),
+                running=_demanded(scheduler.running),
+                waiting=_demanded(scheduler.waiting),
                 blocks_total=pool.total,
                 blocks_free=pool.free,
                 kv_usage_ratio=pool.used / pool.total,
@@ -375,3 +375,7 @@ class Engine:
 
 def _adapter_names(sequences: list[Sequence]) -> tuple[str, ...]:
     return tuple(sorted({seq.adapter for seq in sequences if seq.adapter}))
+
+
+def _demanded(sequences: list[Sequence]) -> int:
+    return sum(seq.is_demand for seq in sequences)

@@ -253,20 +253,25 @@ class Loop:
         self.scheduler.accept(chunk, right)
 
     def _hand_out(self, live: Live, output: TokenOutput, now: float) -> None:
+        if live.seq.is_demand:
+            self._measure(live, output, now)
         if live.first_token_at is None:
             live.first_token_at = now
-            self.prompt_tokens += live.seq.prompt_tokens
-            self._recorder.on_first_token(now - live.arrived_at)
-        else:
-            self._recorder.on_token(now - (live.last_token_at or now))
         live.last_token_at = now
-        self.generation_tokens += len(output.token_ids)
         if output.finish_reason is not None:
             output = replace(output, finished=live.finished(output.finish_reason, now))
         self._outbox.put(live.stream, output)
         if output.finish_reason is not None:
             self.scheduler.finish(live.seq, output.finish_reason)
             self._forget(live, output.finish_reason, now)
+
+    def _measure(self, live: Live, output: TokenOutput, now: float) -> None:
+        if live.first_token_at is None:
+            self.prompt_tokens += live.seq.prompt_tokens
+            self._recorder.on_first_token(now - live.arrived_at)
+        else:
+            self._recorder.on_token(now - (live.last_token_at or now))
+        self.generation_tokens += len(output.token_ids)
 
     def _fail(self, live: Live, error: Exception, now: float) -> None:
         """End one request whose numbers or grammar went wrong, and leave nothing of it behind."""
@@ -283,7 +288,8 @@ class Loop:
         del self.live[live.seq.request_id]
         if live.adapter_use is not None:
             self._release(live.adapter_use)
-        self._recorder.on_finish(live.finished(reason, now))
+        if live.seq.is_demand:
+            self._recorder.on_finish(live.finished(reason, now))
         if not self.live:
             self._work.notify_all()
 

@@ -80,6 +80,7 @@ class _Plan:
     has_min_p: bool
     seeds_N: np.ndarray
     wants_logprobs: list[int]
+    logprob_scale_N1: Tensor | None  # of those; None: all of them are 1
     is_edited: bool  # some row changes its logits before the choice
     grammars: list[tuple[int, GrammarState]]
 
@@ -101,7 +102,7 @@ class Sampler:
         plan = self._plan
         if plan is None or plan.rows != rows:
             plan = self._plan = _make_plan(rows, logits_NV.device)
-        raw = logits_NV[plan.wants_logprobs].log_softmax(-1) if plan.wants_logprobs else None
+        raw = _log_probs(logits_NV, plan) if plan.wants_logprobs else None
         if plan.is_edited:
             apply_bias(logits_NV, rows)
             apply_penalties(logits_NV, rows)
@@ -154,6 +155,8 @@ def _make_plan(rows: list[Sequence], device: torch.device) -> _Plan:
         at = [i for i, cut in enumerate(is_cut) if cut == wanted]
         return torch.tensor(at, dtype=torch.int64, device=device)
 
+    told = [p for p in params if p.logprobs is not None]
+    scales = [(p.temperature or 1.0) if p.logprobs_as_drawn else 1.0 for p in told]
     return _Plan(
         rows=list(rows),
         greedy_N=torch.tensor(greedy, device=device) if drawn else None,
@@ -166,6 +169,7 @@ def _make_plan(rows: list[Sequence], device: torch.device) -> _Plan:
         has_min_p=any(p.min_p > 0 for p in drawn),
         seeds_N=np.array([seq.seed & (2**64 - 1) for seq in rows], dtype=np.uint64),
         wants_logprobs=[i for i, p in enumerate(params) if p.logprobs is not None],
+        logprob_scale_N1=column(scales) if set(scales) - {1.0} else None,
         is_edited=any(is_edited(p) for p in params),
         grammars=[(i, seq.grammar) for i, seq in enumerate(rows) if seq.grammar],
     )
@@ -269,6 +273,14 @@ def _invert(probs_NC: Tensor, uniform_N1: Tensor) -> Tensor:
     below_total_N1 = torch.nextafter(total_N1, torch.zeros_like(total_N1))
     target_N1 = torch.minimum(uniform_N1 * total_N1, below_total_N1)
     return torch.searchsorted(sums_NC, target_N1, right=True)[:, 0]
+
+
+def _log_probs(logits_NV: Tensor, plan: _Plan) -> Tensor:
+    """Return what is told of the rows that want it, before anything edits their logits."""
+    told_NV = logits_NV[plan.wants_logprobs]
+    if plan.logprob_scale_N1 is not None:
+        told_NV = told_NV / plan.logprob_scale_N1
+    return told_NV.log_softmax(-1)
 
 
 def _logprob(values_V: Tensor, token_id: int, count: int) -> TokenLogprob:

@@ -3,7 +3,7 @@
 import enum
 from dataclasses import dataclass, field
 
-from mizzen.runtime.engine.api import FinishReason, SamplingParams
+from mizzen.runtime.engine.api import BACKGROUND_PRIORITY, FinishReason, SamplingParams
 from mizzen.runtime.engine.grammar import GrammarState
 from mizzen.runtime.engine.speculation import Guesser
 
@@ -76,6 +76,11 @@ class Sequence:
         """Whether the token being sampled is its last, whatever it is."""
         last = self.sampling.embed or self.length - self.prompt_tokens >= self.max_tokens
         return self.sampling_now > 0 and last
+
+    @property
+    def is_demand(self) -> bool:
+        """Whether somebody waits for it: work in the background is nobody's demand."""
+        return self.priority < BACKGROUND_PRIORITY
 
     @property
     def order(self) -> tuple[int, int]:

@@ -185,7 +185,6 @@ def _read_list(service: Service, file: Path) -> list[_ListedAdapter]:
 
 def adapters_body(service: Service) -> dict[str, object]:
     """Return what is loaded and what failed, for the operator."""
-    engine = service.engine_or_none
     return {
         "adapters": [
             {
@@ -194,7 +193,7 @@ def adapters_body(service: Service) -> dict[str, object]:
                 "digest": service.adapter_digests.get(adapter.name) or adapter.digest,
                 "rank": adapter.rank,
             }
-            for adapter in (engine.adapters() if engine else [])
+            for adapter in service.adapters()
         ],
         "errors": [
             {"name": name, "message": message}

@@ -165,4 +165,5 @@ async def _weights(service: Service, request: Request) -> ASGIApp:
     roots = (*service.config.adapter_roots, service.config.model_path)
     path = await asyncio.to_thread(checked_path, asked.path, roots)
     await service.engine.load_weights(path)
+    service.weights = path
     return json_response({"path": str(path)})

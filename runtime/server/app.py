@@ -14,6 +14,7 @@ from mizzen.runtime.server.openai_embeddings import embeddings
 from mizzen.runtime.server.openai_models import get_model, list_models
 from mizzen.runtime.server.openai_request import post_route
 from mizzen.runtime.server.openapi import description_route
+from mizzen.runtime.server.rollouts import rollout_routes
 from mizzen.runtime.server.routes import Envelope, GuardedRoute, build_http_app, json_response
 from mizzen.runtime.server.schemas import (
     ChatRequest,
@@ -38,6 +39,7 @@ def user_routes(service: Service) -> list[GuardedRoute]:
         post_route("/tokenize", tokenize, TokenizeRequest, service),
         post_route("/detokenize", detokenize, DetokenizeRequest, service),
         *oip_routes(service),
+        *rollout_routes(service),
     ]
     return [*routes, description_route(routes)]
 

@@ -142,6 +142,7 @@ class Server:
         self._enter(Phase.LOADING_MODEL)
         config = await self.service.files.bring(self._config)
         engine = await self._start_engine(config, self.service.metrics)
+        self.service.weights = config.model_path
         self.service.metrics.on_loaded(engine.model_len)
         self.service.attach(engine)
         if self.service.is_draining:

@@ -11,10 +11,17 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import cast
 
 from mizzen.runtime.config import ServeConfig
-from mizzen.runtime.engine.api import EngineApi, GenerationRequest, SamplingParams, TokenOutput
+from mizzen.runtime.engine.api import (
+    AdapterState,
+    EngineApi,
+    GenerationRequest,
+    SamplingParams,
+    TokenOutput,
+)
 from mizzen.runtime.server.errors import ApiError, not_ready, to_api_error, unknown_model
 from mizzen.runtime.server.files import ModelFiles
 from mizzen.runtime.server.metrics import Metrics
@@ -22,6 +29,9 @@ from mizzen.runtime.server.traces import trace_asked, trace_finished
 from mizzen.runtime.tracing import Tracing, current_span, start_tracing
 
 log = logging.getLogger(__name__)
+
+# Of the engine's names for policies in training. No adapter that is loaded by name has a colon.
+POLICY_PREFIX = "policy:"
 
 
 class Phase(StrEnum):
@@ -63,6 +73,7 @@ class Service:
     change_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     adapter_errors: dict[str, str] = field(default_factory=dict)
     adapter_digests: dict[str, str | None] = field(default_factory=dict)
+    weights: Path = Path()  # where those lie that are served
     _engine: EngineApi | None = None
     _open: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -127,8 +138,12 @@ class Service:
 
     def model_names(self) -> list[str]:
         """Return every name that can be asked for, the base model first."""
-        adapters = self._engine.adapters() if self._engine else []
-        return [self.served_name, *(adapter.name for adapter in adapters)]
+        return [self.served_name, *(adapter.name for adapter in self.adapters())]
+
+    def adapters(self) -> list[AdapterState]:
+        """Return the adapters that anybody may ask for: no policy that is being trained."""
+        loaded = self._engine.adapters() if self._engine else []
+        return [adapter for adapter in loaded if not adapter.name.startswith(POLICY_PREFIX)]
 
     def resolve(self, name: str) -> str | None:
         """Return the adapter that a model name stands for, None for the base model.

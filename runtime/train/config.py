@@ -216,6 +216,8 @@ class TrainConfig(Part):
             self._check_keep_best()
         if self.roles == "Ray" and self.method not in ("grpo", "ppo"):
             raise ValueError(f"roles Ray are for methods grpo and ppo, not {self.method}")
+        if self.rl is not None and self.rl.rollout is not None:
+            self._check_rollout()
         if self.workers > 1 and self.method not in SHARED and self.roles == "InProcess":
             raise ValueError(f"method {self.method} runs on one worker: set workers to 1")
         if self.workers > 1 and self.distill is not None and self.distill.on_policy:
@@ -228,6 +230,15 @@ class TrainConfig(Part):
             maker = f"adaptation {self.adaptation.type}" if self.is_trained else self.method
             raise ValueError(f"{maker} makes output.kind {wanted}")
         return self
+
+    def _check_rollout(self) -> None:
+        if self.adaptation.type == "full":
+            raise ValueError(
+                "rl.rollout has replicas answer with an adapter: set adaptation.type to lora or "
+                "qlora"
+            )
+        if self.roles != "InProcess":
+            raise ValueError("rl.rollout has replicas draw the answers: set roles to InProcess")
 
     def _check_tensor(self) -> None:
         ranks = self.parallelism.tensor

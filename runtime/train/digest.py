@@ -1,6 +1,7 @@
 """What an artifact's content is called. Imports no torch: servers check what trainers wrote."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from mizzen.runtime.train.durable import sha256_of
@@ -9,6 +10,7 @@ ARTIFACT_FILE = "artifact.json"
 # So many parts, evenly spread over a file, tell two trainings apart: they differ nearly everywhere.
 _PARTS = 64
 _PART_BYTES = 64 * 1024
+_WEIGHTS = (".safetensors", ".gguf")
 
 
 def hash_files(folder: Path) -> dict[str, str]:
@@ -36,11 +38,27 @@ def mark_model(checkpoint: Path) -> str:
     Sizes and parts of each file count, so that a model that was trained further, merged or
     quantized is another; a single changed weight may go unseen.
     """
-    digest = hashlib.sha256()
     files = checkpoint.rglob("*") if checkpoint.is_dir() else [checkpoint]
-    for path in sorted(path for path in files if path.is_file()):
+    return _mark(
+        (path.relative_to(checkpoint).as_posix() if path != checkpoint else "", path)
+        for path in sorted(path for path in files if path.is_file())
+    )
+
+
+def mark_weights(model: Path) -> str:
+    """Return the same of a model's weights alone, whatever their files and folder are called.
+
+    Copies of one model have different notes and configurations beside their weights.
+    """
+    files = model.iterdir() if model.is_dir() else [model]
+    weights = (path for path in files if path.suffix in _WEIGHTS)
+    return _mark(("", path) for path in sorted(weights))
+
+
+def _mark(files: Iterable[tuple[str, Path]]) -> str:
+    digest = hashlib.sha256()
+    for name, path in files:
         size = path.stat().st_size
-        name = path.relative_to(checkpoint).as_posix() if path != checkpoint else ""
         digest.update(f"{name} {size}\n".encode())
         with path.open("rb") as file:
             for part in range(_PARTS):

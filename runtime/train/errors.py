@@ -125,6 +125,30 @@ class TeacherUnavailableError(MizzenError):
     reason = "TeacherUnavailable"
 
 
+class RolloutRefusedError(JobError):
+    """The replicas that should draw the answers will not answer with this policy."""
+
+    reason = "RolloutRefused"
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"The deployment of rl.rollout refuses: {what} Change it, name another, or leave "
+            "rl.rollout out: the trainer then draws the answers itself."
+        )
+
+
+class RolloutUnavailableError(MizzenError):
+    """No replica drew an answer for a long time; one may later."""
+
+    reason = "RolloutUnavailable"
+
+    def __init__(self, where: str, what: str) -> None:
+        super().__init__(
+            f"No replica at {where} has answered for a long time: {what}. Check that the "
+            "deployment of rl.rollout has a ready replica; rollouts wake none."
+        )
+
+
 class LossNotFiniteError(JobError):
     """Training ran away; the same step would run away again."""
 

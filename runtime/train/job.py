@@ -16,6 +16,7 @@ from typing import Protocol
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import UnknownArchitectureError
 from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
+from mizzen.runtime.parallel.nodes import read_secret
 from mizzen.runtime.train.admin import AdminServer
 from mizzen.runtime.train.card import Provenance
 from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
@@ -166,8 +167,17 @@ def _surround(
         stop=stop,
         judge_api_key=environment.judge_api_key,
         teacher_api_key=environment.teacher_api_key,
+        admin_token=_admin_token(config, environment),
         stage=stage,
     )
+
+
+def _admin_token(config: TrainConfig, environment: TrainerEnvironment) -> str | None:
+    """Return what proves to replicas that the policy may come from here; outside a pod nothing."""
+    path = environment.admin_token_file
+    if config.rl is None or config.rl.rollout is None or not path.exists():
+        return None
+    return read_secret(path).decode()
 
 
 def _architecture(checkpoint: Path) -> ArchSpec:
@@ -243,6 +253,8 @@ def fingerprint(config: TrainConfig, data: Prepared | None) -> str:
         del document["adaptation"]["quantization"]
     if config.backend != "Mizzen":
         document["backend"] = config.backend
+    # Where answers are drawn may change; and checkpoints of versions that knew of one place only.
+    (document.get("rl") or {}).pop("rollout", None)
     document["hyperparameters"] = config.hyperparameters.model_dump(exclude={"micro_batch"})
     document["weights"] = data.weights if data else []
     document["data"] = data.digest if data else ""

@@ -106,6 +106,12 @@ class Rule(Part):
         return self
 
 
+class Replicas(Part):
+    """The replicas of a deployment, by a name that resolves to each of them."""
+
+    url: str = Field(pattern=r"^http://[^/]+$")
+
+
 class Rl(Part):
     """How answers are drawn and rewarded, and how far a step goes; for grpo and ppo."""
 
@@ -124,6 +130,7 @@ class Rl(Part):
     value_clip: float = Field(default=0.2, gt=0.0)
     value_coef: float = Field(default=0.1, ge=0.0)
     whiten_rewards: bool = True
+    rollout: Replicas | None = None  # who draws the answers; None: the trainer or its roles
 
     @model_validator(mode="after")
     def _rewards_something(self) -> Rl:

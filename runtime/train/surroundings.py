@@ -30,4 +30,5 @@ class Surroundings:
     stop: Stop
     judge_api_key: str | None = None
     teacher_api_key: str | None = None
+    admin_token: str | None = None  # of the replicas that draw
     stage: Stage | None = None  # where others than the trainer draw and judge

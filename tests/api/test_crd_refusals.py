@@ -9,6 +9,7 @@ from tests.fixtures.custom_resources import GPU, OFFICE, Document, apply, deploy
 pytestmark = pytest.mark.api
 
 
+SERVED = {"rewards": [{"type": "exactAnswer"}], "rollout": {"deployment": "chat"}}
 REFUSED: dict[str, tuple[Document, str]] = {
     "replicas together with scaling": (
         deployment(replicas=2, scaling={"min": 1, "max": 2}),
@@ -220,6 +221,14 @@ REFUSED: dict[str, tuple[Document, str]] = {
     "a policy that nothing rewards": (
         job(method="grpo", rl={}),
         "Set rl.rewards, rl.rewardModel or both",
+    ),
+    "replicas that draw where every weight moves": (
+        job(method="grpo", rl=SERVED, adaptation={"type": "full"}),
+        "rl.rollout needs adaptation.type lora or qlora, and roles InProcess",
+    ),
+    "replicas that draw beside roles on Ray": (
+        job(method="grpo", rl=SERVED, roles="Ray"),
+        "rl.rollout needs adaptation.type lora or qlora, and roles InProcess",
     ),
     "a rule without its pattern": (
         job(method="grpo", rl={"rewards": [{"type": "regex"}]}),

@@ -238,6 +238,23 @@ FETCHING: Document = {
     "metadata": {"name": "fetching"},
     "spec": {"model": {"source": "hf://org/base"}},
 }
+SPREAD: Document = {
+    "apiVersion": "mizzen.dev/v1alpha1",
+    "kind": "LLMDeployment",
+    "metadata": {"name": "spread"},
+    "spec": {"model": {"source": "pvc://models/smollm2"}, "parallelism": {"tensor": 2}},
+}
+
+
+def drawn_by(deployment: str) -> Document:
+    rewards = [{"type": "exactAnswer"}]
+    return {
+        "method": "grpo",
+        "rl": {"rewards": rewards, "rollout": {"deployment": deployment}},
+        "evaluation": {"suites": [{"name": "holdout", "type": "reward"}]},
+    }
+
+
 BAD_INPUT: dict[str, tuple[Callable[[Scene], None], Document, str, str]] = {
     "a dataset that is missing": (
         lambda scene: scene.kubectl("delete", "configmap", "tickets"),
@@ -258,6 +275,12 @@ BAD_INPUT: dict[str, tuple[Callable[[Scene], None], Document, str, str]] = {
     "a base deployment that is missing": (
         lambda scene: None, {"baseModel": {"deployment": "ghost"}}, "BaseModelNotFound", "ghost",
     ),
+    "a deployment for rollouts that is missing": (
+        lambda scene: None, drawn_by("ghost"), "RolloutNotFound", "ghost",
+    ),
+    "a deployment for rollouts that is spread over ranks": (
+        lambda scene: scene.apply(SPREAD), drawn_by("spread"), "RolloutRefused", "parallelism",
+    ),
 }  # fmt: skip
 
 
@@ -271,6 +294,17 @@ async def test_missing_input_is_named_and_waited_for(
     assert scene.pods() == []
     assert condition(status, "Accepted")["reason"] == reason
     assert words in condition(status, "Ready")["message"]
+
+
+async def test_a_job_is_told_where_the_replicas_are_that_draw_for_it(scene: Scene) -> None:
+    chat = SPREAD | {"metadata": {"name": "chat"}, "spec": {"model": SPREAD["spec"]["model"]}}
+    scene.apply(chat)
+    scene.apply(job(**drawn_by("chat")))
+    await scene.look()
+    assert scene.pods() == ["support-g1-0"]
+    found = json.loads(scene.kubectl("get", "configmap", "support-g1", "-o", "json"))
+    told = json.loads(found["data"]["job.json"])
+    assert told["rl"]["rollout"] == {"url": f"http://chat.{scene.namespace}.svc:8000"}
 
 
 async def test_a_job_whose_data_arrives_starts(scene: Scene) -> None:

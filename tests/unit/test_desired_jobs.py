@@ -271,6 +271,14 @@ def test_a_trainer_is_told_which_deployment_teaches_and_given_the_key_for_it() -
     assert variable["valueFrom"] == {"secretKeyRef": {"name": "teachers", "key": "api-key"}}
 
 
+def test_a_trainer_is_told_where_the_replicas_are_that_draw_for_it() -> None:
+    rl = {"rewards": [{"type": "exactAnswer"}], "rollout": {"deployment": "chat"}}
+    drawing = replace(job(method="grpo", rl=rl), rollout={"url": "http://chat.team.svc:8000"})
+    told = TrainConfig.model_validate(build_train_config(drawing, 1, 1)).rl
+    assert told is not None and told.rollout is not None
+    assert told.rollout.url == "http://chat.team.svc:8000"
+
+
 def test_a_queue_s_pods_are_one_group_to_kueue_and_nothing_is_asked_of_our_arbiter() -> None:
     queued = job(queue="research", workers={"max": 2}, resources=GPU)
     for rank in (0, 1):

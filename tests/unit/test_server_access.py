@@ -58,6 +58,8 @@ async def test_what_changes_the_server_is_for_admins() -> None:
     assert admin == {
         "POST /v2/repository/models/{model:path}/load",
         "POST /v2/repository/models/{model:path}/unload",
+        "POST /rollouts",
+        "POST /rollouts/policy",
         "GET /drain",
         "POST /drain",
         "GET /adapters",

@@ -59,7 +59,7 @@ def judge_group(group: Sequence[Rollout]) -> list[Rollout]:
         return list(group)
     advantages = (rewards - rewards.mean()) / rewards.std()
     return [
-        replace(rollout, advantage_N=np.full_like(rollout.old_N, advantage))
+        replace(rollout, advantage_N=rollout.weighed(np.full_like(rollout.old_N, advantage)))
         for rollout, advantage in zip(group, advantages, strict=True)
     ]
 

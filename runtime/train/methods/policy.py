@@ -1,7 +1,12 @@
 """What GRPO and PPO share: answers drawn on-policy, their rewards, and how far they drifted.
 
 Old log-probabilities are computed by the trainer's own forward pass and not taken from drawing,
-so that the ratio of the first update is one.
+so that the ratio of the first update is one. Whoever else draws may compute in other precision and
+find the tokens a little more or less likely: their advantages are weighed by that ratio, which is
+truncated so that a few tokens do not decide a step.
+
+Source: Yao et al., 2025 ("Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"),
+truncated importance sampling.
 """
 
 # Shapes: N answer tokens of a rollout or of a batch of them.
@@ -28,6 +33,8 @@ from mizzen.runtime.train.roles.cast import cast_roles
 from mizzen.runtime.train.samples import Floats, Prompt, Sample, joined
 from mizzen.runtime.train.surroundings import Surroundings
 
+_MOST_WEIGHT_LOG = float(np.log(2.0))  # the source's bound
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
@@ -40,6 +47,11 @@ class Rollout:
     advantage_N: Floats | None = None
     value_N: Floats | None = None
     return_N: Floats | None = None
+    weight_N: Floats | None = None  # of each token where another than the trainer drew it
+
+    def weighed(self, advantage_N: Floats) -> Floats:
+        """Return advantages as they count for tokens that were drawn so."""
+        return advantage_N if self.weight_N is None else advantage_N * self.weight_N
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -91,7 +103,8 @@ class PolicyMethod(Method):
     ) -> list[Rollout]:
         """Return an answer to each prompt, with everything but its advantage."""
         with _without_dropout(lora):
-            answers = self._roles.draw(decoder, prompts, lora, seed=seed)
+            drawn = self._roles.draw(decoder, prompts, lora, seed=seed)
+            answers = drawn.token_ids
             samples = [joined(p, answer) for p, answer in zip(prompts, answers, strict=True)]
             # Whoever else plays a role does so while the trainer computes.
             judged = self._roles.judge(decoder, prompts, answers)
@@ -104,9 +117,12 @@ class PolicyMethod(Method):
                 temperature=self._rules.temperature,
             )
         rewards, reference = judged(), compared()
+        weights = importance(old, drawn.log_probs)
         rollouts = [
-            Rollout(sample=sample, reward=reward, old_N=o, reference_N=r)
-            for sample, reward, o, r in zip(samples, rewards, old, reference, strict=True)
+            Rollout(sample=sample, reward=reward, old_N=o, reference_N=r, weight_N=w)
+            for sample, reward, o, r, w in zip(
+                samples, rewards, old, reference, weights, strict=True
+            )
         ]
         drift = np.concatenate([r.reference_N - r.old_N for r in rollouts])
         self._measured = {
@@ -126,6 +142,16 @@ class PolicyMethod(Method):
         """Return the policy's loss of each token: gains are believed near the old policy only."""
         near_N = ratio_N.clamp(1 - self._rules.clip_low, 1 + self._rules.clip_high)
         return -torch.minimum(ratio_N * advantage_N, near_N * advantage_N)
+
+
+def importance(old: Sequence[Floats], drawn: Sequence[Floats] | None) -> Sequence[Floats | None]:
+    """Return how much likelier than whoever drew it the policy finds each token, truncated."""
+    if drawn is None:
+        return [None] * len(old)
+    return [
+        np.exp(np.minimum(old_N - drawn_N, _MOST_WEIGHT_LOG)).astype(np.float32)
+        for old_N, drawn_N in zip(old, drawn, strict=True)
+    ]
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class Ppo(PolicyMethod):
         return [
             replace(
                 rollout,
-                advantage_N=((advantage_N - mean) / scale).astype(np.float32),
+                advantage_N=rollout.weighed(((advantage_N - mean) / scale).astype(np.float32)),
                 return_N=(advantage_N + rollout.value_N).astype(np.float32),
             )
             for rollout, advantage_N in zip(rollouts, advantages, strict=True)

@@ -10,6 +10,7 @@ from mizzen.runtime.parallel.handshake import group_key
 from mizzen.runtime.parallel.nodes import read_secret
 from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
 from mizzen.runtime.train.roles.roles import OwnRoles, Roles
+from mizzen.runtime.train.roles.served import ServedRoles
 from mizzen.runtime.train.stop import StopFlag
 from mizzen.runtime.train.surroundings import Stage, Surroundings
 from mizzen.runtime.train.workers import Workers
@@ -51,6 +52,8 @@ def close_stage(stage: Stage | None) -> None:
 
 def cast_roles(around: Surroundings) -> Roles:
     """Return who plays the roles, ready to begin; Ray's processes end with this one."""
+    if around.config.rl is not None and around.config.rl.rollout is not None:
+        return ServedRoles(around, around.config.rl.rollout)
     if around.stage is None:
         return OwnRoles(around)
     from mizzen.runtime.train.roles.on_ray import RayRoles  # noqa: PLC0415 - as above

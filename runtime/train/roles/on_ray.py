@@ -28,7 +28,7 @@ from mizzen.runtime.train.roles.actors import (
     cut_weights,
     moving_weights,
 )
-from mizzen.runtime.train.roles.roles import Pending
+from mizzen.runtime.train.roles.roles import Drawn, Pending
 from mizzen.runtime.train.samples import Floats, Prompt, Sample
 from mizzen.runtime.train.surroundings import Stage, Surroundings
 
@@ -58,9 +58,7 @@ class RayRoles:
         self._reference = _place(ReferenceRole, reference, others[0])
         self._reward = _place(RewardRole, reward, others[-1])
 
-    def draw(
-        self, decoder: Decoder, prompts: Sequence[Prompt], lora: Any, *, seed: int
-    ) -> list[list[int]]:
+    def draw(self, decoder: Decoder, prompts: Sequence[Prompt], lora: Any, *, seed: int) -> Drawn:
         """Have the policy's answers drawn, after its weights have been pushed."""
         self._push(decoder, lora)
         asked = [
@@ -69,7 +67,7 @@ class RayRoles:
             )
             for number, start in enumerate(range(0, len(prompts), AT_ONCE))
         ]
-        return [answer for answers in self._wait(asked) for answer in answers]
+        return Drawn([answer for answers in self._wait(asked) for answer in answers])
 
     def judge(
         self, decoder: Decoder, prompts: Sequence[Prompt], answers: Sequence[list[int]]

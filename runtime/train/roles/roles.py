@@ -8,6 +8,7 @@ The trainer itself can play all roles, on the policy's own weights. Where they a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -26,12 +27,20 @@ T = TypeVar("T")
 Pending = Callable[[], T]
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Answers, and how likely whoever drew them found each token, where that is known."""
+
+    token_ids: list[list[int]]
+    log_probs: list[Floats] | None = None  # None: the trainer's own numbers are those
+
+
 class Roles(Protocol):
     """Whoever plays the roles beside the trainer; all raise YieldRequested when asked to stop."""
 
     def draw(
         self, decoder: Decoder, prompts: Sequence[Prompt], lora: LoraDelta | None, *, seed: int
-    ) -> list[list[int]]:
+    ) -> Drawn:
         """Return the policy's answer to each prompt, with the weights as they are now."""
         ...
 
@@ -63,9 +72,11 @@ class OwnRoles:
 
     def draw(
         self, decoder: Decoder, prompts: Sequence[Prompt], lora: LoraDelta | None, *, seed: int
-    ) -> list[list[int]]:
+    ) -> Drawn:
         """Return the policy's answers."""
-        return draw_answers(decoder, prompts, lora, self._drawing, seed=seed, stop=self._stop)
+        return Drawn(
+            draw_answers(decoder, prompts, lora, self._drawing, seed=seed, stop=self._stop)
+        )
 
     def judge(
         self, decoder: Decoder, prompts: Sequence[Prompt], answers: Sequence[list[int]]

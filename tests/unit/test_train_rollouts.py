@@ -1,0 +1,446 @@
+"""Answers drawn by replicas: of the policy as it is, by whoever is there, and for no user."""
+
+import asyncio
+import io
+import json
+import re
+import socket
+import threading
+import zipfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+
+from hack.tiny_model import write_tiny_model
+from mizzen.runtime.engine.api import BACKGROUND_PRIORITY, GenerationRequest, SamplingParams
+from mizzen.runtime.engine.errors import AdapterLoadError
+from mizzen.runtime.model.loader import load_decoder
+from mizzen.runtime.model.lora import TrainableLora
+from mizzen.runtime.model.lora.adapter import LoraConfig
+from mizzen.runtime.server import rollouts
+from mizzen.runtime.train.config import load_config
+from mizzen.runtime.train.digest import mark_weights
+from mizzen.runtime.train.errors import (
+    JobConfigError,
+    RolloutRefusedError,
+    RolloutUnavailableError,
+)
+from mizzen.runtime.train.methods.policy import importance
+from mizzen.runtime.train.methods.token_loss import log_probs_by_sample
+from mizzen.runtime.train.roles.fleet import Fleet, Policy
+from mizzen.runtime.train.roles.served import pack_policy
+from mizzen.runtime.train.samples import Prompt, joined
+from mizzen.runtime.train.stop import StopFlag, YieldRequested
+from tests.fixtures.runtime_server import Running, eventually, running_tiny_model
+from tests.fixtures.train_runs import Job, read_curve, run, write_job, write_prompts
+
+PROMPTS = [np.arange(20 + at, 32 + at, dtype=np.int32) for at in range(20)]
+RULES = {"max_tokens": 6, "temperature": 0.7}
+ASKED = [{"prompt": ids.tolist(), "seed": at} for at, ids in enumerate(PROMPTS)]
+TOKEN = {"Authorization": "Bearer secret"}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def replica(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    folder = tmp_path_factory.mktemp("replica")
+    (folder / "token").write_text("secret\n")
+    async with running_tiny_model(
+        folder, own_process=True, admin_token_file=folder / "token", max_loras=2
+    ) as server:
+        yield server
+
+
+@dataclass
+class Learner:
+    """A policy here, to compare with what the replica makes of it."""
+
+    server: Running
+
+    def __post_init__(self) -> None:
+        self.model = Path(self.server.service.config.model_path)
+        self.decoder = load_decoder(self.model, dtype=torch.float32)
+        self.lora = TrainableLora(self.decoder, LoraConfig(rank=4, alpha=8.0)).eval()
+        self.origin = {
+            "job": "test/learner",
+            "weights": mark_weights(self.model),
+            "vocabulary": self.server.service.engine.tokenizer.vocabulary_digest,
+        }
+
+    def step(self) -> Policy:
+        with torch.no_grad():
+            for parameter in self.lora.parameters():
+                parameter.normal_(std=0.3)
+        return pack_policy(self.lora, self.origin)
+
+    def log_probs(self, answers: list[Any], lora: TrainableLora | None) -> np.ndarray:
+        samples = [
+            joined(Prompt(ids), answer["token_ids"])
+            for ids, answer in zip(PROMPTS, answers, strict=True)
+        ]
+        temperature = RULES["temperature"]
+        found = log_probs_by_sample(self.decoder, samples, lora, at_once=4, temperature=temperature)
+        return np.concatenate(found)
+
+
+def told(answers: list[Any]) -> np.ndarray:
+    return np.concatenate([answer["log_probs"] for answer in answers])
+
+
+def fleet_of(url: str, **options: Any) -> Fleet:
+    return Fleet(url, **{"token": "secret", "stop": StopFlag(), **options})
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_answers_are_of_the_newest_policy_with_its_own_probabilities(
+    replica: Running,
+) -> None:
+    learner, fleet = Learner(replica), fleet_of(replica.url)
+    for _ in range(2):
+        policy = learner.step()
+        answers = await asyncio.to_thread(fleet.draw, policy, ASKED, RULES)
+        assert {len(answer["token_ids"]) for answer in answers} <= set(range(1, 7))
+        expected = learner.log_probs(answers, learner.lora)
+        np.testing.assert_allclose(told(answers), expected, atol=1e-3)
+        assert np.abs(told(answers) - learner.log_probs(answers, None)).max() > 0.1
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_seeds_alone_decide_what_is_drawn(replica: Running) -> None:
+    policy, fleet = Learner(replica).step(), fleet_of(replica.url)
+    whole = await asyncio.to_thread(fleet.draw, policy, ASKED, RULES)
+    part = await asyncio.to_thread(fleet.draw, policy, ASKED[7:9], RULES)
+    assert [a["token_ids"] for a in part] == [a["token_ids"] for a in whole[7:9]]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_replica_that_lost_the_policy_is_given_it_again(replica: Running) -> None:
+    policy, fleet = Learner(replica).step(), fleet_of(replica.url)
+    before = await asyncio.to_thread(fleet.draw, policy, ASKED[:2], RULES)
+    await replica.service.engine.unload_adapter(policy.name)
+    after = await asyncio.to_thread(fleet.draw, policy, ASKED[:2], RULES)
+    assert [a["token_ids"] for a in after] == [a["token_ids"] for a in before]
+    np.testing.assert_allclose(told(after), told(before), atol=1e-3)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_where_no_adapter_fits_any_more_the_job_is_told(
+    replica: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: Any) -> None:
+        raise AdapterLoadError("1 adapters may be loaded. Raise --max-loras.")
+
+    monkeypatch.setattr(replica.service.engine, "load_adapter", refuse)
+    with pytest.raises(RolloutRefusedError, match="Raise --max-loras"):
+        await asyncio.to_thread(
+            fleet_of(replica.url).draw, Learner(replica).step(), ASKED[:1], RULES
+        )
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_an_older_version_is_not_answered_with(replica: Running) -> None:
+    learner = Learner(replica)
+    first, second = learner.step(), learner.step()
+    for policy in (first, second):
+        answer = await replica.http.post("/rollouts/policy", content=policy.body, headers=TOKEN)
+        assert answer.json() == {"policy": policy.name}
+    question = {"policy": first.name, "prompts": [[1, 2]], "seeds": [0], **RULES}
+    answer = await replica.http.post("/rollouts", json=question, headers=TOKEN)
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "policy_not_found"
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_no_user_is_answered_by_a_policy(replica: Running) -> None:
+    asked = {"prompt": "Hello", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    before = await replica.http.post("/v1/completions", json={"model": "tiny", **asked})
+    policy = Learner(replica).step()
+    await asyncio.to_thread(fleet_of(replica.url).draw, policy, ASKED[:1], RULES)
+    after = await replica.http.post("/v1/completions", json={"model": "tiny", **asked})
+    assert after.json()["choices"] == before.json()["choices"]
+    for name in (policy.name, f"tiny:{policy.name}"):
+        answer = await replica.http.post("/v1/completions", json={"model": name, **asked})
+        assert answer.status_code == 404
+    models = (await replica.http.get("/v1/models")).json()["data"]
+    assert [model["id"] for model in models] == ["tiny"]
+    assert (await replica.admin.get("/adapters", headers=TOKEN)).json()["adapters"] == []
+
+
+@pytest.mark.parametrize("what", ["weights", "vocabulary"])
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_policy_of_another_model_is_refused_with_both_digests(
+    replica: Running, what: str
+) -> None:
+    learner = Learner(replica)
+    served, learner.origin[what] = learner.origin[what], "f" * 64
+    draw = asyncio.to_thread(fleet_of(replica.url).draw, learner.step(), ASKED[:1], RULES)
+    with pytest.raises(RolloutRefusedError, match=what) as caught:
+        await draw
+    assert set(re.findall(r"[0-9a-f]{64}", str(caught.value))) == {served, "f" * 64}
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_swapped_weights_are_another_model_to_a_policy(
+    replica: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    policy, fleet = Learner(replica).step(), fleet_of(replica.url)
+    await asyncio.to_thread(fleet.draw, policy, ASKED[:1], RULES)
+    other = write_tiny_model(tmp_path / "other", layers=3)
+    monkeypatch.setattr(replica.service, "weights", other)
+    with pytest.raises(RolloutRefusedError, match="weights digest"):
+        await asyncio.to_thread(fleet.draw, policy, ASKED[:1], RULES)
+
+
+def zipped(**files: str) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name.replace("__", "."), text)
+    return content.getvalue()
+
+
+NO_POLICIES = {
+    "text": b"hello",
+    "an empty zip": zipped(),
+    "a zip that does not say of what it is": zipped(
+        adapter_config__json="{}", adapter_model__safetensors="", policy__json="{}"
+    ),
+}
+
+
+@pytest.mark.parametrize("body", NO_POLICIES.values(), ids=NO_POLICIES)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_is_no_policy_is_refused(replica: Running, body: bytes) -> None:
+    answer = await replica.http.post("/rollouts/policy", content=body, headers=TOKEN)
+    assert answer.status_code == 400
+    assert "policy.json" in answer.json()["error"]["message"]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_every_prompt_needs_a_seed(replica: Running) -> None:
+    question = {"policy": "policy:1", "prompts": [[1], [2]], "seeds": [0], **RULES}
+    answer = await replica.http.post("/rollouts", json=question, headers=TOKEN)
+    assert answer.status_code == 400
+    assert "seeds must be as many as prompts" in answer.json()["error"]["message"]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_model_spread_over_ranks_takes_no_policy(
+    replica: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replica.service.config.model_copy(update={"tensor_parallel_size": 2})
+    monkeypatch.setattr(replica.service, "config", config)
+    with pytest.raises(RolloutRefusedError, match="not spread over ranks"):
+        await asyncio.to_thread(
+            fleet_of(replica.url).draw, Learner(replica).step(), ASKED[:1], RULES
+        )
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_policy_that_nobody_uses_gives_its_room_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollouts, "_KEEP_S", 0.0)
+    async with running_tiny_model(tmp_path) as server:
+        policy = Learner(server).step()
+        await server.http.post("/rollouts/policy", content=policy.body)
+        await eventually(lambda: server.service.engine.adapters() == [], within_s=60)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_work_in_the_background_is_nobodys_demand(tmp_path: Path) -> None:
+    async with running_tiny_model(tmp_path) as server:
+        engine = server.service.engine
+        seen = []
+        for priority in (0, BACKGROUND_PRIORITY):
+            request = GenerationRequest(
+                request_id=str(priority),
+                prompt_token_ids=(5, 6, 7),
+                sampling=SamplingParams(max_tokens=50, ignore_eos=True),
+                priority=priority,
+            )
+            outputs = engine.generate(request)
+            await anext(outputs)
+            stats = engine.stats()
+            seen.append((stats.running + stats.waiting, engine.in_flight(), stats.prompt_tokens))
+            await outputs.aclose()
+            await eventually(lambda: engine.in_flight() == 0, within_s=60)
+        assert seen == [(1, 1, 3), (0, 1, 3)]
+
+
+def rl_job(root: Path, method: str, url: str, **overrides: Any) -> Job:
+    root.mkdir(parents=True, exist_ok=True)
+    rl = {
+        "rewards": [{"type": "regex", "pattern": f"[{span}]"} for span in ("a-m", "n-z", "A-M")],
+        "max_new_tokens": 6,
+        "group_size": 6,
+        "rollout": {"url": url},
+    }
+    prompts = write_prompts(root / "q.jsonl")
+    document: dict[str, Any] = {
+        "method": method,
+        "rl": rl,
+        "datasets": [{"name": "questions", "path": str(prompts)}],
+        "hyperparameters": {"max_steps": 3, "batch_size": 4, "micro_batch": 12},
+        "evaluation": {
+            "suites": [{"name": "worth", "type": "reward", "max_regression_ratio": 10.0}]
+        },
+    }
+    return write_job(root, **{**document, **overrides})
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_job_learns_from_what_replicas_draw(
+    replica: Running, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = rl_job(tmp_path, method, replica.url)
+    (tmp_path / "token").write_text("secret")
+    drawn = []
+    real = rollouts.Rollouts.draw
+
+    async def draw(self: rollouts.Rollouts, asked: rollouts.DrawRequest) -> Any:
+        answers = await real(self, asked)
+        drawn.append((asked.policy, len(answers)))
+        return answers
+
+    monkeypatch.setattr(rollouts.Rollouts, "draw", draw)
+    assert await asyncio.to_thread(run, job) == 0
+    assert len(read_curve(job)) == 3
+    assert job.artifacts
+    assert len({policy for policy, _ in drawn}) == 3, "one policy for each step"
+    assert sum(count for _, count in drawn) == 3 * 4 * (6 if method == "grpo" else 1)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_job_with_another_base_model_says_so_and_is_not_tried_again(
+    replica: Running, tmp_path: Path
+) -> None:
+    base = write_tiny_model(tmp_path / "base", layers=3)
+    job = rl_job(tmp_path, "grpo", replica.url, base_model=str(base))
+    (tmp_path / "token").write_text("secret")
+    assert await asyncio.to_thread(run, job) == 42
+    assert job.last_word["reason"] == "RolloutRefused"
+    assert len(set(re.findall(r"[0-9a-f]{64}", job.last_word["message"]))) == 2
+
+
+FULL = {"adaptation": {"type": "full"}, "output": {"kind": "model"}}
+IMPOSSIBLE = {
+    "every weight moves": (FULL, "set adaptation.type to lora or qlora"),
+    "roles are on Ray": ({"roles": "Ray"}, "set roles to InProcess"),
+}
+
+
+@pytest.mark.parametrize(("fields", "said"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_replicas_cannot_draw_where(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(JobConfigError, match=said):
+        load_config(rl_job(tmp_path, "grpo", "http://chat:8000", **fields).config_path)
+
+
+def test_a_token_counts_by_how_much_likelier_the_policy_finds_it_up_to_twice() -> None:
+    old = [np.log(np.array([0.1, 0.2, 0.9], np.float32))]
+    drawn = [np.log(np.array([0.2, 0.2, 0.1], np.float32))]
+    (weight_N,) = importance(old, drawn)
+    np.testing.assert_allclose(weight_N, [0.5, 1.0, 2.0], rtol=1e-5)
+    assert importance(old, None) == [None]
+
+
+def test_weights_are_told_apart_whatever_lies_beside_them(tmp_path: Path) -> None:
+    one, other = write_tiny_model(tmp_path / "a"), write_tiny_model(tmp_path / "b", layers=3)
+    mark = mark_weights(one)
+    (one / "README.md").write_text("notes")
+    assert mark_weights(one) == mark != mark_weights(other)
+
+
+class Replica(BaseHTTPRequestHandler):
+    """Says a status to everybody; where it is 200, an answer to each prompt."""
+
+    status, policy = 200, "policy:1"
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answers = [{"token_ids": prompt, "log_probs": []} for prompt in asked["prompts"]]
+        body = json.dumps({"policy": self.policy, "answers": answers}).encode()
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Replica]]:
+    """A replica at one of the two addresses that the name stands for; nobody is at the other."""
+    kind = type("Own", (Replica,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        places = [("", 0, 0, "", at) for at in (nobody.getsockname(), server.server_address)]
+        monkeypatch.setattr(socket, "getaddrinfo", real_or(places))
+        yield kind
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def real_or(places: list[Any]) -> Any:
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *args: Any, **options: Any) -> Any:
+        return places if host == "chat" else real(host, *args, **options)
+
+    return getaddrinfo
+
+
+def test_who_is_there_draws_what_a_dead_replica_should_have(fake: type[Replica]) -> None:
+    answers = fleet_of("http://chat:8000").draw(Policy("policy:1", b""), ASKED, RULES)
+    assert [answer["token_ids"] for answer in answers] == [q["prompt"] for q in ASKED]
+
+
+def test_an_answer_of_another_policy_is_not_taken(fake: type[Replica]) -> None:
+    fake.policy = "policy:0"
+    with pytest.raises(RolloutRefusedError, match="make no sense"):
+        fleet_of("http://chat:8000").draw(Policy("policy:1", b""), ASKED, RULES)
+
+
+def test_busy_replicas_are_not_waited_for_for_ever(fake: type[Replica]) -> None:
+    fake.status = 503
+    fleet = fleet_of("http://chat:8000", patience_s=0.0)
+    with pytest.raises(RolloutUnavailableError, match=r"No replica at http://chat:8000"):
+        fleet.draw(Policy("policy:1", b""), ASKED, RULES)
+
+
+def test_a_name_that_stands_for_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any, **__: Any) -> None:
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    fleet = fleet_of("http://chat:8000", patience_s=0.0)
+    with pytest.raises(RolloutUnavailableError, match="resolves to no address"):
+        fleet.draw(Policy("policy:1", b""), ASKED, RULES)
+
+
+def test_a_server_that_knows_no_rollouts_is_refused(fake: type[Replica]) -> None:
+    fake.status = 405
+    with pytest.raises(RolloutRefusedError, match="405 and is no replica of this version"):
+        fleet_of("http://chat:8000").draw(Policy("policy:1", b""), ASKED, RULES)
+
+
+def test_nobody_waits_for_replicas_when_asked_to_stop(fake: type[Replica]) -> None:
+    fake.status = 503
+    stop = StopFlag()
+    timer = threading.Timer(0.5, stop.ask)
+    timer.start()
+    with pytest.raises(YieldRequested):
+        fleet_of("http://chat:8000", stop=stop).draw(Policy("policy:1", b""), ASKED, RULES)
+    timer.join()
