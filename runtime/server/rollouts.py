@@ -75,7 +75,7 @@ class DrawRequest(BaseModel):
 @dataclass(slots=True)
 class _Policy:
     name: str
-    weights: Path  # those it was found to belong to
+    swaps: int  # of weights, before those it was found to belong to
     used_at: float
 
 
@@ -105,7 +105,7 @@ class Rollouts:
         with TemporaryDirectory(prefix="policy-") as folder:
             origin = await asyncio.to_thread(_unpack, body, Path(folder))
             async with self._service.change_lock:
-                weights = self._service.weights
+                swaps, weights = self._service.swaps, self._service.weights
                 await asyncio.to_thread(self._check_origin, origin, weights)
                 # First the old one goes: there may be no room for two.
                 await self._withdraw(origin.job)
@@ -113,7 +113,7 @@ class Rollouts:
                     await self._service.engine.load_adapter(name, Path(folder))
                 except MizzenError as error:
                     raise to_api_error(error) from error
-                self._policies[origin.job] = _Policy(name, weights, time.monotonic())
+                self._policies[origin.job] = _Policy(name, swaps, time.monotonic())
         if origin.job not in self._ends:
             self._ends[origin.job] = asyncio.create_task(self._forget_unused(origin.job))
         return name
@@ -167,7 +167,7 @@ class Rollouts:
     def _named(self, name: str) -> _Policy:
         for policy in self._policies.values():
             # Weights that were swapped since are another model.
-            if policy.name == name and policy.weights == self._service.weights:
+            if policy.name == name and policy.swaps == self._service.swaps:
                 return policy
         raise ApiError(
             404, "This policy is not here, or no more. Push it.", code="policy_not_found"

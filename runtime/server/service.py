@@ -74,6 +74,7 @@ class Service:
     adapter_errors: dict[str, str] = field(default_factory=dict)
     adapter_digests: dict[str, str | None] = field(default_factory=dict)
     weights: Path = Path()  # where those lie that are served
+    swaps: int = 0  # how often they were changed, perhaps in the same place
     _engine: EngineApi | None = None
     _open: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -102,6 +103,11 @@ class Service:
     def engine_or_none(self) -> EngineApi | None:
         """The engine, or None while the model loads."""
         return self._engine
+
+    async def load_weights(self, path: Path) -> None:
+        """Serve other weights of the same model; raises as `EngineApi.load_weights` does."""
+        await self.engine.load_weights(path)
+        self.weights, self.swaps = path, self.swaps + 1
 
     def is_alive(self) -> bool:
         """Whether a restart would not help: the loop moves, or the model is still loading."""

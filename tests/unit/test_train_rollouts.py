@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+from safetensors.torch import load_file, save_file
 
 from hack.tiny_model import write_tiny_model
 from mizzen.runtime.engine.api import BACKGROUND_PRIORITY, GenerationRequest, SamplingParams
@@ -187,14 +188,19 @@ async def test_a_policy_of_another_model_is_refused_with_both_digests(
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_swapped_weights_are_another_model_to_a_policy(
-    replica: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    replica: Running, tmp_path: Path
 ) -> None:
-    policy, fleet = Learner(replica).step(), fleet_of(replica.url)
+    learner, fleet = Learner(replica), fleet_of(replica.url)
+    policy = learner.step()
     await asyncio.to_thread(fleet.draw, policy, ASKED[:1], RULES)
-    other = write_tiny_model(tmp_path / "other", layers=3)
-    monkeypatch.setattr(replica.service, "weights", other)
+    other = write_tiny_model(tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor * 0.5 for name, tensor in tensors.items()}, other / "model.safetensors")
+    await replica.service.load_weights(other)
     with pytest.raises(RolloutRefusedError, match="weights digest"):
         await asyncio.to_thread(fleet.draw, policy, ASKED[:1], RULES)
+    await replica.service.load_weights(learner.model)
+    await asyncio.to_thread(fleet.draw, policy, ASKED[:1], RULES)
 
 
 def zipped(**files: str) -> bytes:
