@@ -145,10 +145,11 @@ static void group_item(void *data, long item) {
     _tile_release();
 }
 
-/* The most panels that stay in the cache and still share out evenly. */
+/* The most panels that stay in the cache and still share out evenly; one where it is widened first,
+for that gained nothing. */
 static long panels_together(const Linear *l, int threads) {
     const long panels = l->outputs / PANEL, bytes = l->inputs * PANEL * 2;
-    long group = MOST_TOGETHER;
+    long group = l->scales && l->tokens > 2 * TILE ? 1 : MOST_TOGETHER;
     while (group > 1 && (group * bytes > BYTES_TOGETHER || panels % (group * threads))) group--;
     return group;
 }
