@@ -110,6 +110,13 @@ class Engine(ApiModel):
             "together. Measured at start when left out.",
         ),
     ] = None
+    lends_weights: Annotated[
+        bool,
+        Field(
+            description="Let fine-tune jobs of mode Loan train on idle replicas. Their pods may "
+            "then write to the claim of the model."
+        ),
+    ] = False
 
 
 class Drain(ApiModel):

@@ -1,4 +1,4 @@
-"""The admin port: health that tells the truth, metrics, drain, sleep, weights. Not for users."""
+"""The admin port: health that tells the truth, metrics, changes to what runs. Not for users."""
 
 import asyncio
 from functools import partial
@@ -14,12 +14,14 @@ from mizzen.runtime.server.access import Access, Gate
 from mizzen.runtime.server.adapters import adapters_body, checked_path
 from mizzen.runtime.server.drain import Drain
 from mizzen.runtime.server.errors import ApiError, from_validation
+from mizzen.runtime.server.loans import look_at_loan, start_loan, stop_loan
 from mizzen.runtime.server.routes import GuardedRoute, build_http_app, json_response, read_body
 from mizzen.runtime.server.service import Phase, Service
 
 Asked = TypeVar("Asked", bound=BaseModel)
 
 _BODY_LIMIT = 64 * 1024
+_JOB_LIMIT = 1024 * 1024  # what a ConfigMap holds
 
 
 class DrainRequest(BaseModel):
@@ -52,6 +54,9 @@ def admin_routes(service: Service, drain: Drain) -> list[GuardedRoute]:
         GuardedRoute("POST", "/sleep", partial(_sleep, service), Access.ADMIN),
         GuardedRoute("POST", "/wake", partial(_wake, service), Access.ADMIN),
         GuardedRoute("POST", "/weights", partial(_weights, service), Access.ADMIN),
+        GuardedRoute("GET", "/loan", partial(_loan, service), Access.ADMIN),
+        GuardedRoute("PUT", "/loan", partial(_lend, service), Access.ADMIN),
+        GuardedRoute("DELETE", "/loan", partial(_take_back, service), Access.ADMIN),
     ]
 
 
@@ -166,3 +171,17 @@ async def _weights(service: Service, request: Request) -> ASGIApp:
     path = await asyncio.to_thread(checked_path, asked.path, roots)
     await service.engine.load_weights(path)
     return json_response({"path": str(path)})
+
+
+async def _loan(service: Service, request: Request) -> ASGIApp:
+    return json_response(await look_at_loan(service))
+
+
+async def _lend(service: Service, request: Request) -> ASGIApp:
+    """Have a job train while nobody asks; the same one again says how far it is."""
+    body = await read_body(request, limit=_JOB_LIMIT)
+    return json_response(await start_loan(service, body.decode(errors="replace")), status=202)
+
+
+async def _take_back(service: Service, request: Request) -> ASGIApp:
+    return json_response(await stop_loan(service), status=202)
