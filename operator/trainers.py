@@ -37,7 +37,7 @@ class TrainerClient:
         """Return what the trainer says about itself, None where it does not answer."""
         try:
             async with self._open().get(
-                f"http://{pod_ip}:{self._admin_port}/progress", headers=self._headers()
+                self._url(pod_ip, "/progress"), headers=self._headers()
             ) as response:
                 if response.status != 200:
                     return None
@@ -50,7 +50,7 @@ class TrainerClient:
         """Have the trainer commit and leave; returns whether it heard."""
         try:
             async with self._open().post(
-                f"http://{pod_ip}:{self._admin_port}/yield",
+                self._url(pod_ip, "/yield"),
                 json={"deadlineSeconds": deadline_s},
                 headers=self._headers(),
             ) as response:
@@ -61,7 +61,9 @@ class TrainerClient:
     async def lender(self, pod_ip: str) -> Lender | None:
         """Return which job a replica lends its weights to, None where it does not answer."""
         try:
-            async with self._open().get(self._loan(pod_ip), headers=self._headers()) as response:
+            async with self._open().get(
+                self._url(pod_ip, "/loan"), headers=self._headers()
+            ) as response:
                 if response.status != 200:
                     return None
                 return parse_lender(await response.json())
@@ -76,7 +78,7 @@ class TrainerClient:
         """
         try:
             async with self._open().put(
-                self._loan(pod_ip), json=job, headers=self._headers()
+                self._url(pod_ip, "/loan"), json=job, headers=self._headers()
             ) as response:
                 if response.status == 400:
                     raise LoanRefusedError(str((await response.json()).get("error")))
@@ -87,7 +89,9 @@ class TrainerClient:
     async def take_back(self, pod_ip: str) -> bool:
         """Have a replica's job commit and end; returns whether it heard."""
         try:
-            async with self._open().delete(self._loan(pod_ip), headers=self._headers()) as response:
+            async with self._open().delete(
+                self._url(pod_ip, "/loan"), headers=self._headers()
+            ) as response:
                 return response.status < 300
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -97,8 +101,9 @@ class TrainerClient:
         if self._session is not None:
             await self._session.close()
 
-    def _loan(self, pod_ip: str) -> str:
-        return f"http://{pod_ip}:{self._admin_port}/loan"
+    def _url(self, pod_ip: str, path: str) -> str:
+        host = f"[{pod_ip}]" if ":" in pod_ip else pod_ip
+        return f"http://{host}:{self._admin_port}{path}"
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:

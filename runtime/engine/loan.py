@@ -21,6 +21,7 @@ import torch
 
 from mizzen.runtime.engine.api import LoanState
 from mizzen.runtime.engine.errors import InvalidRequestError
+from mizzen.runtime.engine.heap import give_back_freed
 from mizzen.runtime.engine.idle import busy
 from mizzen.runtime.errors import BadAdapterError, BadModelError, MizzenError
 from mizzen.runtime.model.decoder import Decoder
@@ -121,6 +122,7 @@ class Loan:
         end = self._train()
         self._decoder = None
         gc.collect()  # what hooks hold on to is in circles, and the weights are among it
+        give_back_freed()
         self._ended_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self._end = end
         log.info("The loan to %s has ended: %s", self.config.job, end)
