@@ -61,13 +61,14 @@ def parse_lender(document: Document) -> Lender:
         raise ValueError("an answer about loans has inFlight")
     if not isinstance(loan, Mapping):
         return Lender(None, in_flight)
-    code = loan["exitCode"]
+    code, progress = loan["exitCode"], dict(loan["progress"])
+    parse_progress(progress)
     return Lender(
         Loan(
             job=str(loan["job"]),
             generation=int(loan["generation"]),
             directory=str(loan["directory"]),
-            progress=dict(loan["progress"]),
+            progress=progress,
             exit_code=None if code is None else int(code),
             ended_at=str(loan["endedAt"]),
             reason=str(loan["reason"]),

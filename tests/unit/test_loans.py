@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import os
 import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -130,6 +131,14 @@ async def test_a_step_is_what_it_would_have_been_though_requests_come_in_the_mid
     assert (await wait_for_end(running))["exitCode"] == 0
     assert looks > 400, "it looks up at every linear, both ways"
     assert disturbed.curve == undisturbed.curve
+
+
+async def test_a_job_has_the_lowest_priority_and_the_server_its_own(running: Running) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    await begin(running, write_loan(running, hyperparameters=LONG))
+    thread = running.service.engine._lender._loan._thread
+    assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == 19
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
 async def test_a_job_that_is_asked_back_commits_and_goes_on_elsewhere(tmp_path: Path) -> None:
