@@ -12,42 +12,26 @@ would be told of changes made right after their creation by one more write.
 import argparse
 import asyncio
 import contextlib
-import json
 import os
-import re
 import statistics
-import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 import psutil
-from kubernetes.aio import config as kube_config
-from kubernetes.aio.client import ApiClient, Configuration
 
-from benchmarks.operator_process import LIMIT_S, SYSTEM, Operator
+from benchmarks.control_plane import NAMESPACE, Api, Json, control_plane, settle
+from benchmarks.operator_process import LIMIT_S, Operator
 from hack.cluster.api_only import ApiCluster
-from mizzen.operator.kube.transport import MERGE, HttpTransport
-
-NAMESPACE = "bench"
+from mizzen.operator.kube.transport import MERGE
 
 GPU = "nvidia.com/gpu"
 NODES, GPUS_PER_NODE = 250, 8
 IN_FLIGHT = 20
 CHANGES = 100
-POD_START_MS = 1000
-
-
-Json = dict[str, Any]
-_WRITE = re.compile(r"apiserver_request_total\{([^}]*)\} (\S+)")
-# Neither follows from what is measured: the fleet's heartbeats, and what people are told.
-_NOT_COUNTED = ("events", "leases", "nodes", "tokenreviews", "subjectaccessreviews")
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 @dataclass
@@ -69,87 +53,8 @@ class Row:
     restart_writes: int | None = None
 
 
-class Api:
-    """The API server as this script uses it."""
-
-    def __init__(self, client: ApiClient) -> None:
-        self.client = client
-        self.http = HttpTransport(client)
-
-    async def create(self, path: str, document: Json) -> Json:
-        return await self.http.request("POST", path, body=document)
-
-    async def writes(self) -> Counter[str]:
-        """Return how many writes the API server has counted so far, by verb and resource."""
-        answer = await self.client.rest_client.request(
-            "GET", f"{self.client.configuration.host}/metrics", headers={}
-        )
-        found: Counter[str] = Counter()
-        for labels, value in _WRITE.findall((await answer.read()).decode()):
-            seen = dict(_LABEL.findall(labels))
-            if (
-                seen["verb"] in ("POST", "PUT", "PATCH", "APPLY", "DELETE")
-                and seen["code"].startswith("2")
-                and seen["resource"] not in _NOT_COUNTED
-            ):
-                what = "/".join(filter(None, (seen["resource"], seen["subresource"])))
-                found[f"{seen['verb']} {what}"] += int(float(value))
-        return found
-
-    async def watch(self, path: str, seen: Callable[[str, Json], None]) -> None:
-        """Hand every event of a collection to `seen`, until cancelled; again after an end."""
-        session = self.client.rest_client.pool_manager
-        assert session is not None
-        while True:
-            listing = await self.http.request("GET", path)
-            for item in listing["items"]:
-                seen("LISTED", item)
-            version = listing["metadata"]["resourceVersion"]
-            url = f"{self.client.configuration.host}{path}?watch=1&resourceVersion={version}"
-            try:
-                async with session.get(url, timeout=aiohttp.ClientTimeout(total=None)) as stream:
-                    async for line in stream.content:
-                        event = json.loads(line)
-                        if event["type"] == "ERROR":
-                            break
-                        seen(event["type"], event["object"])
-            except aiohttp.ClientError as error:
-                print(f"a watch broke: {error!r}", file=sys.stderr)
-
-
-@asynccontextmanager
-async def control_plane() -> AsyncIterator[tuple[ApiCluster, Api]]:
-    """Yield a fresh cluster with its fleet of nodes and our CRDs."""
-    cluster = await asyncio.to_thread(ApiCluster(pod_start_ms=POD_START_MS).start)
-    try:
-        await asyncio.to_thread(cluster.add_nodes, NODES, gpus=GPUS_PER_NODE)
-        for namespace in (NAMESPACE, SYSTEM):
-            await asyncio.to_thread(cluster.create_namespace, namespace)
-        await asyncio.to_thread(cluster.kubectl, "apply", "--server-side", "-f", "manifests/crds")
-        configuration = Configuration()
-        await kube_config.load_kube_config(
-            config_file=str(cluster.kubeconfig), client_configuration=configuration
-        )
-        async with ApiClient(configuration) as client:
-            api = Api(client)
-            await api.create(
-                f"/api/v1/namespaces/{SYSTEM}/secrets",
-                {"metadata": {"name": "mizzen-admin"}, "stringData": {"token": "benchmark"}},
-            )
-            await settle(api)
-            yield cluster, api
-    finally:
-        await asyncio.to_thread(cluster.stop)
-
-
-async def settle(api: Api, *, quiet_s: float = 3.0) -> Counter[str]:
-    """Wait until nobody writes any more; return the counts of writes."""
-    before, since = await api.writes(), time.monotonic()
-    while time.monotonic() - since < quiet_s:
-        await asyncio.sleep(0.5)
-        if (now := await api.writes()) != before:
-            before, since = now, time.monotonic()
-    return before
+def fleet() -> AbstractAsyncContextManager[tuple[ApiCluster, Api]]:
+    return control_plane(nodes=NODES, gpus=GPUS_PER_NODE)
 
 
 def cpu_seconds() -> Counter[str]:
@@ -237,7 +142,7 @@ async def measure_pods(count: int, nodes: int) -> Row:
     def build(name: str) -> Json:
         return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": pod_spec()}
 
-    async with control_plane() as (_, api):
+    async with fleet() as (_, api):
         path = f"/api/v1/namespaces/{NAMESPACE}/pods"
         await fill(api, row, path, build, count * nodes, 1, None)
     row.writes *= nodes
@@ -260,7 +165,7 @@ async def measure_deployments(count: int, nodes: int) -> Row:
             },
         }
 
-    async with control_plane() as (_, api):
+    async with fleet() as (_, api):
         path = f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments"
         await fill(api, row, path, build, count, nodes, is_available)
     # Ours: creating the resource; the scheduler's and kwok's: one per pod each.
@@ -289,7 +194,7 @@ async def measure_mizzen(count: int, nodes: int, log: Path) -> Row:
             },
         }
 
-    async with control_plane() as (cluster, api):
+    async with fleet() as (cluster, api):
         operator = Operator(cluster, log)
         await operator.start()
         try:

@@ -44,6 +44,13 @@ class PagedCpu:
             type=TYPES[cache.dtype],
         )
 
+    def plan(self, heads: int) -> tuple[Attention, int]:
+        """Return the arguments that all layers share, and the bytes between two layers' caches."""
+        call = Attention.from_buffer_copy(self._arguments)
+        call.keys, call.values = self._cache[0].data_ptr(), self._cache[1].data_ptr()
+        call.heads = heads
+        return call, self._cache.stride(1) * self._cache.element_size()
+
     def __call__(
         self,
         layer: int,

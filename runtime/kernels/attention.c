@@ -1,6 +1,6 @@
 /* Attention over the pages of the KV cache: stores a step's keys and values, and shares out the
 queries. */
-#include "attention.h"
+#include "kernels.h"
 #include "team.h"
 
 enum { ELEMENTS_PER_THREAD = 1 << 15 };
@@ -29,9 +29,6 @@ static long count_seen(const Attention *a) {
         seen += p[3] * p[2];
     return seen;
 }
-
-/* By this the loader knows a library of other sources, which would misread its arguments. */
-EXPORT long attention_bytes(void) { return sizeof(Attention); }
 
 /* Stores all new keys and values, then attends from all queries. */
 EXPORT void paged_attention(Attention *a, int threads) {

@@ -40,6 +40,32 @@ class Linear(Structure):
     ]
 
 
+class Layer(Structure):
+    """A layer's weights, as stack.c has them."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("attention_norm", "feed_forward_norm", "q_norm", "k_norm")),
+        *((name, Linear) for name in ("qkv", "out", "up", "down")),
+        ("slopes", c_void_p),
+        ("window", c_long),
+    ]
+
+
+class Stack(Structure):
+    """The arguments of `run_stack`, as stack.c describes them."""
+
+    _fields_ = [
+        ("layers", POINTER(Layer)),
+        ("attention", Attention),
+        ("layer_bytes", c_long),
+        *((name, c_void_p) for name in ("stream", "normed", "projected", "mixed", "gated")),
+        *((name, c_void_p) for name in ("cos", "sin")),
+        ("count", c_long),
+        ("eps", c_float),
+        ("is_interleaved", c_int),
+    ]
+
+
 _SIGNATURES: dict[str, list[type]] = {
     "rms_norm": [*[c_void_p] * 3, *[c_long] * 2, c_float, c_int, c_int],
     "silu_gate": [*[c_void_p] * 3, *[c_long] * 3, c_int, c_int],
@@ -47,6 +73,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "linear": [POINTER(Linear), c_int],
     "use_team": [c_void_p],
     "paged_attention": [POINTER(Attention), c_int],
+    "run_stack": [POINTER(Stack), c_int],
 }
 
 
@@ -71,11 +98,12 @@ def has_matrix_unit() -> bool:
 
 
 def is_current(path: Path) -> bool:
-    """Was a library compiled from sources that agree with `Attention`? Others misread it."""
+    """Was a library compiled from sources that agree with `Stack`? Others misread its parts."""
     if not path.exists():
         return False
-    attention_bytes = getattr(ctypes.CDLL(str(path)), "attention_bytes", None)
-    return attention_bytes is not None and attention_bytes() == ctypes.sizeof(Attention)
+    argument_bytes = getattr(ctypes.CDLL(str(path)), "argument_bytes", None)
+    expected = ctypes.sizeof(Stack) + ctypes.sizeof(Layer)
+    return argument_bytes is not None and argument_bytes() == expected
 
 
 def load(path: Path) -> ctypes.CDLL:

@@ -4,22 +4,10 @@ The unit multiplies 16 tokens by 16 outputs over 32 inputs at once. Weights come
 outputs, laid out as it reads them: [outputs / 32][inputs / 32][2][16][16][2], so a panel is one
 stream of memory. An integer of 8 bits is a bfloat16 number without loss: 8-bit weights are widened
 on their way from memory, and inputs keep their precision. */
-#include "numbers.h"
+#include "kernels.h"
 #include "team.h"
 #include "tiles.h"
-#include <stddef.h>
 #include <stdlib.h>
-
-typedef struct {
-    const uint16_t *x;        /* [tokens, inputs] bfloat16 */
-    const void *weight;       /* panels: bfloat16, or int8 if there are scales */
-    const float *scales;      /* one per output, or NULL */
-    const uint16_t *bias;     /* one per output, or NULL */
-    const uint16_t *residual; /* [tokens, outputs], added to the result, or NULL */
-    void *out;                /* [tokens, outputs] in `out_type` */
-    long tokens, inputs, outputs;
-    int out_type;
-} Linear;
 
 #ifdef __AMX_BF16__
 

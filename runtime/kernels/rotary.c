@@ -1,5 +1,5 @@
 /* Rotary positions, in place on the heads of packed rows. */
-#include "numbers.h"
+#include "kernels.h"
 
 INLINE void turn_halves(void *head, const void *cos, const void *sin, long dim, int type) {
     long half = dim / 2;

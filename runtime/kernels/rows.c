@@ -1,5 +1,5 @@
 /* Work on single rows: RMS norm, the gate of a feed-forward, the largest logit. */
-#include "numbers.h"
+#include "kernels.h"
 #include "team.h"
 
 enum { ROWS_PER_ITEM = 16, ELEMENTS_PER_THREAD = 1 << 15 };

@@ -11,6 +11,7 @@ stage alone: tokens enter at the first, scores are made at the last.
 # Shapes: T packed tokens, D model width, H query heads and K KV heads of this rank, d head
 # dimension, N chosen positions, V vocabulary.
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mizzen.runtime.attention.base import NO_BIAS, AttentionBias, alibi_slopes
+from mizzen.runtime.attention.paged_cpu import PagedCpu
 from mizzen.runtime.kernels import ops
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.layers import (
@@ -37,6 +39,7 @@ from mizzen.runtime.model.layers import (
 )
 from mizzen.runtime.model.packed import Quantization, can_pack
 from mizzen.runtime.model.rope import inverse_frequencies, rope_tables
+from mizzen.runtime.model.stack import LayerStack
 from mizzen.runtime.parallel.shard import HeadShard, Span, even_span, head_shard
 
 
@@ -88,7 +91,7 @@ class Attention(nn.Module):
             )
         self._is_interleaved = spec.rope.is_interleaved
         self._query_scale = spec.query_scales[layer] if spec.query_scales else 1.0
-        self._bias = _attention_bias(spec, layer, heads, place)
+        self.bias = _attention_bias(spec, layer, heads, place)
 
     def forward(
         self,
@@ -106,10 +109,10 @@ class Attention(nn.Module):
             q, k = (ops.rotate(x, *tables, is_interleaved=self._is_interleaved) for x in (q, k))
         if self._query_scale != 1.0:
             q = q * self._query_scale
-        if self._bias is NO_BIAS:
+        if self.bias is NO_BIAS:
             mixed_THd = attend(self._cached_as, q, k, v)
         else:
-            mixed_THd = cast(BiasedAttend, attend)(self._cached_as, q, k, v, bias=self._bias)
+            mixed_THd = cast(BiasedAttend, attend)(self._cached_as, q, k, v, bias=self.bias)
         return mixed_THd.flatten(-2)
 
 
@@ -275,14 +278,34 @@ class Decoder(nn.Module):
                 head_dim=self.spec.head_dim,
                 dtype=x_TD.dtype,
             )
-        for block in self.blocks:
-            x_TD = block(x_TD, tables, attend, lora)
+        x_TD = self._run_layers(x_TD, tables, attend, lora)
         if not self.group.stages.is_last:
             self.group.stages.send(x_TD)
             return x_TD
         if self.norm is not None:
             x_TD = self.norm(x_TD)
         return x_TD if self.project_out is None else F.linear(x_TD, self.project_out.weight)
+
+    def _run_layers(
+        self,
+        x_TD: Tensor,
+        tables: tuple[Tensor, Tensor] | None,
+        attend: Attend,
+        lora: LoraDelta | None,
+    ) -> Tensor:
+        if lora is None and isinstance(attend, PagedCpu) and self._stack is not None:
+            return self._stack(x_TD, tables, attend)
+        for block in self.blocks:
+            x_TD = block(x_TD, tables, attend, lora)
+        return x_TD
+
+    @cached_property
+    def _stack(self) -> LayerStack | None:
+        """The layers as one call, where our kernels know them and all weights are packed."""
+        blocks = [cast(Block, block) for block in self.blocks]
+        if self.group.size > 1 or not LayerStack.suits(blocks, self.spec):
+            return None
+        return LayerStack(blocks, self.spec)
 
     def _enter(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
         if self.embedding is None:
@@ -361,6 +384,7 @@ class Decoder(nn.Module):
         if not isinstance(part, Linear) or (part is self.embedding and part is not self.head):
             return
         part.pack(self._kind(part, quantization), is_read_by_row=part is self.embedding)
+        self.__dict__.pop("_stack", None)
 
     def store(self, part: nn.Module, quantization: Quantization) -> None:
         """Keep a part in few bits and let gradients through, if it is a matrix that multiplies.

@@ -69,8 +69,8 @@ class Linear(nn.Module):
             out_TO = F.linear(x_TI, self.weight, addend)
         elif x_TI.requires_grad and is_recoverable(packed):
             out_TO = multiply_beside(x_TI, addend, packed)
-        elif isinstance(packed, PanelWeight):
-            return packed(x_TI, addend, residual_TO)
+        elif self.panels is not None:
+            return self.panels(x_TI, addend, residual_TO)
         else:
             out_TO = packed(x_TI, addend)
         return out_TO if residual_TO is None else residual_TO + out_TO
@@ -80,7 +80,7 @@ class Linear(nn.Module):
         if self._packed is not None:
             return
         self._packed = pack(self.weight, quantization)
-        if self._panels is not None or not is_read_by_row:
+        if self._readable is not None or not is_read_by_row:
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def store(self, quantization: Quantization) -> None:
@@ -96,15 +96,19 @@ class Linear(nn.Module):
 
     def rows(self, at_T: Tensor) -> Tensor:
         """Return these rows of the weight; of a packed one, if `is_read_by_row` was said."""
-        if self._panels is not None:
-            return self._panels.rows(at_T)
+        if self._readable is not None:
+            return self._readable.rows(at_T)
         return F.embedding(at_T, self.weight)
 
     @property
-    def _panels(self) -> PanelWeight | None:
+    def panels(self) -> PanelWeight | None:
+        """The weight, if it is packed for the matrix unit."""
+        return self._packed if isinstance(self._packed, PanelWeight) else None
+
+    @property
+    def _readable(self) -> PanelWeight | None:
         """The packed weight, if its rows are still what they were."""
-        packed = self._packed
-        return packed if isinstance(packed, PanelWeight) and not packed.has_8_bits else None
+        return None if self.panels is None or self.panels.has_8_bits else self.panels
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,10 +251,10 @@ class VocabTable(Linear):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Return float32 scores over the whole vocabulary, equal on every rank."""
-        is_served = isinstance(self._packed, PanelWeight) and not hidden_ND.requires_grad
+        is_served = self.panels is not None and not hidden_ND.requires_grad
         if self._group.size == 1 and is_served:
             # The sums are float32: not rounded on the way, they need not be widened after it.
-            scores_NV = self._packed(hidden_ND, self.bias, dtype=torch.float32)
+            scores_NV = self.panels(hidden_ND, self.bias, dtype=torch.float32)
             return scores_NV[:, : self.vocab]
         local_NV = self.matmul(self._group.copy(hidden_ND))
         return self._group.all_gather(local_NV)[:, : self.vocab].float()

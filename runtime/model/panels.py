@@ -66,22 +66,24 @@ class PanelWeight:
         """Return out_TO, the residual added, in bfloat16 or float32."""
         x_TI = x_TI.contiguous()
         out_TO = torch.empty((x_TI.shape[0], self._outputs), dtype=dtype)
-        arguments = Linear(
-            x=x_TI.data_ptr(),
-            weight=self._panels.data_ptr(),
-            scales=_address(self._scales_O),
-            bias=_address(bias_O),
-            residual=_address(residual_TO),
-            out=out_TO.data_ptr(),
-            tokens=x_TI.shape[0],
-            inputs=self._inputs,
-            outputs=self._outputs,
-            out_type=TYPES[dtype],
-        )
+        arguments = self.describe(bias_O)
+        arguments.x, arguments.out = x_TI.data_ptr(), out_TO.data_ptr()
+        arguments.residual = _address(residual_TO)
+        arguments.tokens, arguments.out_type = x_TI.shape[0], TYPES[dtype]
         kernels = library.kernels()
         assert kernels is not None, "`suits` has asked"
         kernels.linear(byref(arguments), torch.get_num_threads())
         return out_TO
+
+    def describe(self, bias_O: Tensor | None) -> Linear:
+        """Return the kernel's arguments with what does not change from call to call."""
+        return Linear(
+            weight=self._panels.data_ptr(),
+            scales=_address(self._scales_O),
+            bias=_address(bias_O),
+            inputs=self._inputs,
+            outputs=self._outputs,
+        )
 
 
 def _address(tensor: Tensor | None) -> int | None:

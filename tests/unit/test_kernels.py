@@ -201,7 +201,7 @@ def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path) -> None:
     """Its arguments lie elsewhere: it would read and write where it must not."""
     assert library.is_current(compiling.library_path("plain"))
     assert not library.is_current(tmp_path / "libmizzen-plain.so")
-    texts = {"silent": "int rotate;", "smaller": "long attention_bytes(void) { return 8; }"}
+    texts = {"silent": "int rotate;", "smaller": "long argument_bytes(void) { return 8; }"}
     for name, text in texts.items():
         source, old = tmp_path / f"{name}.c", tmp_path / f"{name}.so"
         source.write_text(text)

@@ -1,0 +1,111 @@
+"""A control plane of a benchmark's own, and the API server as benchmarks use it."""
+
+import asyncio
+import json
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+from kubernetes.aio import config as kube_config
+from kubernetes.aio.client import ApiClient, Configuration
+
+from benchmarks.operator_process import SYSTEM
+from hack.cluster.api_only import ApiCluster
+from mizzen.operator.kube.transport import HttpTransport
+
+NAMESPACE = "bench"
+POD_START_MS = 1000
+
+Json = dict[str, Any]
+_WRITE = re.compile(r"apiserver_request_total\{([^}]*)\} (\S+)")
+# Neither follows from what is measured: the fleet's heartbeats, and what people are told.
+_NOT_COUNTED = ("events", "leases", "nodes", "tokenreviews", "subjectaccessreviews")
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+class Api:
+    """The API server as this script uses it."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self.client = client
+        self.http = HttpTransport(client)
+
+    async def create(self, path: str, document: Json) -> Json:
+        return await self.http.request("POST", path, body=document)
+
+    async def writes(self) -> Counter[str]:
+        """Return how many writes the API server has counted so far, by verb and resource."""
+        answer = await self.client.rest_client.request(
+            "GET", f"{self.client.configuration.host}/metrics", headers={}
+        )
+        found: Counter[str] = Counter()
+        for labels, value in _WRITE.findall((await answer.read()).decode()):
+            seen = dict(_LABEL.findall(labels))
+            if (
+                seen["verb"] in ("POST", "PUT", "PATCH", "APPLY", "DELETE")
+                and seen["code"].startswith("2")
+                and seen["resource"] not in _NOT_COUNTED
+            ):
+                what = "/".join(filter(None, (seen["resource"], seen["subresource"])))
+                found[f"{seen['verb']} {what}"] += int(float(value))
+        return found
+
+    async def watch(self, path: str, seen: Callable[[str, Json], None]) -> None:
+        """Hand every event of a collection to `seen`, until cancelled; again after an end."""
+        while True:
+            listing = await self.http.request("GET", path)
+            session = self.client.rest_client.pool_manager
+            assert session is not None, "the first request makes it"
+            for item in listing["items"]:
+                seen("LISTED", item)
+            version = listing["metadata"]["resourceVersion"]
+            url = f"{self.client.configuration.host}{path}?watch=1&resourceVersion={version}"
+            try:
+                async with session.get(url, timeout=aiohttp.ClientTimeout(total=None)) as stream:
+                    async for line in stream.content:
+                        event = json.loads(line)
+                        if event["type"] == "ERROR":
+                            break
+                        seen(event["type"], event["object"])
+            except aiohttp.ClientError as error:
+                print(f"a watch broke: {error!r}", file=sys.stderr)
+
+
+@asynccontextmanager
+async def control_plane(*, nodes: int, gpus: int) -> AsyncIterator[tuple[ApiCluster, Api]]:
+    """Yield a fresh cluster with its fleet of nodes of so many GPUs and our CRDs."""
+    cluster = await asyncio.to_thread(ApiCluster(pod_start_ms=POD_START_MS).start)
+    try:
+        await asyncio.to_thread(cluster.add_nodes, nodes, gpus=gpus)
+        for namespace in (NAMESPACE, SYSTEM):
+            await asyncio.to_thread(cluster.create_namespace, namespace)
+        await asyncio.to_thread(cluster.kubectl, "apply", "--server-side", "-f", "manifests/crds")
+        configuration = Configuration()
+        await kube_config.load_kube_config(
+            config_file=str(cluster.kubeconfig), client_configuration=configuration
+        )
+        async with ApiClient(configuration) as client:
+            api = Api(client)
+            await api.create(
+                f"/api/v1/namespaces/{SYSTEM}/secrets",
+                {"metadata": {"name": "mizzen-admin"}, "stringData": {"token": "benchmark"}},
+            )
+            await settle(api)
+            yield cluster, api
+    finally:
+        await asyncio.to_thread(cluster.stop)
+
+
+async def settle(api: Api, *, quiet_s: float = 3.0) -> Counter[str]:
+    """Wait until nobody writes any more; return the counts of writes."""
+    before, since = await api.writes(), time.monotonic()
+    while time.monotonic() - since < quiet_s:
+        await asyncio.sleep(0.5)
+        if (now := await api.writes()) != before:
+            before, since = now, time.monotonic()
+    return before

@@ -1,0 +1,24 @@
+/* What Python calls, one by one or through a whole stack of layers. */
+#pragma once
+#include "attention.h"
+#include <stdint.h>
+
+typedef struct {
+    const uint16_t *x;        /* [tokens, inputs] bfloat16 */
+    const void *weight;       /* panels: bfloat16, or int8 if there are scales */
+    const float *scales;      /* one per output, or NULL */
+    const uint16_t *bias;     /* one per output, or NULL */
+    const uint16_t *residual; /* [tokens, outputs], added to the result, or NULL; may be `out` */
+    void *out;                /* [tokens, outputs] in `out_type` */
+    long tokens, inputs, outputs;
+    int out_type;
+} Linear;
+
+EXPORT void linear(const Linear *l, int threads);
+EXPORT void rms_norm(const void *x, const void *weight, void *out, long rows, long width,
+                     float eps, int type, int threads);
+EXPORT void silu_gate(const void *gate, const void *up, void *out, long rows, long stride,
+                      long width, int type, int threads);
+EXPORT void rotate(void *x, const void *cos, const void *sin, long rows, long stride, long heads,
+                   long dim, int is_interleaved, int type);
+EXPORT void paged_attention(Attention *a, int threads);
