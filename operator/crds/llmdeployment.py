@@ -111,12 +111,12 @@ class Engine(ApiModel):
         ),
     ] = None
     lends_weights: Annotated[
-        bool,
+        bool | None,
         Field(
             description="Let fine-tune jobs of mode Loan train on idle replicas. Their pods may "
             "then write to the claim of the model."
         ),
-    ] = False
+    ] = None
 
 
 class Drain(ApiModel):
