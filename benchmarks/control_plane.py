@@ -4,10 +4,12 @@ import asyncio
 import json
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -29,7 +31,7 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 class Api:
-    """The API server as this script uses it."""
+    """The API server as benchmarks use it."""
 
     def __init__(self, client: ApiClient) -> None:
         self.client = client
@@ -79,26 +81,33 @@ class Api:
 @asynccontextmanager
 async def control_plane(*, nodes: int, gpus: int) -> AsyncIterator[tuple[ApiCluster, Api]]:
     """Yield a fresh cluster with its fleet of nodes of so many GPUs and our CRDs."""
-    cluster = await asyncio.to_thread(ApiCluster(pod_start_ms=POD_START_MS).start)
-    try:
-        await asyncio.to_thread(cluster.add_nodes, nodes, gpus=gpus)
-        for namespace in (NAMESPACE, SYSTEM):
-            await asyncio.to_thread(cluster.create_namespace, namespace)
-        await asyncio.to_thread(cluster.kubectl, "apply", "--server-side", "-f", "manifests/crds")
-        configuration = Configuration()
-        await kube_config.load_kube_config(
-            config_file=str(cluster.kubeconfig), client_configuration=configuration
-        )
-        async with ApiClient(configuration) as client:
-            api = Api(client)
-            await api.create(
-                f"/api/v1/namespaces/{SYSTEM}/secrets",
-                {"metadata": {"name": "mizzen-admin"}, "stringData": {"token": "benchmark"}},
+    # What a benchmark puts beside the cluster's own files goes with them.
+    with tempfile.TemporaryDirectory(prefix="mizzen-bench-") as folder:
+        cluster = ApiCluster(Path(folder), pod_start_ms=POD_START_MS)
+        try:
+            await asyncio.to_thread(cluster.start)
+            await asyncio.to_thread(_furnish, cluster, nodes, gpus)
+            configuration = Configuration()
+            await kube_config.load_kube_config(
+                config_file=str(cluster.kubeconfig), client_configuration=configuration
             )
-            await settle(api)
-            yield cluster, api
-    finally:
-        await asyncio.to_thread(cluster.stop)
+            async with ApiClient(configuration) as client:
+                api = Api(client)
+                await api.create(
+                    f"/api/v1/namespaces/{SYSTEM}/secrets",
+                    {"metadata": {"name": "mizzen-admin"}, "stringData": {"token": "benchmark"}},
+                )
+                await settle(api)
+                yield cluster, api
+        finally:
+            await asyncio.to_thread(cluster.stop)
+
+
+def _furnish(cluster: ApiCluster, nodes: int, gpus: int) -> None:
+    cluster.add_nodes(nodes, gpus=gpus)
+    for namespace in (NAMESPACE, SYSTEM):
+        cluster.create_namespace(namespace)
+    cluster.kubectl("apply", "--server-side", "-f", "manifests/crds")
 
 
 async def settle(api: Api, *, quiet_s: float = 3.0) -> Counter[str]:

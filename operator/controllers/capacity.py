@@ -52,7 +52,7 @@ class Look:
 
     nodes: Mapping[str, Node]
     pods: tuple[Json, ...]
-    jobs: Mapping[str, Json]  # by NAMESPACE/NAME, those that ask for devices and have not ended
+    jobs: Mapping[str, Json]  # by NAMESPACE/NAME, those that hold or want devices
     requests: Mapping[Key, Request]
     now: datetime
     elapsed_s: float  # since the look before
@@ -222,7 +222,15 @@ class Arbiter:
             if _resource_of(job) != "none"
             and not (job.get("spec") or {}).get("queue")
             and not has_ended(job.get("status") or {})
+            and not self._is_at_rest(job)
         }
+
+    def _is_at_rest(self, job: Json) -> bool:
+        """Whether it is suspended and holds nothing any more."""
+        metadata = job["metadata"]
+        key = Key(JOB, metadata["namespace"], metadata["name"])
+        is_suspended = bool((job.get("spec") or {}).get("suspend"))
+        return is_suspended and all(map(is_over, self._facts.store.children(key, "Pod")))
 
 
 async def _try(write: Awaitable[object]) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from mizzen.operator.controllers.llmdeployment_replicas import read_groups
-from mizzen.operator.controllers.probing import ask_probe
+from mizzen.operator.controllers.probing import ask_probes
 from mizzen.operator.crds import rollout
 from mizzen.operator.crds.common import Json
 from mizzen.operator.engine.key import Key
@@ -38,13 +38,15 @@ async def probe_promotion(
     if not probes or promotion.was_done or not promotion.is_done or promotion.replaced_by:
         return promotion
     address = _replica(deployment, facts, now)
-    for number, probe in enumerate(probes if address else (), 1):
-        outcome, said = await ask_probe(facts.runtimes, address, place_of(job), probe)
+    if not address:
+        return replace(promotion, problem=_UNANSWERED)
+    answers = await ask_probes(facts.runtimes, address, place_of(job), probes)
+    for number, (probe, (outcome, said)) in enumerate(zip(probes, answers, strict=True), 1):
         if outcome is Probe.UNEXPECTED:
             return replace(promotion, problem=_taken_back(number, probe, said))
-        if outcome is Probe.NO_ANSWER:
-            return replace(promotion, problem=_UNANSWERED)
-    return promotion if address else replace(promotion, problem=_UNANSWERED)
+    if any(outcome is Probe.NO_ANSWER for outcome, _ in answers):
+        return replace(promotion, problem=_UNANSWERED)
+    return promotion
 
 
 def _probes_of(job: Json) -> tuple[rollout.Probe, ...]:

@@ -27,6 +27,9 @@ MOST_GROUP_RESTARTS = 6
 # As with a kubelet, a replica that ran this long before it failed starts counting anew.
 _FORGIVEN_AFTER = timedelta(minutes=10)
 
+# Noted instead of a number of restarts: only a new replica is sure to serve the right weights.
+WEIGHTS_UNKNOWN = "unknown"
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -168,6 +171,7 @@ def _read_group(revision: str, slot: int, pods: list[Json], now: datetime) -> Gr
             is_given_up=is_given_up,
             unplaced_since=_unplaced_since(pods) if standing is Standing.STARTING else None,
             born=born_revision(pods[0]["metadata"]["name"]) if labels.SWAPPED in notes else "",
+            is_unsure=labels.SWAPPING in notes,
         ),
         pods=tuple(pods),
         missing_ranks=missing,

@@ -13,7 +13,7 @@ from mizzen.operator.controllers.llmdeployment_canary import canary_rules
 from mizzen.operator.controllers.llmdeployment_history import known_revisions
 from mizzen.operator.controllers.llmdeployment_observe import Observed
 from mizzen.operator.controllers.llmdeployment_replicas import born_revision
-from mizzen.operator.desired.revisions import serving_at, swap_path
+from mizzen.operator.desired.revisions import can_swap, serving_at, weights_path
 from mizzen.operator.desired.serving import Serving, made_from
 from mizzen.operator.planning.canary import CanaryLook, apply_decision, decide_canary
 from mizzen.operator.planning.course import Look, Rollout, Rules, begin, left_s, proceed
@@ -41,7 +41,7 @@ class Course:
     rollout: Rollout | None = None
     split: Split | None = None  # two revisions stay side by side
     swaps: frozenset[str] = frozenset()  # revisions that new weights turn into the target
-    swap_path: str = ""
+    swap_path: str = ""  # of the target's weights, on a claim
     note: str = ""  # what the canary waits for
     look_again_after_s: float | None = None
 
@@ -75,15 +75,20 @@ def plan_course(observed: Observed, canary: CanaryLook | None, *, now: datetime)
         decision = decide_canary(rollout.canary, canary, steps, now=now)
         rollout = apply_decision(rollout, decision, steps, now=now)
     if rollout is None:
-        return Course(target=observed.revision, servings={observed.revision: observed.serving})
-    swaps = _swaps(observed, rollout, servings.get(rollout.target))
+        return Course(
+            target=observed.revision,
+            servings={observed.revision: observed.serving},
+            swap_path=weights_path(observed.serving.spec),
+        )
+    target = servings.get(rollout.target)
+    swaps = _swaps(observed, rollout, target)
     note = decision.why if decision is not None and rollout.canary is not None else ""
     if rollout.in_place_refused:
         note = f"Replicas are replaced: {rollout.in_place_refused}"
     return Course(
         target=rollout.target,
-        swaps=frozenset(swaps),
-        swap_path=next(iter(swaps.values()), ""),
+        swaps=swaps,
+        swap_path=weights_path(target.spec) if target else "",
         servings={r: s for r, s in servings.items() if r in (rollout.target, rollout.stable)},
         rollout=rollout,
         split=_split(observed, rollout),
@@ -173,21 +178,20 @@ def _split(observed: Observed, rollout: Rollout) -> Split | None:
     return None
 
 
-def _swaps(observed: Observed, rollout: Rollout, target: Serving | None) -> dict[str, str]:
-    """Return the revisions that other weights turn into the target, with the weights' path.
+def _swaps(observed: Observed, rollout: Rollout, target: Serving | None) -> frozenset[str]:
+    """Return the revisions that other weights turn into the target.
 
     None where nothing tells any more what the target is made from: it stays as it runs.
     """
     wants = observed.spec.rollout.strategy == "InPlaceWeights" and not rollout.in_place_refused
     if not wants or target is None or target.spec.parallelism.nodes > 1:
-        return {}
+        return frozenset()
     after = made_from(target)
-    paths = {
-        revision: swap_path(recorded.made_from, after)
+    return frozenset(
+        revision
         for revision, recorded in known_revisions(observed).items()
-        if revision != rollout.target
-    }
-    return {revision: path for revision, path in paths.items() if path is not None}
+        if revision != rollout.target and can_swap(recorded.made_from, after)
+    )
 
 
 def _without_the_failed(replicas: list[Replica], course: Course) -> list[Replica]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import Sequence
 
 from mizzen.operator.crds import rollout
 from mizzen.operator.planning.canary import Probe
 from mizzen.operator.runtimes import Runtimes
 
 _SHOWN_CHARS = 200
+
+
+async def ask_probes(
+    runtimes: Runtimes, address: str, model: str, probes: Sequence[rollout.Probe]
+) -> list[tuple[Probe, str]]:
+    """Ask all of them at once, so that a slow replica takes the time of one; answer in order."""
+    asked = (ask_probe(runtimes, address, model, probe) for probe in probes)
+    return await asyncio.gather(*asked)
 
 
 async def ask_probe(

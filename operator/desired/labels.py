@@ -26,6 +26,7 @@ TENSOR = "mizzen.dev/tensor"  # a trainer's: workers that share one copy of the 
 GROUP_SIZE = "mizzen.dev/group-size"  # pods that make up the replica
 RESTARTS = "mizzen.dev/restarts"  # failures in a row before this replica was made
 LAST_FAILURE = "mizzen.dev/last-failure"  # JSON: reason and message of the latest of them
+SWAPPING = "mizzen.dev/swapping"  # the revision whose weights it was told to take, till it has
 SWAPPED = "mizzen.dev/swapped"  # how often its container had restarted when it got new weights
 MADE_FROM = "mizzen.dev/made-from"  # JSON: what the revision was hashed from
 

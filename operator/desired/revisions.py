@@ -78,15 +78,21 @@ def serving_at(serving: Serving, recorded: Recorded) -> Serving:
     return replace(serving, spec=spec, image=recorded.made_from["image"])
 
 
-def swap_path(before: Json, after: Json) -> str | None:
-    """Return where the weights lie that turn the one into the other, None where it takes more.
+def can_swap(before: Json, after: Json) -> bool:
+    """Whether other weights turn the one into the other; both are what revisions were made from.
 
-    Both are what revisions were made from. They may differ in their folder on one claim.
+    They may differ in their folder on one claim.
     """
     if _without_source(before) != _without_source(after):
-        return None
+        return False
     old, new = (locate_model(one["spec"]["model"]["source"]) for one in (before, after))
-    return new.path if new.claim is not None and new.claim == old.claim else None
+    return new.claim is not None and new.claim == old.claim
+
+
+def weights_path(spec: LLMDeploymentSpec) -> str:
+    """Return where a runtime finds the weights on their claim, empty where they are on none."""
+    found = locate_model(spec.model.source)
+    return found.path if found.claim is not None else ""
 
 
 def _without_source(made_from: Json) -> Json:

@@ -48,6 +48,7 @@ class Replica:
     is_given_up: bool = False  # failed too often: stays as it is, for people to look at
     unplaced_since: datetime | None = None  # no node has room for it
     born: str = ""  # the revision its pods are named after, where that is another
+    is_unsure: bool = False  # was told to take other weights, and nobody knows whether it has
 
     @property
     def place(self) -> tuple[str, int]:

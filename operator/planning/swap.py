@@ -30,13 +30,16 @@ def swap_step(
 
     Replicas of the revisions `swaps` count as if they were of `revision` already: none is replaced
     for being old. One whose slot is taken there by another cannot become the same, and is replaced.
+    A replica of `revision` that may have other weights by now is to take its own once more.
     """
     taken = Counter(r.slot for r in replicas if revision in (r.revision, r.born))
     was: dict[tuple[str, int], Replica] = {}
     for replica in replicas:
         is_first = (revision, replica.slot) not in was
         is_free = taken[replica.slot] == int(replica.born == revision)
-        if replica.revision in swaps and is_free and is_first:
+        is_due = replica.revision in swaps and is_free
+        is_back = replica.revision == revision and replica.is_unsure
+        if is_first and (is_due or is_back):
             was[revision, replica.slot] = replica
     seen = [replace(r, revision=revision) if r in was.values() else r for r in replicas]
     step = next_step(seen, revision=revision, desired=desired, budget=budget, now=now)

@@ -8,8 +8,9 @@ from typing import Any, Generic, TypeVar
 
 from mizzen.runtime.gateway.attempt import Opened, Refusal, ReplicaLostError
 from mizzen.runtime.gateway.errors import AnswerCutError, AnswerTooLongError, GatewayError
-from mizzen.runtime.gateway.guardrails import Guardrail, texts_of
+from mizzen.runtime.gateway.guardrails import Guardrail
 from mizzen.runtime.gateway.reply import Replying
+from mizzen.runtime.gateway.texts import Place, texts_of
 
 _Answer = TypeVar("_Answer")
 _EVENT_STREAM = "text/event-stream"
@@ -154,7 +155,7 @@ class Watch:
         document = _document(event.removeprefix(b"data:"))
         for choice in _choices(document):
             index = choice.get("index", 0)
-            said = "".join(texts_of({k: choice.get(k) for k in ("delta", "text")}))
+            said = _said(choice, "delta")
             seen = self._tails.get(index, "") + said
             self._tails[index] = seen[-_TAIL_CHARS:]
             self._sizes[index] = self._sizes.get(index, 0) + len(said)
@@ -196,7 +197,7 @@ def cut_document(
 
 def _kept(choice: dict[str, Any], rail: Guardrail) -> str | None:
     """Return what a guardrail leaves of a choice, None where it leaves it alone."""
-    whole = "".join(texts_of({name: choice.get(name) for name in ("message", "text")}))
+    whole = _said(choice, "message")
     is_hit = rail.first_hit(whole) is not None
     if not is_hit and (rail.max_chars is None or len(whole) <= rail.max_chars):
         return None
@@ -207,6 +208,11 @@ def _kept(choice: dict[str, Any], rail: Guardrail) -> str | None:
     # What is hit may be no part of the text, but of a tool's arguments beside it.
     end = rail.first_hit(text) if is_hit else len(text)
     return "" if end is None else text[:end][: rail.max_chars]
+
+
+def _said(choice: dict[str, Any], name: str) -> str:
+    """Return all the text of a choice, which chats have under `name`."""
+    return "".join(texts_of([choice.get(name), choice.get("text")], Place.ANSWER))
 
 
 def _document(text: bytes) -> dict[str, Any]:

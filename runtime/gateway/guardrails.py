@@ -6,22 +6,19 @@ Patterns are RE2's: their time is linear in the text, so no text can make a gate
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import re2
 
 from mizzen.runtime.gateway.errors import BadBodyError, GatewayError
+from mizzen.runtime.gateway.texts import Place, map_texts, texts_of
 
 log = logging.getLogger(__name__)
 
 _REDACTED = "[redacted]"
-# Where a request has a name that a guardrail would break by blacking it out.
-_NAMES = frozenset(("model", "role", "type", "id"))
-# What is below them, a template's values and a tool's schema, has names of the client's choice.
-_ALL_TEXT = frozenset(("variables", "parameters"))
 
 
 class RefusedByGuardrailError(BadBodyError):
@@ -91,11 +88,11 @@ def check_request(document: dict[str, object], rails: Sequence[Guardrail]) -> di
         if rail.is_output:
             continue
         if rail.redacts:
-            document = _redacted(document, patterns)
+            document = map_texts(document, partial(_blacked_out, patterns=patterns), Place.REQUEST)
             _refuse_tokens(rail, document)
             continue
         _refuse_tokens(rail, document)
-        texts = list(texts_of(document))
+        texts = texts_of(document, Place.REQUEST)
         if any(rail.first_hit(text) is not None for text in texts):
             raise RefusedByGuardrailError(rail.name, "it has what no text may have")
         size = sum(map(len, texts))
@@ -142,40 +139,6 @@ def _refuse_tokens(rail: Guardrail, document: dict[str, object]) -> None:
             continue
         why = f"{name!r} must be text, not tokens: a string or a list of strings"
         raise RefusedByGuardrailError(rail.name, why)
-
-
-def texts_of(node: object, names: frozenset[str] = _NAMES) -> Iterator[str]:
-    """Yield every text in a document."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            if not _is_name(name, value, names):
-                yield from texts_of(value, _names_below(name, names))
-    elif isinstance(node, list):
-        for value in node:
-            yield from texts_of(value, names)
-    elif isinstance(node, str):
-        yield node
-
-
-def _redacted(node: object, patterns: Sequence[Any], names: frozenset[str] = _NAMES) -> Any:
-    if isinstance(node, dict):
-        return {
-            name: value
-            if _is_name(name, value, names)
-            else _redacted(value, patterns, _names_below(name, names))
-            for name, value in node.items()
-        }
-    if isinstance(node, list):
-        return [_redacted(value, patterns, names) for value in node]
-    return _blacked_out(node, patterns) if isinstance(node, str) else node
-
-
-def _is_name(name: str, value: object, names: frozenset[str]) -> bool:
-    return name in names and isinstance(value, str)
-
-
-def _names_below(name: str, names: frozenset[str]) -> frozenset[str]:
-    return frozenset() if name in _ALL_TEXT else names
 
 
 def _blacked_out(text: str, patterns: Sequence[Any]) -> str:

@@ -6,6 +6,7 @@ Nothing that crosses a pipe is unpickled by us. They end with the process that s
 import logging
 import multiprocessing
 import multiprocessing.connection
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -47,6 +48,9 @@ class RankProcesses:
         self._arguments = arguments
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
+        # The system tells a process's exit code once: of two threads that ask at the same time
+        # one would get None.
+        self._asking = threading.Lock()
 
     @property
     def pids(self) -> list[int]:
@@ -92,7 +96,8 @@ class RankProcesses:
         """Block until one of them has ended; return a sentence that says which and how."""
         sentinels = {process.sentinel: process for process in self._processes}
         process = sentinels[multiprocessing.connection.wait(list(sentinels))[0]]
-        process.join()
+        with self._asking:
+            process.join()
         return f"{process.name} ended with exit code {process.exitcode}."
 
     def stop(self) -> None:
@@ -100,16 +105,17 @@ class RankProcesses:
         for connection in self._connections:
             connection.close()
         for process in self._processes:
-            process.join(_STOP_TIMEOUT_S)
+            multiprocessing.connection.wait([process.sentinel], _STOP_TIMEOUT_S)
         self.kill()
 
     def kill(self) -> None:
         """End all of them at once."""
-        for process in self._processes:
-            if process.is_alive():
-                process.kill()
-        for process in self._processes:
-            process.join()
+        with self._asking:
+            for process in self._processes:
+                if process.is_alive():
+                    process.kill()
+            for process in self._processes:
+                process.join()
 
 
 def _wait_for_hello(rank: int, connection: Connection, timeout_s: float) -> None:

@@ -17,6 +17,7 @@ from mizzen.runtime.server.errors import ApiError, from_validation
 from mizzen.runtime.server.loans import look_at_loan, start_loan, stop_loan
 from mizzen.runtime.server.routes import GuardedRoute, build_http_app, json_response, read_body
 from mizzen.runtime.server.service import Phase, Service
+from mizzen.runtime.server.weights import WeightSwaps
 
 Asked = TypeVar("Asked", bound=BaseModel)
 
@@ -42,6 +43,7 @@ class WeightsRequest(BaseModel):
 
 def admin_routes(service: Service, drain: Drain) -> list[GuardedRoute]:
     """Return every route of the admin port."""
+    swaps = WeightSwaps(lambda path: service.engine.load_weights(path))
     return [
         GuardedRoute("GET", "/healthz", partial(_healthz, service), Access.OPEN),
         GuardedRoute("GET", "/readyz", partial(_readyz, service), Access.OPEN),
@@ -53,7 +55,7 @@ def admin_routes(service: Service, drain: Drain) -> list[GuardedRoute]:
         GuardedRoute("GET", "/adapters", partial(_adapters, service), Access.ADMIN),
         GuardedRoute("POST", "/sleep", partial(_sleep, service), Access.ADMIN),
         GuardedRoute("POST", "/wake", partial(_wake, service), Access.ADMIN),
-        GuardedRoute("POST", "/weights", partial(_weights, service), Access.ADMIN),
+        GuardedRoute("POST", "/weights", partial(_weights, service, swaps), Access.ADMIN),
         GuardedRoute("GET", "/loan", partial(_loan, service), Access.ADMIN),
         GuardedRoute("PUT", "/loan", partial(_lend, service), Access.ADMIN),
         GuardedRoute("DELETE", "/loan", partial(_take_back, service), Access.ADMIN),
@@ -164,12 +166,12 @@ async def _wake(service: Service, request: Request) -> ASGIApp:
     return json_response({"asleep": False})
 
 
-async def _weights(service: Service, request: Request) -> ASGIApp:
+async def _weights(service: Service, swaps: WeightSwaps, request: Request) -> ASGIApp:
     """Swap the weights under what is served; the prefix cache forgets what the old ones made."""
     asked = await _parse(request, WeightsRequest)
     roots = (*service.config.adapter_roots, service.config.model_path)
     path = await asyncio.to_thread(checked_path, asked.path, roots)
-    await service.engine.load_weights(path)
+    await swaps.ask(path)
     return json_response({"path": str(path)})
 
 

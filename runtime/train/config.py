@@ -95,6 +95,14 @@ class Checkpointing(Part):
         default=0, ge=0
     )  # beside the last; of steps that are due by their number
 
+    def is_step_due(self, step: int) -> bool:
+        """Whether the state after this many steps is to be committed, whatever the time."""
+        return self.every_steps is not None and step > 0 and step % self.every_steps == 0
+
+    def is_time_up(self, elapsed_s: float) -> bool:
+        """Whether the last commit is too long ago."""
+        return self.every_seconds is not None and elapsed_s >= self.every_seconds
+
 
 class Parallelism(Part):
     """How many of the workers share one copy of the model, each with a part of every matrix."""

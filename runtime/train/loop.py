@@ -123,7 +123,8 @@ class Loop:
                 self._skip()
                 continue
             self._bad_in_a_row = 0
-            if self._is_commit_due():
+            is_step_due = self._checkpointing.is_step_due(self.counters.step)
+            if is_step_due or self._is_commit_wanted:
                 self.commit()
                 self._validate()
         self.commit()
@@ -136,8 +137,8 @@ class Loop:
 
         A run that was interrupted then measures the same steps as one that was not.
         """
-        every, step = self._checkpointing.every_steps, self.counters.step
-        is_due = is_last or (step > 0 and every is not None and step % every == 0)
+        step = self.counters.step
+        is_due = is_last or self._checkpointing.is_step_due(step)
         if self._parts.validate is not None and is_due:
             self._parts.validate(step)
             self._timed_at_s = time.monotonic()  # no step has taken this time
@@ -274,7 +275,8 @@ class Loop:
         # One clock for all: with their own, some would take a last step without the others, or
         # write a part of a checkpoint that the others do not.
         elapsed_ms = self._elapsed_ms() if workers.is_leader else 0.0
-        is_time_up = workers.is_leader and self._is_time_up()
+        since_commit_s = time.monotonic() - self._committed_at_s
+        is_time_up = workers.is_leader and self._checkpointing.is_time_up(since_commit_s)
         # Workers that share a copy have one loss.
         own_loss = loss if workers.tensor.rank == 0 else 0.0
         values = [own_loss, float(parts.stop.is_asked), elapsed_ms, float(is_time_up)]
@@ -291,15 +293,6 @@ class Loop:
     def _elapsed_ms(self) -> float:
         before_s, self._timed_at_s = self._timed_at_s, time.monotonic()
         return (self._timed_at_s - before_s) * 1000
-
-    def _is_commit_due(self) -> bool:
-        rules = self._checkpointing
-        is_step_due = rules.every_steps and self.counters.step % rules.every_steps == 0
-        return bool(is_step_due or self._is_commit_wanted)
-
-    def _is_time_up(self) -> bool:
-        every_s = self._checkpointing.every_seconds
-        return every_s is not None and time.monotonic() - self._committed_at_s >= every_s
 
     def _epoch(self) -> float:
         return self.counters.samples / self._parts.order.epoch_samples

@@ -21,7 +21,13 @@ from mizzen.runtime.train.adaptation import adapt, frozen_bits, load_dtype
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.errors import TrainingDoesNotFitError
-from mizzen.runtime.train.roles.actors import ReferenceRole, RolloutRole, choose_device_of
+from mizzen.runtime.train.rewards import is_reward_adapter
+from mizzen.runtime.train.roles.actors import (
+    ReferenceRole,
+    RewardRole,
+    RolloutRole,
+    choose_device_of,
+)
 from mizzen.runtime.train.surroundings import Surroundings
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -45,12 +51,12 @@ class Need:
 def check_memory(around: Surroundings) -> None:
     """Refuse a job that could never make its first step, before it reads or allocates anything.
 
-    A method's own head is left out, as it is one row, and so is a reward model, as a rule an
-    adapter.
+    A method's own head is left out, as it is one row, and so is a reward model's adapter.
 
     Raises:
         TrainingDoesNotFitError: it needs more than there is.
-        JobConfigError: the base model cannot be trained in the way the job asks for.
+        JobConfigError: the base model cannot be trained in the way the job asks for, or its
+            reward model is none.
     """
     need = plan_need(around.config, around.spec, around.device)
     check_fits(need, memory_limit(around.device))
@@ -76,6 +82,7 @@ def _asked_at_each_step(
     place = decoder.place
     for _ in range(_copies(config, device)):
         yield _base(config, decoder.spec, place)
+    yield from _reward_model(config, decoder, device)
     rules = config.distill
     if config.method == "distill" and rules is not None and rules.on_policy and rules.teacher:
         spec = ArchSpec.from_dir(find_checkpoint(rules.teacher))
@@ -89,11 +96,32 @@ def _copies(config: TrainConfig, device: torch.device) -> int:
         return 0
     if config.roles == "InProcess":
         return int(config.adaptation.type == "full")  # the reference: an adapter's is its own base
+    return sum(_is_here(role, config, device) for role in (RolloutRole, ReferenceRole))
+
+
+def _reward_model(config: TrainConfig, decoder: Decoder, device: torch.device) -> Iterator[Decoder]:
+    """Return what judges answers in the same memory, where that is not the reference."""
+    path = config.rl.reward_model if config.section == "rl" and config.rl else None
+    if path is None:
+        return
+    is_adapter = is_reward_adapter(path, config.base_model)
+    if not _is_here(RewardRole, config, device):
+        return
+    if not is_adapter:
+        place = Placement(load_dtype(config, device), torch.device("meta"), RankGroup())
+        yield Decoder(ArchSpec.from_dir(path), place)
+    elif config.roles == "Ray":
+        yield _base(config, decoder.spec, decoder.place)
+
+
+def _is_here(role: type, config: TrainConfig, device: torch.device) -> bool:
+    """Whether a role of rl is played in the trainer's own memory."""
+    if config.roles == "InProcess":
+        return True
     if config.workers > 1:
-        return 0  # in the other pods
+        return False  # in the other pods
     gpus = torch.cuda.device_count()
-    devices = [choose_device_of(role, device, gpus) for role in (RolloutRole, ReferenceRole)]
-    return sum(name in ("cpu", "cuda:0") for name in devices)
+    return choose_device_of(role, device, gpus) in ("cpu", "cuda:0")
 
 
 def _base(config: TrainConfig, spec: ArchSpec, place: Placement) -> Decoder:

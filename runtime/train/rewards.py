@@ -53,6 +53,29 @@ class RuleRewards:
         )
 
 
+def is_reward_adapter(path: Path, base_model: Path) -> bool:
+    """Return whether a reward model is an adapter of this base; if not, it is a model of its own.
+
+    Raises:
+        JobConfigError: it is no reward model, or an adapter of another base.
+    """
+    if not (path / HEAD_FILE).exists():
+        raise JobConfigError(
+            f"{path} has no {HEAD_FILE}, so it is no reward model. Name the artifact of a job "
+            "with method reward."
+        )
+    if not (path / CONFIG_FILE).exists():
+        return False
+    trained_on = json.loads((path / CONFIG_FILE).read_text())["base_model_name_or_path"]
+    if trained_on != str(base_model):
+        raise JobConfigError(
+            f"The reward model was trained beside {trained_on} and this job's base is "
+            f"{base_model}. Use one base for both, or a reward model with adaptation.type "
+            "full."
+        )
+    return True
+
+
 class RewardModel:
     """A trained reward model: an adapter beside the policy's own base, or a model of its own.
 
@@ -68,27 +91,14 @@ class RewardModel:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        head = path / HEAD_FILE
-        if not head.exists():
-            raise JobConfigError(
-                f"{path} has no {HEAD_FILE}, so it is no reward model. Name the artifact of a job "
-                "with method reward."
-            )
         self._slots: LoraSlots | None = None
-        if (path / CONFIG_FILE).exists():
-            trained_on = json.loads((path / CONFIG_FILE).read_text())["base_model_name_or_path"]
-            if trained_on != str(base_model):
-                raise JobConfigError(
-                    f"The reward model was trained beside {trained_on} and this job's base is "
-                    f"{base_model}. Use one base for both, or a reward model with adaptation.type "
-                    "full."
-                )
+        if is_reward_adapter(path, base_model):
             self._decoder = base()
             self._slots = LoraSlots(self._decoder)
             self._slots.load(1, load_adapter(path))
         else:
             self._decoder = load_decoder(path, dtype=dtype, device=device)
-        self._head_1D = load_file(head)[HEAD_NAME].to(device)
+        self._head_1D = load_file(path / HEAD_FILE)[HEAD_NAME].to(device)
 
     @torch.no_grad()
     def of(self, samples: Sequence[Sample]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from mizzen.operator.controllers import finetunejob
 from mizzen.operator.controllers.capacity import Arbiter
 from mizzen.operator.desired import labels
 from mizzen.operator.engine.key import Key
+from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.errors import Conflict
 from mizzen.operator.ledger import Ledger
 from mizzen.operator.planning.lending import Hold
@@ -93,6 +95,34 @@ async def test_without_a_right_to_see_nodes_only_jobs_that_keep_their_devices_st
     cluster.facts.specs.forget(cluster.api.objects[f"{JOBS}/tune"])
     await finetunejob.reconcile(KEY, kube=cluster.world.kube, facts=cluster.facts, now=NOW)
     assert cluster.pod("tune-g1-0") is not None
+
+
+async def test_nobody_looks_at_the_cluster_for_a_suspended_job_once_it_holds_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = Cluster()
+    cluster.submit()
+    await cluster.look()
+    cluster.run("tune-g1-0")
+    cluster.api.objects[f"{JOBS}/tune"]["spec"]["suspend"] = True
+    listed: list[str] = []
+    list_all = Kube.list
+
+    async def note(kube: Kube, api_version: str, kind: str, **more: Any) -> Any:
+        listed.append(kind)
+        return await list_all(kube, api_version, kind, **more)
+
+    monkeypatch.setattr(Kube, "list", note)
+    await cluster.look()
+    assert listed == ["Node", "Pod"] and cluster.facts.ledger.shared == {GPU}, "it still trains"
+    cluster.leave("tune-g1-0", at="2026-09-01T12:10:04Z")
+    listed.clear()
+    await cluster.look()
+    assert listed == [] and cluster.facts.ledger.shared == frozenset()
+    cluster.api.objects[f"{JOBS}/tune"]["spec"]["suspend"] = False
+    cluster.facts.specs.forget(cluster.api.objects[f"{JOBS}/tune"])
+    await cluster.look()
+    assert listed == ["Node", "Pod"] and cluster.facts.ledger.shared == {GPU}
 
 
 async def test_a_job_that_left_in_time_goes_on_when_the_replica_is_gone() -> None:

@@ -113,8 +113,9 @@ def out_of_luck(step: StepInput, before_N: Tensor | None) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - the condition is another thread's
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(120):
+        while not condition():  # noqa: ASYNC110 - the condition is another thread's
+            await asyncio.sleep(0.001)
 
 
 def assert_empty(engine: Engine) -> None:

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mizzen.operator.crds.front import Guardrail, PromptTemplate
-from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
 from mizzen.runtime.gateway import guardrails as rules
-from mizzen.runtime.gateway.directory import ServedModel
-from mizzen.runtime.gateway.sinks import parse_model
-from tests.fixtures.gateway_house import CHAT, MODEL, House, MakeHouse, open_houses, until
-from tests.fixtures.runtime_server import running_tiny_model
+from tests.fixtures.gateway_house import CHAT, MODEL, MakeHouse, open_houses
+from tests.fixtures.guarded_model import model, post, said
 
 
 @pytest.fixture
 async def make_house() -> AsyncIterator[MakeHouse]:
     async with open_houses() as make:
         yield make
-
-
-def model(**spec: Any) -> ServedModel:
-    """Return what the gateway knows of a deployment that the API server took."""
-    fields = {"model": {"source": "pvc://models/tiny"}, **spec}
-    document = LLMDeploymentSpec.parse(fields).to_api()
-    return parse_model(
-        {"metadata": {"namespace": "team", "name": "tiny"}, "spec": document, "status": {}}
-    )
-
-
-def said(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
-
-
-async def post(house: House, path: str = CHAT, **fields: Any) -> tuple[int, Any]:
-    body = {"model": "tiny", **fields}
-    async with house.client.post(house.url + path, json=body) as answer:
-        return answer.status, json.loads(await answer.read())
 
 
 # Templates.
@@ -113,6 +89,14 @@ async def test_a_template_that_cannot_be_applied_is_refused_with_what_to_change(
 
 # What goes in.
 
+
+def calling(arguments: object, **fields: str) -> dict[str, Any]:
+    """Return a chat in which a tool was called."""
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    call = {"type": "function", "function": {"name": "f", "arguments": text}, **fields}
+    return {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+
+
 KEYS = {"name": "no-keys", "stage": "Input", "deny": ["sk-[a-z0-9]+", "BEGIN"]}
 INPUTS = {
     "a message": (CHAT, {"messages": said("use sk-abc1")}),
@@ -136,6 +120,34 @@ INPUTS = {
     "a type in a tool's schema": (
         CHAT,
         {"tools": [{"function": {"parameters": {"properties": {"x": {"type": "sk-1"}}}}}]},
+    ),
+    "the name of a tool's property": (
+        CHAT,
+        {"tools": [{"function": {"parameters": {"properties": {"sk-1": {"type": "string"}}}}}]},
+    ),
+    "a definition's name deep in a tool's schema": (
+        CHAT,
+        {"tools": [{"function": {"parameters": {"$defs": {"x": {"properties": {"sk-1": {}}}}}}}]},
+    ),
+    "a field of a tool that the API does not have": (
+        CHAT,
+        {"tools": [{"function": {"role": "sk-1"}}]},
+    ),
+    "a word a tool's schema does not have": (
+        CHAT,
+        {"tools": [{"function": {"parameters": {"x-sk-1": True}}}]},
+    ),
+    "an earlier call's id": (CHAT, calling({}, id="sk-1")),
+    "an argument of an earlier call": (CHAT, calling({"key": "sk-1"})),
+    "an argument's name": (CHAT, calling({"sk-1": 1})),
+    "an argument written in numbers of its letters": (
+        CHAT,
+        calling(r'{"key": "\u0073\u006b-1"}'),
+    ),
+    "arguments that are no JSON": (CHAT, calling("sk-1")),
+    "a property an answer must have": (
+        CHAT,
+        {"response_format": {"json_schema": {"schema": {"properties": {"sk-1": {}}}}}},
     ),
     "a prompt": ("/v1/completions", {"prompt": ["fine", "sk-zz"]}),
     "a prompt whose tokens are to be scored": (
@@ -170,6 +182,29 @@ async def test_what_is_to_be_redacted_does_not_reach_the_replica(make_house: Mak
     assert sent["messages"] == said("a [redacted] b [redacted] ? c")
     assert sent["tools"][0]["function"]["parameters"] == {"id": {"title": "[redacted]"}}
     assert sent["model"] == "tiny"
+
+
+async def test_what_is_redacted_in_a_tool_leaves_the_rest_of_its_schema_as_it_was(
+    make_house: MakeHouse,
+) -> None:
+    house = await make_house([])
+    rail = {**KEYS, "deny": ["sk-[0-9]+", "string", "properties", "411111"], "action": "Redact"}
+    house.serve(*house.replicas, model=model(guardrails=[rail]))
+    schema = {"type": "object", "properties": {"sk-1": {"type": "string", "enum": ["a string"]}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    call = calling(r'{"\u0073k-1": "a", "card": 411111, "n": 5, "is": true}')
+    status, _ = await post(house, tools=tools, **call)
+    assert status == 200
+    sent = json.loads(house.replicas[0].bodies[0])
+    [tool] = sent["tools"]
+    assert tool["type"] == "function"
+    assert tool["function"]["parameters"] == {
+        "type": "object",
+        "properties": {"[redacted]": {"type": "string", "enum": ["a [redacted]"]}},
+    }
+    [called] = sent["messages"][0]["tool_calls"]
+    arguments = json.loads(called["function"]["arguments"])
+    assert arguments == {"[redacted]": "a", "card": "[redacted]", "n": 5, "is": True}
 
 
 async def test_a_variable_is_redacted_whatever_its_name(make_house: MakeHouse) -> None:
@@ -214,124 +249,6 @@ async def test_a_request_may_have_so_many_characters_and_no_more(make_house: Mak
     status, document = await post(house, messages=[*said("x" * 5), *said("x" * 6)])
     assert status == 400
     assert "it has 11 characters, and 10 are allowed" in document["error"]["message"]
-
-
-# What comes out.
-
-OUT = {"name": "no-keys-out", "stage": "Output", "deny": ["sk-[0-9]{3}"]}
-
-
-async def test_a_stream_ends_where_a_guardrail_is_hit_and_the_replica_stops(
-    make_house: MakeHouse,
-) -> None:
-    house = await make_house("says_secret")
-    house.serve(*house.replicas, model=model(guardrails=[OUT]))
-    body = {"model": "tiny", "stream": True, "messages": []}
-    async with house.client.post(house.url + CHAT, json=body) as answer:
-        events = (await answer.read()).decode().strip().split("\n\n")
-    assert events[-1] == "data: [DONE]"
-    choices = [json.loads(event[6:])["choices"][0] for event in events[:-1]]
-    assert [choice["delta"].get("content") for choice in choices] == ["the key is ", "sk-", None]
-    assert [choice["finish_reason"] for choice in choices] == [None, None, "content_filter"]
-    await asyncio.wait_for(house.replicas[0].cancelled.wait(), 60)
-
-
-async def test_a_whole_answer_is_cut_off_where_a_guardrail_is_hit(make_house: MakeHouse) -> None:
-    house = await make_house("says_secret")
-    house.serve(*house.replicas, model=model(guardrails=[OUT]))
-    _, document = await post(house, messages=[])
-    [choice] = document["choices"]
-    assert choice["message"] == {"role": "assistant", "content": "the key is "}
-    assert choice["finish_reason"] == "content_filter"
-
-
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole answer"])
-async def test_an_answer_may_have_so_many_characters_and_no_more(
-    make_house: MakeHouse, stream: bool
-) -> None:
-    house = await make_house("says_secret")
-    rail = {"name": "brief", "stage": "Output", "maxChars": 12}
-    house.serve(*house.replicas, model=model(guardrails=[rail]))
-    body = {"model": "tiny", "stream": stream, "messages": []}
-    async with house.client.post(house.url + CHAT, json=body) as answer:
-        text = (await answer.read()).decode()
-    assert "content_filter" in text and "so keep it" not in text
-    assert "the key is " in text
-
-
-async def test_an_answer_without_a_hit_passes_as_it_came(make_house: MakeHouse) -> None:
-    house = await make_house("says_secret")
-    house.replicas[0].may_continue.set()
-    plain = [(await post(house, messages=[]))[1], await house.stream()]
-    house.serve(*house.replicas, model=model(guardrails=[{**OUT, "deny": ["nothing"]}]))
-    assert [(await post(house, messages=[]))[1], await house.stream()] == plain
-
-
-async def test_a_replica_lost_in_the_middle_is_still_said_to_be(make_house: MakeHouse) -> None:
-    house = await make_house(["die_mid_stream", "die_mid_json"])
-    house.serve(*house.replicas, model=model(guardrails=[OUT]))
-    assert b'"replica_lost"' in await house.stream()
-    status, document = await post(house, messages=[])
-    assert (status, document["error"]["code"]) == (500, "replica_lost")
-
-
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole answer"])
-async def test_a_replica_lost_before_anything_could_pass_is_said_to_be(
-    make_house: MakeHouse, stream: bool
-) -> None:
-    house = await make_house(["die_mid_event" if stream else "die_mid_json"])
-    house.serve(*house.replicas, model=model(guardrails=[OUT]))
-    status, document = await post(house, messages=[], stream=stream)
-    assert (status, document["error"]["code"]) == (500, "replica_lost")
-    assert house.sample("mizzen_gateway_cut_streams_total") == 1
-
-
-async def test_a_client_that_leaves_before_anything_could_pass_stops_the_replica(
-    make_house: MakeHouse,
-) -> None:
-    house = await make_house(["stall_mid_event"])
-    house.serve(*house.replicas, model=model(guardrails=[OUT]))
-    asking = asyncio.create_task(house.stream())
-    await until(lambda: house.sample("mizzen_gateway_time_to_first_byte_seconds_count"))
-    asking.cancel()
-    await asyncio.wait_for(house.replicas[0].cancelled.wait(), 60)
-
-
-LOGPROBS: dict[str, tuple[str, dict[str, object]]] = {
-    "chat": (CHAT, {"messages": [], "logprobs": True, "top_logprobs": 2}),
-    "completion": ("/v1/completions", {"prompt": "x", "logprobs": 0}),
-}
-
-
-@pytest.mark.parametrize(("path", "fields"), LOGPROBS.values(), ids=LOGPROBS)
-async def test_where_a_stream_is_checked_its_tokens_do_not_come_before_its_text(
-    make_house: MakeHouse, path: str, fields: dict[str, object]
-) -> None:
-    house = await make_house("says_secret")
-    house.replicas[0].may_continue.set()
-    house.serve(*house.replicas, model=model(guardrails=[OUT]))
-    status, document = await post(house, path, stream=True, **fields)
-    assert (status, document["error"]["code"]) == (400, "content_filter")
-    assert "'logprobs' cannot be checked in a stream" in document["error"]["message"]
-    assert not house.replicas[0].seen
-    whole, _ = await post(house, path, **fields)
-    body = {"model": "tiny", "stream": True, **fields, "logprobs": None}
-    async with house.client.post(house.url + path, json=body) as answer:
-        assert (whole, answer.status) == (200, 200)
-
-
-@pytest.mark.parametrize("tokens", [0, "0"])
-@pytest.mark.parametrize("scores", [{"prompt_logprobs": 0}, {"prompt_samples": 1}])
-async def test_where_answers_are_checked_no_scores_are_given(
-    make_house: MakeHouse, tokens: object, scores: dict[str, object]
-) -> None:
-    house = await make_house([])
-    house.serve(*house.replicas, model=model(guardrails=[OUT]))
-    status, document = await post(house, "/v1/completions", prompt="x", max_tokens=tokens, **scores)
-    assert (status, document["error"]["code"]) == (400, "content_filter")
-    assert "'no-keys-out'" in document["error"]["message"]
-    assert "leave out 'prompt_logprobs' and" in document["error"]["message"]
-    assert not house.replicas[0].seen
 
 
 # A check that fails.
@@ -388,27 +305,3 @@ def test_the_fields_that_make_no_sense_together_are_refused_by_the_api() -> None
     assert "A guardrail needs deny or maxChars." in messages
     assert "Redact is for deny in stage Input; use Refuse." in messages
     assert PromptTemplate.parse(TRANSLATE).to_api() == TRANSLATE
-
-
-# With the real engine.
-
-
-async def test_the_real_runtime_answers_a_template_and_is_cut_off_by_a_guardrail(
-    make_house: MakeHouse, tmp_path: Path
-) -> None:
-    async with running_tiny_model(tmp_path, served_model_name="tiny") as running:
-        house = await make_house(upstream=[f"tiny={running.url}"])
-        served = model(prompts=[TRANSLATE], guardrails=[{**OUT, "deny": ["."]}])
-        house.serve(model=served)
-        house.gateway.directory.put_slice(
-            ("team", "tiny-slice"),
-            deployment=served.key,
-            endpoints=house.gateway.directory.endpoints(("local", "tiny")),
-        )
-        prompt = {"id": "translate", "variables": BOTH}
-        fields = {"max_tokens": 8, "ignore_eos": True, "messages": said("x"), "prompt": prompt}
-        status, document = await post(house, **{"model": "team/tiny", **fields})
-        assert status == 200, document
-        [choice] = document["choices"]
-        assert (choice["message"]["content"], choice["finish_reason"]) == ("", "content_filter")
-        assert document["usage"]["prompt_tokens"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from datetime import UTC, datetime
 from typing import Any
@@ -274,6 +275,23 @@ async def test_an_adapter_waits_for_its_probes_and_is_asked_no_more_once_it_is_p
     world.runtimes.answer = " something else"
     assert promoted(await reconcile_job(world, "two")) == ("Succeeded", "True", "Promoted")
     assert world.runtimes.prompted == asked
+
+
+async def test_all_probes_are_asked_at_once_and_one_bad_answer_needs_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = await served_with_probes()
+    asked = asyncio.Barrier(len(PROBES))
+
+    async def complete(pod_ip: str, model: str, prompt: str, *, max_tokens: int) -> str | None:
+        # Answers that wait for the last question would never come one after another.
+        await asyncio.wait_for(asked.wait(), 60)
+        return None if prompt == PROBES[0]["prompt"] else " a large cheese"
+
+    monkeypatch.setattr(world.runtimes, "complete", complete)
+    failed = await reconcile_job(world, "two")
+    (why,) = [c["message"] for c in failed["conditions"] if c["type"] == "Failed"]
+    assert "probe 2 does not match" in why
 
 
 async def test_a_model_that_fails_as_a_canary_is_taken_back_by_itself() -> None:

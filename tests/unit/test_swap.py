@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mizzen.operator.desired.revisions import swap_path
+from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
+from mizzen.operator.desired.revisions import can_swap, weights_path
 from mizzen.operator.planning.rollout import Budget, Creation, Replica, Standing, Step
 from mizzen.operator.planning.swap import swap_step
 from mizzen.operator.runtimes import HttpRuntimes, WeightsRefusedError
@@ -62,6 +63,16 @@ CASES: dict[str, tuple[list[Replica], int, Step, Replica | None]] = {
         [replace(old(1), born="new"), replace(old(1), revision="older")], 2,
         Step(create=(Creation(0, "new"),)), replace(old(1), born="new"),
     ),
+    "one that may have other weights by now takes its own once more": (
+        [new(0), replace(new(1), is_unsure=True)], 2, Step(), replace(new(1), is_unsure=True),
+    ),
+    "one that may have them already is asked again": (
+        [replace(old(0), is_unsure=True), new(1)], 2, Step(), replace(old(0), is_unsure=True),
+    ),
+    "one that was made for the revision takes its own weights once more": (
+        [replace(new(0), born="old", is_unsure=True), new(1)], 2, Step(),
+        replace(new(0), born="old", is_unsure=True),
+    ),
     "a failed one is replaced by a new one": (
         [old(0, S.FAILED), old(1)], 2,
         Step(create=(Creation(2, "new", old(0, S.FAILED)),), remove=(old(0, S.FAILED),)), old(1),
@@ -89,19 +100,27 @@ def made_from(source: str, **spec: Any) -> Json:
     return {"spec": {"model": {"source": source}} | spec, "image": "r:1"}
 
 
-PATHS = {
-    "another folder of the claim": (made_from("pvc://m/b"), "/mnt/pvc/m/b"),
-    "another claim": (made_from("pvc://n/b"), None),
-    "a folder of the image": (made_from("file:///b"), None),
-    "a hub": (made_from("hf://org/b"), None),
-    "an engine setting besides": (made_from("pvc://m/b", engine={"maxNumSeqs": 4}), None),
-    "another image": (made_from("pvc://m/b") | {"image": "r:2"}, None),
+CHANGES = {
+    "another folder of the claim": (made_from("pvc://m/b"), True),
+    "another claim": (made_from("pvc://n/b"), False),
+    "a folder of the image": (made_from("file:///b"), False),
+    "a hub": (made_from("hf://org/b"), False),
+    "an engine setting besides": (made_from("pvc://m/b", engine={"maxNumSeqs": 4}), False),
+    "another image": (made_from("pvc://m/b") | {"image": "r:2"}, False),
 }
 
 
-@pytest.mark.parametrize(("after", "path"), PATHS.values(), ids=PATHS)
-def test_weights_alone_can_be_swapped(after: Json, path: str | None) -> None:
-    assert swap_path(made_from("pvc://m/a"), after) == path
+@pytest.mark.parametrize(("after", "is_enough"), CHANGES.values(), ids=CHANGES)
+def test_weights_alone_can_be_swapped(after: Json, is_enough: bool) -> None:
+    assert can_swap(made_from("pvc://m/a"), after) is is_enough
+
+
+@pytest.mark.parametrize(
+    ("source", "path"), [("pvc://m/b", "/mnt/pvc/m/b"), ("file:///b", ""), ("hf://org/b", "")]
+)
+def test_weights_are_swapped_from_a_claim_alone(source: str, path: str) -> None:
+    spec = LLMDeploymentSpec.parse({"model": {"source": source}})
+    assert weights_path(spec) == path
 
 
 # The controller.

@@ -10,6 +10,7 @@ import torch
 
 from mizzen.runtime.train import checkpoint
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
+from mizzen.runtime.train.config import Checkpointing
 from mizzen.runtime.train.digest import mark_model
 from mizzen.runtime.train.errors import (
     BaseModelChangedError,
@@ -216,3 +217,22 @@ def test_models_are_told_apart_by_name_size_and_content(tmp_path: Path) -> None:
     file.rename(tmp_path / "v.safetensors")
     marks.append(mark_model(tmp_path))
     assert len(set(marks)) == len(marks)
+
+
+@pytest.mark.parametrize(
+    ("every_steps", "every_seconds", "due_steps", "is_late"),
+    [
+        (2, None, [2, 4], False),
+        (None, 10.0, [], True),
+        (3, 60.0, [3], False),
+        (None, None, [], False),
+    ],
+)
+def test_a_commit_is_due_by_the_number_of_steps_or_by_the_time_since_the_last(
+    every_steps: int | None, every_seconds: float | None, due_steps: list[int], is_late: bool
+) -> None:
+    rules = Checkpointing(
+        directory=Path("unused"), every_steps=every_steps, every_seconds=every_seconds
+    )
+    assert [step for step in range(5) if rules.is_step_due(step)] == due_steps
+    assert rules.is_time_up(10.0) is is_late

@@ -1,18 +1,22 @@
 """A job that cannot fit is refused with its arithmetic, before it reads anything."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hack.tiny_model import write_tiny_model
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.loader import load_decoder
+from mizzen.runtime.model.lora.files import CONFIG_FILE
 from mizzen.runtime.train.adaptation import adapt, frozen_bits
 from mizzen.runtime.train.config import load_config
 from mizzen.runtime.train.errors import TrainingDoesNotFitError
 from mizzen.runtime.train.memory import Need, check_fits, memory_limit, need_of, plan_need
+from mizzen.runtime.train.methods.reward import HEAD_FILE, HEAD_NAME
 from mizzen.runtime.train.trainable import full_views
 from tests.fixtures.train_runs import run, write_job
 
@@ -82,6 +86,73 @@ def test_the_reference_of_a_policy_is(
     )
     more = plan_need(policy, spec, CPU).total - plan_need(alone, spec, CPU).total
     assert more == (models - 1) * base
+
+
+def write_reward_model(folder: Path, base: Path | None, **sizes: int) -> Path:
+    """Write a reward model as far as a plan reads it: an adapter of `base`, or a whole one."""
+    if base is None:
+        write_tiny_model(folder, **sizes)
+    else:
+        folder.mkdir()
+        (folder / CONFIG_FILE).write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    save_file({HEAD_NAME: torch.zeros(1, 64)}, folder / HEAD_FILE)
+    return folder
+
+
+JUDGES: dict[str, tuple[bool, dict[str, Any], int, int]] = {
+    "is a model of its own": (False, {}, 0, 1),
+    "is the reference behind an adapter": (True, {}, 0, 0),
+    "is a model of its own in the same pod": (False, {"roles": "Ray"}, 0, 1),
+    "is a copy of the base behind an adapter in the same pod": (True, {"roles": "Ray"}, 1, 0),
+    "is in another pod where there are several": (False, {"roles": "Ray", "workers": 2}, 0, 0),
+}
+
+
+@pytest.mark.parametrize(("is_adapter", "cast", "bases", "judges"), JUDGES.values(), ids=JUDGES)
+def test_what_judges_a_policy_s_answers(
+    tmp_path: Path, is_adapter: bool, cast: dict[str, Any], bases: int, judges: int
+) -> None:
+    rewards = [{"type": "length", "tokens": 4}]
+    policy = {**FULL, **cast, "method": "grpo", "evaluation": {"suites": []}}
+    job = write_job(tmp_path / "rules", **policy, rl={"rewards": rewards})
+    base = load_config(job.config_path).base_model
+    judge = write_reward_model(tmp_path / "judge", base if is_adapter else None, layers=3)
+    needs, spec = [], ArchSpec.from_dir(base)
+    for more in ({}, {"reward_model": str(judge)}):
+        rl = {"rewards": rewards, **more}
+        config = load_config(write_job(tmp_path / "rules", **policy, rl=rl).config_path)
+        needs.append(plan_need(config, spec, CPU).total)
+
+    def size(path: Path) -> int:
+        return sum(t.nbytes for t in load_decoder(path, dtype=torch.float32).parameters())
+
+    more = bases * size(base) + (judges * size(judge) if judges else 0)
+    assert needs[1] - needs[0] == more
+
+
+NO_JUDGES = {
+    "there is nothing": (None, "has no reward_head.safetensors, so it is no reward model. Name"),
+    "it was trained beside another base": ("/other", "Use one base for both, or a reward model"),
+}
+
+
+@pytest.mark.parametrize(("base", "text"), NO_JUDGES.values(), ids=NO_JUDGES)
+def test_a_reward_model_is_refused_before_data_is_looked_for_where(
+    tmp_path: Path, base: str | None, text: str
+) -> None:
+    judge = tmp_path / "judge"
+    if base:
+        write_reward_model(judge, Path(base))
+    job = write_job(
+        tmp_path / "job",
+        **FULL,
+        method="grpo",
+        rl={"reward_model": str(judge)},
+        evaluation={"suites": []},
+        datasets=[{"name": "colours", "path": "/none.jsonl"}],
+    )
+    assert run(job) == 42
+    assert text in job.last_word["message"]
 
 
 def test_a_teacher_that_is_asked_at_each_step_stays_in_memory(tmp_path: Path) -> None:

@@ -108,12 +108,7 @@ class JobCallback(TrainerCallback):
         self.board.advance(record, epoch=self.epoch)
         # The curve is ours: in the Trainer's state it would be written again with each checkpoint.
         state.log_history.clear()
-        if self._is_commit_due():
+        rules, elapsed_s = self.config.checkpoint, time.monotonic() - self._committed_at_s
+        if rules.is_step_due(self.counters.step) or rules.is_time_up(elapsed_s):
             self.commit()
             self._committed_at_s = time.monotonic()
-
-    def _is_commit_due(self) -> bool:
-        rules = self.config.checkpoint
-        is_step_due = rules.every_steps and self.counters.step % rules.every_steps == 0
-        elapsed_s = time.monotonic() - self._committed_at_s
-        return bool(is_step_due or (rules.every_seconds and elapsed_s >= rules.every_seconds))
