@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.control_plane import NAMESPACE, Api, control_plane
+from benchmarks.control_plane import NAMESPACE, Api, beside, control_plane
 from benchmarks.operator_process import LIMIT_S, Operator
 from benchmarks.rows import Rows, percentile
 from hack.cluster.api_only import ApiCluster
@@ -133,15 +133,10 @@ def deployment(name: str) -> Json:
 async def following(api: Api) -> AsyncIterator[Fleet]:
     """Yield what the watches tell, as long as the block runs."""
     fleet = Fleet()
-    watches = [asyncio.create_task(api.watch(COLLECTION, fleet.see_resource))]
-    for what, path in CHILDREN.items():
-        watches.append(asyncio.create_task(api.watch(path, partial(fleet.see_child, what))))
-    try:
+    watches = [api.watch(COLLECTION, fleet.see_resource)]
+    watches += [api.watch(path, partial(fleet.see_child, what)) for what, path in CHILDREN.items()]
+    async with beside(*watches):
         yield fleet
-    finally:
-        for watch in watches:
-            watch.cancel()
-        await asyncio.gather(*watches, return_exceptions=True)
 
 
 async def wait_for_idleness(fleet: Fleet, *, quiet_s: float = 0.5) -> None:

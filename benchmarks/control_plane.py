@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from kubernetes.aio.client import ApiClient, Configuration
 
 from benchmarks.operator_process import SYSTEM
 from hack.cluster.api_only import ApiCluster
+from mizzen.operator.kube.errors import Throttled
 from mizzen.operator.kube.transport import HttpTransport
 
 NAMESPACE = "bench"
@@ -60,7 +61,11 @@ class Api:
     async def watch(self, path: str, seen: Callable[[str, Json], None]) -> None:
         """Hand every event of a collection to `seen`, until cancelled; again after an end."""
         while True:
-            listing = await self.http.request("GET", path)
+            try:
+                listing = await self.http.request("GET", path)
+            except Throttled:  # as the API server answers for a kind that it learns just now
+                await asyncio.sleep(0.5)
+                continue
             session = self.client.rest_client.pool_manager
             assert session is not None, "the first request makes it"
             for item in listing["items"]:
@@ -76,6 +81,18 @@ class Api:
                         seen(event["type"], event["object"])
             except aiohttp.ClientError as error:
                 print(f"a watch broke: {error!r}", file=sys.stderr)
+
+
+@asynccontextmanager
+async def beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Have watches and the like go on as long as the block does; an error of one ends it."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one) for one in work]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
 
 
 @asynccontextmanager

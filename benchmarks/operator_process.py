@@ -36,7 +36,8 @@ def service_account(cluster: ApiCluster) -> Path:
 class Operator:
     """The operator as a process of this machine."""
 
-    def __init__(self, cluster: ApiCluster, log: Path) -> None:
+    def __init__(self, cluster: ApiCluster, log: Path, **settings: str) -> None:
+        """Take where it works, where its log goes and its settings beside the defaults."""
         self.port = free_ports(1)[0]
         self.log = log
         self.environment = {
@@ -47,6 +48,7 @@ class Operator:
             "MIZZEN_HEALTH_PORT": str(self.port),
             # As in an image, where everything is compiled beforehand.
             "PYTHONPYCACHEPREFIX": str(cluster.directory / "pycache"),
+            **settings,
         }
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self.process: asyncio.subprocess.Process | None = None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import sys
 import time
@@ -24,7 +23,7 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.control_plane import Api
+from benchmarks.control_plane import Api, beside
 from benchmarks.cut_streams import LIMIT_S, Deployment, gateway_url
 from benchmarks.rows import Rows, percentile
 from mizzen.operator.desired.labels import DEPLOYMENT, WAKE
@@ -181,19 +180,10 @@ async def watched(api: Api, start: Start, namespace: str) -> AsyncIterator[None]
     """Tell `start` of its deployment and its pods inside the block."""
     group = f"/apis/mizzen.dev/v1alpha1/namespaces/{namespace}/llmdeployments"
     pods = f"/api/v1/namespaces/{namespace}/pods"
-    watches = [
-        asyncio.create_task(api.watch(group, start.see_deployment)),
-        asyncio.create_task(api.watch(pods, start.see_pod)),
-    ]
-    try:
+    watches = (api.watch(group, start.see_deployment), api.watch(pods, start.see_pod))
+    async with beside(*watches):
         await asyncio.sleep(1)  # both have listed what there is
         yield
-    finally:
-        for watch in watches:
-            watch.cancel()
-        for watch in watches:
-            with contextlib.suppress(asyncio.CancelledError):
-                await watch
 
 
 async def run(options: argparse.Namespace, rows: Rows) -> list[Start]:

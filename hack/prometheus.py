@@ -1,7 +1,12 @@
-"""Debian's Prometheus, unpacked into the cache: for tests that ask a real server."""
+"""Debian's Prometheus, unpacked into the cache: for whoever asks a real server."""
 
+import asyncio
+import socket
 import subprocess
 from pathlib import Path
+
+import aiohttp
+import yaml
 
 from hack.cluster.places import cache_root
 
@@ -41,3 +46,42 @@ def _run(command: list[str], folder: Path) -> None:
         raise NoPrometheusError(f"{command[0]} is missing: not a Debian system.") from error
     except subprocess.CalledProcessError as error:
         raise NoPrometheusError(f"{' '.join(command)}: {error.stderr.strip()}") from error
+
+
+class PrometheusServer:
+    """A Prometheus server over a folder's data, ready inside."""
+
+    def __init__(self, binary: Path, folder: Path, config: dict[str, object]) -> None:
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._address = f"127.0.0.1:{free.getsockname()[1]}"
+        self._command = [
+            str(binary),
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address={self._address}",
+        ]
+
+    def __enter__(self) -> str:
+        self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
+        url = f"http://{self._address}"
+        asyncio.run(_wait_ready(url))
+        return url
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=30)
+
+
+async def _wait_ready(url: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        for _ in range(300):
+            try:
+                async with session.get(f"{url}/-/ready") as answer:
+                    if answer.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.1)
+    raise AssertionError("Prometheus did not start")

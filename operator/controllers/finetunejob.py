@@ -48,6 +48,7 @@ from mizzen.operator.status.causes import pod_cause, terminated_cause
 from mizzen.operator.status.conditions import ConditionType, Document, flips, rfc3339
 from mizzen.operator.status.finetunejob import has_ended, next_status
 from mizzen.operator.status.job_facts import JobFacts, Problem, Promotion
+from mizzen.operator.status.loans import progress_of as loan_progress
 from mizzen.operator.status.progress import Progress, parse_progress
 from mizzen.operator.status.promotion import find_promotion, promotion_target
 from mizzen.operator.status.reasons import Reason
@@ -58,6 +59,7 @@ from mizzen.operator.status.trainer_pods import (
     telling_pod,
     termination_of,
 )
+from mizzen.operator.trainers import LoanRefusedError
 
 _POLL_S = 3.0
 _MISSING_INPUT_S = 15.0
@@ -89,7 +91,11 @@ async def reconcile(key: Key, *, kube: Kube, facts: Facts, now: datetime) -> Res
         return await report_ended(observed, kube, facts, now)
     step = decide(observed, facts, now)
     try:
-        step = await apply(step, observed, kube, facts)
+        step = await apply(step, observed, kube, facts, now=now)
+    except LoanRefusedError as error:
+        refused = Problem(Reason.LOAN_REFUSED, str(error), is_final=True)
+        await report(observed, None, kube, facts, now, problem=refused)
+        return Done()
     except KubeError as error:
         if not error.retry:
             refused = Problem(Reason.POD_REFUSED, str(error))
@@ -156,7 +162,7 @@ async def report(
         copies=tuple(map(artifact_uri, artifact.copies)) if artifact else (),
         has_suites=_has_suites(observed),
         promotion=await _promotion(observed, progress, facts, now),
-        lending=lending_of(observed.job, observed.pods, step, now=now),
+        lending=lending_of(observed.resource, observed.job, observed.pods, step, now=now),
     )
     await _write(observed, job_facts, kube, now)
 
@@ -231,6 +237,8 @@ async def _progress(step: Step | None, observed: Observed, facts: Facts) -> Prog
         return None
     if isinstance(step, Finish | Rest | Queue | Start | WaitUntil):
         return last_progress(pod)
+    if observed.job is not None and observed.job.spec.mode == "Loan":
+        return loan_progress(observed.loan)
     address = pod.get("status", {}).get("podIP")
     if isinstance(step, Watch | AskToYield) and address:
         return await facts.trainers.progress(address)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from mizzen.operator.controllers.job_lending import preemptions_of, reclaimed_at
+from mizzen.operator.controllers.job_loan import lend
 from mizzen.operator.controllers.job_observe import Observed
 from mizzen.operator.crds.common import Json
 from mizzen.operator.desired.jobs import (
@@ -40,12 +43,23 @@ from mizzen.operator.status.trainer_pods import (
 _YIELD_DEADLINE_S = 60
 
 
-async def apply(step: Step | None, observed: Observed, kube: Kube, facts: Facts) -> Step | None:
-    """Carry a step out; return it, or what was done instead since its devices are gone."""
+async def apply(
+    step: Step | None, observed: Observed, kube: Kube, facts: Facts, *, now: datetime
+) -> Step | None:
+    """Carry a step out; return it, or what was done instead since its devices are gone.
+
+    Raises:
+        LoanRefusedError: no replica will ever lend its weights to the job.
+    """
     job = observed.job
     if job is None:
         return step
     match step:
+        case Start() if job.spec.mode == "Loan":
+            return await lend(step, job, facts, now=now)
+        case AskToYield() if job.spec.mode == "Loan":
+            if observed.pod is not None and (address := observed.pod["status"].get("podIP")):
+                await facts.trainers.take_back(address)
         case Start(number):
             if (wait := await _start(step, observed, kube, facts)) is not None:
                 return Queue(wait)

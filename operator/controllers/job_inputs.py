@@ -116,6 +116,29 @@ def _find_served(name: str, namespace: str, store: Store, *, gateway_url: str) -
     return {"url": gateway_url, "model": deployment["spec"]["model"].get("servedName") or name}
 
 
+def find_obstacle(job: Job, store: Store) -> Problem | None:
+    """Return why the replicas of a base's deployment cannot train this job, None where they can."""
+    name = job.spec.base_model.deployment or ""
+    deployment = store.get(Ref(API_VERSION, DEPLOYMENT_KIND, job.namespace, name))
+    if deployment is None:
+        return None  # without it there is no base model either
+    if not (deployment["spec"].get("engine") or {}).get("lendsWeights"):
+        return Problem(
+            Reason.LENDS_NO_WEIGHTS,
+            f"LLMDeployment {name} lends its weights to no job. Set spec.engine.lendsWeights "
+            "there, or leave mode: Loan out.",
+        )
+    claim = locate_model(job.base_source).claim
+    if others := sorted(set(job.claims) - {claim}):
+        return Problem(
+            Reason.LENDS_NO_WEIGHTS,
+            f"The job uses {', '.join(others)}, and the replicas of {name} write to the claim of "
+            f"the model alone ({claim or 'none, as it is part of the image'}). Put data and result "
+            "there, or leave mode: Loan out.",
+        )
+    return None
+
+
 async def missing_input(job: Job, kube: Kube) -> Problem | None:
     """Ask the API server for every claim and ConfigMap; return the first that is not there."""
     for claim in job.claims:

@@ -12,7 +12,7 @@ from mizzen.operator.crds.common import Json
 from mizzen.operator.desired import labels
 from mizzen.operator.desired.train_config import Job
 from mizzen.operator.ledger import Request
-from mizzen.operator.planning.generations import Fence, Step
+from mizzen.operator.planning.generations import Fence, Finish, GiveUp, Lend, Step
 from mizzen.operator.planning.lending import QueuedJob
 from mizzen.operator.planning.placement import Gang
 from mizzen.operator.status.conditions import ConditionType, parse_rfc3339
@@ -66,9 +66,11 @@ def reclaimed_at(pod: Json | None) -> datetime | None:
 
 
 def lending_of(
-    job: Job | None, pods: list[Json], step: Step | None, *, now: datetime
+    resource: Json, job: Job | None, pods: list[Json], step: Step | None, *, now: datetime
 ) -> Lending | None:
     """Return what there is to say about the job's devices; None where that is nothing new."""
+    if job is not None and job.spec.mode == "Loan":
+        return _loan_of(resource, pods, step)
     pod = leader_of(pods)
     if job is None or pod is None or not job.spec.resources.accelerator.is_gpu:
         return None
@@ -85,6 +87,21 @@ def lending_of(
         preemptions=int(notes.get(labels.PREEMPTIONS, 0)) + (since is not None),
         is_reclaimed=since is not None,
         yield_s=yield_s,
+    )
+
+
+def _loan_of(resource: Json, pods: list[Json], step: Step | None) -> Lending:
+    """Return which replica has the job; none once it has left."""
+    left = preemptions_of(resource)
+    if isinstance(step, Lend):
+        return Lending(replica=step.replica, crashes=step.crashes, preemptions=left)
+    pod = leader_of(pods)
+    if pod is None or isinstance(step, Finish | GiveUp):
+        return Lending(preemptions=left)
+    return Lending(
+        replica=pod["metadata"]["name"],
+        crashes=int(pod["metadata"]["annotations"][labels.RESTARTS]),
+        preemptions=left,
     )
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from mizzen.operator.controllers.job_inputs import (
     find_base_model,
     find_judge,
+    find_obstacle,
     find_rollout,
     find_teacher,
     missing_input,
 )
+from mizzen.operator.controllers.job_loan import observe_loan
 from mizzen.operator.crds.common import Json
 from mizzen.operator.desired.train_config import Job
 from mizzen.operator.engine.key import Key
@@ -21,6 +23,7 @@ from mizzen.operator.planning.generations import Generation
 from mizzen.operator.routing import JOB
 from mizzen.operator.specs import InvalidSpecError
 from mizzen.operator.status.job_facts import Problem
+from mizzen.operator.status.loans import Loan
 from mizzen.operator.status.reasons import Reason
 from mizzen.operator.status.trainer_pods import leader_of, newest_generation
 
@@ -34,6 +37,7 @@ class Observed:
     pods: list[Json]
     newest: Generation | None
     problem: Problem | None
+    loan: Loan | None = None  # what its replica said, in mode Loan
 
     @property
     def status(self) -> Json:
@@ -78,8 +82,14 @@ async def observe(key: Key, resource: Json, kube: Kube, facts: Facts) -> Observe
     created_at = str(resource["metadata"]["creationTimestamp"])
     identity = (key.namespace, key.name, uid_of(resource))
     job = Job(*identity, spec, base, created_at, judge, teacher, rollout)
+    loan = None
+    if spec.mode == "Loan":
+        pods, loan = await observe_loan(job, resource.get("status") or {}, facts)
+        newest = newest_generation(pods, resource.get("status") or {})
+        if (obstacle := find_obstacle(job, facts.store)) is not None and not pods:
+            return Observed(resource, job, pods, newest, obstacle)
     problem = None if pods else await missing_input(job, kube)
-    return Observed(resource, job, pods, newest, problem)
+    return Observed(resource, job, pods, newest, problem, loan)
 
 
 def _begun_with(status: Json) -> str | None:

@@ -16,6 +16,7 @@ from mizzen.operator.crds.finetunejob_status import FineTuneJobStatus
 from mizzen.operator.crds.rollout import Probe
 from mizzen.operator.crds.training_backend import Backend, backend_rules
 from mizzen.operator.crds.training_data import BaseModelRef, ClaimFolder, Dataset, Processing
+from mizzen.operator.crds.training_loan import Mode, loan_rules
 from mizzen.operator.crds.training_methods import (
     METHOD_SECTIONS,
     Distill,
@@ -222,7 +223,7 @@ class FineTuneJobSpec(ApiModel):
         *_unchanged(
             "backend", "method", "adaptation", "baseModel", "processing", "hyperparameters"
         ),
-        *_unchanged("checkpoint", "resources", "failure", "roles"),
+        *_unchanged("checkpoint", "resources", "failure", "roles", "mode"),
         _unchanged_sections(),
         *_unchanged_if_any(
             "dataset", "evaluation", "output", "promotion", "budget", "podTemplatePatch"
@@ -230,6 +231,7 @@ class FineTuneJobSpec(ApiModel):
         *_unchanged_if_any("queue"),
         *method_rules(),
         *backend_rules(),
+        *loan_rules(),
         cel(
             "self.checkpoint.keepBest == 0 || "
             "self.processing.holdoutRatio > 0.0 && self.workers.max == 1",
@@ -287,6 +289,7 @@ class FineTuneJobSpec(ApiModel):
 
     method: Method = "sft"
     backend: Backend = "Mizzen"
+    mode: Mode = "Pod"
     dpo: Annotated[Dpo | None, Field(description="Settings of method dpo.")] = None
     distill: Annotated[Distill | None, Field(description="Settings of method distill.")] = None
     merge: Annotated[Merge | None, Field(description="Settings of method merge.")] = None

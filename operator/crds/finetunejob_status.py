@@ -97,6 +97,13 @@ class LendingStatus(ApiModel):
         list[str] | None,
         Field(max_length=64, description="Where its pods run; none while it waits."),
     ] = None
+    replica: Annotated[
+        str | None,
+        Field(max_length=253, description="The pod whose weights it has, in mode Loan."),
+    ] = None
+    crashes: Annotated[
+        int | None, Field(description="Runs that had crashed before the one there.")
+    ] = None
     preemptions: Annotated[int, Field(description="Times it had to leave.")] = 0
     last_yield_seconds: Annotated[float | None, Field(description="How long that took.")] = None
     slowest_yield_seconds: Annotated[

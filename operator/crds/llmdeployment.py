@@ -110,6 +110,13 @@ class Engine(ApiModel):
             "together. Measured at start when left out.",
         ),
     ] = None
+    lends_weights: Annotated[
+        bool | None,
+        Field(
+            description="Let fine-tune jobs of mode Loan train on idle replicas. Their pods may "
+            "then write to the claim of the model."
+        ),
+    ] = None
 
 
 class Drain(ApiModel):

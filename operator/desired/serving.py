@@ -76,6 +76,11 @@ class Serving:
         return claims_of([self.model, *(adapter.source for adapter in self.adapters)])
 
     @property
+    def written_claims(self) -> tuple[str, ...]:
+        """The claims that jobs on lent weights write to."""
+        return claims_of([self.model]) if self.spec.engine.lends_weights else ()
+
+    @property
     def adapter_folders(self) -> tuple[str, ...]:
         """Folders inside the image that adapters may come from."""
         return tuple(sorted({a.source.folder for a in self.adapters if a.source.claim is None}))
@@ -238,7 +243,10 @@ def _container(serving: Serving, place: PodPlace) -> Json:
             *pods.scratch_mounts(),
             pods.admin_token_mount(),
             {"name": ADAPTERS_VOLUME, "mountPath": ADAPTERS_FOLDER, "readOnly": True},
-            *(claim_mount(claim, read_only=True) for claim in serving.claims),
+            *(
+                claim_mount(claim, read_only=claim not in serving.written_claims)
+                for claim in serving.claims
+            ),
             *cache_mounts(spec.model),
         ],
     }

@@ -116,7 +116,7 @@ def build_train_config(job: Job, generation: int, workers: int) -> Json:
         "failure": {"hang_timeout_s": spec.failure.hang_timeout_seconds},
         "budget": spec.budget.model_dump() if spec.budget else {},
         "checkpoint": {
-            "directory": _checkpoint_folder(job),
+            "directory": checkpoint_folder(job),
             "every_steps": spec.checkpoint.every_steps,
             "every_seconds": spec.checkpoint.every_seconds,
             "keep_last": spec.checkpoint.keep_last,
@@ -203,7 +203,8 @@ def _addresses(value: Any) -> Iterator[str]:
         yield value
 
 
-def _checkpoint_folder(job: Job) -> str:
+def checkpoint_folder(job: Job) -> str:
+    """Return where a job's checkpoints are."""
     # The uid keeps a job of the same name from going on where a deleted one stopped.
     return f"{CLAIM_ROOT}/{job.output_claim}/jobs/{job.namespace}-{job.name}-{job.uid[:8]}"
 

@@ -14,7 +14,7 @@ from statistics import median
 from mizzen.operator.planning.scale_history import WorkLog
 from mizzen.operator.planning.scale_rules import Tuning
 
-_MEAN_S = 120.0
+MEAN_S = 120.0
 _FEWEST_FOR_BURSTS = 30  # buckets: five minutes
 _STRETCHES = 6
 
@@ -48,7 +48,7 @@ def record(log: WorkLog, work: float, *, now_s: float, start_s: float, tuning: T
 
 def forecast(log: WorkLog, work: float, *, start_s: float, tuning: Tuning) -> Forecast:
     """Return what to expect, from the log and the work of this moment."""
-    recent = (*log.buckets[-int(_MEAN_S / tuning.bucket_s) :], work)
+    recent = (*log.buckets[-int(MEAN_S / tuning.bucket_s) :], work)
     mean = sum(recent) / len(recent)
     ahead = work + _lasting_slope(recent) / tuning.bucket_s * start_s
     return Forecast(
@@ -100,7 +100,7 @@ def _roughness(buckets: Sequence[float], tuning: Tuning) -> float:
     It is taken of six stretches, and the median stretch counts: a single step of the load is
     rough at one place, bursts are rough all over.
     """
-    width = int(_MEAN_S / tuning.bucket_s)
+    width = int(MEAN_S / tuning.bucket_s)
     mean = sum(buckets) / len(buckets)
     if mean <= 0:
         return 0.0

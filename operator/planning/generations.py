@@ -76,6 +76,13 @@ class Shrink(Start):
 
 
 @dataclass(frozen=True, slots=True)
+class Lend(Start):
+    """The same, on the weights of this replica, which has begun."""
+
+    replica: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Dismiss:
     """Have the pods that are left follow those that have ended."""
 
@@ -130,6 +137,7 @@ class GiveUp:
 Step = (
     Start
     | Shrink
+    | Lend
     | Dismiss
     | Watch
     | Queue

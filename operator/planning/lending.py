@@ -33,6 +33,7 @@ class Hold(StrEnum):
     COMING = "WaitsForDevices"
     SETTLING = "Yielded"
     BLIND = "NodesUnknown"
+    NO_REPLICA = "NoReplicaToLend"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,45 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mizzen.operator.planning.demand import Forecast, forecast
+from mizzen.operator.planning.demand import MEAN_S, Forecast, forecast
+from mizzen.operator.planning.digits import three_digits as _n
+from mizzen.operator.planning.readings import Readings, Sizing
 from mizzen.operator.planning.scale_history import History
 from mizzen.operator.planning.scale_rules import ScaleRules, Tuning
-from mizzen.operator.planning.signals import Engines, Observation
-from mizzen.operator.planning.throughput import Capacity, Shape, StepCosts, capacity
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Readings:
-    """The signals as numbers: None is unknown, be it missing or too old."""
-
-    ready: int
-    arrivals_per_s: float | None
-    in_flight: float | None
-    held: float | None
-    running: float | None
-    waiting: float | None
-    kv_used_ratio: float | None
-    # What the engines did lately: the mean time of a step, and tokens per second.
-    step_s: float | None = None
-    decoded_per_s: float | None = None
-    prefilled_per_s: float | None = None
-
-    @property
-    def concurrency(self) -> float | None:
-        """Requests that replicas have taken in: those held back for a start do not count."""
-        if self.running is None or self.waiting is None:
-            return None
-        return self.running + self.waiting
-
-    @property
-    def is_silent(self) -> bool | None:
-        """Whether nobody asks and nothing runs; None where that is not known."""
-        counts = (self.arrivals_per_s, self.in_flight, self.held, self.running, self.waiting)
-        if any(count for count in counts):
-            return False
-        return None if None in counts else True
+from mizzen.operator.planning.work import Work, offered_work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,24 +27,12 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizing:
-    """What one replica can do, as far as it is known."""
-
-    costs: StepCosts | None
-    shape: Shape | None
-    capacity: Capacity | None
-    itl_s: float  # the limit that was planned with
-    concurrency: float  # per replica, where the capacity is not known
-    start_s: float  # a new replica serves after this long, nine times of ten
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
     """The replicas that the load asks for."""
 
     candidates: tuple[Candidate, ...]
     is_complete: bool  # every signal that a rule needs is known
-    work: float | None = None
+    work: Work | None = None
     forecast: Forecast | None = None
 
     @property
@@ -91,115 +48,6 @@ class Need:
         return max(self.candidates, key=lambda candidate: candidate.replicas).formula
 
 
-def read_signals(seen: Observation, rules: ScaleRules) -> Readings:
-    """Return the signals as numbers. Without a replica in service, engines have nothing to say."""
-    stale = rules.tuning.stale_after_s
-    traffic, engines = seen.traffic, seen.engines
-    if seen.ready == 0:
-        running = waiting = kv_used = 0.0
-        return Readings(
-            ready=0,
-            arrivals_per_s=traffic.arrivals_per_s.fresh(stale),
-            in_flight=traffic.in_flight.fresh(stale),
-            held=traffic.held.fresh(stale),
-            running=running,
-            waiting=waiting,
-            kv_used_ratio=kv_used,
-        )
-    return Readings(
-        ready=seen.ready,
-        arrivals_per_s=traffic.arrivals_per_s.fresh(stale),
-        in_flight=traffic.in_flight.fresh(stale),
-        held=traffic.held.fresh(stale),
-        running=engines.running.fresh(stale),
-        waiting=engines.waiting.fresh(stale),
-        kv_used_ratio=engines.kv_used_ratio.fresh(stale),
-        step_s=_step_s(engines, stale),
-        decoded_per_s=engines.decoded_per_s.fresh(stale),
-        prefilled_per_s=engines.prefilled_per_s.fresh(stale),
-    )
-
-
-def _step_s(engines: Engines, stale_s: float) -> float | None:
-    steps, seconds = engines.steps_per_s.fresh(stale_s), engines.step_seconds_per_s.fresh(stale_s)
-    return seconds / steps if steps and seconds is not None else None
-
-
-def size_replica(history: History, rules: ScaleRules, *, start_s: float) -> Sizing:
-    """Return what one replica can do, from what was learned so far."""
-    tuning, costs, shape = rules.tuning, history.fit.costs, history.shape
-    limit = rules.slo.itl_s
-    if limit is None:
-        limit = max(tuning.default_itl_s, 4 * costs.per_step_s if costs else 0.0)
-    concurrency = tuning.cold_concurrency
-    if shape and history.kv_tokens and shape.kv_tokens > 0:
-        room = tuning.kv_full_ratio * history.kv_tokens / shape.kv_tokens
-        concurrency = max(1.0, min(concurrency, room))
-    found = None
-    if costs and shape:
-        if costs.per_step_s >= limit:
-            # No number of replicas keeps this limit; planning for twice the empty step keeps
-            # the service alive, and the decision says so.
-            limit = 2 * costs.per_step_s
-        found = capacity(
-            costs,
-            shape,
-            itl_s=limit,
-            kv_tokens=history.kv_tokens,
-            kv_full_ratio=tuning.kv_full_ratio,
-        )
-    return Sizing(
-        costs=costs,
-        shape=shape,
-        capacity=found,
-        itl_s=limit,
-        concurrency=concurrency,
-        start_s=start_s,
-    )
-
-
-def offered_work(readings: Readings, sizing: Sizing) -> float | None:
-    """Return the offered work in replicas, None where it is not known."""
-    if sizing.capacity is not None:
-        if readings.arrivals_per_s is None:
-            return None
-        arriving = readings.arrivals_per_s / sizing.capacity.requests_per_s
-        served = _served_work(readings, sizing)
-        is_keeping_up = not readings.waiting and (readings.step_s or 0.0) <= sizing.itl_s
-        if served is None:
-            return arriving
-        return served if is_keeping_up else max(served, arriving)
-    return _guessed_work(readings, sizing)
-
-
-def _served_work(readings: Readings, sizing: Sizing) -> float | None:
-    """Return the work that the engines do, in replicas whose steps take the ITL limit.
-
-    It needs no lengths of requests: those known are of requests that have finished, and the mix
-    may have changed since.
-    """
-    costs, decoded, prefilled = sizing.costs, readings.decoded_per_s, readings.prefilled_per_s
-    if costs is None or decoded is None or prefilled is None:
-        return None
-    seconds = costs.per_sequence_s * decoded + costs.per_prompt_token_s * prefilled
-    return seconds / (1 - costs.per_step_s / sizing.itl_s)
-
-
-def _guessed_work(readings: Readings, sizing: Sizing) -> float | None:
-    """Return the work as long as no capacity is known.
-
-    While nothing waits, replicas whose steps are shorter than the ITL limit have room, however
-    many requests they hold: how many they can hold differs several-fold between mixes. Long steps
-    alone are no proof of load: an empty replica may be as slow.
-    """
-    if readings.concurrency is None:
-        return None
-    by_count = readings.concurrency / sizing.concurrency
-    if readings.step_s is None or readings.waiting:
-        return by_count
-    return min(by_count, readings.ready * readings.step_s / sizing.itl_s)
-
-
 def compute_need(readings: Readings, history: History, rules: ScaleRules, sizing: Sizing) -> Need:
     """Return what the load needs; `history` holds the work up to now."""
     candidates: list[Candidate] = []
@@ -211,9 +59,12 @@ def compute_need(readings: Readings, history: History, rules: ScaleRules, sizing
         if work is not None and sizing.capacity is None:
             candidates.append(_unsized(work, readings, rules))
         elif work is not None:
-            tuning = rules.tuning
-            seen = forecast(history.work, work, start_s=sizing.start_s, tuning=tuning)
-            candidates += _from_work(work, seen, readings, history, rules, sizing)
+            start_s, tuning = sizing.start_s, rules.tuning
+            seen = forecast(history.work, work.replicas, start_s=start_s, tuning=tuning)
+            candidates += [
+                replace(each, formula=f"{each.formula}; {_now(work)}")
+                for each in _from_work(work.replicas, seen, readings, history, rules, sizing)
+            ]
     for candidate in _from_targets(readings, rules):
         if candidate is None:
             is_complete = False
@@ -226,10 +77,11 @@ def first_size(held: float, history: History, rules: ScaleRules, sizing: Sizing)
     """Return how many replicas to start from zero, for the requests that are held."""
     drain_s = rules.tuning.drain_s
     if sizing.capacity is not None:
-        seconds = held / sizing.capacity.requests_per_s
-        count = max(1, math.ceil(_rounded(seconds / drain_s)))
+        per_s = sizing.capacity.requests_per_s
+        count = max(1, math.ceil(_rounded(held / per_s / drain_s)))
         formula = (
-            f"first size {count} = ceil({_n(seconds)} s of held work / {_n(drain_s)} s to drain)"
+            f"first size {count} = ceil({_n(held)} held / {_n(per_s)} each per s / "
+            f"{_n(drain_s)} s to drain)"
         )
     else:
         count = max(1, math.ceil(_rounded(held / sizing.concurrency)))
@@ -237,18 +89,19 @@ def first_size(held: float, history: History, rules: ScaleRules, sizing: Sizing)
     return Candidate(replicas=count, formula=formula)
 
 
-def _unsized(work: float, readings: Readings, rules: ScaleRules) -> Candidate:
+def _unsized(work: Work, readings: Readings, rules: ScaleRules) -> Candidate:
     """Without a known capacity nothing is foretold, and at most twice what serves is asked for.
 
     Too few replicas make requests pile up on them, which reads as yet more work: without a bound
     the first minute of a deployment would end at the maximum.
     """
     most = 2 * max(1, readings.ready)
-    plan = min(most, math.ceil(_rounded(work / rules.tuning.load_ratio)))
+    plan = min(most, math.ceil(_rounded(work.replicas / rules.tuning.load_ratio)))
     return Candidate(
         replicas=plan,
-        formula=f"guess {plan} = ceil({_n(work)} replicas of work, from requests in flight / "
-        f"{_n(rules.tuning.load_ratio)} load ratio), at most {most} until capacity is known",
+        formula=f"guess {plan} = ceil({_n(work.replicas)} replicas of work / "
+        f"{_n(rules.tuning.load_ratio)} load ratio), at most {most} until capacity is known; "
+        f"{_now(work)}",
     )
 
 
@@ -264,9 +117,11 @@ def _from_work(
     ratio = history.load_ratio or tuning.load_ratio
     steady = max(seen.now, seen.mean)
     plan = math.ceil(_rounded(steady / ratio))
+    over = "now" if steady == seen.now else f"in the mean of {_n(MEAN_S)} s"
     yield Candidate(
         replicas=plan,
-        formula=f"plan {plan} = ceil({_n(steady)} replicas of work / {_n(ratio)} load ratio)",
+        formula=f"plan {plan} = ceil({_n(steady)} replicas of work {over} / "
+        f"{_n(ratio)} load ratio)",
     )
     fullest = tuning.peak_ratio * ratio / tuning.load_ratio
     if history.work.is_bursty:
@@ -279,7 +134,7 @@ def _from_work(
     yield Candidate(
         replicas=reserve,
         formula=f"reserve {reserve} = ceil({_n(ahead)} replicas of work by the time a new "
-        f"replica serves / {_n(fullest)})",
+        f"replica serves / {_n(fullest)} load ratio)",
     )
     if sizing.costs and history.shape and readings.waiting:
         backlog = readings.waiting + (readings.held or 0.0)
@@ -299,7 +154,7 @@ def _burst_floor(usual_burst: float, fullest: float, tuning: Tuning) -> Candidat
         replicas=burst,
         formula=f"burst {burst} = ceil({_n(tuning.burst_factor)} x {_n(usual_burst)} replicas of "
         f"work, exceeded {_n(100 * (1 - tuning.rise_quantile))} % of the last half hour / "
-        f"{_n(fullest)})",
+        f"{_n(fullest)} load ratio)",
     )
 
 
@@ -320,7 +175,8 @@ def _share(name: str, total: float | None, target: float) -> Candidate | None:
         return None
     count = math.ceil(_rounded(total / target))
     return Candidate(
-        replicas=count, formula=f"{name} {count} = ceil({_n(total)} in all / {_n(target)} each)"
+        replicas=count,
+        formula=f"{name} {count} = ceil({_n(total)} in all / {_n(target)} each)",
     )
 
 
@@ -337,7 +193,8 @@ def _queue(readings: Readings, target: float) -> Candidate | None:
         )
     kept = readings.ready if readings.waiting else spare
     return Candidate(
-        replicas=kept, formula=f"queue {kept}: {_n(readings.waiting)} waiting is within the target"
+        replicas=kept,
+        formula=f"queue {kept}: {_n(readings.waiting)} waiting is within the target",
     )
 
 
@@ -368,5 +225,5 @@ def _rounded(value: float) -> float:
     return round(value, 6)
 
 
-def _n(value: float) -> str:
-    return f"{value:.3g}"
+def _now(work: Work) -> str:
+    return f"work now {_n(work.replicas)} = {work.formula}"

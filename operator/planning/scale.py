@@ -12,12 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mizzen.operator.planning import idle, learning, steering
-from mizzen.operator.planning.need import (
-    compute_need,
-    read_signals,
-    size_replica,
-    slo_problem,
-)
+from mizzen.operator.planning.need import compute_need, slo_problem
+from mizzen.operator.planning.readings import read_signals, size_replica
 from mizzen.operator.planning.scale_history import History
 from mizzen.operator.planning.scale_rules import ScaleRules
 from mizzen.operator.planning.scale_situation import Answer, Situation, Why
@@ -114,9 +110,10 @@ def _inputs(now: Situation, history: History) -> dict[str, float | None]:
         "running": readings.running,
         "waiting": readings.waiting,
         "kvUsedRatio": readings.kv_used_ratio,
-        "workReplicas": need.work,
+        "workReplicas": need.work.replicas if need.work else None,
         "forecastReplicas": need.forecast.peak if need.forecast else None,
         "capacityPerSecond": sizing.capacity.requests_per_s if sizing.capacity else None,
+        "itlLimitMs": 1000 * sizing.itl_s,
         "startSeconds": sizing.start_s,
     }
     if history.shape is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from mizzen.operator.planning.need import Need, Readings, Sizing
+from mizzen.operator.planning.need import Need
+from mizzen.operator.planning.readings import Readings, Sizing
 from mizzen.operator.planning.scale_rules import ScaleRules
 from mizzen.operator.planning.schedule import Bounds
 from mizzen.operator.planning.signals import Observation

@@ -83,6 +83,8 @@ def _lending_fields(previous: Mapping[str, object], facts: JobFacts) -> Document
     fields: Document = {"preemptions": facts.lending.preemptions}
     if facts.lending.nodes:
         fields["nodes"] = list(facts.lending.nodes)
+    if facts.lending.replica:
+        fields |= {"replica": facts.lending.replica, "crashes": facts.lending.crashes}
     measures = {key: before[key] for key in _YIELD_FIELDS if key in before}
     if (yield_s := facts.lending.yield_s) is not None:
         slowest = max(yield_s, float(before.get("slowestYieldSeconds", 0.0)))

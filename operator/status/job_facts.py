@@ -69,6 +69,8 @@ class Lending:
     preemptions: int = 0
     is_reclaimed: bool = False
     yield_s: float | None = None  # measured now; None where there is nothing new
+    replica: str = ""  # whose weights it has, in mode Loan
+    crashes: int = 0  # of the runs before the one there
 
 
 @dataclass(frozen=True, slots=True)

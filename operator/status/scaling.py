@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from mizzen.operator.planning.digits import three_digits
 from mizzen.operator.planning.scale import Decision
 from mizzen.operator.planning.scale_history import History, Move, Start
 from mizzen.operator.planning.scale_situation import LOAD_REASONS
@@ -216,10 +217,10 @@ def _learned(history: History) -> Document:
         "loadRatio": history.load_ratio,
     }
     document: Document = {
-        name: float(_rounded(value)) for name, value in found.items() if value is not None
+        name: float(three_digits(value)) for name, value in found.items() if value is not None
     }
     if history.starts:
-        document["startSeconds"] = [float(_rounded(start.seconds)) for start in history.starts]
+        document["startSeconds"] = [float(three_digits(start.seconds)) for start in history.starts]
     return document
 
 
@@ -251,12 +252,7 @@ def _with_learned(history: History, learned: Mapping[str, object]) -> History:
 
 
 def _figure(value: float | None) -> str:
-    return "unknown" if value is None else _rounded(value)
-
-
-def _rounded(value: float) -> str:
-    """Three digits tell enough, and keep noise from causing writes."""
-    return f"{value:.3g}"
+    return "unknown" if value is None else three_digits(value)
 
 
 def _time(moment_s: float) -> str:

@@ -5,11 +5,13 @@ with. Knows no tensor.
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from mizzen.runtime.engine.api import AdapterState
 from mizzen.runtime.engine.errors import AdapterLoadError, UnknownAdapterError
+from mizzen.runtime.engine.sequence import Sequence
 
 
 @dataclass(slots=True, eq=False)
@@ -101,3 +103,8 @@ def content_hash(directory: Path) -> str:
         digest.update(f"{file.name}:{len(content)}:".encode())
         digest.update(content)
     return f"sha256:{digest.hexdigest()}"
+
+
+def names_of(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    """Return the adapters that sequences use, each once, by name."""
+    return tuple(sorted({seq.adapter for seq in sequences if seq.adapter}))

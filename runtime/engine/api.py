@@ -170,6 +170,21 @@ class EngineStats:
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
     start_seconds: Mapping[str, float] = field(default_factory=dict)  # start-up phase -> seconds
+    loan_step: int | None = None  # of the job that trains in idle moments now; None: none does
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoanState:
+    """A job on lent weights. `exit_code` is what a trainer's process would have ended with."""
+
+    job: str
+    generation: int
+    directory: str  # of its checkpoints, by which jobs of one name differ
+    progress: str  # the trainer's progress document, as JSON
+    exit_code: int | None = None  # None: it is at it
+    ended_at: str = ""  # RFC 3339, UTC
+    reason: str = ""
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,6 +339,24 @@ class EngineApi(Protocol):
             BadModelError: they cannot be used; what is served stays as it was.
             InvalidRequestError: the engine is asleep.
         """
+
+    async def start_loan(self, job: str) -> LoanState:
+        """Train beside the served weights while no request wants them; `job` is a job.json.
+
+        A generation of a job that is at it already, or is over, is left as it is. One that
+        nobody asks about for a minute commits and ends: whoever lent the weights is gone.
+
+        Raises:
+            EngineBusyError: another job has them, or its base is another; `DrainingError` and
+                `AsleepError` when no more work is taken.
+            InvalidRequestError: the job cannot run beside such weights.
+        """
+
+    async def stop_loan(self) -> None:
+        """Have the job commit its last whole step and end; nothing happens where none is at it."""
+
+    async def loan(self) -> LoanState | None:
+        """Return the job that is at it, or the last one; None where there was none."""
 
     @property
     def draining(self) -> bool:

@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator, Callable
 from itertools import count
 from pathlib import Path
 
-from mizzen.runtime.engine.adapters import AdapterTable, SlotUse, content_hash
+from mizzen.runtime.engine.adapters import AdapterTable, SlotUse, content_hash, names_of
 from mizzen.runtime.engine.admission import check_request, check_scored
 from mizzen.runtime.engine.api import (
     AdapterState,
     EngineStats,
     GenerationRequest,
+    LoanState,
     PromptScores,
     Recorder,
     SamplingParams,
@@ -31,6 +32,7 @@ from mizzen.runtime.engine.errors import (
 )
 from mizzen.runtime.engine.grammar import GrammarCompiler, GrammarState
 from mizzen.runtime.engine.idle import busy
+from mizzen.runtime.engine.lender import Lender
 from mizzen.runtime.engine.live import Live
 from mizzen.runtime.engine.sampler import is_edited, needs_tokens
 from mizzen.runtime.engine.scoring import WAIT_S, Scoring
@@ -63,6 +65,7 @@ class Engine:
         )
         self._adapters: AdapterTable = parts.loop.adapters
         self._arrivals = count()
+        self._lender = Lender(parts.loop.is_wanted)
         self._change_lock = asyncio.Lock()  # adapters and weights change one at a time
         self._draining = False
         self._asleep = False
@@ -109,7 +112,7 @@ class Engine:
     async def score(self, request: ScoreRequest) -> PromptScores:
         """Return what the model thinks of tokens, once no request wants it; see `api`."""
         check_scored(request, vocab_size=self.arch.vocab_size, model_len=self.model_len)
-        self._ranks.check_whole()
+        self._ranks.check_whole("Scores")
         self._check_open()
         with self._loop.lock:
             use = self._adapters.acquire(request.adapter) if request.adapter else None
@@ -177,6 +180,21 @@ class Engine:
                 unused = self._adapters.withdraw(name)
             await self._clear(unused)
 
+    async def start_loan(self, job: str) -> LoanState:
+        """Train beside the served weights while no request wants them; see `api`."""
+        async with self._change_lock:
+            self._ranks.check_whole("Loans")
+            decoder, path = self._resident(), self._weights_path
+            return await asyncio.to_thread(self._lender.lend, job, decoder, path)
+
+    async def stop_loan(self) -> None:
+        """Have the job commit its last whole step and end."""
+        self._lender.ask_to_stop()
+
+    async def loan(self) -> LoanState | None:
+        """Return the job that is at it, or the last one; None where there was none."""
+        return self._lender.state()
+
     def adapters(self) -> list[AdapterState]:
         """Return the adapters that can be asked for, by name."""
         with self._loop.lock:
@@ -185,7 +203,9 @@ class Engine:
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, wait for the running ones, abort those left after `timeout_s`."""
         self._draining = True
+        self._lender.ask_to_stop()
         await self._run_empty(timeout_s)
+        await asyncio.to_thread(self._lender.take_back)
 
     async def _run_empty(self, timeout_s: float) -> None:
         if not await asyncio.to_thread(self._loop.wait_until_empty, timeout_s):
@@ -198,7 +218,9 @@ class Engine:
         async with self._change_lock:
             # All of it again if asked again: the first may have been cut off half way.
             self._asleep = True
+            self._lender.ask_to_stop()
             await self._run_empty(timeout_s)
+            await asyncio.to_thread(self._lender.take_back)
             await self._between_steps(self._fall_asleep)
 
     async def wake(self) -> None:
@@ -229,6 +251,8 @@ class Engine:
             await self._between_steps(self._ranks.forgo)
             raise
 
+        await asyncio.to_thread(self._lender.take_back)
+
         def swap() -> None:
             self._ranks.swap(decoder)
             self._weights, self._weights_path = self._weights + 1, path
@@ -255,8 +279,8 @@ class Engine:
         with loop.lock:
             pool = scheduler.pool
             return EngineStats(
-                running=_demanded(scheduler.running),
-                waiting=_demanded(scheduler.waiting),
+                running=sum(seq.is_demand for seq in scheduler.running),
+                waiting=sum(seq.is_demand for seq in scheduler.waiting),
                 blocks_total=pool.total,
                 blocks_free=pool.free,
                 kv_usage_ratio=pool.used / pool.total,
@@ -271,9 +295,10 @@ class Engine:
                 heartbeat_age_s=time.monotonic() - loop.heartbeat_at,
                 block_size=pool.block_size,
                 max_loras=self._adapters.max_loras,
-                running_adapters=_adapter_names(scheduler.running),
-                waiting_adapters=_adapter_names(scheduler.waiting),
+                running_adapters=names_of(scheduler.running),
+                waiting_adapters=names_of(scheduler.waiting),
                 start_seconds=self.start_seconds,
+                loan_step=self._lender.step,
             )
 
     def is_alive(self) -> bool:
@@ -294,7 +319,9 @@ class Engine:
 
     async def stop(self) -> None:
         """End every request, the loop and the other ranks."""
+        self._lender.ask_to_stop()
         await asyncio.to_thread(self._loop.stop)
+        await asyncio.to_thread(self._lender.take_back)
 
     def _submit(
         self, request: GenerationRequest, grammar: GrammarState | None, stream: Stream
@@ -371,11 +398,3 @@ class Engine:
 
     async def _between_steps(self, call: Callable[[], None]) -> None:
         await asyncio.wrap_future(self._loop.call_between_steps(call))
-
-
-def _adapter_names(sequences: list[Sequence]) -> tuple[str, ...]:
-    return tuple(sorted({seq.adapter for seq in sequences if seq.adapter}))
-
-
-def _demanded(sequences: list[Sequence]) -> int:
-    return sum(seq.is_demand for seq in sequences)

@@ -134,6 +134,10 @@ class Loop:
         with self._work:
             self._idle.remove(work)
 
+    def is_wanted(self) -> bool:
+        """Whether a request or other idle work is there, or the end; asked at every layer."""
+        return bool(self.live) or bool(self._idle) or self._stopping
+
     def wait_until_empty(self, timeout_s: float | None) -> bool:
         """Block until no request is left, or the time is up; return whether none is left."""
         with self._work:

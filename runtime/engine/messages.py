@@ -19,6 +19,7 @@ from mizzen.runtime.engine.api import (
     EngineStats,
     FinishedRequest,
     GenerationRequest,
+    LoanState,
     ModelSizes,
     PromptScores,
     ScoreRequest,
@@ -105,6 +106,20 @@ class Score(Call, tag=True):
     request: ScoreRequest
 
 
+class StartLoan(Call, tag=True):
+    """Train beside the served weights while no request wants them."""
+
+    job: str
+
+
+class StopLoan(Call, tag=True):
+    """Have the job that trains commit and end."""
+
+
+class AskLoan(Call, tag=True):
+    """Say how far the job is."""
+
+
 class Forget(msgspec.Struct, tag=True):
     """Nobody waits for this call any more; it is not answered."""
 
@@ -151,9 +166,21 @@ class Returned(msgspec.Struct, tag=True):
     adapters: list[AdapterState]
     fault: Fault | None = None
     scores: PromptScores | None = None
+    loan: LoanState | None = None
 
 
-AnyCall = LoadAdapter | UnloadAdapter | Drain | Sleep | Wake | LoadWeights | Score
+AnyCall = (
+    LoadAdapter
+    | UnloadAdapter
+    | Drain
+    | Sleep
+    | Wake
+    | LoadWeights
+    | Score
+    | StartLoan
+    | StopLoan
+    | AskLoan
+)
 ToEngine = Start | Generate | Abort | Forget | AnyCall
 FromEngine = Started | Ended | Report | Returned
 Read = TypeVar("Read")

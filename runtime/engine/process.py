@@ -15,15 +15,15 @@ import time
 from collections.abc import Coroutine
 from functools import partial
 
-from mizzen.runtime.engine.api import FinishedRequest, GenerationRequest, PromptScores
+from mizzen.runtime.engine.api import FinishedRequest, GenerationRequest
 from mizzen.runtime.engine.engine import Engine
 from mizzen.runtime.engine.heap import Rest, give_back_freed
 from mizzen.runtime.engine.messages import (
     Abort,
     AnyCall,
+    AskLoan,
     Drain,
     Ended,
-    Fault,
     Forget,
     Generate,
     Link,
@@ -35,6 +35,8 @@ from mizzen.runtime.engine.messages import (
     Sleep,
     Start,
     Started,
+    StartLoan,
+    StopLoan,
     Timings,
     ToEngine,
     UnloadAdapter,
@@ -160,14 +162,14 @@ class Host:
             deliver(error)
 
     async def _return(self, call: AnyCall) -> None:
-        fault: Fault | None = None
-        scores: PromptScores | None = None
+        returned = Returned(number=call.number, adapters=[])
         try:
-            scores = await _perform(self._engine, call)
+            await _perform(self._engine, call, returned)
         except Exception as error:
-            fault = to_fault(error)
+            returned.fault = to_fault(error)
+        returned.adapters = self._engine.adapters()
         self._report()
-        self._link.send(Returned(call.number, self._engine.adapters(), fault, scores))
+        self._link.send(returned)
 
     def _rest_if_idle(self) -> None:
         stats = self._engine.stats()
@@ -195,10 +197,16 @@ class Host:
         )
 
 
-async def _perform(engine: Engine, call: AnyCall) -> PromptScores | None:
+async def _perform(engine: Engine, call: AnyCall, returned: Returned) -> None:
     match call:
         case Score(request=request):
-            return await engine.score(request)
+            returned.scores = await engine.score(request)
+        case StartLoan(job=job):
+            returned.loan = await engine.start_loan(job)
+        case StopLoan():
+            await engine.stop_loan()
+        case AskLoan():
+            returned.loan = await engine.loan()
         case LoadAdapter(name=name, path=path, digest=digest):
             await engine.load_adapter(name, path, digest)
         case UnloadAdapter(name=name):
@@ -211,7 +219,6 @@ async def _perform(engine: Engine, call: AnyCall) -> PromptScores | None:
             await engine.wake()
         case LoadWeights(path=path):
             await engine.load_weights(path)
-    return None
 
 
 def _end_within(seconds: float) -> None:

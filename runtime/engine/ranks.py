@@ -65,11 +65,11 @@ class ModelRanks:
         self.check = ranks.check
         self.serve = ranks.serve
 
-    def check_whole(self) -> None:
-        """Raise InvalidRequestError if the model is spread over several ranks."""
+    def check_whole(self, what: str) -> None:
+        """Raise InvalidRequestError if the model is spread over ranks: `what` needs it whole."""
         if self._ranks.size > 1:
             raise InvalidRequestError(
-                "Scores need a model that is not spread over ranks. Ask a deployment "
+                f"{what} need a model that is not spread over ranks. Ask a deployment "
                 "with spec.parallelism.tensor and pipeline 1."
             )
 

@@ -15,6 +15,7 @@ from mizzen.runtime.engine.api import (
     AdapterState,
     EngineStats,
     GenerationRequest,
+    LoanState,
     PromptScores,
     Recorder,
     ScoreRequest,
@@ -25,6 +26,7 @@ from mizzen.runtime.engine.errors import EngineDeadError, InvalidRequestError
 from mizzen.runtime.engine.messages import (
     Abort,
     AnyCall,
+    AskLoan,
     Drain,
     Ended,
     Forget,
@@ -39,6 +41,8 @@ from mizzen.runtime.engine.messages import (
     Sleep,
     Start,
     Started,
+    StartLoan,
+    StopLoan,
     Timings,
     UnloadAdapter,
     Wake,
@@ -182,6 +186,20 @@ class RemoteEngine:
     async def load_weights(self, path: Path) -> None:
         """Serve other weights of the same model; see `api.EngineApi.load_weights`."""
         await self._call(LoadWeights(number=next(self._numbers), path=path))
+
+    async def start_loan(self, job: str) -> LoanState:
+        """Train beside the served weights; see `api.EngineApi.start_loan`."""
+        answer = await self._call(StartLoan(number=next(self._numbers), job=job))
+        assert answer.loan is not None, "what has no fault has begun"
+        return answer.loan
+
+    async def stop_loan(self) -> None:
+        """Have the job commit its last whole step and end."""
+        await self._call(StopLoan(number=next(self._numbers)))
+
+    async def loan(self) -> LoanState | None:
+        """Return the job that is at it, or the last one; None where there was none."""
+        return (await self._call(AskLoan(number=next(self._numbers)))).loan
 
     @property
     def draining(self) -> bool:

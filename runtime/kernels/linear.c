@@ -12,6 +12,7 @@ on their way from memory, and inputs keep their precision. */
 #ifdef __AMX_BF16__
 
 enum { STEP = 32, PANEL = 32, TILE = 16, TILE_BYTES = 1024, AHEAD = 4096 };
+enum { MOST_TOGETHER = 4, BYTES_TOGETHER = 160 << 10 };
 
 /* Tiles 0 to 3 are sums (tokens by outputs), 4 and 5 inputs, 6 and 7 weights. */
 static void shape_tiles(long tokens) {
@@ -34,8 +35,9 @@ INLINE void widen_step(const int8_t *from, uint16_t *to) {
     }
 }
 
+/* Into the second cache: the first can wait for too few lines at once to keep memory busy. */
 INLINE void fetch_ahead(const void *from, long bytes) {
-    for (long i = 0; i < bytes; i += 64) _mm_prefetch((const char *)from + AHEAD + i, _MM_HINT_T0);
+    for (long i = 0; i < bytes; i += 64) _mm_prefetch((const char *)from + AHEAD + i, _MM_HINT_T1);
 }
 
 INLINE void multiply_step(const uint16_t *x, long stride_bytes, const void *weights, int is_tall) {
@@ -87,47 +89,76 @@ static void finish(const Linear *l, long panel, long token, long tokens) {
     }
 }
 
-/* Multiplies all tokens by a panel. */
-static void panel_item(void *data, long panel) {
-    const Linear *l = data;
+/* Panels side by side, which lie in the second cache together. */
+typedef struct {
+    const Linear *l;
+    long panels; /* of an item */
+} Groups;
+
+/* Multiplies up to 32 tokens by a panel, whose weights are in 8 bits if `is_narrow`. */
+INLINE void multiply_panel(const Linear *l, const void *weight, int is_narrow, long panel,
+                           long token, long tokens) {
     const long steps = l->inputs / STEP, step_size = STEP * PANEL, stride = l->inputs * 2;
-    const uint16_t *halves = (const uint16_t *)l->weight + panel * steps * step_size;
-    const int8_t *bytes = (const int8_t *)l->weight + panel * steps * step_size;
-    uint16_t *wide = NULL;
+    const uint16_t *x = l->x + token * l->inputs;
     uint16_t one_step[STEP * PANEL] __attribute__((aligned(64)));
-    if (l->scales && l->tokens > 2 * TILE) {
-        wide = aligned_alloc(64, steps * step_size * 2);
-        for (long s = 0; s < steps; s++) widen_step(bytes + s * step_size, wide + s * step_size);
-        halves = wide;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long s = 0; s < steps; s++) {
+        const uint16_t *weights = (const uint16_t *)weight + s * step_size;
+        if (is_narrow) {
+            const int8_t *bytes = (const int8_t *)weight + s * step_size;
+            fetch_ahead(bytes, step_size);
+            widen_step(bytes, one_step);
+            weights = one_step;
+        } else if (token == 0) fetch_ahead(weights, 2 * step_size);
+        if (tokens > TILE) multiply_step(x + s * STEP, stride, weights, 1);
+        else multiply_step(x + s * STEP, stride, weights, 0);
+    }
+    finish(l, panel, token, tokens);
+}
+
+/* Multiplies all tokens by a group of panels: some tokens by all of them first, so that what is
+written lies side by side. */
+static void group_item(void *data, long item) {
+    const Groups *groups = data;
+    const Linear *l = groups->l;
+    const long size = l->inputs * PANEL, first = item * groups->panels;
+    const int is_narrow = l->scales && l->tokens <= 2 * TILE;
+    const char *weights = (const char *)l->weight + first * size * (l->scales ? 1 : 2);
+    uint16_t *wide = NULL;
+    if (l->scales && !is_narrow) {
+        wide = aligned_alloc(64, groups->panels * size * 2);
+        for (long i = 0; i < groups->panels * size; i += STEP * PANEL)
+            widen_step((const int8_t *)weights + i, wide + i);
+        weights = (const char *)wide;
     }
     for (long token = 0; token < l->tokens; token += 2 * TILE) {
         const long left = l->tokens - token, tokens = left < 2 * TILE ? left : 2 * TILE;
-        const uint16_t *x = l->x + token * l->inputs;
         if (token == 0 || tokens < 2 * TILE) shape_tiles(tokens);
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (long s = 0; s < steps; s++) {
-            const uint16_t *weights = halves + s * step_size;
-            if (l->scales && !wide) {
-                fetch_ahead(bytes + s * step_size, step_size);
-                widen_step(bytes + s * step_size, one_step);
-                weights = one_step;
-            } else if (token == 0) fetch_ahead(weights, 2 * step_size);
-            if (tokens > TILE) multiply_step(x + s * STEP, stride, weights, 1);
-            else multiply_step(x + s * STEP, stride, weights, 0);
-        }
-        finish(l, panel, token, tokens);
+        for (long i = 0; i < groups->panels; i++)
+            multiply_panel(l, weights + i * size * (is_narrow ? 1 : 2), is_narrow, first + i, token,
+                           tokens);
     }
     free(wide);
     _tile_release();
 }
 
+/* The most panels that stay in the cache and still share out evenly; one where it is widened first,
+for that gained nothing. */
+static long panels_together(const Linear *l, int threads) {
+    const long panels = l->outputs / PANEL, bytes = l->inputs * PANEL * 2;
+    long group = l->scales && l->tokens > 2 * TILE ? 1 : MOST_TOGETHER;
+    while (group > 1 && (group * bytes > BYTES_TOGETHER || panels % (group * threads))) group--;
+    return group;
+}
+
 EXPORT int has_linear(void) { return 1; }
 
 EXPORT void linear(const Linear *l, int threads) {
-    each_item(panel_item, (void *)l, l->outputs / PANEL, threads);
+    Groups groups = {l, panels_together(l, threads)};
+    each_item(group_item, &groups, l->outputs / PANEL / groups.panels, threads);
 }
 #else
 EXPORT int has_linear(void) { return 0; }

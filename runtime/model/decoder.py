@@ -362,6 +362,12 @@ class Decoder(nn.Module):
             if isinstance(module, (ColumnLinear, RowLinear, VocabTable, Replicated)):
                 yield module
 
+    @property
+    def lets_gradients_through(self) -> bool:
+        """Whether an adapter can learn beside these weights as they are kept."""
+        linears = (part for part in self.parts() if isinstance(part, Linear))
+        return all(linear.lets_gradients_through for linear in linears)
+
     def prepack(self) -> bool:
         """Make a CPU model faster and final: it cannot be trained or reloaded afterwards.
 

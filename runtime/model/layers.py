@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from mizzen.runtime.kernels import ops
 from mizzen.runtime.model.arch import ArchSpec
+from mizzen.runtime.model.beside import is_recoverable, multiply_beside
 from mizzen.runtime.model.packed import PackedWeight, Quantization, pack
 from mizzen.runtime.model.panels import PanelWeight
-from mizzen.runtime.model.stored import store
+from mizzen.runtime.model.stored import StoredWeight, store
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.parallel.shard import Span, even_span
 
@@ -63,14 +64,15 @@ class Linear(nn.Module):
         self, x_TI: Tensor, *, bias: bool = True, residual_TO: Tensor | None = None
     ) -> Tensor:
         """Return `x` times the weight, plus the bias unless told not to, plus the residual."""
-        addend = self.bias if bias else None
-        if self.panels is not None:
+        addend, packed = self.bias if bias else None, self._packed
+        if packed is None:
+            out_TO = F.linear(x_TI, self.weight, addend)
+        elif x_TI.requires_grad and is_recoverable(packed):
+            out_TO = multiply_beside(x_TI, addend, packed)
+        elif self.panels is not None:
             return self.panels(x_TI, addend, residual_TO)
-        out_TO = (
-            F.linear(x_TI, self.weight, addend)
-            if self._packed is None
-            else self._packed(x_TI, addend)
-        )
+        else:
+            out_TO = packed(x_TI, addend)
         return out_TO if residual_TO is None else residual_TO + out_TO
 
     def pack(self, quantization: Quantization = "none", *, is_read_by_row: bool = False) -> None:
@@ -85,6 +87,12 @@ class Linear(nn.Module):
         """Keep the weight in few bits and let gradients through, for what is trained beside it."""
         self._packed = store(self.weight, quantization)
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
+
+    @property
+    def lets_gradients_through(self) -> bool:
+        """Whether what is multiplied by this weight can learn, though the weight does not."""
+        packed = self._packed
+        return packed is None or isinstance(packed, StoredWeight) or is_recoverable(packed)
 
     def rows(self, at_T: Tensor) -> Tensor:
         """Return these rows of the weight; of a packed one, if `is_read_by_row` was said."""
@@ -243,7 +251,8 @@ class VocabTable(Linear):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Return float32 scores over the whole vocabulary, equal on every rank."""
-        if self._group.size == 1 and self.panels is not None:
+        is_served = self.panels is not None and not hidden_ND.requires_grad
+        if self._group.size == 1 and is_served:
             # The sums are float32: not rounded on the way, they need not be widened after it.
             scores_NV = self.panels(hidden_ND, self.bias, dtype=torch.float32)
             return scores_NV[:, : self.vocab]

@@ -52,6 +52,10 @@ class OneDnnWeight:
         """Return out_TO."""
         return torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, bias_O, "none", [], "")
 
+    def recover(self) -> Tensor:
+        """Return the weight_OI as it was."""
+        return self._packed.to_dense()
+
 
 class Int8Weight:
     """8 bits per weight, one scale per output; inputs are rounded to 8 bits on the way in.

@@ -37,6 +37,12 @@ class PanelWeight:
         pieces = self._panels[panels_T, :, within_T // _TILE, :, within_T % _TILE]
         return pieces.reshape(len(at_T), self._inputs)
 
+    def recover(self) -> Tensor:
+        """Return the whole weight_OI as it was; not with 8 bits."""
+        assert not self.has_8_bits, "8 bits are not what they were"
+        pairs = self._panels.permute(0, 2, 4, 1, 3, 5)
+        return pairs.reshape(self._outputs, self._inputs)
+
     @staticmethod
     def suits(weight_OI: Tensor) -> bool:
         """Is the unit here, and does the matrix divide into panels?"""

@@ -1,4 +1,4 @@
-"""The admin port: health that tells the truth, metrics, drain, sleep, weights. Not for users."""
+"""The admin port: health that tells the truth, metrics, changes to what runs. Not for users."""
 
 import asyncio
 from functools import partial
@@ -14,6 +14,7 @@ from mizzen.runtime.server.access import Access, Gate
 from mizzen.runtime.server.adapters import adapters_body, checked_path
 from mizzen.runtime.server.drain import Drain
 from mizzen.runtime.server.errors import ApiError, from_validation
+from mizzen.runtime.server.loans import look_at_loan, start_loan, stop_loan
 from mizzen.runtime.server.routes import GuardedRoute, build_http_app, json_response, read_body
 from mizzen.runtime.server.service import Phase, Service
 from mizzen.runtime.server.weights import WeightSwaps
@@ -21,6 +22,7 @@ from mizzen.runtime.server.weights import WeightSwaps
 Asked = TypeVar("Asked", bound=BaseModel)
 
 _BODY_LIMIT = 64 * 1024
+_JOB_LIMIT = 1024 * 1024  # what a ConfigMap holds
 
 
 class DrainRequest(BaseModel):
@@ -54,6 +56,9 @@ def admin_routes(service: Service, drain: Drain) -> list[GuardedRoute]:
         GuardedRoute("POST", "/sleep", partial(_sleep, service), Access.ADMIN),
         GuardedRoute("POST", "/wake", partial(_wake, service), Access.ADMIN),
         GuardedRoute("POST", "/weights", partial(_weights, service, swaps), Access.ADMIN),
+        GuardedRoute("GET", "/loan", partial(_loan, service), Access.ADMIN),
+        GuardedRoute("PUT", "/loan", partial(_lend, service), Access.ADMIN),
+        GuardedRoute("DELETE", "/loan", partial(_take_back, service), Access.ADMIN),
     ]
 
 
@@ -168,3 +173,17 @@ async def _weights(service: Service, swaps: WeightSwaps, request: Request) -> AS
     path = await asyncio.to_thread(checked_path, asked.path, roots)
     await swaps.ask(path)
     return json_response({"path": str(path)})
+
+
+async def _loan(service: Service, request: Request) -> ASGIApp:
+    return json_response(await look_at_loan(service))
+
+
+async def _lend(service: Service, request: Request) -> ASGIApp:
+    """Have a job train while nobody asks; the same one again says how far it is."""
+    body = await read_body(request, limit=_JOB_LIMIT)
+    return json_response(await start_loan(service, body.decode(errors="replace")), status=202)
+
+
+async def _take_back(service: Service, request: Request) -> ASGIApp:
+    return json_response(await stop_loan(service), status=202)

@@ -159,6 +159,9 @@ class _Scrape(Collector):
         yield self._gauge("vllm:kv_cache_usage_perc", stats.kv_usage_ratio)
         yield self._gauge("mizzen:kv_blocks_free", stats.blocks_free)
         yield self._gauge("mizzen:engine_heartbeat_age_seconds", stats.heartbeat_age_s)
+        yield self._gauge("mizzen:loans_running", float(stats.loan_step is not None))
+        if stats.loan_step is not None:
+            yield self._gauge("mizzen:loan_step", stats.loan_step)
 
     def _counters(self, stats: EngineStats) -> Iterator[Metric]:
         yield self._counter("vllm:prompt_tokens", stats.prompt_tokens)

@@ -342,10 +342,10 @@ def load_config(path: Path) -> TrainConfig:
     except OSError as error:
         raise JobConfigError(f"{path} cannot be read: {error.strerror}.") from error
     except ValidationError as error:
-        raise JobConfigError(f"{path.name} is not a valid job: {_first_faults(error)}.") from error
+        raise JobConfigError(f"{path.name} is not a valid job: {first_faults(error)}.") from error
 
 
-def _first_faults(error: ValidationError, *, limit: int = 5) -> str:
+def first_faults(error: ValidationError, *, limit: int = 5) -> str:
     """Return the first faults as `field: what is wrong`, short enough for a status message."""
     faults = [
         f"{'.'.join(str(part) for part in fault['loc']) or 'job'}: {fault['msg']}"

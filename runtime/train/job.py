@@ -31,6 +31,7 @@ from mizzen.runtime.train.methods.registry import build_method
 from mizzen.runtime.train.progress import ProgressBoard, Verdict, fit_termination_log
 from mizzen.runtime.train.publish import publish
 from mizzen.runtime.train.records import Shape
+from mizzen.runtime.train.render import ChatRenderer
 from mizzen.runtime.train.roles.cast import close_stage, open_stage
 from mizzen.runtime.train.sources import load_source
 from mizzen.runtime.train.stop import EXIT_DONE, EXIT_YIELDED, StopFlag, YieldRequested
@@ -100,24 +101,31 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
     close_stage(stage)
     workers.end()
     with stop.nothing_to_lose():
-        failed = [verdict.suite for verdict in verdicts if not verdict.passed]
-        if failed:
-            log.warning("The candidate is worse than its base on %s.", ", ".join(failed))
-        if not failed or config.evaluation.on_fail == "Warn":
-            board.enter("Publishing")
-            made_from = Provenance(
-                base_digest=model_digest(find_checkpoint(config.base_model)),
-                data_digest=work.data.digest if work.data else None,
-                counts=work.data.counts if work.data else {},
-            )
-            board.published(
-                publish(config, work.write, step=work.step, verdicts=verdicts, made_from=made_from)
-            )
-        else:
-            work.drop()
-    board.enter("Succeeded")
+        conclude(config, work, verdicts, board)
     _report(environment.termination_log, board)
     return EXIT_DONE
+
+
+def conclude(
+    config: TrainConfig, work: Work, verdicts: list[Verdict], board: ProgressBoard
+) -> None:
+    """Publish what a job made, unless the gate is against it."""
+    failed = [verdict.suite for verdict in verdicts if not verdict.passed]
+    if failed:
+        log.warning("The candidate is worse than its base on %s.", ", ".join(failed))
+    if not failed or config.evaluation.on_fail == "Warn":
+        board.enter("Publishing")
+        made_from = Provenance(
+            base_digest=model_digest(find_checkpoint(config.base_model)),
+            data_digest=work.data.digest if work.data else None,
+            counts=work.data.counts if work.data else {},
+        )
+        board.published(
+            publish(config, work.write, step=work.step, verdicts=verdicts, made_from=made_from)
+        )
+    else:
+        work.drop()
+    board.enter("Succeeded")
 
 
 def _prepare(
@@ -139,12 +147,12 @@ def _prepare(
         check_same_tokens(around.tokenizer, config.distill.teacher)
     if config.is_trained:
         method = build_method(around)
-        data = _read_data(config, around.tokenizer, board, method.shape, around.spec.max_len)
+        data = read_data(config, around.tokenizer, board, method.shape, around.spec.max_len)
         mark = fingerprint(config, data)
         return Training(around, method, data, fingerprint=mark, board=board, workers=workers)
     read = None
     if config.datasets:
-        read = _read_data(config, around.tokenizer, board, "conversation", around.spec.max_len)
+        read = read_data(config, around.tokenizer, board, "conversation", around.spec.max_len)
     directory = config.checkpoint.directory
     return Transform(
         around=around,
@@ -206,7 +214,7 @@ def prepare_transformers(
     described = model.read_config(checkpoint)
     check_fits(model.plan_need(config, described, device), memory_limit(device))
     tokenizer = Tokenizer.load(checkpoint)
-    data = _read_data(config, tokenizer, board, "conversation", model.max_len(described))
+    data = read_data(config, tokenizer, board, "conversation", model.max_len(described))
     around = None
     if questions := [suite.name for suite in config.evaluation.suites if suite.is_question]:
         try:
@@ -222,9 +230,9 @@ def prepare_transformers(
     )
 
 
-def _read_data(
+def read_data(
     config: TrainConfig,
-    tokenizer: Tokenizer,
+    renderer: ChatRenderer,
     board: ProgressBoard,
     shape: Shape,
     max_len: int | None,
@@ -236,7 +244,7 @@ def _read_data(
     ]
     wanted = config.processing.max_seq_len
     limits = {"max_seq_len": min(wanted, max_len or wanted)}
-    data = prepare(sources, tokenizer, config.processing.model_copy(update=limits))
+    data = prepare(sources, renderer, config.processing.model_copy(update=limits))
     board.prepared(data.counts)
     return data
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.train.batches import SampleOrder, total_steps
 from mizzen.runtime.train.budget import Spent, find_spent
 from mizzen.runtime.train.checkpoint import Counters
@@ -50,6 +51,7 @@ class LoopParts:
 
     decoder: Decoder
     trainable: Trainable
+    lora: LoraDelta | None  # the trainable one, where that is what moves
     method: Method
     precision: Callable[[], AbstractContextManager[object]] = nullcontext
     order: SampleOrder
@@ -175,7 +177,7 @@ class Loop:
         losses, norm, tokens = [], 0.0, 0
         seed = random_seed(hyper.seed, step, 0)
         with parts.precision():
-            updates = parts.method.updates(parts.decoder, samples, parts.trainable.lora, seed=seed)
+            updates = parts.method.updates(parts.decoder, samples, parts.lora, seed=seed)
         for number, items in enumerate(updates):
             # Between two updates no checkpoint could be taken, so only the first can be stopped.
             loss = self._accumulate(items, step, can_stop=number == 0)
@@ -261,7 +263,7 @@ class Loop:
             micro = items[first : min(first + self._micro_batch, own.stop)]
             torch.manual_seed(random_seed(self._hyper.seed, step, first))
             with parts.precision():
-                micro_loss = parts.method.loss_sum(parts.decoder, micro, parts.trainable.lora)
+                micro_loss = parts.method.loss_sum(parts.decoder, micro, parts.lora)
             micro_loss = micro_loss / labels
             micro_loss.backward()  # type: ignore[no-untyped-call]
             loss += micro_loss.item()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import ArchSpec
+from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.stop import Stop
 
@@ -17,6 +19,17 @@ class Stage:
     """Where roles are played on Ray: a place in each pod, the trainer's first."""
 
     places: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """The weights of a replica that serves, lent to a job while nobody asks.
+
+    `give_way` returns once nobody does, or raises `YieldRequested`.
+    """
+
+    decoder: Decoder
+    give_way: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,3 +45,4 @@ class Surroundings:
     teacher_api_key: str | None = None
     admin_token: str | None = None  # of the replicas that draw
     stage: Stage | None = None  # where others than the trainer draw and judge
+    resident: Resident | None = None  # what is trained beside, instead of a base of its own

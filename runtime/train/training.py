@@ -23,6 +23,7 @@ from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.digest import mark_model
 from mizzen.runtime.train.errors import RoleLostError
 from mizzen.runtime.train.evaluate import Examination, TallyStore
+from mizzen.runtime.train.giving_way import GivingWay
 from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.ledger import DiskLedger, Ledger, NoLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
@@ -68,13 +69,18 @@ class Training:
         self._ranks = ranks = Together(workers.tensor, device)
         self._stop: Stop = around.stop
         self._tokenizer: Tokenizer = around.tokenizer
-        self._decoder = load_base(config, device, workers.tensor)
+        self._resident = around.resident
+        if around.resident is not None:
+            self._decoder = around.resident.decoder
+        else:
+            self._decoder = load_base(config, device, workers.tensor)
         self._adapted = adapt(
             self._decoder,
             config,
             heads=method.heads(),
             dtype=choose_dtype(config.hyperparameters.dtype, device),
         )
+        self._lora = self._giving_way(self._adapted.trainable.lora)
         self.data = data
         if not workers.is_in_first_copy:
             workers.begin()  # until then the leader may be taking notes
@@ -109,7 +115,7 @@ class Training:
                 self._examination,
                 self._store,
                 keep=config.checkpoint.keep_best,
-                subject=lambda: self._subject(self._adapted.trainable.lora),
+                subject=lambda: self._subject(self._lora),
             )
         self._state = self._restore()
         self.step = self._state.counters.step if self._state else 0
@@ -133,7 +139,7 @@ class Training:
         loop: Loop | None = None
         try:
             # The base comes first: a full fine-tune leaves no base behind to ask later.
-            examination.ask_base(self._subject(None))
+            examination.ask_base(self._subject(self._giving_way(None)))
             self._workers.begin()
             loop = self._start_loop()
             loop.take_from_leader()
@@ -145,7 +151,7 @@ class Training:
             self._take_best()
             self._board.enter("Evaluating")
             adapted.round_for_publishing()
-            candidate = self._subject(adapted.trainable.lora)
+            candidate = self._subject(self._lora)
             verdicts = examination.ask_candidate(candidate, step=self.step)
         except YieldRequested:
             if loop is None:
@@ -176,6 +182,10 @@ class Training:
         self._adapted.set_training(False)
         self._validation.measure(step)
         self._adapted.set_training(True)
+
+    def _giving_way(self, lora: LoraDelta | None) -> LoraDelta | None:
+        resident = self._resident
+        return lora if resident is None else GivingWay(lora, resident.give_way)
 
     def _subject(self, lora: LoraDelta | None) -> Subject:
         return Subject(decoder=self._decoder, lora=lora, precision=self._adapted.precision)
@@ -219,6 +229,7 @@ class Training:
         parts = LoopParts(
             decoder=self._decoder,
             trainable=self._adapted.trainable,
+            lora=self._lora,
             method=self._method,
             precision=self._adapted.precision,
             order=SampleOrder(self.data, seed=config.hyperparameters.seed),

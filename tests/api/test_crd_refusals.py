@@ -10,7 +10,39 @@ pytestmark = pytest.mark.api
 
 
 SERVED = {"rewards": [{"type": "exactAnswer"}], "rollout": {"deployment": "chat"}}
+LOAN: Document = {"mode": "Loan", "dataset": [{"name": "t", "uri": "pvc://models/t.jsonl"}]}
+
+
 REFUSED: dict[str, tuple[Document, str]] = {
+    "a loan from nobody": (
+        job(**LOAN, baseModel={"source": "pvc://models/m"}),
+        "mode Loan needs baseModel.deployment, whose replicas lend their weights.",
+    ),
+    "a loan of whole weights": (
+        job(**LOAN, adaptation={"type": "full"}),
+        "mode Loan needs method sft, backend Mizzen and adaptation.type lora.",
+    ),
+    "a loan with devices of its own": (
+        job(**LOAN, resources={"accelerator": GPU}),
+        "mode Loan has no pods: leave out workers, resources, spareCapacity, queue and",
+    ),
+    "a loan on several workers": (
+        job(**LOAN, workers={"max": 2}),
+        "mode Loan has no pods: leave out workers",
+    ),
+    "a loan with a judge": (
+        job(**LOAN, evaluation={"suites": [{"name": "wins", "type": "winRate"}],
+                                "judge": {"deployment": "other"}}),
+        "mode Loan cannot ask evaluation.judge: take other suites.",
+    ),
+    "a loan that uploads": (
+        job(**LOAN, output={"s3": "s3://bucket/results"}),
+        "mode Loan has no keys of a bucket: leave output.s3 out.",
+    ),
+    "a loan with data in a ConfigMap": (
+        job(mode="Loan"),
+        "mode Loan reads no ConfigMap: put each dataset on the claim of the model.",
+    ),
     "replicas together with scaling": (
         deployment(replicas=2, scaling={"min": 1, "max": 2}),
         "Set replicas for a fixed size or scaling for bounds, not both; scaling.dryRun true",

@@ -16,6 +16,7 @@ import yaml
 
 from hack.chart.__main__ import CHART
 from hack.chart.install import find_helm
+from hack.prometheus import PrometheusServer
 from mizzen.operator.desired.serving import PodPlace, build_pod
 from mizzen.operator.metrics.figures import Measured
 from mizzen.operator.metrics.prometheus import PrometheusSource
@@ -24,7 +25,6 @@ from mizzen.operator.planning.signals import Signal
 from tests.fixtures.exporters import Exporters
 from tests.fixtures.metrics_story import NAME, TARGET
 from tests.fixtures.pod_monitors import FoundPod, scrape_configs
-from tests.fixtures.prometheus_server import running
 from tests.fixtures.wanted_serving import serving
 
 pytestmark = pytest.mark.api
@@ -87,7 +87,7 @@ def server(
 ) -> Iterator[str]:
     monitors = [document for document in chart if document["kind"] == "PodMonitor"]
     config = {"scrape_configs": scrape_configs(monitors, found_pods(chart, exporters))}
-    with running(prometheus, tmp_path, config) as url:
+    with PrometheusServer(prometheus, tmp_path, config) as url:
         yield url
 
 

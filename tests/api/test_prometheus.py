@@ -12,13 +12,13 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from hack.prometheus import PrometheusServer
 from mizzen.operator.metrics.figures import UNKNOWN
 from mizzen.operator.metrics.prometheus import PrometheusSource
 from mizzen.operator.planning.scale import History, decide
 from mizzen.operator.planning.scale_rules import ScaleRules, Targets
 from mizzen.operator.planning.signals import Observation, ReplicaState
 from tests.fixtures.metrics_story import LENGTH_S, NAME, OTHER, QUIET, STEP_S, TARGET, Story, check
-from tests.fixtures.prometheus_server import running
 
 _AHEAD_S = 120  # so much of the story lies after the server's start
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(\{.*\})? (\S+)")
@@ -62,7 +62,7 @@ def server(prometheus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         check=True,
         capture_output=True,
     )
-    with running(prometheus, folder, {"global": {}}) as url:
+    with PrometheusServer(prometheus, folder, {"global": {}}) as url:
         yield url
 
 

@@ -32,6 +32,10 @@ SHORT = ["--input-tokens", "8", "16", "--output-tokens=4", "--rounds=1", "--thre
 WITH_PROCESSES = {
     "serving_throughput": (["MODEL", "--peers", "--concurrency", "1", "2", *SHORT], "mizzen_tok_s"),
     "serving_http": (["MODEL", "--peers", "--concurrency", "2", *SHORT], "ttft_p50_ms"),
+    "loan_latency": (
+        ["MODEL", "--requests=2", "--rounds=2", "--sample-words=8", "--threads=1"],
+        "p95_over_idle",
+    ),
 }
 
 

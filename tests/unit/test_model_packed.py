@@ -12,6 +12,7 @@ from mizzen.runtime.engine.ranks import load_rank
 from mizzen.runtime.errors import QuantizationUnsupportedError
 from mizzen.runtime.kernels import compile as compiling
 from mizzen.runtime.kernels import library
+from mizzen.runtime.model.beside import is_recoverable, multiply_beside
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import Linear
 from mizzen.runtime.model.loader import load_decoder
@@ -226,3 +227,35 @@ def test_a_tied_table_is_held_once_where_its_panels_give_rows(tmp_path: Path) ->
     assert torch.equal(decoder.embedding.embed(tokens), before)
     is_panels = isinstance(decoder.embedding._packed, PanelWeight)
     assert (decoder.embedding.weight.numel() == 0) == is_panels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_pass_a_packed_weight_as_they_pass_the_plain_one(dtype: torch.dtype) -> None:
+    """The first form is AMX's where there is one, the second oneDNN's."""
+    bias = torch.arange(96).to(dtype)
+    for packed in (pack(WEIGHT.to(dtype), "none"), OneDnnWeight(WEIGHT.to(dtype))):
+        plain, beside = (
+            torch.randn(9, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+            for _ in range(2)
+        )
+        expected = torch.nn.functional.linear(plain.requires_grad_(True), WEIGHT.to(dtype), bias)
+        assert is_recoverable(packed)
+        found = multiply_beside(beside.requires_grad_(True), bias, packed)
+        for out in (expected, found):
+            out.float().square().sum().backward()
+        assert plain.grad is not None
+        assert beside.grad is not None
+        assert error(beside.grad, plain.grad) < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_panels_give_the_whole_weight_back_as_it_was() -> None:
+    matrix = WEIGHT.to(torch.bfloat16)
+    assert torch.equal(PanelWeight(matrix, has_8_bits=False).recover(), matrix)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_nothing_learns_beside_a_model_of_few_bits(tmp_path: Path, kind: Quantization) -> None:
+    save_tiny_llama(tmp_path)
+    assert load_decoder(tmp_path).lets_gradients_through
+    assert not load_decoder(tmp_path, quantization=kind).lets_gradients_through
+    assert load_decoder(tmp_path, quantization=kind, is_trained_beside=True).lets_gradients_through

@@ -68,6 +68,9 @@ async def test_what_changes_the_server_is_for_admins() -> None:
         "POST /sleep",
         "POST /wake",
         "POST /weights",
+        "GET /loan",
+        "PUT /loan",
+        "DELETE /loan",
     }
 
 
