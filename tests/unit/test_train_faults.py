@@ -80,6 +80,7 @@ def loop_of(
     parts = LoopParts(
         decoder=decoder,
         trainable=Trainable(full_views(decoder), lora=None, weight_decay=0.0),
+        lora=None,
         method=method,
         order=SampleOrder(prepared, seed=0),
         ledger=DiskLedger(
