@@ -41,10 +41,11 @@ from mizzen.runtime.parallel.ranks import Ranks
 
 # A step of this many tokens is the longest pause a prompt can put between two tokens of others.
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}
-# While others decode, fewer of a prompt. On one core with AMX and SmolLM2-135M in bfloat16, a step
-# of 8 decodes took 40 ms and 112 tokens of a prompt 70 more: less than three times as long. Half as
-# many tokens took that at a context of 1,500, a quarter at 4,000.
-BESIDE_DECODES = {"cpu": 112, "cuda": 8192}
+# While others decode, fewer of a prompt. On two cores with AMX and SmolLM2-135M in bfloat16, 8
+# streams had a token every 25 ms, and beside 56 tokens of a prompt every 48; beside 112 every 58,
+# with a 99th percentile of 4.5 times the median instead of 2.5. On one core half as many tokens
+# took as long at a context of 1,500, a quarter at 4,000.
+BESIDE_DECODES = {"cpu": 56, "cuda": 8192}
 EVEN_CONTEXT = {"cpu": 1500, "cuda": None}
 AHEAD_ON = {"cuda"}
 WARM_UP_PROMPT, WARM_UP_ROWS = 64, 8
