@@ -195,14 +195,20 @@ def as_table(rows: list[Row]) -> str:
     return "\n".join([*lines, f"| all | {times} | {whole} | {refused} | {cut} | {seconds} |"])
 
 
-def main() -> None:
-    """Print the table; 1 where a stream was cut or refused."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def deployment_arguments(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what names a deployment and the gateway before it."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
     parser.add_argument("--deployment", default="smollm2")
     parser.add_argument("--namespace", default="quickstart")
     parser.add_argument("--model", default="", help="served name; the deployment's when left out")
     parser.add_argument("--url", default="", help="the gateway; found in mizzen-system otherwise")
     parser.add_argument("--api-key", default="")
+    return parser
+
+
+def main() -> None:
+    """Print the table; 1 where a stream was cut or refused."""
+    parser = deployment_arguments(__doc__)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--scale-downs", type=int, default=100)

@@ -24,7 +24,12 @@ from typing import Any
 import aiohttp
 
 from benchmarks.control_plane import Api, beside
-from benchmarks.cut_streams import LIMIT_S, Deployment, gateway_url
+from benchmarks.cut_streams import (
+    LIMIT_S,
+    Deployment,
+    deployment_arguments,
+    gateway_url,
+)
 from benchmarks.rows import Rows, percentile
 from mizzen.operator.desired.labels import DEPLOYMENT, WAKE
 from mizzen.operator.kube.connect import open_client
@@ -221,12 +226,7 @@ def percentiles(starts: Iterable[Start]) -> list[dict[str, str | float | None]]:
 
 def main() -> None:
     """Print a JSON line per start, the percentiles, and a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--deployment", default="smollm2")
-    parser.add_argument("--namespace", default="quickstart")
-    parser.add_argument("--model", default="", help="served name; the deployment's when left out")
-    parser.add_argument("--url", default="", help="the gateway; found in mizzen-system otherwise")
-    parser.add_argument("--api-key", default="")
+    parser = deployment_arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     rows = Rows("Seconds from a request that finds no replica to each step and to its first token")

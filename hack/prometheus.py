@@ -14,7 +14,7 @@ PACKAGE = "prometheus"
 
 
 class NoPrometheusError(Exception):
-    """The package cannot be had; the text says why."""
+    """The package cannot be had, or the server does not start; the text says why."""
 
 
 def prometheus_binary() -> Path:
@@ -66,7 +66,12 @@ class PrometheusServer:
     def __enter__(self) -> str:
         self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
         url = f"http://{self._address}"
-        asyncio.run(_wait_ready(url))
+        if not asyncio.run(_is_ready(url)):
+            self.__exit__()
+            raise NoPrometheusError(
+                "Prometheus did not answer within 30 s. Run it to see why: "
+                f"{' '.join(self._command)}"
+            )
         return url
 
     def __exit__(self, *_: object) -> None:
@@ -74,14 +79,14 @@ class PrometheusServer:
         self._process.wait(timeout=30)
 
 
-async def _wait_ready(url: str) -> None:
+async def _is_ready(url: str) -> bool:
     async with aiohttp.ClientSession() as session:
         for _ in range(300):
             try:
                 async with session.get(f"{url}/-/ready") as answer:
                     if answer.status == 200:
-                        return
+                        return True
             except aiohttp.ClientError:
                 pass
             await asyncio.sleep(0.1)
-    raise AssertionError("Prometheus did not start")
+    return False

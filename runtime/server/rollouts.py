@@ -6,11 +6,11 @@ trainer waits for everybody else's.
 """
 
 import asyncio
-import hashlib
 import io
 import time
 import uuid
 import zipfile
+import zlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ from mizzen.runtime.errors import MizzenError
 from mizzen.runtime.server.access import Access
 from mizzen.runtime.server.errors import ApiError, from_validation, invalid, to_api_error
 from mizzen.runtime.server.routes import GuardedRoute, json_response, read_body
-from mizzen.runtime.server.service import POLICY_PREFIX, Service
-from mizzen.runtime.train.digest import mark_weights
+from mizzen.runtime.server.service import Service
+from mizzen.runtime.train.digest import mark_weights, policy_name
 
 _POLICY_BYTES = 1 << 30
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -101,7 +101,7 @@ class Rollouts:
                 "Rollouts need a model that is not spread over ranks. Name a deployment with "
                 "spec.parallelism.tensor and pipeline 1.",
             )
-        name = f"{POLICY_PREFIX}{hashlib.sha256(body).hexdigest()}"
+        name = policy_name(body)
         with TemporaryDirectory(prefix="policy-") as folder:
             origin = await asyncio.to_thread(_unpack, body, Path(folder))
             async with self._service.change_lock:
@@ -247,7 +247,7 @@ def _unpack(body: bytes, folder: Path) -> Origin:
             for name in _FILES:
                 (folder / name).write_bytes(archive.read(name))
             return Origin.model_validate_json(archive.read(_ORIGIN_FILE))
-    except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError) as error:
         raise invalid(
             None,
             f"A policy is a zip file of {', '.join(_FILES)} and {_ORIGIN_FILE}: {error}.",

@@ -27,11 +27,9 @@ from mizzen.runtime.server.files import ModelFiles
 from mizzen.runtime.server.metrics import Metrics
 from mizzen.runtime.server.traces import trace_asked, trace_finished
 from mizzen.runtime.tracing import Tracing, current_span, start_tracing
+from mizzen.runtime.train.digest import POLICY_PREFIX
 
 log = logging.getLogger(__name__)
-
-# Of the engine's names for policies in training. No adapter that is loaded by name has a colon.
-POLICY_PREFIX = "policy:"
 
 
 class Phase(StrEnum):

@@ -11,6 +11,8 @@ ARTIFACT_FILE = "artifact.json"
 _PARTS = 64
 _PART_BYTES = 64 * 1024
 _WEIGHTS = (".safetensors", ".gguf")
+# Of the names of policies in training. No adapter that is loaded by name has a colon.
+POLICY_PREFIX = "policy:"
 
 
 def hash_files(folder: Path) -> dict[str, str]:
@@ -30,6 +32,11 @@ def digest_of(hashes: dict[str, str]) -> str:
     """Return the artifact's digest: of the lines `sha256  name`, as `sha256sum` prints them."""
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def policy_name(body: bytes) -> str:
+    """Return what a policy in training is called: trainer and replica work it out alike."""
+    return f"{POLICY_PREFIX}{hashlib.sha256(body).hexdigest()}"
 
 
 def mark_model(checkpoint: Path) -> str:

@@ -40,8 +40,12 @@ def test_an_interrupted_build_is_made_again(
         gobuild.build()
     assert not gobuild.is_built()
 
+    module = tmp_path / "mizzen" / "go" / "mod" / "k8s.io" / "kubernetes.go"
+    module.parent.mkdir(parents=True)
+    module.touch()
     monkeypatch.setattr(gobuild, "_compile", lambda folder: (folder / "all").write_text("whole"))
     built = gobuild.build()
+    assert not module.exists(), "8 GiB of caches are of no use any more"
     assert (built / "kubectl").read_text() == "whole"
     assert [path.name for path in built.parent.glob("*.partial")] == []
 

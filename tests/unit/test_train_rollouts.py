@@ -2,14 +2,10 @@
 
 import asyncio
 import io
-import json
 import re
-import socket
-import threading
 import zipfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +27,13 @@ from mizzen.runtime.train.digest import mark_weights
 from mizzen.runtime.train.errors import (
     JobConfigError,
     RolloutRefusedError,
-    RolloutUnavailableError,
 )
 from mizzen.runtime.train.methods.policy import importance
 from mizzen.runtime.train.methods.token_loss import log_probs_by_sample
 from mizzen.runtime.train.roles.fleet import Fleet, Policy
 from mizzen.runtime.train.roles.served import pack_policy
 from mizzen.runtime.train.samples import Prompt, joined
-from mizzen.runtime.train.stop import StopFlag, YieldRequested
+from mizzen.runtime.train.stop import StopFlag
 from tests.fixtures.runtime_server import Running, eventually, running_tiny_model
 from tests.fixtures.train_runs import Job, read_curve, run, write_job, write_prompts
 
@@ -203,16 +198,34 @@ async def test_swapped_weights_are_another_model_to_a_policy(
     await asyncio.to_thread(fleet.draw, policy, ASKED[:1], RULES)
 
 
-def zipped(**files: str) -> bytes:
+def zipped(*, compression: int = zipfile.ZIP_STORED, **files: str) -> bytes:
     content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
+    with zipfile.ZipFile(content, "w", compression) as archive:
         for name, text in files.items():
             archive.writestr(name.replace("__", "."), text)
     return content.getvalue()
 
 
+def spoilt(body: bytes, *, at: bytes, by: bytes) -> bytes:
+    assert at in body
+    return body.replace(at, by)
+
+
+SQUEEZED = zipped(
+    compression=zipfile.ZIP_DEFLATED,
+    adapter_config__json="{}" * 99,
+    adapter_model__safetensors="",
+    policy__json="{}",
+)
 NO_POLICIES = {
     "text": b"hello",
+    # A flag in the heads of its files, and a first byte that begins no block.
+    "an encrypted zip": spoilt(
+        spoilt(SQUEEZED, at=b"PK\x03\x04\x14\0\0", by=b"PK\x03\x04\x14\0\1"),
+        at=b"PK\x01\x02\x14\x03\x14\0\0",
+        by=b"PK\x01\x02\x14\x03\x14\0\1",
+    ),
+    "a broken zip": spoilt(SQUEEZED, at=b"config.json\xab", by=b"config.json\xff"),
     "an empty zip": zipped(),
     "a zip that does not say of what it is": zipped(
         adapter_config__json="{}", adapter_model__safetensors="", policy__json="{}"
@@ -362,91 +375,3 @@ def test_weights_are_told_apart_whatever_lies_beside_them(tmp_path: Path) -> Non
     mark = mark_weights(one)
     (one / "README.md").write_text("notes")
     assert mark_weights(one) == mark != mark_weights(other)
-
-
-class Replica(BaseHTTPRequestHandler):
-    """Says a status to everybody; where it is 200, an answer to each prompt."""
-
-    status, policy = 200, "policy:1"
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answers = [{"token_ids": prompt, "log_probs": []} for prompt in asked["prompts"]]
-        body = json.dumps({"policy": self.policy, "answers": answers}).encode()
-        self.send_response(self.status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Replica]]:
-    """A replica at one of the two addresses that the name stands for; nobody is at the other."""
-    kind = type("Own", (Replica,), {})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        places = [("", 0, 0, "", at) for at in (nobody.getsockname(), server.server_address)]
-        monkeypatch.setattr(socket, "getaddrinfo", real_or(places))
-        yield kind
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def real_or(places: list[Any]) -> Any:
-    real = socket.getaddrinfo
-
-    def getaddrinfo(host: Any, *args: Any, **options: Any) -> Any:
-        return places if host == "chat" else real(host, *args, **options)
-
-    return getaddrinfo
-
-
-def test_who_is_there_draws_what_a_dead_replica_should_have(fake: type[Replica]) -> None:
-    answers = fleet_of("http://chat:8000").draw(Policy("policy:1", b""), ASKED, RULES)
-    assert [answer["token_ids"] for answer in answers] == [q["prompt"] for q in ASKED]
-
-
-def test_an_answer_of_another_policy_is_not_taken(fake: type[Replica]) -> None:
-    fake.policy = "policy:0"
-    with pytest.raises(RolloutRefusedError, match="make no sense"):
-        fleet_of("http://chat:8000").draw(Policy("policy:1", b""), ASKED, RULES)
-
-
-def test_busy_replicas_are_not_waited_for_for_ever(fake: type[Replica]) -> None:
-    fake.status = 503
-    fleet = fleet_of("http://chat:8000", patience_s=0.0)
-    with pytest.raises(RolloutUnavailableError, match=r"No replica at http://chat:8000"):
-        fleet.draw(Policy("policy:1", b""), ASKED, RULES)
-
-
-def test_a_name_that_stands_for_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(*_: Any, **__: Any) -> None:
-        raise socket.gaierror
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    fleet = fleet_of("http://chat:8000", patience_s=0.0)
-    with pytest.raises(RolloutUnavailableError, match="resolves to no address"):
-        fleet.draw(Policy("policy:1", b""), ASKED, RULES)
-
-
-def test_a_server_that_knows_no_rollouts_is_refused(fake: type[Replica]) -> None:
-    fake.status = 405
-    with pytest.raises(RolloutRefusedError, match="405 and is no replica of this version"):
-        fleet_of("http://chat:8000").draw(Policy("policy:1", b""), ASKED, RULES)
-
-
-def test_nobody_waits_for_replicas_when_asked_to_stop(fake: type[Replica]) -> None:
-    fake.status = 503
-    stop = StopFlag()
-    timer = threading.Timer(0.5, stop.ask)
-    timer.start()
-    with pytest.raises(YieldRequested):
-        fleet_of("http://chat:8000", stop=stop).draw(Policy("policy:1", b""), ASKED, RULES)
-    timer.join()

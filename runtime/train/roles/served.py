@@ -7,7 +7,6 @@ another version than the one that learns from it, and no replica has to be kept 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tempfile
@@ -21,7 +20,7 @@ import numpy as np
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.lora import Adapter, Pair, TrainableLora, save_adapter
-from mizzen.runtime.train.digest import mark_weights
+from mizzen.runtime.train.digest import mark_weights, policy_name
 from mizzen.runtime.train.options import Replicas
 from mizzen.runtime.train.roles.fleet import Fleet, Policy
 from mizzen.runtime.train.roles.roles import Drawn, OwnRoles
@@ -82,4 +81,4 @@ def pack_policy(lora: TrainableLora, origin: dict[str, str]) -> Policy:
                 archive.write(path, path.name)
             archive.writestr("policy.json", json.dumps(origin))
     body = content.getvalue()
-    return Policy(f"policy:{hashlib.sha256(body).hexdigest()}", body)
+    return Policy(policy_name(body), body)
