@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -170,8 +171,17 @@ def _loaded(process: EngineProcess) -> set[Path]:
 
 def _stand_ins(process: EngineProcess) -> list[str]:
     """Return what the process's path for Python has beyond our own."""
-    variables = Path(f"/proc/{process.pid}/environ").read_bytes().decode().split("\0")
+    variables = _environment(process).split("\0")
     path = next((each for each in variables if each.startswith("PYTHONPATH=")), "PYTHONPATH=")
     entries = path.removeprefix("PYTHONPATH=").split(os.pathsep)
     ours = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return [entry for entry in entries if entry not in ours]
+
+
+def _environment(process: EngineProcess) -> str:
+    """Return the process's environment; the kernel shows none until it has replaced the program."""
+    ends = time.monotonic() + 60
+    while not (content := Path(f"/proc/{process.pid}/environ").read_bytes()):
+        assert time.monotonic() < ends, "the process has no environment"
+        time.sleep(0.01)
+    return content.decode()
