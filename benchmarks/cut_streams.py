@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -137,14 +138,15 @@ async def measure(
     at_once: int,
     ends: Callable[[], Counter[str]],
     open_streams: Sequence[int],
+    deadline: float = math.inf,
 ) -> Row:
     """Let replicas depart so often, some at once; return how the streams ended meanwhile.
 
-    `open_streams` grows by each pod that leaves.
+    `open_streams` grows by each pod that leaves. After the deadline none departs any more.
     """
     before, left_before, begun = ends(), len(open_streams), time.monotonic()
     departed = 0
-    while departed < times:
+    while departed < times and time.monotonic() < deadline:
         await depart()
         departed += at_once
         print(
@@ -202,16 +204,19 @@ async def depart_in_every_way(
     fleet: Fleet, options: argparse.Namespace, open_streams: Sequence[int]
 ) -> list[Row]:
     """Return a row of each kind of departure."""
+    # The dearest first, so that a limit of time leaves out the most alike.
     kinds = (
-        ("scale-downs", options.scale_downs, fleet.scale_down),
-        ("rollouts", options.rollouts, fleet.roll_out),
         ("node drains", options.drains, fleet.drain_node),
+        ("rollouts", options.rollouts, fleet.roll_out),
         ("pod deletions", options.deletions, fleet.delete_pods),
+        ("scale-downs", options.scale_downs, fleet.scale_down),
     )
+    deadline = time.monotonic() + 60 * options.minutes
     return [
         await measure(
             *(name, times, lambda depart=depart: depart(options.streams)),
             at_once=len(fleet.deployments), ends=fleet.ends, open_streams=open_streams,
+            deadline=deadline,
         )
         for name, times, depart in kinds if times
     ]  # fmt: skip
@@ -244,6 +249,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=20)
     parser.add_argument("--drains", type=int, default=20)
     parser.add_argument("--deletions", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="none departs later")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     options = parser.parse_args()
     rows, usage = asyncio.run(run(options))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import signal
 import sys
@@ -248,3 +249,13 @@ async def test_the_table_tells_the_kinds_of_departure_apart_and_sums_them_up() -
         ["rollouts", "2", "2", "1", "2", "2", "0", "1"],
         ["all", "6", "6", "3", "6", "6", "0", "3"],
     ]
+
+
+async def test_none_departs_after_the_deadline() -> None:
+    async def depart() -> None:
+        raise AssertionError("it is too late")
+
+    row = await measure(
+        *("scale-downs", 3, depart), at_once=1, ends=Counter, open_streams=[], deadline=-math.inf
+    )
+    assert (row.times, row.pods, row.cut) == (0, 0, 0)
