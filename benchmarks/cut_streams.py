@@ -106,7 +106,7 @@ async def drain_node(deployments: Sequence[Deployment]) -> None:
     one, names = deployments[0], [deployment.name for deployment in deployments]
     node = (await one.pods())[0]["spec"]["nodeName"]
     leaving = {
-        pod["metadata"]["name"]
+        pod["metadata"]["uid"]
         for deployment in deployments
         for pod in await deployment.pods()
         if pod["spec"]["nodeName"] == node

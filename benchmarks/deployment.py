@@ -66,14 +66,17 @@ class Deployment:
 
     async def evict(self) -> None:
         """Delete a pod, and wait for its successor."""
-        name = (await self.pods())[0]["metadata"]["name"]
-        await self.kubectl("delete", "pod", name, "--wait=false")
-        await self.replaced({name})
+        pod = (await self.pods())[0]["metadata"]
+        await self.kubectl("delete", "pod", pod["name"], "--wait=false")
+        await self.replaced({pod["uid"]})
 
     async def replaced(self, gone: set[str]) -> None:
-        """Wait until these pods have left and two replicas serve."""
+        """Wait until the pods of these UIDs have left and two replicas serve.
+
+        A name says nothing: a pod that comes may have that of one that left.
+        """
         deadline = time.monotonic() + LIMIT_S
-        while {pod["metadata"]["name"] for pod in await self.pods()} & gone:
+        while {pod["metadata"]["uid"] for pod in await self.pods()} & gone:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{', '.join(sorted(gone))} did not leave")
             await asyncio.sleep(1)

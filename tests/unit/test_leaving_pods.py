@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import leaving_pods
+from benchmarks.deployment import Deployment
 from benchmarks.leaving_pods import LeavingPods, streams_in
 from benchmarks.pod_usage import Snapshot, Usage, snapshots
 from tests.unit.test_server_process import free_port
@@ -80,3 +81,17 @@ def test_usage_is_of_the_charts_pods_between_two_moments() -> None:
     assert found == {"operator-1": Snapshot(3.0, 50.0)}
     used = Usage.between("operator-1", found["operator-1"], Snapshot(8.0, 60.0), 10.0)
     assert used == Usage("operator-1", 5.0, 0.5, 50, 60)
+
+
+async def test_a_successor_of_the_same_name_does_not_keep_a_pod_from_having_left() -> None:
+    class Played(Deployment):
+        """Of two replicas, of which the first had its name from one that was drained."""
+
+        async def pods(self) -> list[Json]:
+            return [{"metadata": {"name": f"chat-{n}", "uid": f"new-{n}"}} for n in range(2)]
+
+        async def settle(self, replicas: int) -> None:
+            assert replicas == 2
+
+    async with asyncio.timeout(30):
+        await Played("chat", "team").replaced({"old-0"})
