@@ -1,13 +1,25 @@
-"""Settings that must be made before any test's imports."""
+"""Settings that must be made before any test's imports, and what no test may depend on."""
 
 import os
+import sys
 
-from hypothesis import settings
+import pytest
+from hypothesis import HealthCheck, settings
 
 # Kernels are interpreted, so that no GPU is needed. Triton reads this once, when the first of our
 # dependencies imports it.
 os.environ["TRITON_INTERPRET"] = "1"
 
-# How long an example takes says how busy the machine is, and tests never assert time.
-settings.register_profile("patient", settings(), deadline=None)
-settings.load_profile("patient")
+# How long examples take says how busy the machine is, and tests never assert time. The same ones
+# are drawn every time: whether a change may land is no matter of chance.
+settings.register_profile(
+    "certain", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("certain")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Have every test draw the same weights, whichever tests ran before it in this process."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
