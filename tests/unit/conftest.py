@@ -1,9 +1,7 @@
-"""Settings that must be made before any test's imports, and what no test may depend on."""
+"""Settings that must be made before any test's imports."""
 
 import os
-import sys
 
-import pytest
 from hypothesis import HealthCheck, settings
 
 # Kernels are interpreted, so that no GPU is needed. Triton reads this once, when the first of our
@@ -16,10 +14,3 @@ settings.register_profile(
     "certain", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("certain")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
-    """Have every test draw the same weights, whichever tests ran before it in this process."""
-    if torch := sys.modules.get("torch"):
-        torch.manual_seed(0)
