@@ -20,7 +20,7 @@ from mizzen.operator.planning.scale_rules import ScaleRules, Targets
 from mizzen.operator.planning.signals import Observation, ReplicaState
 from tests.fixtures.metrics_story import LENGTH_S, NAME, OTHER, QUIET, STEP_S, TARGET, Story, check
 
-_AHEAD_S = 120  # so much of the story lies after the server's start
+_AHEAD_S = 600  # so much of the story lies after the server's start
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(\{.*\})? (\S+)")
 
 
