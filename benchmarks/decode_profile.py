@@ -37,7 +37,15 @@ from mizzen.runtime.parallel.group import RankGroup
 
 _BLOCK = 16
 _WARM_STEPS = 8
-_KERNELS = ("rms_norm", "silu_gate", "rotate", "paged_attention", "linear", "run_stack")
+_KERNELS = (
+    "normalise",
+    "silu_gate",
+    "activate",
+    "rotate",
+    "paged_attention",
+    "linear",
+    "run_stack",
+)
 
 
 class Decoding:

@@ -17,13 +17,12 @@ import itertools
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from threading import Lock, Thread
@@ -35,19 +34,12 @@ import httpx
 from hack.fuzz.described import rounds
 from hack.fuzz.send import GrpcSender, HttpSender, Sender, SocketSender
 from hack.fuzz.tally import Tally
+from hack.ports import free_ports
 from hack.tiny_model import write_tiny_model
 
 _START_S = 120.0
 _SETTLE_S = 30.0
 _EXAMPLES = 20
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 @contextmanager

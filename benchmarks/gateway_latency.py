@@ -33,7 +33,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.gateway_routers import ROUTERS, Place
-from benchmarks.processes import free_port
+from hack.ports import free_port
 
 _EVENTS = 16
 _GAP_S = 0.002

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.peers import peer_python
-from benchmarks.processes import free_port
+from hack.ports import free_port
 from mizzen.runtime.gateway.keys import hash_key, make_key
 
 _LITELLM_KEY = "sk-bench"

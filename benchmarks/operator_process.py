@@ -10,7 +10,8 @@ import aiohttp
 import psutil
 import yaml
 
-from hack.cluster.api_only import ApiCluster, free_ports
+from hack.cluster.api_only import ApiCluster
+from hack.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEM = "mizzen-system"

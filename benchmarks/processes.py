@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,9 +119,3 @@ def _anonymous_bytes(pid: int) -> int:
 def first_cores(count: int) -> list[int]:
     """Return the first cores that this process may use."""
     return sorted(os.sched_getaffinity(0))[:count]
-
-
-def free_port() -> int:
-    """Return a port of loopback that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])

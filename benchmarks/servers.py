@@ -17,7 +17,8 @@ import aiohttp
 
 from benchmarks.load_generator import BrokenStreamError, Client, open_session
 from benchmarks.peers import peer_python, vllm_environment
-from benchmarks.processes import ProcessTree, free_port
+from benchmarks.processes import ProcessTree
+from hack.ports import free_port
 
 MODEL_NAME = "model"
 PEERS = ("vllm", "vllm-auto")  # with our number of threads, with the number that it chooses

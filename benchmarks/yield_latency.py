@@ -23,10 +23,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.processes import free_port
 from benchmarks.rows import percentile
 from benchmarks.train_resume import committed_step, curve, start
 from hack.datasets import write_chatterbot
+from hack.ports import free_port
 
 TOKEN = "benchmark"
 YIELDED = 75

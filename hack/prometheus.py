@@ -1,14 +1,15 @@
 """Debian's Prometheus, unpacked into the cache: for whoever asks a real server."""
 
 import asyncio
-import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import aiohttp
 import yaml
 
 from hack.cluster.places import cache_root
+from hack.ports import free_port
 
 PACKAGE = "prometheus"
 
@@ -28,14 +29,18 @@ def prometheus_binary() -> Path:
     if binary.exists():
         return binary
     folder.mkdir(parents=True, exist_ok=True)
-    _run(["apt-get", "download", PACKAGE], folder)
-    archives = sorted(folder.glob(f"{PACKAGE}_*.deb"))
-    if not archives:
-        raise NoPrometheusError(f"apt-get download {PACKAGE} brought no file.")
     # Unpacked beside, then renamed: a run that is cut short leaves no half a server.
-    partial = folder / "partial"
-    _run(["dpkg", "-x", str(archives[-1]), str(partial)], folder)
-    partial.rename(folder / "root")
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        _run(["apt-get", "download", PACKAGE], Path(own))
+        archives = sorted(Path(own).glob(f"{PACKAGE}_*.deb"))
+        if not archives:
+            raise NoPrometheusError(f"apt-get download {PACKAGE} brought no file.")
+        _run(["dpkg", "-x", str(archives[-1]), "root"], Path(own))
+        try:
+            Path(own, "root").rename(folder / "root")
+        except OSError:
+            if not binary.exists():  # brought by another process meanwhile
+                raise
     return binary
 
 
@@ -53,9 +58,7 @@ class PrometheusServer:
 
     def __init__(self, binary: Path, folder: Path, config: dict[str, object]) -> None:
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._address = f"127.0.0.1:{free.getsockname()[1]}"
+        self._address = f"127.0.0.1:{free_port()}"
         self._command = [
             str(binary),
             f"--config.file={folder / 'prometheus.yml'}",
@@ -69,19 +72,19 @@ class PrometheusServer:
         if not asyncio.run(_is_ready(url)):
             self.__exit__()
             raise NoPrometheusError(
-                "Prometheus did not answer within 30 s. Run it to see why: "
+                "Prometheus did not answer within 300 s. Run it to see why: "
                 f"{' '.join(self._command)}"
             )
         return url
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=300)
 
 
 async def _is_ready(url: str) -> bool:
     async with aiohttp.ClientSession() as session:
-        for _ in range(300):
+        for _ in range(3000):
             try:
                 async with session.get(f"{url}/-/ready") as answer:
                     if answer.status == 200:

@@ -6,7 +6,6 @@ Running and, once their readiness gates are True, Ready.
 
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -20,10 +19,11 @@ from hack.cluster.kubeconfigs import write_kubeconfig
 from hack.cluster.pins import Ports, load_pins
 from hack.cluster.places import Layout
 from hack.cluster.processes import Processes
+from hack.ports import free_ports
 
 LOOPBACK = "127.0.0.1"
 CLIENTS = ("controller-manager", "scheduler")
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 
 
 class ApiCluster:
@@ -186,15 +186,3 @@ class ApiCluster:
             write_kubeconfig(path, server=plane.url, pki=pki, identity=identity)
         for path in (self._layout.etc / "kwok.kubeconfig", self.kubeconfig):
             write_kubeconfig(path, server=plane.url, pki=pki, identity="admin")
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on; held together, so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for held in sockets:
-            held.bind((LOOPBACK, 0))
-        return [held.getsockname()[1] for held in sockets]
-    finally:
-        for held in sockets:
-            held.close()

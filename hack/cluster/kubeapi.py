@@ -26,7 +26,7 @@ class KubeApi:
     def is_ready(self) -> bool:
         """Say whether the API server serves."""
         try:
-            with self._opener.open(f"{self._url}/readyz", timeout=2) as answer:
+            with self._opener.open(f"{self._url}/readyz", timeout=10) as answer:
                 return bool(answer.status == 200)
         except OSError:  # refused, not yet TLS, or not yet ready
             return False
@@ -50,7 +50,7 @@ class KubeApi:
         headers = {"Content-Type": content_type} if content_type else {}
         request = urllib.request.Request(self._url + path, data, headers, method=method)
         try:
-            with self._opener.open(request, timeout=10) as answer:
+            with self._opener.open(request, timeout=60) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             if error.code == accepted:

@@ -99,7 +99,7 @@ class Processes:
             _signal(pid, sign)
             if not _gone(lambda: self.running(name) is None, grace_s):
                 _signal(pid, signal.SIGKILL)
-                if not _gone(lambda: self.running(name) is None, 10):
+                if not _gone(lambda: self.running(name) is None, 60):
                     raise ClusterError(f"{name} (pid {pid}) does not end even when killed.")
         self._record_path(name).unlink(missing_ok=True)
 

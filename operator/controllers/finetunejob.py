@@ -12,6 +12,7 @@ from mizzen.operator.controllers.job_lending import (
 )
 from mizzen.operator.controllers.job_observe import Observed, observe
 from mizzen.operator.controllers.job_probes import probe_promotion
+from mizzen.operator.controllers.job_trial import watch_trial
 from mizzen.operator.crds.common import API_VERSION, Json
 from mizzen.operator.crds.finetunejob import KIND
 from mizzen.operator.crds.llmdeployment import KIND as DEPLOYMENT_KIND
@@ -200,7 +201,8 @@ async def _promotion(
     found = find_promotion(observed.resource, progress, deployment, jobs, now=now)
     if found is None or deployment is None:
         return found
-    return await probe_promotion(found, observed.resource, deployment, facts, now)
+    probed = await probe_promotion(found, observed.resource, deployment, facts, now)
+    return await watch_trial(probed, observed.resource, deployment, facts, now)
 
 
 async def _write(observed: Observed, job_facts: JobFacts, kube: Kube, now: datetime) -> None:

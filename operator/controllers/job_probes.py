@@ -34,6 +34,8 @@ async def probe_promotion(
     They are asked of one replica when every ready replica has the result and before the job says
     `Promoted`: a name that has been served with once is not taken back for a changed answer.
     """
+    if promotion.on_trial_since:
+        return promotion  # what begins after they were answered
     probes = _probes_of(job)
     if not probes or promotion.was_done or not promotion.is_done or promotion.replaced_by:
         return promotion

@@ -53,7 +53,14 @@ def _artifact(job: Json, name: str, *, kind: str) -> PromotedArtifact | None:
     artifact = (job.get("status") or {}).get("artifact") or {}
     if artifact.get("kind") != kind or not str(artifact.get("uri")).startswith("pvc://"):
         return None
-    return PromotedArtifact(name, artifact["uri"], artifact.get("digest"), job["metadata"]["name"])
+    promotion = job["status"].get("promotion") or {}
+    return PromotedArtifact(
+        name,
+        artifact["uri"],
+        artifact.get("digest"),
+        job["metadata"]["name"],
+        on_trial="onTrialSince" in promotion,
+    )
 
 
 def plan_change(wanted: Sequence[WantedAdapter], loaded: Sequence[LoadedAdapter]) -> Change:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mizzen.operator.controllers.counted import count_answers
 from mizzen.operator.controllers.llmdeployment_observe import Observed
 from mizzen.operator.controllers.probing import ask_probe
 from mizzen.operator.crds.rollout import CanaryRollout
 from mizzen.operator.facts import Facts
-from mizzen.operator.metrics.figures import Target
 from mizzen.operator.planning.canary import (
     Answers,
     CanaryLook,
@@ -18,9 +18,6 @@ from mizzen.operator.planning.canary import (
 from mizzen.operator.planning.rollout import Standing
 from mizzen.operator.planning.split import canary_split
 from mizzen.operator.status.rollout import read_rollout
-
-# Older than three scrapes is unknown, as for the autoscaler.
-_FRESH_SCRAPES = 3
 
 
 def canary_rules(canary: CanaryRollout | None) -> CanaryRules:
@@ -74,11 +71,8 @@ async def look_at_canary(observed: Observed, facts: Facts) -> CanaryLook | None:
 
 
 async def _answers(observed: Observed, facts: Facts) -> Mapping[str, Answers] | None:
-    name = observed.serving.namespace, observed.serving.name
-    measured = (await facts.metrics.collect([Target(name=name, settled=0)]))[name]
-    if measured.answers_age_s > _FRESH_SCRAPES * facts.config.metrics_interval_s:
-        return None
-    return measured.answers
+    counted = await count_answers((observed.serving.namespace, observed.serving.name), facts)
+    return None if counted is None else counted.answers
 
 
 def _of(counted: Mapping[str, Answers] | None, revision: str) -> Answers | None:

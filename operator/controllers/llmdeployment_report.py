@@ -118,7 +118,11 @@ def what_is_seen(
         replicas=tuple(_replica(group, observed, adapters, loading) for group in groups),
         adapters=tuple(
             AdapterSeen(
-                wanted.name, wanted.digest, wanted.job, adapters.errors.get(wanted.name, "")
+                wanted.name,
+                wanted.digest,
+                wanted.job,
+                adapters.errors.get(wanted.name, ""),
+                wanted.on_trial,
             )
             for wanted in serving.adapters
         ),

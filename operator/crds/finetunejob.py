@@ -5,7 +5,6 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from mizzen.operator.crds.common import (
-    AdapterName,
     ApiModel,
     DnsLabel,
     PodTemplatePatch,
@@ -13,7 +12,7 @@ from mizzen.operator.crds.common import (
     cel,
 )
 from mizzen.operator.crds.finetunejob_status import FineTuneJobStatus
-from mizzen.operator.crds.rollout import Probe
+from mizzen.operator.crds.promotion import Promotion
 from mizzen.operator.crds.training_backend import Backend, backend_rules
 from mizzen.operator.crds.training_data import BaseModelRef, ClaimFolder, Dataset, Processing
 from mizzen.operator.crds.training_loan import Mode, loan_rules
@@ -131,54 +130,6 @@ class Output(ApiModel):
                 "s3://[a-z0-9][-a-z0-9.]*[a-z0-9]/.+",
                 "output.s3 must look like s3://BUCKET/PREFIX",
             ),
-        ),
-    ] = None
-
-
-class Promotion(ApiModel):
-    """What happens with a result that passed."""
-
-    rules = (
-        cel(
-            "self.strategy == 'None' || has(self.deployment)",
-            "promotion.strategy needs promotion.deployment, the LLMDeployment to promote to.",
-        ),
-        cel(
-            "!has(self.probes) || self.strategy == 'HotLoadAdapter'",
-            "promotion.probes are for HotLoadAdapter; a whole model has the deployment's "
-            "rollout.canary.rollbackOn.probe.",
-        ),
-    )
-
-    deployment: Annotated[
-        DnsLabel | None,
-        Field(description="The LLMDeployment of this namespace that gets the result."),
-    ] = None
-    strategy: Annotated[
-        Literal["None", "HotLoadAdapter", "Canary"],
-        Field(
-            description="HotLoadAdapter loads the adapter on every replica; Canary rolls a whole "
-            "model out as the deployment's spec.rollout says; None only publishes."
-        ),
-    ] = "HotLoadAdapter"
-    adapter: Annotated[
-        AdapterName | None,
-        Field(description="Name of the adapter there; by default the job's."),
-    ] = None
-    replaces: Annotated[
-        DnsLabel | None, Field(description="Job whose result this one takes the place of.")
-    ] = None
-    approval: Annotated[
-        Literal["Auto", "Manual"],
-        Field(description="Manual waits for `kubectl mizzen approve NAME`."),
-    ] = "Auto"
-    probes: Annotated[
-        list[Probe] | None,
-        Field(
-            min_length=1,
-            max_length=16,
-            description="Prompts put to the adapter once a replica has loaded it. An answer "
-            "without what is expected takes it back, and the job fails with RolledBack.",
         ),
     ] = None
 

@@ -88,6 +88,13 @@ class PromotionStatus(ApiModel):
     approved_at: Annotated[
         str | None, Field(max_length=64, description="When the operator saw it.")
     ] = None
+    on_trial_since: Annotated[
+        str | None,
+        Field(
+            description="Since when its requests are watched; not there before and after.",
+            json_schema_extra={"format": "date-time"},
+        ),
+    ] = None
 
 
 class LendingStatus(ApiModel):

@@ -60,6 +60,9 @@ class AdapterStatus(ApiModel):
     job: Annotated[
         str | None, Field(max_length=253, description="The FineTuneJob that promoted it.")
     ] = None
+    on_trial: Annotated[
+        bool | None, Field(description="Whether its requests are counted apart and watched.")
+    ] = None
     error: Annotated[
         str | None, Field(max_length=1024, description="Why it could not be loaded.")
     ] = None

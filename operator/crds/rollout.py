@@ -41,24 +41,29 @@ class Probe(ApiModel):
     max_tokens: Annotated[int, Field(ge=1, le=256, description="Length of the answer.")] = 32
 
 
-class RollbackOn(ApiModel):
-    """What ends a canary; nothing that is left out does."""
+class Limits(ApiModel):
+    """By how much worse something new may fare; nothing that is left out is looked at."""
 
     error_ratio: Annotated[
         float | None,
         Field(
             gt=0,
             le=1,
-            description="More of its requests failing than at the revision before, by this share.",
+            description="More of its requests failing than of those beside it, by this share.",
         ),
     ] = None
     ttft_factor: Annotated[
         float | None,
-        Field(ge=1.25, le=100, description="A TTFT p90 of more than so many times the one before."),
+        Field(ge=1.25, le=100, description="A TTFT p90 of more than so many times theirs."),
     ] = None
     min_requests: Annotated[
         int, Field(ge=1, le=1000000, description="With fewer requests neither is judged.")
     ] = 10
+
+
+class RollbackOn(Limits):
+    """What ends a canary; it is compared with the revision before."""
+
     probe: Annotated[
         Probe | None, Field(description="Asked of a canary replica before every step.")
     ] = None

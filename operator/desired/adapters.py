@@ -24,6 +24,7 @@ class WantedAdapter:
     source: Source
     digest: str | None = None  # known of published artifacts only
     job: str | None = None  # the FineTuneJob that promoted it
+    on_trial: bool = False  # its requests are counted apart and watched
 
     @property
     def entry(self) -> Json:
@@ -41,6 +42,7 @@ class PromotedArtifact:
     uri: str
     digest: str | None
     job: str
+    on_trial: bool = False
 
 
 def wanted_adapters(
@@ -50,7 +52,9 @@ def wanted_adapters(
 
     A name in the spec wins over a job's: what a user wrote is not replaced behind their back.
     """
-    wanted = {a.name: WantedAdapter(a.name, locate(a.uri), a.digest, a.job) for a in promoted}
+    wanted = {
+        a.name: WantedAdapter(a.name, locate(a.uri), a.digest, a.job, a.on_trial) for a in promoted
+    }
     wanted |= {a.name: WantedAdapter(a.name, locate(a.source)) for a in written}
     return tuple(wanted[name] for name in sorted(wanted))
 

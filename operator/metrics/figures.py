@@ -15,6 +15,7 @@ from itertools import pairwise
 from mizzen.operator.planning.canary import Answers
 from mizzen.operator.planning.scale_rules import Slo
 from mizzen.operator.planning.signals import UNKNOWN, Engines, Signal, Traffic
+from mizzen.operator.planning.trial import Sides
 
 Name = tuple[str, str]  # namespace and name of a deployment
 
@@ -65,6 +66,17 @@ FIRST_BYTES = Figure(
     by=("revision", "le"),
 )
 
+# The same of adapters on trial, and of all else that was asked beside each.
+_TRIAL = ("adapter", "digest", "side")
+TRIAL_REQUESTS = Figure("mizzen_gateway_trial_requests_total", Kind.SUM, Origin.GATEWAY, by=_TRIAL)
+TRIAL_FAILURES = Figure("mizzen_gateway_trial_failures_total", Kind.SUM, Origin.GATEWAY, by=_TRIAL)
+TRIAL_FIRST_BYTES = Figure(
+    "mizzen_gateway_trial_first_byte_seconds_bucket",
+    Kind.SUM,
+    Origin.GATEWAY,
+    by=(*_TRIAL, "le"),
+)
+
 RUNNING = Figure("vllm:num_requests_running", Kind.SUM)
 WAITING = Figure("vllm:num_requests_waiting", Kind.SUM)
 KV_USED = Figure("vllm:kv_cache_usage_perc", Kind.MEAN)
@@ -83,6 +95,7 @@ ITL = Figure("vllm:inter_token_latency_seconds_bucket", Kind.SLOW_RATE, by=("le"
 ALL = (
     *(ARRIVALS, IN_FLIGHT, HELD, KNOWN),
     *(CANARY_REQUESTS, CANARY_FAILURES, FIRST_BYTES),
+    *(TRIAL_REQUESTS, TRIAL_FAILURES, TRIAL_FIRST_BYTES),
     *(RUNNING, WAITING, KV_USED, CACHE),
     *(STEPS, STEP_SECONDS, COMPUTED, DECODED, PROMPTED),
     *(FINISHED, PROMPT_LENGTHS, OUTPUT_LENGTHS, TTFT, ITL),
@@ -97,7 +110,7 @@ class Raw:
     values: dict[tuple[Figure, tuple[str, ...]], float] = field(default_factory=dict)
     gateway_age_s: float | None = None  # of the oldest gateway; None: there is none
     runtime_age_s: float | None = None
-    reporting: int = 0  # replicas whose series are among them
+    reporting: int | None = 0  # replicas whose series are among them; None: not known
 
     def number(self, figure: Figure) -> float | None:
         """Return the figure, None where it is missing or no finite number."""
@@ -131,17 +144,20 @@ class Measured:
     traffic: Traffic = field(default_factory=Traffic)
     engines: Engines = field(default_factory=Engines)
     answers: Mapping[str, Answers] | None = None  # by revision; None: not known
+    trials: Mapping[tuple[str, str], Sides] | None = None  # by adapter and digest
     answers_age_s: float = 0.0
 
 
 def measured(raw: Raw, target: Target) -> Measured:
     """Return the signals of one deployment."""
-    runtime = _Signals(raw, raw.runtime_age_s if raw.reporting >= target.settled else None)
+    is_whole = raw.reporting is not None and raw.reporting >= target.settled
+    runtime = _Signals(raw, raw.runtime_age_s if is_whole else None)
     is_known = raw.gateway_age_s is not None and raw.number(KNOWN) is not None
     return Measured(
         traffic=_traffic(raw, target, runtime),
-        engines=_engines(raw, runtime),
-        answers=_answers(raw) if is_known else None,
+        engines=_engines(raw, runtime, is_unscraped=is_whole and raw.reporting == 0),
+        answers=_by_revision(raw) if is_known else None,
+        trials=_trials(raw) if is_known else None,
         answers_age_s=raw.gateway_age_s or 0.0,
     )
 
@@ -177,7 +193,7 @@ def _traffic(raw: Raw, target: Target, runtime: _Signals) -> Traffic:
     )
 
 
-def _engines(raw: Raw, runtime: _Signals) -> Engines:
+def _engines(raw: Raw, runtime: _Signals, *, is_unscraped: bool) -> Engines:
     finished = raw.number(FINISHED)
     computed, decoded = raw.number(COMPUTED), raw.number(DECODED)
     prefilled = None if computed is None or decoded is None else max(0.0, computed - decoded)
@@ -198,22 +214,43 @@ def _engines(raw: Raw, runtime: _Signals) -> Engines:
         decoded_per_s=runtime.of(decoded),
         prefilled_per_s=runtime.of(prefilled),
         prompted_per_s=runtime.number(PROMPTED),
+        is_unscraped=is_unscraped,
     )
 
 
-def _answers(raw: Raw) -> dict[str, Answers]:
+def _by_revision(raw: Raw) -> dict[str, Answers]:
     """Return what was counted of each revision that was sent any request."""
-    requests, failures = raw.parts(CANARY_REQUESTS), raw.parts(CANARY_FAILURES)
-    buckets = raw.parts(FIRST_BYTES)
+    counted = _answers(raw, CANARY_REQUESTS, CANARY_FAILURES, FIRST_BYTES)
+    return {revision: answers for (revision,), answers in counted.items()}
+
+
+def _trials(raw: Raw) -> dict[tuple[str, str], Sides]:
+    """Return what was counted of each adapter on trial."""
+    counted = _answers(raw, TRIAL_REQUESTS, TRIAL_FAILURES, TRIAL_FIRST_BYTES)
     return {
-        revision: Answers(
+        (adapter, digest): Sides(
+            own=counted.get((adapter, digest, "own"), Answers()),
+            others=counted.get((adapter, digest, "others"), Answers()),
+        )
+        for adapter, digest, _ in counted
+    }
+
+
+def _answers(
+    raw: Raw, requests: Figure, failures: Figure, first_bytes: Figure
+) -> dict[tuple[str, ...], Answers]:
+    failed, buckets = raw.parts(failures), raw.parts(first_bytes)
+    return {
+        kind: Answers(
             requests=count,
-            failures=failures.get((revision,), 0.0),
+            failures=failed.get(kind, 0.0),
             first_bytes={
-                float(edge): within for (name, edge), within in buckets.items() if name == revision
+                float(edge): within
+                for (*name, edge), within in buckets.items()
+                if tuple(name) == kind
             },
         )
-        for (revision,), count in requests.items()
+        for kind, count in raw.parts(requests).items()
     }
 
 

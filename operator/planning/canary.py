@@ -25,19 +25,25 @@ class CanaryStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CanaryRules:
-    """The steps, and what ends the canary early; None is not looked at."""
+class Limits:
+    """By how much worse something new may fare than what is proven; None is not looked at."""
+
+    error_ratio: float | None = None  # of its answers, above the others' ratio
+    ttft_factor: float | None = None  # of the others' p90
+    min_requests: int = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryRules(Limits):
+    """The steps, and what ends the canary early."""
 
     steps: Sequence[CanaryStep]
-    error_ratio: float | None = None  # of its answers, above the proven revision's ratio
-    ttft_factor: float | None = None  # of the proven revision's p90
-    min_requests: int = 10
     has_probe: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What the gateways counted of one revision."""
+    """What the gateways counted of one kind of requests."""
 
     requests: float = 0.0
     failures: float = 0.0
@@ -138,6 +144,20 @@ def apply_decision(
     return replace(rollout, canary=after, moved_at=now)
 
 
+def find_worse(own: Answers, others: Answers, limits: Limits) -> GivenUp | None:
+    """Return in what `own` fares worse than it may, None where it does not or too few tell."""
+    if own.requests < limits.min_requests:
+        return None
+    if limits.error_ratio is not None and own.error_ratio > limits.error_ratio + others.error_ratio:
+        return GivenUp.ERRORS
+    slow, usual = own.ttft_p90_s, others.ttft_p90_s
+    if limits.ttft_factor is None or slow is None or usual is None:
+        return None
+    if others.requests < limits.min_requests or slow <= limits.ttft_factor * usual:
+        return None
+    return GivenUp.SLOW
+
+
 def quantile(buckets: Mapping[float, float], share: float) -> float | None:
     """Return the quantile of a cumulative histogram, interpolated as Prometheus does.
 
@@ -172,27 +192,23 @@ def _trouble(look: CanaryLook, rules: CanaryRules) -> Decision | None:
             f"The answer to the probe prompt does not match what is expected: {look.said!r}.",
         )
     canary, stable = look.canary, look.stable
-    if canary is None or stable is None or canary.requests < rules.min_requests:
+    if canary is None or stable is None:
         return None
-    if rules.error_ratio is not None:
-        limit = rules.error_ratio + stable.error_ratio
-        if canary.error_ratio > limit:
-            return _give_up(
-                GivenUp.ERRORS,
-                f"{canary.failures:g} of {canary.requests:g} requests failed at the canary and "
-                f"{stable.failures:g} of {stable.requests:g} at the revision before; "
-                f"errorRatio allows {rules.error_ratio:g} more.",
-            )
-    slow, usual = canary.ttft_p90_s, stable.ttft_p90_s
-    if rules.ttft_factor is None or slow is None or usual is None:
-        return None
-    if stable.requests < rules.min_requests or slow <= rules.ttft_factor * usual:
-        return None
-    return _give_up(
-        GivenUp.SLOW,
-        f"The canary's TTFT p90 is {slow:.3g} s and that of the revision before {usual:.3g} s; "
-        f"ttftFactor allows {rules.ttft_factor:g} times as much.",
-    )
+    worse = find_worse(canary, stable, rules)
+    if worse is GivenUp.ERRORS:
+        return _give_up(
+            worse,
+            f"{canary.failures:g} of {canary.requests:g} requests failed at the canary and "
+            f"{stable.failures:g} of {stable.requests:g} at the revision before; "
+            f"errorRatio allows {rules.error_ratio:g} more.",
+        )
+    if worse is GivenUp.SLOW:
+        return _give_up(
+            worse,
+            f"The canary's TTFT p90 is {canary.ttft_p90_s:.3g} s and that of the revision before "
+            f"{stable.ttft_p90_s:.3g} s; ttftFactor allows {rules.ttft_factor:g} times as much.",
+        )
+    return None
 
 
 def _give_up(reason: GivenUp, why: str) -> Decision:

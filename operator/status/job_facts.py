@@ -40,6 +40,7 @@ class Promotion:
     approval: Approval | None = None
     replaced_by: str | None = None  # the job whose result came after it
     was_done: bool = False  # replicas that came later load it like everything they serve
+    on_trial_since: str | None = None  # while its requests are watched
 
     @property
     def is_done(self) -> bool:
@@ -58,7 +59,8 @@ class Promotion:
             self.approval
         ) else {}  # fmt: skip
         counts = {"readyReplicas": self.ready_replicas, "replicas": self.replicas}
-        return {"servedAs": self.served_as, **counts, **who}
+        trial = {"onTrialSince": self.on_trial_since} if self.on_trial_since else {}
+        return {"servedAs": self.served_as, **counts, **who, **trial}
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,7 @@ class AdapterSeen:
     digest: str | None = None
     job: str | None = None
     error: str = ""
+    on_trial: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,7 +258,12 @@ def _adapter(adapter: AdapterSeen, seen: Seen) -> Document:
         "name": adapter.name,
         "readyReplicas": sum(r.serves and adapter.name in r.adapters for r in seen.replicas),
     }
-    optional = {"digest": adapter.digest, "job": adapter.job, "error": adapter.error[:1024]}
+    optional: Document = {
+        "digest": adapter.digest,
+        "job": adapter.job,
+        "onTrial": adapter.on_trial,
+        "error": adapter.error[:1024],
+    }
     return document | {key: value for key, value in optional.items() if value}
 
 

@@ -64,7 +64,17 @@ def find_promotion(
     ready, replicas, problem = found(job, progress.artifact, deployment)
     conditions = (job.get("status") or {}).get("conditions") or []
     was_done = condition_status(conditions, ConditionType.PROMOTED) == "True"
-    return Promotion(target, name, ready, replicas, problem, approval, was_done=was_done)
+    before = (job.get("status") or {}).get("promotion") or {}
+    return Promotion(
+        target,
+        name,
+        ready,
+        replicas,
+        problem,
+        approval,
+        was_done=was_done,
+        on_trial_since=before.get("onTrialSince"),
+    )
 
 
 def _approval(job: Json, now: datetime) -> Approval | None:

@@ -7,22 +7,11 @@ many as the weight says go to the canary, evenly spread.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import accumulate, takewhile
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from mizzen.runtime.gateway.directory import Directory, Endpoint, ObjectKey, ServedModel
-
-# Two revisions are compared: edges a quarter apart tell a p90 from one a quarter longer.
-_FIRST_EDGE_S, _LAST_EDGE_S, _RATIO = 0.001, 300.0, 1.25
-_EDGES_S = (
-    *takewhile(
-        lambda edge: edge < _LAST_EDGE_S, (_FIRST_EDGE_S * _RATIO**power for power in range(100))
-    ),
-    float("inf"),
-)
+from mizzen.runtime.gateway.tally import Family, Tally, families
 
 
 class CanaryTurns:
@@ -53,23 +42,13 @@ def sides(
     return own, tuple(e for e in endpoints if e not in own)
 
 
-@dataclass(slots=True)
-class _Counts:
-    """Of one revision, since the canary began."""
-
-    requests: int = 0
-    failures: int = 0
-    first_bytes: list[int] = field(default_factory=lambda: [0] * len(_EDGES_S))
-    seconds: float = 0.0
-
-
 class CanaryCounts(Collector):
     """How both revisions fare; there are no series while there is no canary."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
         # By deployment: the canary that is counted, and the counts by revision.
-        self._counts: dict[ObjectKey, tuple[str, dict[str, _Counts]]] = {}
+        self._counts: dict[ObjectKey, tuple[str, dict[str, Tally]]] = {}
 
     def on_request(self, model: ServedModel, endpoint: Endpoint) -> None:
         """A replica took a request, or should have."""
@@ -84,10 +63,9 @@ class CanaryCounts(Collector):
     def on_first_byte(self, model: ServedModel, endpoint: Endpoint, seconds: float) -> None:
         """Its answer began so long after it was sent."""
         if (counts := self._of(model, endpoint)) is not None:
-            counts.first_bytes[next(i for i, edge in enumerate(_EDGES_S) if seconds <= edge)] += 1
-            counts.seconds += seconds
+            counts.add_first_byte(seconds)
 
-    def _of(self, model: ServedModel, endpoint: Endpoint) -> _Counts | None:
+    def _of(self, model: ServedModel, endpoint: Endpoint) -> Tally | None:
         canary = model.canary
         if canary is None:
             return None
@@ -96,41 +74,19 @@ class CanaryCounts(Collector):
             by_revision = {}
             self._counts[model.key] = (canary.revision, by_revision)
         revision = canary.revision if model.is_canary(endpoint) else canary.stable
-        return by_revision.setdefault(revision, _Counts())
+        return by_revision.setdefault(revision, Tally())
 
-    def collect(self) -> Iterator[CounterMetricFamily | HistogramMetricFamily]:
+    def collect(self) -> Iterator[Family]:
         """Yield the series of the canaries that there are now."""
         labels = ("namespace", "model", "revision")
-        requests = CounterMetricFamily(
-            "mizzen_gateway_canary_requests", "Requests since a canary began.", labels=labels
-        )
-        failures = CounterMetricFamily(
-            "mizzen_gateway_canary_failures",
-            "Those of them that failed by their replica's fault.",
-            labels=labels,
-        )
-        first_bytes = HistogramMetricFamily(
-            "mizzen_gateway_canary_first_byte_seconds",
-            "From sending them to the first byte of the answer.",
-            labels=labels,
-        )
+        yield from families("mizzen_gateway_canary", "a canary began", labels, self._rows())
+
+    def _rows(self) -> Iterator[tuple[tuple[str, ...], Tally]]:
         for key in list(self._counts):
             model = self._directory.model(key)
             counted, by_revision = self._counts[key]
             if model is None or model.canary is None or model.canary.revision != counted:
                 del self._counts[key]
                 continue
-            for revision, counts in by_revision.items():
-                values = (*key, revision)
-                requests.add_metric(values, counts.requests)
-                failures.add_metric(values, counts.failures)
-                cumulative = accumulate(counts.first_bytes)
-                edges = [_text(edge) for edge in _EDGES_S]
-                first_bytes.add_metric(
-                    values, list(zip(edges, cumulative, strict=True)), counts.seconds
-                )
-        yield from (requests, failures, first_bytes)
-
-
-def _text(edge: float) -> str:
-    return "+Inf" if edge == float("inf") else f"{edge:.4g}"
+            for revision, tally in by_revision.items():
+                yield (*key, revision), tally

@@ -56,6 +56,8 @@ class ServedModel:
     is_off: bool = False
     """Whether its spec asks for no replica at all."""
     canary: Canary | None = None
+    trials: tuple[tuple[str, str], ...] = ()
+    """Adapters that are watched before their job counts as promoted, with their digests."""
     prompts: tuple[Template, ...] = ()
     guardrails: tuple[Guardrail, ...] = ()
 
@@ -83,6 +85,11 @@ class Route:
         """What its replicas call the model."""
         name = self.model.name
         return name if self.adapter is None else f"{name}:{self.adapter}"
+
+    @property
+    def is_on_trial(self) -> bool:
+        """Whether it leads to an adapter that is watched."""
+        return any(adapter == self.adapter for adapter, _ in self.model.trials)
 
 
 @dataclass(slots=True)

@@ -9,8 +9,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from mizzen.runtime.gateway.canary import CanaryCounts
-from mizzen.runtime.gateway.directory import Directory, ServedModel
+from mizzen.runtime.gateway.directory import Directory, Endpoint, Route, ServedModel
 from mizzen.runtime.gateway.room import WaitingRoom
+from mizzen.runtime.gateway.trials import TrialCounts
 
 # From a cached error to a long prompt on a CPU.
 _TTFB_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -50,7 +51,7 @@ class GatewayMetrics:
         )
         self._cut = Counter(
             "mizzen_gateway_cut_streams",
-            "Answers that ended early because their replica was lost.",
+            "Answers that ended early because their replica was lost or failed.",
             _MODEL_LABELS,
             registry=self.registry,
         )
@@ -71,6 +72,8 @@ class GatewayMetrics:
         self.registry.register(_Arrivals(directory, self._arrivals))
         self.canary = CanaryCounts(directory)
         self.registry.register(self.canary)
+        self.trials = TrialCounts(directory)
+        self.registry.register(self.trials)
 
     def on_start(self, model: ServedModel) -> None:
         """A request for a known model begins."""
@@ -94,8 +97,26 @@ class GatewayMetrics:
         self._retries.labels(*_labels(model), reason).inc()
 
     def on_cut(self, model: ServedModel) -> None:
-        """A replica was lost in the middle of an answer."""
+        """A replica was lost, or failed, in the middle of an answer."""
         self._cut.labels(*_labels(model)).inc()
+
+    def on_taken(self, route: Route, endpoint: Endpoint) -> None:
+        """A replica took a request, or should have: it counts for what is being compared."""
+        self.trials.on_request(route)
+        if not route.is_on_trial:
+            self.canary.on_request(route.model, endpoint)
+
+    def on_failed(self, route: Route, endpoint: Endpoint) -> None:
+        """It failed by the replica's fault; an adapter on trial speaks for no revision."""
+        self.trials.on_failure(route)
+        if not route.is_on_trial:
+            self.canary.on_failure(route.model, endpoint)
+
+    def on_begun(self, route: Route, endpoint: Endpoint, seconds: float) -> None:
+        """Its answer began so long after it was sent."""
+        self.trials.on_first_byte(route, seconds)
+        if not route.is_on_trial:
+            self.canary.on_first_byte(route.model, endpoint, seconds)
 
     def on_guardrail(self, model: ServedModel, guardrail: str) -> None:
         """A guardrail refused a request, or cut an answer off."""

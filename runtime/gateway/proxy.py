@@ -87,7 +87,8 @@ class Proxy:
         on_chunk: Callable[[bytes], None] | None,
     ) -> _Answer:
         started_at = self._clock()
-        model, span = search.route.model, current_span.get()
+        route, span = search.route, current_span.get()
+        model = route.model
         while True:
             endpoint = await self._admission.next_endpoint(search, reply)
             if endpoint is None:
@@ -106,7 +107,7 @@ class Proxy:
                     continue
                 except ReplicaTimeoutError:
                     self._balancer.outliers.note_failure(endpoint.url)
-                    self._count(model, endpoint, is_failure=True)
+                    self._count(route, endpoint, is_failure=True)
                     raise ReplicaSilentError(
                         f"A replica of {model.name!r} took the request and did not answer "
                         f"within {self._config.read_timeout_s:g} seconds."
@@ -115,14 +116,14 @@ class Proxy:
                 self._metrics.on_first_byte(model, took_s)
                 span.note({"gen_ai.response.time_to_first_chunk": took_s})
                 if isinstance(answer, Refusal):
-                    self._judge(model, endpoint, answer)
+                    self._judge(route, endpoint, answer)
                     return await reply.refuse(answer)
                 self._balancer.outliers.note_success(endpoint.url)
-                self._count(model, endpoint)
-                self._metrics.canary.on_first_byte(model, endpoint, self._clock() - sent_at)
+                self._count(route, endpoint)
+                self._metrics.on_begun(route, endpoint, self._clock() - sent_at)
                 return await reply.relay(
                     answer,
-                    on_cut=partial(self._on_cut, model, endpoint),
+                    on_cut=partial(self._on_cut, route, endpoint),
                     on_chunk=on_chunk,
                 )
 
@@ -149,7 +150,7 @@ class Proxy:
         else:
             self._balancer.outliers.note_failure(endpoint.url)
         if failure.kind in (FailureKind.UNREACHABLE, FailureKind.LOST):
-            self._count(search.route.model, endpoint, is_failure=True)
+            self._count(search.route, endpoint, is_failure=True)
         log.info(
             "model=%s/%s endpoint=%s not answered: %s (%s)",
             *search.route.model.key,
@@ -158,25 +159,26 @@ class Proxy:
             failure,
         )
 
-    def _judge(self, model: ServedModel, endpoint: Endpoint, refusal: Refusal) -> None:
+    def _judge(self, route: Route, endpoint: Endpoint, refusal: Refusal) -> None:
         """An error that the request has earned is an answer; one of the replica's own is not."""
-        self._count(model, endpoint, is_failure=refusal.status >= 500)
-        if refusal.status >= 500:
-            self._balancer.outliers.note_error(endpoint.url)
-        else:
+        self._count(route, endpoint, is_failure=refusal.status >= 500)
+        if refusal.status < 500:
             self._balancer.outliers.note_success(endpoint.url)
+        elif not route.is_on_trial:
+            # An adapter on trial may bring its errors to every replica that it is on.
+            self._balancer.outliers.note_error(endpoint.url)
 
-    def _count(self, model: ServedModel, endpoint: Endpoint, *, is_failure: bool = False) -> None:
-        """Count a request for the revision that answered it or did not."""
-        self._metrics.canary.on_request(model, endpoint)
+    def _count(self, route: Route, endpoint: Endpoint, *, is_failure: bool = False) -> None:
+        """Count a request for what answered it or did not."""
+        self._metrics.on_taken(route, endpoint)
         if is_failure:
-            self._metrics.canary.on_failure(model, endpoint)
+            self._metrics.on_failed(route, endpoint)
 
-    def _on_cut(self, model: ServedModel, endpoint: Endpoint, error: Exception) -> None:
-        self._metrics.on_cut(model)
-        self._metrics.canary.on_failure(model, endpoint)
+    def _on_cut(self, route: Route, endpoint: Endpoint, error: Exception) -> None:
+        self._metrics.on_cut(route.model)
+        self._metrics.on_failed(route, endpoint)
         current_span.get().failed("answer_cut")
-        log.warning("model=%s/%s: an answer ended early: %s", *model.key, error)
+        log.warning("model=%s/%s: an answer ended early: %s", *route.model.key, error)
 
     def _outgoing(self, asked: Asked, route: Route) -> Outgoing:
         headers = request_headers(

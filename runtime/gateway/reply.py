@@ -136,6 +136,8 @@ class Reply:
                 chunk = await opened.next_chunk()
             if _is_stream(answer) and not _is_whole(tail):
                 raise ReplicaLostError("the stream ended without [DONE]")
+            if _is_stream(answer) and not tail.rstrip().endswith(_DONE):
+                on_cut(ReplicaLostError("the replica ended the stream with an error"))
             await self._end(answer)
         except (ReplicaLostError, AnswerTooLongError) as error:
             on_cut(error)

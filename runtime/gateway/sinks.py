@@ -63,6 +63,11 @@ def parse_model(item: KubeObject) -> ServedModel:
             for adapter in _list(pod.get("adapters"))
         ),
         canary=_canary(_mapping(status.get("rollout"))),
+        trials=tuple(
+            (str(adapter["name"]), str(adapter.get("digest")))
+            for adapter in _mappings(status.get("adapters"))
+            if adapter.get("name") and adapter.get("onTrial") is True
+        ),
         prompts=tuple(_template(entry) for entry in _mappings(spec.get("prompts"))),
         guardrails=tuple(_guardrail(entry) for entry in _mappings(spec.get("guardrails"))),
     )

@@ -14,11 +14,15 @@ typedef struct {
     int out_type;
 } Linear;
 
+/* What a feed-forward does to its units. */
+enum { SILU_GATE = 0, RELU = 1, GELU_TANH = 2 };
+
 EXPORT void linear(const Linear *l, int threads);
-EXPORT void rms_norm(const void *x, const void *weight, void *out, long rows, long width,
-                     float eps, int type, int threads);
+EXPORT void normalise(const void *x, const void *weight, const void *shift, void *out, long rows,
+                      long width, float eps, int type, int threads);
 EXPORT void silu_gate(const void *gate, const void *up, void *out, long rows, long stride,
                       long width, int type, int threads);
+EXPORT void activate(void *units, long rows, long width, int kind, int type, int threads);
 EXPORT void rotate(void *x, const void *cos, const void *sin, long rows, long stride, long heads,
                    long dim, int is_interleaved, int type);
 EXPORT void paged_attention(Attention *a, int threads);

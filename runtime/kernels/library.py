@@ -13,6 +13,7 @@ from mizzen.runtime.kernels.compile import levels, library_path
 log = logging.getLogger(__name__)
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # as numbers.h has them
+ACTIVATIONS = {"silu": 0, "relu": 1, "gelu_tanh": 2}  # as kernels.h has them; silu is a gate's
 
 
 class Attention(Structure):
@@ -40,11 +41,18 @@ class Linear(Structure):
     ]
 
 
+class NormWeights(Structure):
+    """What a norm multiplies by and, unless it is an RMS norm, adds."""
+
+    _fields_ = [("weight", c_void_p), ("shift", c_void_p)]
+
+
 class Layer(Structure):
     """A layer's weights, as stack.c has them."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("attention_norm", "feed_forward_norm", "q_norm", "k_norm")),
+        *((name, NormWeights) for name in ("attention_norm", "feed_forward_norm")),
+        *((name, c_void_p) for name in ("q_norm", "k_norm")),
         *((name, Linear) for name in ("qkv", "out", "up", "down")),
         ("slopes", c_void_p),
         ("window", c_long),
@@ -63,11 +71,13 @@ class Stack(Structure):
         ("count", c_long),
         ("eps", c_float),
         ("is_interleaved", c_int),
+        ("activation", c_int),
     ]
 
 
 _SIGNATURES: dict[str, list[type]] = {
-    "rms_norm": [*[c_void_p] * 3, *[c_long] * 2, c_float, c_int, c_int],
+    "normalise": [*[c_void_p] * 4, *[c_long] * 2, c_float, c_int, c_int],
+    "activate": [c_void_p, *[c_long] * 2, *[c_int] * 3],
     "silu_gate": [*[c_void_p] * 3, *[c_long] * 3, c_int, c_int],
     "rotate": [*[c_void_p] * 3, *[c_long] * 4, c_int, c_int],
     "linear": [POINTER(Linear), c_int],

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mizzen.runtime.kernels import library
-from mizzen.runtime.kernels.library import TYPES
+from mizzen.runtime.kernels.library import ACTIVATIONS, TYPES
 
 
 def are_used(x: Tensor) -> bool:
@@ -28,16 +28,51 @@ def are_used(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale the last dimension to unit root mean square, then by the weight."""
+    if are_used(x):
+        return _normalise(x, weight, None, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Centre the last dimension and scale it to unit variance, then apply weight and bias."""
+    if are_used(x):
+        return _normalise(x, weight, bias, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     kernels = library.kernels()
-    if kernels is None or not are_used(x):
-        return F.rms_norm(x, weight.shape, weight, eps)
+    assert kernels is not None, "`are_used` has asked"
     x = x.contiguous()
     out, width = torch.empty_like(x), x.shape[-1]
+    shift = None if bias is None else bias.data_ptr()
+    pointers = x.data_ptr(), weight.data_ptr(), shift, out.data_ptr()
     rows, kind, threads = x.numel() // width, TYPES[x.dtype], torch.get_num_threads()
-    kernels.rms_norm(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, eps, kind, threads
-    )
+    kernels.normalise(*pointers, rows, width, eps, kind, threads)
     return out
+
+
+def relu(units_TF: Tensor) -> Tensor:
+    """Return max(x, 0). What is returned may be the units themselves, changed in place."""
+    return units_TF if _activate(units_TF, "relu") else F.relu(units_TF)
+
+
+def gelu_tanh(units_TF: Tensor) -> Tensor:
+    """Return GELU by its tanh formula; as with `relu`, perhaps the units themselves."""
+    if _activate(units_TF, "gelu_tanh"):
+        return units_TF
+    return F.gelu(units_TF, approximate="tanh")
+
+
+def _activate(units_TF: Tensor, activation: str) -> bool:
+    """Change the units in place, if the kernels work on them."""
+    kernels = library.kernels()
+    if kernels is None or not are_used(units_TF) or not units_TF.is_contiguous():
+        return False
+    rows, width = units_TF.shape
+    kinds = ACTIVATIONS[activation], TYPES[units_TF.dtype]
+    kernels.activate(units_TF.data_ptr(), rows, width, *kinds, torch.get_num_threads())
+    return True
 
 
 def silu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:

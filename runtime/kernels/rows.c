@@ -1,4 +1,4 @@
-/* Work on single rows: RMS norm, the gate of a feed-forward, the largest logit. */
+/* Work on single rows: norms, and what a feed-forward does to its units. */
 #include "kernels.h"
 #include "team.h"
 
@@ -26,12 +26,26 @@ static Span span_of(long item, long items, long rows) {
 }
 
 typedef struct {
-    const void *x, *weight;
+    const void *x, *weight, *shift; /* no shift: RMS norm */
     void *out;
     long rows, width, items;
     float eps;
     int type;
 } Norm;
+
+INLINE void centre_row(const void *x, const void *weight, const void *shift, void *out, long width,
+                       float eps, int type) {
+    float sum = 0.0f, squares = 0.0f;
+    SUM(sum)
+    for (long i = 0; i < width; i++) sum += get(x, i, type);
+    const float mean = sum / (float)width;
+    SUM(squares)
+    for (long i = 0; i < width; i++) squares += (get(x, i, type) - mean) * (get(x, i, type) - mean);
+    const float scale = 1.0f / sqrtf(squares / (float)width + eps);
+    for (long i = 0; i < width; i++)
+        put(out, i, (get(x, i, type) - mean) * scale * get(weight, i, type) + get(shift, i, type),
+            type);
+}
 
 INLINE void norm_row(const void *x, const void *weight, void *out, long width, float eps, int type) {
     float squares = 0.0f;
@@ -48,14 +62,16 @@ static void norm_item(void *data, long item) {
     for (long row = span.first; row < span.last; row++) {
         const void *x = at(n->x, row * n->width, n->type);
         void *out = (void *)at(n->out, row * n->width, n->type);
-        BY_TYPE(n->type, norm_row, x, n->weight, out, n->width, n->eps);
+        if (n->shift) BY_TYPE(n->type, centre_row, x, n->weight, n->shift, out, n->width, n->eps);
+        else BY_TYPE(n->type, norm_row, x, n->weight, out, n->width, n->eps);
     }
 }
 
-EXPORT void rms_norm(const void *x, const void *weight, void *out, long rows, long width,
-                     float eps, int type, int threads) {
+/* Layer norm, or RMS norm where `shift` is NULL; `out` may be `x`. */
+EXPORT void normalise(const void *x, const void *weight, const void *shift, void *out, long rows,
+                      long width, float eps, int type, int threads) {
     threads = useful_threads(rows * width, threads);
-    Norm norm = {x, weight, out, rows, width, items_of(rows, threads), eps, type};
+    Norm norm = {x, weight, shift, out, rows, width, items_of(rows, threads), eps, type};
     each_item(norm_item, &norm, norm.items, threads);
 }
 
@@ -90,4 +106,43 @@ EXPORT void silu_gate(const void *gate, const void *up, void *out, long rows, lo
     threads = useful_threads(rows * width, threads);
     Gate g = {gate, up, out, rows, stride, width, items_of(rows, threads), type};
     each_item(gate_item, &g, g.items, threads);
+}
+
+typedef struct {
+    void *units;
+    long rows, width, items;
+    int kind, type;
+} Activation;
+
+INLINE void relu_row(void *units, long width, int type) {
+    for (long i = 0; i < width; i++) {
+        const float x = get(units, i, type);
+        put(units, i, x < 0.0f ? 0.0f : x, type); /* NaN stays */
+    }
+}
+
+/* 0.5 x (1 + tanh(z)) is x / (1 + exp(-2 z)). */
+INLINE void gelu_tanh_row(void *units, long width, int type) {
+    for (long i = 0; i < width; i++) {
+        const float x = get(units, i, type);
+        const float z = 0.7978845608f * (x + 0.044715f * x * x * x);
+        put(units, i, x / (1.0f + exponential(-2.0f * z)), type);
+    }
+}
+
+static void activate_item(void *data, long item) {
+    const Activation *a = data;
+    Span span = span_of(item, a->items, a->rows);
+    for (long row = span.first; row < span.last; row++) {
+        void *units = (void *)at(a->units, row * a->width, a->type);
+        if (a->kind == RELU) BY_TYPE(a->type, relu_row, units, a->width);
+        else BY_TYPE(a->type, gelu_tanh_row, units, a->width);
+    }
+}
+
+/* Of units that are not gated, in place. */
+EXPORT void activate(void *units, long rows, long width, int kind, int type, int threads) {
+    threads = useful_threads(rows * width, threads);
+    Activation a = {units, rows, width, items_of(rows, threads), kind, type};
+    each_item(activate_item, &a, a.items, threads);
 }

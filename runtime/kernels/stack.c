@@ -3,7 +3,11 @@ Python between them would take as long. */
 #include "kernels.h"
 
 typedef struct {
-    const void *attention_norm, *feed_forward_norm;
+    const void *weight, *shift; /* no shift: RMS norm */
+} NormWeights;
+
+typedef struct {
+    NormWeights attention_norm, feed_forward_norm; /* the latter has none if both read one copy */
     const void *q_norm, *k_norm; /* of each head, or NULL */
     Linear qkv, out, up, down;   /* their weights; `up` gives the gate, then what it gates */
     const float *slopes;         /* as Attention has them */
@@ -22,7 +26,7 @@ typedef struct {
     const void *cos, *sin; /* [tokens, dim], or NULL */
     long count;
     float eps;
-    int is_interleaved;
+    int is_interleaved, activation;
 } Stack;
 
 static void multiply(Linear l, const uint16_t *x, uint16_t *out, const uint16_t *residual,
@@ -35,7 +39,7 @@ static void turn_heads(const Stack *s, uint16_t *heads, long count, const void *
     const long tokens = s->attention.tokens, dim = s->attention.dim;
     for (long t = 0; norm && t < tokens; t++) {
         uint16_t *row = heads + t * stride;
-        rms_norm(row, norm, row, count, dim, s->eps, BFLOAT16, 1);
+        normalise(row, norm, NULL, row, count, dim, s->eps, BFLOAT16, 1);
     }
     if (s->cos)
         rotate(heads, s->cos, s->sin, tokens, stride, count, dim, s->is_interleaved, BFLOAT16);
@@ -54,18 +58,33 @@ static void attend(const Stack *s, const Layer *layer, long index, int threads) 
     paged_attention(&a, threads);
 }
 
+static void normalise_stream(const Stack *s, const NormWeights *norm, long width, int threads) {
+    normalise(s->stream, norm->weight, norm->shift, s->normed, s->attention.tokens, width, s->eps,
+              BFLOAT16, threads);
+}
+
+/* Returns the input of `down`. */
+static const uint16_t *activate_units(const Stack *s, long units, int threads) {
+    const long tokens = s->attention.tokens;
+    if (s->activation != SILU_GATE) {
+        activate(s->projected, tokens, units, s->activation, BFLOAT16, threads);
+        return s->projected;
+    }
+    silu_gate(s->projected, s->projected + units, s->gated, tokens, 2 * units, units, BFLOAT16,
+              threads);
+    return s->gated;
+}
+
 static void run_layer(const Stack *s, const Layer *layer, long index, int threads) {
     const long tokens = s->attention.tokens, width = layer->qkv.inputs, units = layer->down.inputs;
-    rms_norm(s->stream, layer->attention_norm, s->normed, tokens, width, s->eps, BFLOAT16, threads);
+    normalise_stream(s, &layer->attention_norm, width, threads);
     multiply(layer->qkv, s->normed, s->projected, NULL, tokens, threads);
     attend(s, layer, index, threads);
     multiply(layer->out, s->mixed, s->stream, s->stream, tokens, threads);
-    rms_norm(s->stream, layer->feed_forward_norm, s->normed, tokens, width, s->eps, BFLOAT16,
-             threads);
+    if (layer->feed_forward_norm.weight)
+        normalise_stream(s, &layer->feed_forward_norm, width, threads);
     multiply(layer->up, s->normed, s->projected, NULL, tokens, threads);
-    silu_gate(s->projected, s->projected + units, s->gated, tokens, 2 * units, units, BFLOAT16,
-              threads);
-    multiply(layer->down, s->gated, s->stream, s->stream, tokens, threads);
+    multiply(layer->down, activate_units(s, units, threads), s->stream, s->stream, tokens, threads);
 }
 
 EXPORT void run_stack(const Stack *s, int threads) {

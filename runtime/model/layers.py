@@ -295,7 +295,7 @@ class Norm(Replicated):
         """Normalise the last dimension."""
         weight, bias = self._scale_and_shift()
         if bias is not None:
-            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+            return ops.layer_norm(x, weight, bias, self.eps)
         return ops.rms_norm(x, weight, self.eps)
 
     def _scale_and_shift(self) -> tuple[Tensor, Tensor | None]:
@@ -316,7 +316,7 @@ class HeadNorm(Norm):
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
-    "relu": F.relu,
+    "relu": ops.relu,
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": ops.gelu_tanh,
 }

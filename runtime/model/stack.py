@@ -5,23 +5,18 @@ between them costs a CPU as much as the smaller ones do.
 """
 
 # Shapes: T packed tokens, D model width, d head dimension.
-from __future__ import annotations
-
 from collections.abc import Sequence
 from ctypes import byref
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mizzen.runtime.attention.paged_cpu import PagedCpu
 from mizzen.runtime.kernels import library
-from mizzen.runtime.kernels.library import Layer, Stack
-
-if TYPE_CHECKING:
-    from mizzen.runtime.model.arch import ArchSpec
-    from mizzen.runtime.model.decoder import Block
-    from mizzen.runtime.model.layers import Linear
+from mizzen.runtime.kernels.library import Layer, NormWeights, Stack
+from mizzen.runtime.model.arch import ArchSpec
+from mizzen.runtime.model.block import Block
+from mizzen.runtime.model.layers import Linear, Norm
 
 
 class LayerStack:
@@ -41,13 +36,16 @@ class LayerStack:
         self._layers = (Layer * len(blocks))(*map(_layer, blocks))
         self._eps = spec.norm_eps
         self._is_interleaved = spec.rope.is_interleaved
+        self._activation = library.ACTIVATIONS[spec.act]
 
     @staticmethod
     def suits(blocks: Sequence[Block], spec: ArchSpec) -> bool:
         """Do the kernels know every part of these layers, which one rank holds whole?"""
         return (
-            (spec.block, spec.norm, spec.act) == ("pre_norm", "rms", "silu")
-            and spec.is_gated
+            spec.block != "post_norm"
+            and spec.act in library.ACTIVATIONS
+            and spec.is_gated == (spec.act == "silu")
+            and not (spec.qk_norm and spec.norm == "layer")  # heads' norms have no shift
             and not spec.query_scales
             and len(blocks) > 0
             and all(linear.panels is not None for block in blocks for linear in _linears(block))
@@ -75,6 +73,7 @@ class LayerStack:
             len(self._layers),
             self._eps,
             self._is_interleaved,
+            self._activation,
         )
         kernels.run_stack(byref(call), torch.get_num_threads())
         return stream_TD
@@ -89,9 +88,11 @@ def _layer(block: Block) -> Layer:
     attention = block.attention
     bias = attention.bias
     qkv, out, up, down = map(_describe, _linears(block))
+    # In a parallel layer the feed-forward reads what the attention does.
+    second = getattr(block, "feed_forward_norm", None)
     return Layer(
-        attention_norm=block.attention_norm.weight.data_ptr(),
-        feed_forward_norm=block.feed_forward_norm.weight.data_ptr(),
+        attention_norm=_norm(block.attention_norm),
+        feed_forward_norm=NormWeights() if second is None else _norm(second),
         q_norm=None if attention.q_norm is None else attention.q_norm.weight.data_ptr(),
         k_norm=None if attention.k_norm is None else attention.k_norm.weight.data_ptr(),
         qkv=qkv,
@@ -101,6 +102,11 @@ def _layer(block: Block) -> Layer:
         slopes=None if bias.slopes_H is None else bias.slopes_H.data_ptr(),
         window=bias.window or 0,
     )
+
+
+def _norm(norm: Norm) -> NormWeights:
+    bias = norm.bias
+    return NormWeights(norm.weight.data_ptr(), None if bias is None else bias.data_ptr())
 
 
 def _describe(linear: Linear) -> library.Linear:

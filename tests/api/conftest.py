@@ -19,7 +19,7 @@ def cluster() -> Iterator[ApiCluster]:
     with ApiCluster() as running:
         running.add_nodes(4, gpus=8)
         running.kubectl("apply", "--server-side", "-f", CRDS)
-        running.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+        running.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=300s")
         yield running
 
 

@@ -64,7 +64,7 @@ def get(cluster: ApiCluster, *arguments: str) -> Any:
 @pytest.fixture(scope="module")
 def installed(bare: ApiCluster) -> ApiCluster:
     """The chart installed as the README says, its pods Ready on simulated nodes."""
-    notes = helm(bare, "upgrade", "--install", "mizzen", CHART, "--wait", "--timeout", "3m")
+    notes = helm(bare, "upgrade", "--install", "mizzen", CHART, "--wait", "--timeout", "8m")
     assert "mizzen keys create" in notes
     return bare
 
@@ -109,7 +109,7 @@ def test_an_upgrade_keeps_the_admin_token_and_brings_new_crds(installed: ApiClus
     installed.kubectl(
         "label", "crd", "llmdeployments.mizzen.dev", "app.kubernetes.io/part-of=old", "--overwrite"
     )
-    helm(installed, "upgrade", "mizzen", CHART, "--force-conflicts", "--wait", "--timeout", "3m")
+    helm(installed, "upgrade", "mizzen", CHART, "--force-conflicts", "--wait", "--timeout", "8m")
     assert get(installed, "secret", "mizzen-admin", "-n", HOME)["data"]["token"] == before
     crd = get(installed, "crd", "llmdeployments.mizzen.dev")
     assert crd["metadata"]["labels"]["app.kubernetes.io/part-of"] == "mizzen"
@@ -214,7 +214,7 @@ def test_uninstalling_leaves_the_models_and_their_kinds(installed: ApiCluster) -
     with pytest.raises(ClusterError, match="NotFound"):
         installed.kubectl("get", "deployment", "mizzen-operator", "-n", HOME)
     # And the chart takes the kinds over again.
-    helm(installed, "install", "mizzen", CHART, "--wait", "--timeout", "3m")
+    helm(installed, "install", "mizzen", CHART, "--wait", "--timeout", "8m")
     helm(installed, "uninstall", "mizzen", "--wait")
 
 

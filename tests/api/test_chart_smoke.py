@@ -85,12 +85,12 @@ async def test_it_serves_a_model_for_the_test_and_takes_it_away(
         name=name,
         model_source="pvc://models/tiny",
         makes_key=True,
-        timeout_s=60,
+        timeout_s=600,
     )
     running = asyncio.create_task(smoke.run(config))
     # No operator here: the test says Ready in its place.
     await asyncio.to_thread(
-        cluster.kubectl, "wait", "--for=create", f"llmd/{name}", "-n", namespace, "--timeout=30s"
+        cluster.kubectl, "wait", "--for=create", f"llmd/{name}", "-n", namespace, "--timeout=300s"
     )
     await asyncio.to_thread(
         cluster.kubectl,

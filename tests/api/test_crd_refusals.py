@@ -339,6 +339,15 @@ REFUSED: dict[str, tuple[Document, str]] = {
                        "probes": [{"prompt": "a", "expect": "b"}]}),
         "promotion.probes are for HotLoadAdapter",
     ),
+    "a trial of a whole model": (
+        job(promotion={"deployment": "smollm2", "strategy": "Canary",
+                       "trial": {"errorRatio": 0.1}}, adaptation={"type": "full"}),
+        "promotion.trial is for HotLoadAdapter",
+    ),
+    "a trial that judges nothing": (
+        job(promotion={"deployment": "smollm2", "trial": {"holdSeconds": 60}}),
+        "promotion.trial needs errorRatio or ttftFactor",
+    ),
     "an evaluation with nothing held out": (
         job(evaluation={"suites": [{"name": "holdout"}]}, processing={"holdoutRatio": 0}),
         "evaluation.suites needs processing.holdoutRatio above 0",

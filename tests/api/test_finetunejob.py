@@ -161,6 +161,8 @@ async def test_looking_again_writes_nothing(scene: Scene) -> None:
     await scene.look()
     scene.play("support-g1-0", "Succeeded", exitCode=0, message=json.dumps(DONE))
     await scene.look()
+    # Every namespace has one, which its controller may write at any time until then.
+    scene.kubectl("wait", "--for=create", "configmap/kube-root-ca.crt", "--timeout=300s")
     before = scene.kubectl("get", "ftj,pods,cm", "-o", "jsonpath={.items[*].metadata}")
     scene.now += timedelta(hours=1)
     await scene.look(times=10)

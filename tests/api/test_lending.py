@@ -201,7 +201,7 @@ def _claim_with_volume(volume: str) -> list[Json]:
     ]  # fmt: skip
 
 
-def wait_until(is_true: Callable[[], bool], *, timeout_s: float = 180) -> None:
+def wait_until(is_true: Callable[[], bool], *, timeout_s: float = 500) -> None:
     """Wait for a state that must come; the limit only ends a broken run."""
     deadline = time.monotonic() + timeout_s
     while not is_true():

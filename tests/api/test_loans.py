@@ -170,7 +170,7 @@ class RealReplica(TrainerClient):
     """The operator's own client, to a server whose claim is a folder of this machine."""
 
     def __init__(self, folder: Path, port: int) -> None:
-        super().__init__(Path("/nowhere"), admin_port=port)
+        super().__init__(Path("/nowhere"), timeout_s=300, admin_port=port)
         self._folder = folder
 
     async def lend(self, pod_ip: str, job: Document) -> bool:
@@ -205,7 +205,7 @@ async def test_a_replica_that_serves_trains_a_job_to_its_end(scene: Scene, tmp_p
         status = await scene.look()
         assert status["lending"].get("replica") == "smollm2-0123-0-0", status
         assert condition(status, "Admitted")[0] == "False", "its replica is not seen at it yet"
-        await eventually(lambda: not running.service.engine._lender.is_lent, within_s=120)
+        await eventually(lambda: not running.service.engine._lender.is_lent)
         status = await scene.look()
         await client.close()
     assert status["phase"] == "Succeeded", status

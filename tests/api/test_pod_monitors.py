@@ -128,7 +128,7 @@ async def test_prometheus_by_the_charts_pod_monitors_answers_what_a_direct_scrap
     direct, asked = sources
     addresses = tuple(map(exporters.address, exporters.runtimes))
     target = replace(TARGET, addresses=addresses)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 500
     while True:
         exporters.story.go_on()
         await asyncio.sleep(1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -79,23 +81,33 @@ def test_a_revision_that_finds_no_place_is_rolled_back(team: Namespace) -> None:
     assert team.uids() == before
 
 
+@contextmanager
+def noted_weights(team: Namespace, notes: Path) -> Iterator[Callable[[], set[str]]]:
+    """Note every weight of a canary by a watch, which misses none however slow the machine is."""
+    weight = r"jsonpath={.status.rollout.canary.weight}{'\n'}"
+    command = [gobuild.binaries() / "kubectl", f"--kubeconfig={team.cluster.kubeconfig}"]
+    command += ["-n", team.name, "get", "llmd", "smollm2", "--watch", "-o", weight]
+    with notes.open("wb") as out, subprocess.Popen(command, stdout=out) as watch:
+        try:
+            wait_until(lambda: notes.stat().st_size > 0)
+            yield lambda: set(notes.read_text().split())
+        finally:
+            watch.terminate()
+
+
 def test_a_canary_goes_step_by_step_and_a_wrong_answer_ends_it(
-    team: Namespace, runtimes: FakeRuntimes
+    team: Namespace, runtimes: FakeRuntimes, tmp_path: Path
 ) -> None:
-    # Long enough to be seen by a kubectl that takes seconds; the moment before the first is not.
-    steps = [{"weight": 10, "holdSeconds": 5}, {"weight": 50, "holdSeconds": 5}]
+    steps = [{"weight": 10, "holdSeconds": 2}, {"weight": 50, "holdSeconds": 2}]
     probe = {"prompt": "2 + 2 =", "expect": "4"}
     pace = {"canary": {"steps": steps, "rollbackOn": {"probe": probe}}}
     team.apply(replicas=2, rollout=pace)
     team.wait_ready()
     runtimes.answer = " 4."
-    team.apply(replicas=2, rollout=pace, engine={"maxNumSeqs": 8})
-    seen: set[int] = set()
-    while team.ready()[0] != "True":
-        rollout = team.llmd()["status"].get("rollout") or {}
-        seen.add(rollout.get("canary", {}).get("weight", 0))
-        time.sleep(0.1)
-    assert {10, 50} <= seen
+    with noted_weights(team, tmp_path / "weights") as seen:
+        team.apply(replicas=2, rollout=pace, engine={"maxNumSeqs": 8})
+        team.wait_ready()
+        wait_until(lambda: {"10", "50"} <= seen())
     wait_until(lambda: "rollout" not in team.llmd()["status"])
     wait_until(lambda: len(team.pods()) == 2)
     proven, before = revision(team), team.uids()

@@ -100,7 +100,7 @@ def condition(resource: Json, type_: str = "ScalingActive") -> tuple[str, str]:
     return "", ""
 
 
-def wait_until(is_true: Any, *, timeout_s: float = 180) -> None:
+def wait_until(is_true: Any, *, timeout_s: float = 500) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_true():
         assert time.monotonic() < deadline, "it did not come to that"
@@ -180,7 +180,9 @@ def keda_crd(cluster: ApiCluster, operator: RunningOperator) -> None:
         },
     }
     cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(crd))
-    cluster.kubectl("wait", "--for=condition=Established", "crd/scaledobjects.keda.sh")
+    cluster.kubectl(
+        "wait", "--for=condition=Established", "crd/scaledobjects.keda.sh", "--timeout=300s"
+    )
 
 
 @pytest.mark.parametrize("document", RIVALS.values(), ids=RIVALS)

@@ -63,8 +63,8 @@ class Cluster:
         self.kubectl("apply", "-f", "-", stdin=json.dumps(listed))
 
     def wait_for(self, *arguments: str, until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """Return the resource as soon as it is as wanted."""
-        deadline = time.monotonic() + 240
+        """Return the resource as soon as it is as wanted; the limit only ends a broken run."""
+        deadline = time.monotonic() + 900
         while not until(found := self.get(*arguments)):
             assert time.monotonic() < deadline, json.dumps(found.get("status"), indent=1)
             time.sleep(0.5)

@@ -76,7 +76,7 @@ def _command_lines() -> list[str]:
     return lines
 
 
-def _wait_until(is_so: Callable[[], bool], timeout_s: float = 60) -> None:
+def _wait_until(is_so: Callable[[], bool], timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline, "it did not become so in time"

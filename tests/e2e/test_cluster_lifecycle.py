@@ -4,6 +4,7 @@ It runs in network, mount and control group namespaces of its own, so that it ma
 that is left there, and the cluster of the other tests beside it is not touched.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from hack.images import store as image_store
 ROOT = Path(__file__).parents[2]
 GROUPS = Path("/sys/fs/cgroup")
 pytestmark = [
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.e2e,
     pytest.mark.skipif(os.geteuid() != 0, reason="containers need root"),
     pytest.mark.skipif(
@@ -111,6 +112,20 @@ class Sandbox:
         ours = os.readlink(f"/proc/{self.pid}/ns/net")
         return [pid for pid in _pids() if pid != self.pid and _network(pid) == ours]
 
+    def lasting_processes(self) -> set[int]:
+        """Those that are no helper's, which come and go."""
+        found = set(self.processes())
+        for _ in range(10):
+            time.sleep(1)
+            found &= set(self.processes())
+        return found
+
+    def kill(self) -> None:
+        """Kill every process, as a crash of the host does."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):  # one's end may end another
+                os.kill(pid, signal.SIGKILL)
+
     def traces(self) -> dict[str, str]:
         """All that a cluster could leave on a host."""
         mounts = Path(f"/proc/{self.pid}/mounts").read_text().splitlines()
@@ -143,15 +158,14 @@ def sandbox() -> Iterator[Sandbox]:
     assert holder.stdout.readline() == "ready\n"
     sandbox = Sandbox(pid=holder.pid, state=state)
     yield sandbox
-    for pid in sandbox.processes():
-        os.kill(pid, signal.SIGKILL)
+    sandbox.kill()
+    _wait_until(lambda: not sandbox.processes())
     holder.kill()
     holder.wait()
     shutil.rmtree(state, ignore_errors=True)
     for group in groups:
-        for folder in sorted(group.rglob("*/"), reverse=True):
-            folder.rmdir()
-        group.rmdir()
+        for folder in [*sorted(group.rglob("*/"), reverse=True), group]:
+            _wait_until(lambda folder=folder: _is_removed(folder))  # type: ignore[misc]
 
 
 def _make_group(top: Path) -> Path:
@@ -171,23 +185,22 @@ def test_a_cluster_comes_back_from_the_dead_and_leaves_nothing(sandbox: Sandbox)
     sandbox.kubectl("apply", "-f", "-", stdin=json.dumps(PODS))
     _wait_until(lambda: sandbox.restarts() == [0, 0])
     sandbox.cluster("status")
-    servers = set(sandbox.processes())
+    servers = sandbox.lasting_processes()
     sandbox.cluster("up")
     assert servers <= set(sandbox.processes()), "a second start must not touch what runs"
 
-    for pid in sandbox.processes():
-        os.kill(pid, signal.SIGKILL)
+    sandbox.kill()
     sandbox.cluster("up")
     _wait_until(lambda: sandbox.restarts() == [1, 1])
 
     sandbox.cluster("down")
     _wait_until(lambda: not sandbox.processes())
-    assert sandbox.traces() == before
+    _wait_until_nothing_is_left(sandbox, before)
 
     sandbox.cluster("up")
     _wait_until(lambda: sandbox.restarts() == [2, 2])
     sandbox.cluster("down", "--purge")
-    assert sandbox.traces() == before
+    _wait_until_nothing_is_left(sandbox, before)
     assert not (sandbox.state / "mizzen" / "cluster").exists()
 
 
@@ -211,11 +224,30 @@ def test_a_second_cluster_is_refused_before_anything_is_changed(sandbox: Sandbox
     other.wait()
 
 
-def _wait_until(is_so: Callable[[], bool], timeout_s: float = 120) -> None:
+def _wait_until(is_so: Callable[[], bool], timeout_s: float = 400) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline, "it did not become so in time"
         time.sleep(0.5)
+
+
+def _wait_until_nothing_is_left(sandbox: Sandbox, before: dict[str, str]) -> None:
+    """The kernel takes links and groups away some time after their last user."""
+    deadline = time.monotonic() + 400
+    while (left := sandbox.traces()) != before:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+def _is_removed(group: Path) -> bool:
+    """Remove a control group, which has to wait for the end of processes that were killed."""
+    try:
+        group.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _pids() -> list[int]:

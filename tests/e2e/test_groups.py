@@ -36,7 +36,7 @@ def answer_of(cluster: Cluster, model: str = NAME) -> str:
             "temperature": 0,
             "max_tokens": 24,
         },
-        timeout=120,
+        timeout=600,
     )
     reply.raise_for_status()
     return str(reply.json()["choices"][0]["message"]["content"])

@@ -15,7 +15,7 @@ from tests.e2e.conftest import Cluster, kill_container
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 NAMESPACE = "quickstart"
 DATA = "ports"
-STEPS = 12
+STEPS = 16
 SPEC = {
     "method": "sft",
     "adaptation": {"type": "lora", "rank": 4, "alpha": 8},
@@ -88,7 +88,7 @@ class Job:
             "pod", pod, "-n", NAMESPACE,
             until=lambda pod: pod["status"]["phase"] == "Running",
         )  # fmt: skip
-        metrics, deadline = self.metrics, time.monotonic() + 240
+        metrics, deadline = self.metrics, time.monotonic() + 900
         while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
             assert time.monotonic() < deadline, f"{pod} did not come to step {step}"
             time.sleep(0.02)

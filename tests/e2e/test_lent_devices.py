@@ -63,7 +63,7 @@ def test_a_job_hands_its_device_to_a_replica_and_goes_on_when_it_is_free(lender:
         hyperparameters={"epochs": 50, "maxSteps": STEPS, "batchSize": 4, "microBatch": 4},
         checkpoint={"everySteps": STEPS},
         resources={"accelerator": GPU},
-        spareCapacity={"enabled": True, "yieldWithinSeconds": 60},
+        spareCapacity={"enabled": True, "yieldWithinSeconds": 300},
     )  # fmt: skip
     job.wait_for_step(3, generation=1)
     scale(lender, 2)

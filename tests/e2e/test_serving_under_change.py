@@ -46,7 +46,7 @@ class Load:
 
 async def settle(cluster: Cluster, replicas: int) -> None:
     """Wait until exactly this many replicas exist, all ready and of the newest revision."""
-    for _ in range(300):
+    for _ in range(900):
         resource = await asyncio.to_thread(cluster.get, "llmd", *NAME)
         status, generation = resource["status"], resource["metadata"]["generation"]
         counts = {status.get(key) for key in ("replicas", "readyReplicas", "updatedReplicas")}
@@ -66,7 +66,7 @@ async def leader_pods(cluster: Cluster) -> list[str]:
 
 async def test_no_request_fails_while_replicas_come_and_go(quickstart: Cluster) -> None:
     client = AsyncOpenAI(
-        base_url=f"{quickstart.gateway}/v1", api_key=quickstart.api_key, max_retries=0, timeout=120
+        base_url=f"{quickstart.gateway}/v1", api_key=quickstart.api_key, max_retries=0, timeout=600
     )
     kubectl = quickstart.kubectl
     await asyncio.to_thread(kubectl, "scale", "llmd/smollm2", "-n", "quickstart", "--replicas=2")

@@ -23,9 +23,9 @@ from aiohttp import web
 
 from benchmarks.cut_streams import as_table, measure
 from benchmarks.stream_counter import CUT, WHOLE, StreamCounter
+from hack.ports import free_port
 from hack.tiny_model import write_tiny_model
 from mizzen.operator.planning.drain import SETTLE_S
-from tests.unit.test_server_process import free_port
 
 # As long as a cluster takes to tell everybody that an endpoint is not ready any more.
 PROPAGATION_S = 1.0
@@ -44,7 +44,7 @@ class Replica:
     conditions: Json = field(default_factory=lambda: {"ready": False})
 
     async def admin(self, method: str, path: str) -> httpx.Response:
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=300) as client:
             return await client.request(method, f"http://{self.address}:{self.admin_port}{path}")
 
     async def in_flight(self) -> int:

@@ -11,6 +11,7 @@ import pytest_asyncio
 import torch
 from safetensors.torch import load_file, save_file
 
+from mizzen.runtime.engine.api import GenerationRequest, SamplingParams
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.draft import DraftUnfitError
 from mizzen.runtime.engine.engine import Engine
@@ -117,9 +118,12 @@ async def test_most_guesses_of_the_same_model_are_right(served: Path) -> None:
 
 async def test_an_aborted_request_leaves_nothing_behind(engines: list[Engine]) -> None:
     engine = engines[1]
-    running = asyncio.create_task(generate(engine, [9] * 30, request_id="gone", max_tokens=150))
-    await eventually(lambda: engine.stats().running == 1)
-    running.cancel()
+    sampling = SamplingParams(temperature=0, ignore_eos=True, max_tokens=150)
+    outputs = engine.generate(
+        GenerationRequest(request_id="gone", prompt_token_ids=(9,) * 30, sampling=sampling)
+    )
+    await anext(outputs)
+    await outputs.aclose()
     expected = await generate(engines[0], [9] * 31, max_tokens=20)
     assert await generate(engine, [9] * 31, max_tokens=20) == expected
     await eventually(lambda: engine.in_flight() == 0)

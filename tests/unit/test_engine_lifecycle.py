@@ -130,7 +130,7 @@ async def test_a_closed_iterator_frees_its_blocks(engine: Engine, recorded: Reco
     await anext(outputs)
     assert engine.in_flight() == 1 and engine.stats().kv_usage_ratio > 0
     await outputs.aclose()
-    await until(lambda: engine.in_flight() == 0)
+    await until(lambda: recorded.finished and engine.in_flight() == 0)
     assert_empty(engine)
     assert [finished.finish_reason for finished in recorded.finished] == ["abort"]
 

@@ -61,7 +61,7 @@ async def test_requests_are_held_until_a_replica_is_ready_and_one_annotation_wak
 ) -> None:
     house = await make_house([], hold_timeout_s=60)
     patches = Patches()
-    house.gateway.admission.waker = Waker(patches)
+    house.gateway.admission.waker = Waker(patches, clock=Clock())
     house.serve(model=SCALING)
     asking = [asyncio.create_task(house.ask()) for _ in range(20)]
     await until(lambda: held(house) == 20 and patches.seen)

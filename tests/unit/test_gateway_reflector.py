@@ -14,6 +14,7 @@ from aiohttp import web
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 
+from hack.ports import free_port
 from mizzen.runtime.gateway import reflector as reflector_module
 from mizzen.runtime.gateway.kube import KubeClient, KubeError, KubeObject
 from mizzen.runtime.gateway.reflector import Reflector
@@ -53,7 +54,7 @@ class ApiServer:
     later: list[dict[str, Any]] | None = None
     asked: list[dict[str, str]] = field(default_factory=list)
     url: str = ""
-    port: int = 0
+    port: int = field(default_factory=free_port)  # the same one when it comes back
     _runner: web.ServerRunner | None = None
 
     async def start(self) -> None:
@@ -61,7 +62,6 @@ class ApiServer:
         self._runner = web.ServerRunner(server, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
-        self.port = self._runner.addresses[0][1]
         self.url = f"http://127.0.0.1:{self.port}"
 
     async def stop(self) -> None:
@@ -152,7 +152,7 @@ async def mirror(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[...,
 
 
 async def until(fact: Callable[[], object]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while not fact():  # noqa: ASYNC110  the fact is inside another server
             await asyncio.sleep(0.01)
 

@@ -19,14 +19,15 @@ async def turn(house: House, messages: list[dict[str, str]]) -> dict[str, Any]:
         return document
 
 
-async def stream(house: House) -> list[str]:
+async def stream(house: House, lines: list[str]) -> None:
     body = {
         **{"model": "tiny", "max_tokens": 8, "ignore_eos": True, "stream": True},
         "messages": [{"role": "user", "content": "held from zero"}],
     }
     async with house.client.post(house.url + CHAT, json=body) as answer:
         assert answer.status == 200
-        return [line for line in (await answer.text()).splitlines() if line]
+        async for line in answer.content:
+            lines += [line.decode().strip()] if line.strip() else []
 
 
 def in_service(house: House, *runtimes: Running) -> None:
@@ -47,11 +48,11 @@ async def test_a_held_stream_gets_its_tokens_and_a_conversation_its_cached_prefi
         running_tiny_model(tmp_path / "b", served_model_name="tiny") as other,
     ):
         house = await make_house(hold_timeout_s=120, progress_s=0.05)
-        held = asyncio.create_task(stream(house))
-        await until(lambda: house.gateway.admission.room.held(MODEL.key))
-        await asyncio.sleep(0.2)
+        lines: list[str] = []
+        held = asyncio.create_task(stream(house, lines))
+        await until(lambda: lines)
         in_service(house, one, other)
-        lines = await held
+        await held
         assert lines[0].startswith(": tiny is starting")
         assert lines[-1] == "data: [DONE]"
         assert sum(1 for line in lines if line.startswith("data: {")) >= 2

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,20 +14,15 @@ import httpx
 import psutil
 import pytest
 
+from hack.ports import free_port
 from hack.tiny_model import write_tiny_model
 from mizzen.runtime.errors import EXIT_RANK_LOST
 from tests.fixtures.runtime_server import running_server, start_here
 
 COMPLETIONS = "/v1/completions"
-FLAGS = ("--device=cpu", "--dtype=float32", "--kv-cache-gib=0.02", "--max-model-len=512")
+FLAGS = ("--device=cpu", "--dtype=float32", "--kv-cache-gib=0.02", "--max-model-len=4096")
 TOKEN = "the group's own secret"
 TENSOR, STAGES = "--tensor-parallel-size=2", "--pipeline-parallel-size=2"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Pod:
@@ -39,8 +33,10 @@ class Pod:
         self.host = f"127.0.0.{index + 2}"
         self.last_words = folder / f"termination-{index}"
         self.ports = {name: free_port() for name in ("port", "grpc-port", "admin-port")}
-        self.http = httpx.AsyncClient(base_url=f"http://{self.host}:{self.ports['port']}")
-        self.admin = httpx.AsyncClient(base_url=f"http://{self.host}:{self.ports['admin-port']}")
+        self.http, self.admin = (
+            httpx.AsyncClient(base_url=f"http://{self.host}:{self.ports[name]}", timeout=300)
+            for name in ("port", "admin-port")
+        )
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self, *flags: str) -> None:
@@ -74,7 +70,7 @@ class Pod:
                 each.kill()
 
     async def end(self) -> int:
-        return await asyncio.wait_for(self.process.wait(), 60)
+        return await asyncio.wait_for(self.process.wait(), 300)
 
     async def clean_up(self) -> None:
         if self.process and self.process.returncode is None:
@@ -89,7 +85,7 @@ class Group:
 
     def __init__(self, folder: Path, spread: str) -> None:
         self.spread = spread
-        self.model = write_tiny_model(folder / "tiny", context=512)
+        self.model = write_tiny_model(folder / "tiny", context=4096)
         self.token_file = folder / "token"
         self.token_file.write_text(TOKEN)
         self.meeting_port = free_port()
@@ -134,21 +130,23 @@ def asked(**more: object) -> dict[str, object]:
 
 
 async def answer_of(http: httpx.AsyncClient) -> list[str]:
-    reply = await http.post(COMPLETIONS, json=asked(), timeout=60)
+    reply = await http.post(COMPLETIONS, json=asked())
     return reply.json()["choices"][0]["logprobs"]["tokens"]
 
 
 async def answer_of_one_rank(model: Path) -> list[str]:
     fixed = {"model": str(model), "device": "cpu", "dtype": "float32", "kv_cache_gib": 0.02}
-    async with running_server(start_here, max_model_len=512, **fixed) as alone:
+    async with running_server(start_here, max_model_len=4096, **fixed) as alone:
         return await answer_of(alone.http)
 
 
-async def stream_to_its_end(http: httpx.AsyncClient, begun: asyncio.Event) -> list[str]:
+async def stream_to_its_end(
+    http: httpx.AsyncClient, begun: asyncio.Event, max_tokens: int = 490
+) -> list[str]:
     """Return the events of a long answer."""
-    body = asked(stream=True, max_tokens=490)
+    body = asked(stream=True, max_tokens=max_tokens)
     events = []
-    async with http.stream("POST", COMPLETIONS, json=body, timeout=60) as reply:
+    async with http.stream("POST", COMPLETIONS, json=body) as reply:
         async for line in reply.aiter_lines():
             if line.startswith("data: "):
                 events.append(line.removeprefix("data: "))
@@ -159,16 +157,17 @@ async def stream_to_its_end(http: httpx.AsyncClient, begun: asyncio.Event) -> li
 async def lose(group: Group, blow: signal.Signals) -> tuple[list[str], list[int]]:
     """Hit the follower under a running answer; return its events, and how new ones are answered."""
     begun = asyncio.Event()
-    running = asyncio.create_task(stream_to_its_end(group.leader.http, begun))
+    # So long that it cannot have ended when the blow falls.
+    running = asyncio.create_task(stream_to_its_end(group.leader.http, begun, 4000))
     await begun.wait()
     group.follower.process.send_signal(blow)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while await group.leader.is_ready():  # noqa: ASYNC110 - as a kubelet probes
             await asyncio.sleep(0.05)
     statuses = []
     with contextlib.suppress(httpx.TransportError):  # until the port is closed
         while True:
-            reply = await group.leader.http.post(COMPLETIONS, json=asked(), timeout=60)
+            reply = await group.leader.http.post(COMPLETIONS, json=asked())
             statuses.append(reply.status_code)
             await asyncio.sleep(0.05)
     return await running, statuses
@@ -182,7 +181,7 @@ async def test_two_pods_answer_as_one_rank_and_the_death_of_one_ends_both(
         assert await answer_of(group.leader.http) == await answer_of_one_rank(group.model)
         events, statuses = await lose(group, signal.SIGKILL)
         assert json.loads(events[-1])["error"]["code"] == "engine_dead"
-        assert set(statuses) == {503}
+        assert set(statuses) <= {503}  # the port may be closed already
         assert await group.leader.end() == EXIT_RANK_LOST
         last_words = json.loads(group.leader.last_words.read_text())
         assert last_words["reason"] == "RankLost"
@@ -197,7 +196,7 @@ async def test_a_pod_that_is_stopped_is_missed_as_one_that_died(tmp_path: Path) 
     async with serving_group(tmp_path) as group:
         events, statuses = await lose(group, signal.SIGSTOP)
         assert json.loads(events[-1])["error"]["code"] == "engine_dead"
-        assert set(statuses) == {503}
+        assert set(statuses) <= {503}  # the port may be closed already
         assert await group.leader.end() == EXIT_RANK_LOST
         group.follower.process.send_signal(signal.SIGCONT)
         assert await group.follower.end() == EXIT_RANK_LOST

@@ -67,6 +67,27 @@ def test_rms_norm_reads_heads_that_lie_apart(level: str) -> None:
     assert_close(ops.rms_norm(x, weight, 1e-5), F.rms_norm(x, (16,), weight, 1e-5))
 
 
+@pytest.mark.parametrize("shape", [(1, 768), (3, 7), (2, 9, 64), (130, 577), (0, 64)], ids=str)
+def test_layer_norm_is_torchs(
+    level: str, threads: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x, weight, bias = (random(*shape) + 2).to(dtype), random(shape[-1]), random(shape[-1])
+    weight, bias = weight.to(dtype), bias.flip(0).to(dtype)
+    expected = F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), 1e-5)
+    assert_close(ops.layer_norm(x, weight, bias, 1e-5), expected.to(dtype))
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 3072), (3, 5), (70, 1537)])
+def test_activations_are_torchs(
+    level: str, threads: int, dtype: torch.dtype, tokens: int, width: int
+) -> None:
+    units = (random(tokens, width) * 20).to(dtype)
+    units[0, :3] = torch.tensor([-1e4, 0.0, 1e4])
+    expected = F.gelu(units.float(), approximate="tanh").to(dtype)
+    assert_close(ops.relu(units.clone()), F.relu(units))
+    assert_close(ops.gelu_tanh(units.clone()), expected)
+
+
 @pytest.mark.parametrize(("tokens", "width"), [(1, 1536), (3, 5), (70, 1537)])
 def test_a_gate_is_torchs(
     level: str, threads: int, dtype: torch.dtype, tokens: int, width: int
@@ -168,7 +189,12 @@ def test_what_is_not_finite_stays_with_its_own_sequence(
     assert not out[0].isfinite().any()
     assert out[1:].isfinite().all()
     x = torch.tensor([[1.0, bad], [1.0, 2.0]], dtype=dtype)
-    for found in (ops.rms_norm(x, x[1], 1e-5), ops.silu_gate(x, x)):
+    found_by = (
+        ops.rms_norm(x, x[1], 1e-5),
+        ops.layer_norm(x, x[1], x[1], 1e-5),
+        ops.silu_gate(x, x),
+    )
+    for found in found_by:
         assert not found[0, 1].isfinite()
         assert found[1].isfinite().all()
 
@@ -182,6 +208,7 @@ def test_training_and_other_types_are_torchs() -> None:
     assert not ops.are_used(cache)
     x = random(3, 4).requires_grad_()
     y = ops.silu_gate(x, ops.rotate(ops.rms_norm(x, x[0], 1e-5)[:, None], x, x)[:, 0])
+    y = ops.gelu_tanh(ops.layer_norm(ops.relu(y), x[0], x[1], 1e-5))
     y.sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
 

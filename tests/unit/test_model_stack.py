@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    BloomConfig,
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from mizzen.runtime.attention.base import PagedBatch
 from mizzen.runtime.attention.select import paged_attention
@@ -19,7 +28,20 @@ from tests.fixtures.tiny_models import TINY, make_model
 needs_amx = pytest.mark.skipif(
     not library.runs("amx"), reason="this processor has no matrix unit (AMX)"
 )
+OLD: dict[str, Any] = {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4}
+OPT: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_dim": 96,
+    "max_position_embeddings": 256,
+}
 CONFIGS = {
+    "GPT-2": GPT2Config(**OLD, n_positions=256),
+    "OPT": OPTConfig(**OPT, word_embed_proj_dim=64),
+    "BLOOM, three heads": BloomConfig(vocab_size=300, hidden_size=96, n_layer=2, n_head=3),
+    "GPT-J": GPTJConfig(**OLD, n_positions=256, rotary_dim=8),
     "LLaMA with biases": LlamaConfig(**TINY, attention_bias=True, mlp_bias=True),
     "Mistral": MistralConfig(**TINY, sliding_window=9),
     "Qwen2": Qwen2Config(**TINY, use_sliding_window=True, sliding_window=11, max_window_layers=1),
@@ -97,8 +119,8 @@ def test_other_layers_run_one_by_one(tmp_path: Path) -> None:
     decoder = load(tmp_path / "type", CONFIGS["Mistral"], dtype="float32")
     decoder.prepack()
     assert decoder._stack is None
-    gpt2 = GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=256)
-    decoder = load(tmp_path / "family", gpt2, dtype="bfloat16")
+    post_norm = OPTConfig(**OPT, do_layer_norm_before=False, word_embed_proj_dim=48)
+    decoder = load(tmp_path / "family", post_norm, dtype="bfloat16")
     decoder.prepack()
     assert decoder._stack is None
     assert step(decoder)[0].isfinite().all()

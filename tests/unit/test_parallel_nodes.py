@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from hack.ports import free_port
 from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.parallel import line as line_module
 from mizzen.runtime.parallel.handshake import StrangerError, call_leader, check_caller, group_key
@@ -26,11 +27,6 @@ from mizzen.runtime.parallel.nodes import (
 
 HOST = "127.0.0.1"
 ALIKE = "the settings' digest"
-
-
-def free_port() -> int:
-    with socket.create_server((HOST, 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
@@ -178,7 +174,7 @@ def test_a_leader_whose_pods_do_not_come_says_which_and_what_to_look_at(
 ) -> None:
     first = follow(threads, leader, 1)
     with pytest.raises(RankLostError) as caught:
-        meet_followers(replace(leader, wait_s=2.0), ALIKE)
+        meet_followers(replace(leader, wait_s=6.0), ALIKE)
     first.result().close()
     for word in ("pod 2 did not come", "kubectl logs", str(leader.port), "admin token"):
         assert word in str(caught.value)

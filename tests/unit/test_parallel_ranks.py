@@ -1,5 +1,6 @@
 """A group of ranks: sums, and what happens when one of them is gone."""
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -47,9 +48,10 @@ def listeners() -> set[tuple[int, str, int]]:
     """Return by process where this one and those it started listen: (pid, address, port)."""
     found = set()
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        for connection in process.net_connections("inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                found.add((process.pid, connection.laddr.ip, connection.laddr.port))
+        with contextlib.suppress(psutil.NoSuchProcess):  # an earlier test's, at its end
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add((process.pid, connection.laddr.ip, connection.laddr.port))
     return found
 
 
@@ -74,13 +76,13 @@ def test_a_dead_rank_breaks_the_collective_and_takes_the_group_down() -> None:
         ranks.send(b"die")
         with pytest.raises(RankLostError):
             ranks.group.all_reduce(torch.ones(1))
-        assert lost.wait(30)
+        assert lost.wait(300)
         with pytest.raises(RankLostError, match="ended with exit code"):
             ranks.check()
         with pytest.raises(RankLostError):
             ranks.send(b"more")
         # Told first, ended next: nobody may be sent here while they are.
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while any(map(psutil.pid_exists, ranks.pids)):
             assert time.monotonic() < deadline, "the others live on"
             time.sleep(0.05)
@@ -88,7 +90,7 @@ def test_a_dead_rank_breaks_the_collective_and_takes_the_group_down() -> None:
 
 def test_a_silent_rank_is_a_lost_rank() -> None:
     with (
-        started(2, rank_work.fall_silent, timeout_s=6.0) as ranks,
+        started(2, rank_work.fall_silent, timeout_s=15.0) as ranks,
         pytest.raises(RankLostError, match="in a collective"),
     ):
         ranks.group.all_reduce(torch.ones(1))
@@ -110,7 +112,7 @@ def test_ranks_end_when_rank_0_is_killed() -> None:
     assert len(followers) == 2
     leader.kill()
     leader.communicate()
-    assert not psutil.wait_procs(followers, timeout=60)[1]
+    assert not psutil.wait_procs(followers, timeout=300)[1]
 
 
 def test_a_rank_that_cannot_start_ends_the_start() -> None:

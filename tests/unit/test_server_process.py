@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,15 +14,10 @@ import psutil
 import pytest
 
 from hack.models import cache_dir
+from hack.ports import free_port
 from hack.tiny_model import write_tiny_model
 
 CHAT = "/v1/chat/completions"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Process:
@@ -31,8 +25,10 @@ class Process:
 
     def __init__(self) -> None:
         self.ports = {name: free_port() for name in ("port", "grpc-port", "admin-port")}
-        self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.ports['port']}")
-        self.admin = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.ports['admin-port']}")
+        self.http, self.admin = (
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.ports[name]}", timeout=300)
+            for name in ("port", "admin-port")
+        )
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self, model: Path, *flags: str) -> None:
@@ -79,14 +75,12 @@ async def watch_endpoint(served: Process, dropped: asyncio.Event) -> None:
 
 
 async def send_until(
-    dropped: asyncio.Event, served: Process, asked: dict[str, Any]
-) -> list[tuple[int, str]]:
-    """Send one request after the other and return how each ended."""
-    answers = []
+    dropped: asyncio.Event, served: Process, asked: dict[str, Any], answers: list[tuple[int, str]]
+) -> None:
+    """Send one request after the other and note how each ended."""
     while not dropped.is_set():
-        answer = await served.http.post(CHAT, json=asked, timeout=60)
+        answer = await served.http.post(CHAT, json=asked)
         answers.append((answer.status_code, answer.text[-14:]))
-    return answers
 
 
 async def test_sigterm_under_load_fails_no_request(tmp_path: Path) -> None:
@@ -98,24 +92,26 @@ async def test_sigterm_under_load_fails_no_request(tmp_path: Path) -> None:
         "max_tokens": 60,
         "stream": True,
     }
-    async with serving(model, "--lame-duck-seconds=5") as served:
+    answers: list[tuple[int, str]] = []
+    async with serving(model, "--lame-duck-seconds=15") as served:
         dropped = asyncio.Event()
         watch = asyncio.create_task(watch_endpoint(served, dropped))
-        load = [asyncio.create_task(send_until(dropped, served, asked)) for _ in range(4)]
+        load = [asyncio.create_task(send_until(dropped, served, asked, answers)) for _ in range(4)]
         last = asyncio.create_task(served.http.post(CHAT, json=asked | {"max_tokens": 400}))
-        await asyncio.sleep(1)
+        while len(answers) <= 4:  # noqa: ASYNC110 - the senders count, they signal nothing
+            await asyncio.sleep(0.01)
         served.process.send_signal(signal.SIGTERM)
-        answers = [answer for sent in await asyncio.gather(*load) for answer in sent]
-        await watch
-        assert len(answers) > 4
+        await asyncio.gather(watch, *load)
         assert set(answers) == {(200, "data: [DONE]\n\n")}
         assert (await last).text.endswith("data: [DONE]\n\n")
         assert await served.process.wait() == 0
 
 
 async def test_sigterm_while_loading_ends_at_once_with_0(tmp_path: Path) -> None:
-    served = Process()
-    await served.start(write_tiny_model(tmp_path / "tiny"))
+    served, model = Process(), write_tiny_model(tmp_path / "tiny")
+    (model / "model.safetensors").unlink()
+    os.mkfifo(model / "model.safetensors")  # weights that never come: it still loads when told
+    await served.start(model)
     try:
         while True:
             try:
@@ -154,6 +150,6 @@ async def test_the_real_small_model_answers_a_question() -> None:
             "temperature": 0,
             "max_tokens": 20,
         }
-        answer = (await served.http.post(CHAT, json=asked, timeout=60)).json()
+        answer = (await served.http.post(CHAT, json=asked)).json()
         assert "Paris" in answer["choices"][0]["message"]["content"]
         assert answer["choices"][0]["finish_reason"] == "stop"

@@ -1,6 +1,5 @@
 """Sleep, wake and new weights under a running server."""
 
-import asyncio
 import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hack.tiny_model import write_tiny_model
-from tests.fixtures.runtime_server import Running, eventually, running_tiny_model
+from tests.fixtures.runtime_server import Running, begin_answer, running_tiny_model
 
 BODY = {"model": "tiny", "prompt": "Once", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
 
@@ -54,8 +53,7 @@ async def test_a_sleeping_replica_holds_no_weights_and_wakes_as_it_was(running: 
     before = await text(running)
     runner = running.service.engine._ranks._runner
     held = [weakref.ref(part) for part in (runner._decoder, runner._cache)]
-    stream = asyncio.create_task(text(running, max_tokens=100))
-    await eventually(lambda: running.service.engine.stats().running == 1)
+    stream = await begin_answer(running, BODY | {"max_tokens": 100})
     asked = await running.admin.post("/sleep", json={"timeoutSeconds": 200})
     assert asked.json() == {"asleep": True}
     assert len(await stream) > 0  # what ran was finished first
@@ -81,8 +79,7 @@ async def test_new_weights_answer_and_old_ones_leave_nothing_in_the_cache(
     prompt = "The same long beginning of every prompt. " * 4
     before = await text(running, prompt=prompt)
     path = other_weights(tmp_path / "new")
-    running_on = asyncio.create_task(text(running, max_tokens=200))
-    await eventually(lambda: running.service.engine.stats().running == 1)
+    running_on = await begin_answer(running, BODY | {"max_tokens": 200})
     answer = await running.admin.post("/weights", json={"path": str(path)})
     assert answer.json() == {"path": str(path)}
     assert len(await running_on) > 0

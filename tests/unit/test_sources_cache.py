@@ -301,7 +301,7 @@ def test_progress_tells_bytes_rate_and_the_rest_to_the_one_who_fetches_and_to_th
         for progress in (mine, theirs)
     ]
     threads[0].start()
-    assert shelf.halfway.wait(10)
+    assert shelf.halfway.wait(300)
     threads[1].start()
     while theirs.to_api() is None:
         time.sleep(0.01)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from hack.ports import free_port
 from hack.tiny_model import write_tiny_model
 from mizzen.operator.runtimes import HttpRuntimes
 from mizzen.runtime.config import ServeConfig
@@ -70,12 +70,6 @@ async def test_the_admin_port_tells_how_far_the_files_have_come(
     (config,) = given
     assert (config.model_path / "config.json").exists()
     assert config.model_path.is_relative_to(tmp_path / "cache")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def test_a_model_named_by_its_address_is_served_from_the_command_line(

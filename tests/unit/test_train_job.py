@@ -1,6 +1,7 @@
 """A whole job as a process: what it leaves behind and how it ends."""
 
 import json
+import socket
 import time
 import urllib.request
 from pathlib import Path
@@ -11,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hack.ports import free_port
 from mizzen.runtime.attention.causal import CausalAttention
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.config import TrainConfig, load_config
@@ -189,32 +191,33 @@ def progress(port: int) -> dict:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/progress", headers={"Authorization": "Bearer secret"}
     )
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=300) as answer:
         return dict(json.load(answer))
 
 
 def test_a_yield_asked_for_over_http_commits_the_last_whole_step(
-    tmp_path: Path, unused_tcp_port: int
+    tmp_path: Path,
 ) -> None:
+    port = free_port()
     job = write_job(
         tmp_path,
         **LORA,
         hyperparameters={"max_steps": 100_000},
         checkpoint={"every_steps": None, "every_seconds": None},
-        admin_port=unused_tcp_port,
+        admin_port=port,
     )
     (tmp_path / "token").write_text("secret")
     process = start(job)
     wait_for_step(job, 3)
-    seen = progress(unused_tcp_port)
+    seen = progress(port)
     assert (seen["phase"], seen["totalSteps"], seen["checkpoint"]) == ("Running", 100_000, None)
     urllib.request.urlopen(
         urllib.request.Request(
-            f"http://127.0.0.1:{unused_tcp_port}/yield",
-            data=b'{"deadlineSeconds": 15}',
+            f"http://127.0.0.1:{port}/yield",
+            data=b'{"deadlineSeconds": 600}',
             headers={"Authorization": "Bearer secret"},
         ),
-        timeout=10,
+        timeout=300,
     )
     process.join()
     assert process.exitcode == 75
@@ -225,21 +228,23 @@ def test_a_yield_asked_for_over_http_commits_the_last_whole_step(
 
 
 def test_a_job_without_a_checkpoint_yields_at_once_while_it_prepares(
-    tmp_path: Path, unused_tcp_port: int
+    tmp_path: Path,
 ) -> None:
-    # Nobody ever answers there, so preparing never ends.
-    slow = {"name": "slow", "url": f"http://10.255.255.1:{unused_tcp_port}/data"}
-    job = write_job(tmp_path, **LORA, datasets=[slow], admin_port=unused_tcp_port)
-    (tmp_path / "token").write_text("secret")
-    process = start(job)
-    while True:
-        try:
-            assert progress(unused_tcp_port)["phase"] == "Preparing"
-            break
-        except OSError:
-            time.sleep(0.05)
-    process.terminate()
-    process.join()
+    port = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # so that preparing does not end
+        slow = {"name": "slow", "url": f"http://127.0.0.1:{silent.getsockname()[1]}/data"}
+        job = write_job(tmp_path, **LORA, datasets=[slow], admin_port=port)
+        (tmp_path / "token").write_text("secret")
+        process = start(job)
+        while True:
+            try:
+                assert progress(port)["phase"] == "Preparing"
+                break
+            except OSError:
+                assert process.exitcode is None
+                time.sleep(0.05)
+        process.terminate()
+        process.join()
     assert process.exitcode == 75
 
 

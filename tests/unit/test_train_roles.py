@@ -90,7 +90,7 @@ def wait_until(is_so: Callable[[], bool], what: str) -> None:
     ends_at = time.monotonic() + WAIT_S
     while not is_so():
         assert time.monotonic() < ends_at, f"waited in vain for {what}"
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def wait_for_step(job: Job, step: int, *pods: BaseProcess) -> None:
@@ -106,9 +106,27 @@ def steps_of(job: Job) -> int:
     return len(read_history(path)) if path.exists() else 0
 
 
+def command_of(process: psutil.Process) -> str:
+    """Return what a process runs; nothing for one that has just ended."""
+    with contextlib.suppress(psutil.Error):
+        return (process.cmdline() or [""])[0]
+    return ""
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Return whether a process is gone, or waits for nothing but its parent's notice."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def listens(process: psutil.Process) -> list[tuple[str, int]]:
-    """Return where a process listens."""
-    found = process.net_connections(kind="tcp")
+    """Return where a process listens; nowhere when it has just ended."""
+    try:
+        found = process.net_connections(kind="tcp")
+    except psutil.NoSuchProcess:
+        return []
     return [(c.laddr.ip, c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN]
 
 
@@ -183,14 +201,14 @@ def test_a_yield_in_the_midst_ends_ray_too_and_changes_no_number(
     processes = [
         each
         for each in psutil.Process(trainer.pid).children(recursive=True)
-        if not each.cmdline()[0].endswith("Agent")
+        if not command_of(each).endswith("Agent")
     ]
     assert len(processes) >= 5
     trainer.terminate()
     trainer.join()
     assert trainer.exitcode == 75
     assert 0 < steps_of(job) < 20
-    wait_until(lambda: not any(map(psutil.Process.is_running, processes)), "the end of Ray")
+    wait_until(lambda: all(map(has_ended, processes)), "the end of Ray")
     assert run(job, temporary=temporary) == 0
     assert job.curve == alone.curve
     assert job.weights_digest == alone.weights_digest
@@ -209,7 +227,7 @@ def test_a_role_that_dies_ends_the_generation_and_no_port_is_for_others(
     assert {address for address, _ in listening} <= {"127.0.0.1", "::ffff:127.0.0.1"}
     assert len(listening) >= 5
     assert all(is_refused(port) for _, port in listening)
-    (role,) = [each for each in processes if "RolloutRole" in "".join(each.cmdline())]
+    (role,) = [each for each in processes if "RolloutRole" in command_of(each)]
     role.kill()
     trainer.join()
     assert trainer.exitcode == 1

@@ -269,7 +269,7 @@ async def test_a_policy_that_nobody_uses_gives_its_room_back(
     async with running_tiny_model(tmp_path) as server:
         policy = Learner(server).step()
         await server.http.post("/rollouts/policy", content=policy.body)
-        await eventually(lambda: server.service.engine.adapters() == [], within_s=60)
+        await eventually(lambda: server.service.engine.adapters() == [])
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -289,7 +289,7 @@ async def test_work_in_the_background_is_nobodys_demand(tmp_path: Path) -> None:
             stats = engine.stats()
             seen.append((stats.running + stats.waiting, engine.in_flight(), stats.prompt_tokens))
             await outputs.aclose()
-            await eventually(lambda: engine.in_flight() == 0, within_s=60)
+            await eventually(lambda: engine.in_flight() == 0)
         assert seen == [(1, 1, 3), (0, 1, 3)]
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, Qwen3Config
 
+from hack.ports import free_port
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.train.config import load_config
 from mizzen.runtime.train.errors import JobConfigError
@@ -20,7 +21,6 @@ from tests.fixtures.train_runs import (
     Job,
     assert_same_curve,
     exit_codes,
-    free_port,
     read_curve,
     run,
     start,
@@ -30,7 +30,7 @@ from tests.fixtures.train_runs import (
     write_preferences,
 )
 
-WAIT_S = 120
+WAIT_S = 400
 LORA = {"adaptation": {"type": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1}}
 FULL = {"adaptation": {"type": "full"}, "output": {"kind": "model"}}
 TWELVE = {"hyperparameters": {"max_steps": 12}}

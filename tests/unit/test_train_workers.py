@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from hack.ports import free_port
 from tests.fixtures.train_runs import (
     assert_same_curve,
     exit_codes,
-    free_port,
     read_curve,
     run,
     start,
@@ -18,7 +18,7 @@ from tests.fixtures.train_runs import (
     write_job,
 )
 
-WAIT_S = 60
+WAIT_S = 400
 LORA = {"adaptation": {"type": "lora", "rank": 4, "alpha": 8.0}}
 FULL = {"adaptation": {"type": "full"}, "output": {"kind": "model"}}
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import cast
 
-from mizzen.runtime.model.decoder import Block, Decoder
+from mizzen.runtime.model.block import Block
+from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.lora.adapter import Pair
 from mizzen.runtime.parallel.shard import Span
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mizzen.runtime.model.decoder import Block, Decoder
+from mizzen.runtime.model.block import Block
+from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.train.batches import pack
 from mizzen.runtime.train.methods.token_loss import hidden_states
 from mizzen.runtime.train.samples import Sample

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mizzen.runtime.model.arch import ArchSpec
-from mizzen.runtime.model.decoder import Block, Decoder
+from mizzen.runtime.model.block import Block
+from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import RowLinear
 from mizzen.runtime.train.compress.calibration import Flow
 from mizzen.runtime.train.compress.candidate import Candidate, check_plain

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mizzen.runtime.model.block import Block
 from mizzen.runtime.model.compressed import METHOD, pack_words
-from mizzen.runtime.model.decoder import Block, Decoder
+from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import ColumnLinear, RowLinear, TensorShard
 from mizzen.runtime.train.compress.calibration import Flow
 from mizzen.runtime.train.compress.candidate import Candidate, check_plain

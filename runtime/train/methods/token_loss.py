@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mizzen.runtime.attention.causal import CausalAttention
-from mizzen.runtime.model.decoder import Attend, Decoder
+from mizzen.runtime.model.block import Attend
+from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.train.batches import PackedBatch, pack, split_micro
 from mizzen.runtime.train.samples import Floats, Sample
