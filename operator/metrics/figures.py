@@ -110,7 +110,7 @@ class Raw:
     values: dict[tuple[Figure, tuple[str, ...]], float] = field(default_factory=dict)
     gateway_age_s: float | None = None  # of the oldest gateway; None: there is none
     runtime_age_s: float | None = None
-    reporting: int = 0  # replicas whose series are among them
+    reporting: int | None = 0  # replicas whose series are among them; None: not known
 
     def number(self, figure: Figure) -> float | None:
         """Return the figure, None where it is missing or no finite number."""
@@ -150,11 +150,12 @@ class Measured:
 
 def measured(raw: Raw, target: Target) -> Measured:
     """Return the signals of one deployment."""
-    runtime = _Signals(raw, raw.runtime_age_s if raw.reporting >= target.settled else None)
+    is_whole = raw.reporting is not None and raw.reporting >= target.settled
+    runtime = _Signals(raw, raw.runtime_age_s if is_whole else None)
     is_known = raw.gateway_age_s is not None and raw.number(KNOWN) is not None
     return Measured(
         traffic=_traffic(raw, target, runtime),
-        engines=_engines(raw, runtime),
+        engines=_engines(raw, runtime, is_unscraped=is_whole and raw.reporting == 0),
         answers=_by_revision(raw) if is_known else None,
         trials=_trials(raw) if is_known else None,
         answers_age_s=raw.gateway_age_s or 0.0,
@@ -192,7 +193,7 @@ def _traffic(raw: Raw, target: Target, runtime: _Signals) -> Traffic:
     )
 
 
-def _engines(raw: Raw, runtime: _Signals) -> Engines:
+def _engines(raw: Raw, runtime: _Signals, *, is_unscraped: bool) -> Engines:
     finished = raw.number(FINISHED)
     computed, decoded = raw.number(COMPUTED), raw.number(DECODED)
     prefilled = None if computed is None or decoded is None else max(0.0, computed - decoded)
@@ -213,6 +214,7 @@ def _engines(raw: Raw, runtime: _Signals) -> Engines:
         decoded_per_s=runtime.of(decoded),
         prefilled_per_s=runtime.of(prefilled),
         prompted_per_s=runtime.number(PROMPTED),
+        is_unscraped=is_unscraped,
     )
 
 

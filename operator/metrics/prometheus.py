@@ -79,7 +79,9 @@ class PrometheusSource:
         questions = [expression(figure, scrape_s=self._scrape_s) for figure in ALL]
         questions += [age_expression(KNOWN), age_expression(RUNNING), count_expression(RUNNING)]
         answers = await asyncio.gather(*map(self._ask, questions))
-        found: dict[Name, Raw] = {target.name: Raw() for target in targets}
+        # Without an answer nobody knows whether a replica was scraped.
+        reporting = None if answers[-1] is None else 0
+        found = {target.name: Raw(reporting=reporting) for target in targets}
         for figure, rows in zip(ALL, answers, strict=False):
             for labels, value in rows or ():
                 if raw := found.get(_name(figure.origin, labels)):

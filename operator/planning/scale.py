@@ -39,6 +39,7 @@ class Decision:
     is_holding: bool = False  # the gateways shall hold new requests: the last step before zero
     is_capacity_unknown: bool = False
     is_blind: bool = False  # a signal that the rules need is unknown
+    is_awaiting_scrape: bool = False  # and only because the replicas have just come
     slo_problem: str | None = None  # why no number of replicas keeps the promise
     stuck: tuple[str, ...] = ()  # replicas that should have started long ago
     limited: str | None = None  # the bound that keeps the number below the need
@@ -67,6 +68,7 @@ def decide(history: History, observation: Observation, config: ScaleRules) -> De
         is_holding=answer.is_holding,
         is_capacity_unknown=now.sizing.capacity is None,
         is_blind=not now.need.is_complete,
+        is_awaiting_scrape=now.is_awaiting_scrape,
         slo_problem=slo_problem(history, config),
         stuck=tuple(replica.name for replica in stuck),
         limited=_limit(now),

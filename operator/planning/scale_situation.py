@@ -21,6 +21,7 @@ class Why(StrEnum):
     HOLDING_WINDOW = "HoldingWindow"  # less is needed, but not for long enough
     STEP_DOWN_TOO_SLOW = "StepDownTooSlow"  # fewer could not keep the ITL limit
     SIGNALS_UNKNOWN = "SignalsUnknown"
+    AWAITING_SCRAPE = "AwaitingScrape"  # replicas are too new for their figures to be there
     FALLBACK = "Fallback"
     BOUNDS = "Bounds"
     WOKEN = "Woken"
@@ -59,6 +60,13 @@ class Situation:
     def now_s(self) -> float:
         """The moment of the look."""
         return self.seen.now_s
+
+    @property
+    def is_awaiting_scrape(self) -> bool:
+        """Whether all that is missing is the first scrape of replicas that have just come."""
+        told = self.readings
+        is_traffic_known = None not in (told.arrivals_per_s, told.in_flight, told.held)
+        return not self.need.is_complete and self.seen.engines.is_unscraped and is_traffic_known
 
     @property
     def floor(self) -> int:

@@ -52,6 +52,8 @@ class Engines:
     decoded_per_s: Signal = UNKNOWN  # output tokens
     prefilled_per_s: Signal = UNKNOWN  # prompt tokens computed, those found in the cache left out
     prompted_per_s: Signal = UNKNOWN  # prompt tokens asked for, cached ones included
+    # The source answers, knows none of them yet, and none has served long enough to be expected.
+    is_unscraped: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,6 +99,9 @@ def _blind(history: History, now: Situation) -> Answer:
         count = min(max(now.current, fallback.replicas), now.ceiling)
         formula = f"max({now.current} so far, fallback {fallback.replicas})"
         return Answer(count, Why.FALLBACK, formula)
+    if now.is_awaiting_scrape:
+        formula = f"{now.current} so far: no replica in service has been scraped yet"
+        return Answer(now.current, Why.AWAITING_SCRAPE, formula)
     formula = f"{now.current} so far: unknown signals take nothing away"
     return Answer(now.current, Why.SIGNALS_UNKNOWN, formula)
 

@@ -22,6 +22,7 @@ class Reason(StrEnum):
     SCALING_NOT_YET = "NotYetDecided"
     SCALING_DRY_RUN = "DryRun"
     CAPACITY_UNKNOWN = "CapacityUnknown"
+    AWAITING_SCRAPE = "AwaitingScrape"
     ADAPTERS_LOADED = "AdaptersLoaded"
     NO_ADAPTERS = "NoAdapters"
 

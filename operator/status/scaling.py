@@ -61,6 +61,11 @@ def state_of(decision: Decision, *, is_dry_run: bool, rival: str = "") -> tuple[
         return Reason.SCALING_DRY_RUN, (
             "spec.scaling.dryRun is true: status.scaling.recommended says what would be run."
         )
+    if decision.is_awaiting_scrape:
+        return Reason.AWAITING_SCRAPE, (
+            "The replicas in service are new and none has been scraped yet. Until one has, "
+            "arrivals may raise their number and nothing lowers it."
+        )
     if decision.is_blind:
         return Reason.SIGNALS_UNKNOWN, (
             "The load is not known: metrics of the gateway or of a replica are missing or too "

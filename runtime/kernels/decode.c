@@ -1,6 +1,6 @@
 /* Attention of single queries over the pages of the KV cache.
 
-An item is one query with all its heads, or with those of one KV head. Each head is a lane: scores
+An item is one query with all its heads, or with those of one KV head; some are done in a row. Each head is a lane: scores
 lie by key, then head, and the softmax is taken along the way, `KEYS` keys at a time. The heads that
 share a KV head are done together, so that each key and value is read once for all of them. */
 #include "attention.h"
@@ -11,12 +11,29 @@ typedef struct {
     long group, vectors;                  /* heads of a KV head; vectors of a key's scores */
 } Item;
 
+/* Keys that are attended at once, and where they lie. */
+typedef struct {
+    long start, count, places[KEYS];
+} Part;
+
 static Item find_item(const Attention *a, long item) {
     const int64_t *query = a->decodes + item / a->splits * 3;
     const long group = a->heads / a->kv_heads;
     return (Item){.a = a, .token = query[0], .sequence = query[1], .seen = query[2],
                   .first_kv = item % a->splits * a->kv_per_item, .group = group,
                   .vectors = (a->kv_per_item * group + LANES - 1) / LANES};
+}
+
+/* The first key that is seen, or one before it in its page. */
+INLINE long first_key(const Item *item) {
+    const Attention *a = item->a;
+    return a->window && item->seen > a->window ? (item->seen - a->window) / a->page * a->page : 0;
+}
+
+INLINE void find_part(const Item *item, long start, Part *part) {
+    const long left = item->seen - start;
+    part->start = start, part->count = left < KEYS ? left : KEYS;
+    find_keys(item->a, item->sequence, start, part->count, part->places);
 }
 
 INLINE float dot(const float *a, const void *b, long dim, int type) {
@@ -26,16 +43,24 @@ INLINE float dot(const float *a, const void *b, long dim, int type) {
     return sum;
 }
 
-/* scores[t, h] = query h times key t. */
+/* Has numbers on their way, `count` of a row in memory. */
+INLINE void fetch(const void *from, long index, long count, int type) {
+    const char *first = at(from, index, type), *end = at(from, index + count, type);
+    for (; first < end; first += 64) __builtin_prefetch(first, 0, 2);
+}
+
+/* scores[t, h] = query h times key t. Meanwhile the values come from memory. */
 INLINE void score(const Item *item, const float *q, const long *places, long count, Lanes *scores,
                   long dim, int type) {
     const Attention *a = item->a;
-    for (long t = 0; t < count; t++)
+    for (long t = 0; t < count; t++) {
+        fetch(a->values, places[t] + item->first_kv * dim, a->kv_per_item * dim, type);
         for (long h = 0; h < a->kv_per_item * item->group; h++) {
             const long place = places[t] + (item->first_kv + h / item->group) * dim;
             float *of_key = (float *)(scores + t * item->vectors);
             of_key[h] = dot(q + h * dim, at(a->keys, place, type), dim, type);
         }
+    }
 }
 
 #ifdef __AMX_BF16__
@@ -65,7 +90,9 @@ INLINE void score_by_unit(const Item *item, const uint16_t *pairs, const long *p
     const Attention *a = item->a;
     for (long t = 0; t < count; t += 16)
         for (long kv = 0; kv < a->kv_per_item; kv++) {
-            const long place = places[t] + (item->first_kv + kv) * dim;
+            const long kv_at = (item->first_kv + kv) * dim, place = places[t] + kv_at;
+            for (long of = t; of < t + 16 && of < count; of++)
+                fetch(a->values, places[of] + kv_at, dim, BFLOAT16);
             const uint16_t *keys = (const uint16_t *)a->keys + place;
             _tile_zero(0);
             for (long i = 0; i < dim; i += 32) {
@@ -83,6 +110,8 @@ INLINE void score_by_unit(const Item *item, const uint16_t *pairs, const long *p
 typedef struct {
     const void *values;
     const long *places;
+    const void *next_keys; /* to have on their way meanwhile: as many, or nobody's */
+    const long *next_places;
     const float *weights;
     float *sums;
     long count, stride;
@@ -114,6 +143,7 @@ INLINE void mix_three(const Mix *m, long dim, int type) {
         load(&e, third, FLOAT32), load(&f, third + LANES, FLOAT32);
         for (long t = 0; t < m->count; t++) {
             const float *weights = m->weights + t * m->stride;
+            fetch(m->next_keys, m->next_places[t] + i, 2 * LANES, type);
             load(&low, at(m->values, m->places[t] + i, type), type);
             load(&high, at(m->values, m->places[t] + i + LANES, type), type);
             a += low * weights[0], b += high * weights[0];
@@ -126,43 +156,52 @@ INLINE void mix_three(const Mix *m, long dim, int type) {
     }
 }
 
-INLINE void mix(const Item *item, const long *places, long count, const Lanes *weights, float *sums,
-                long dim, int type) {
+INLINE int is_for_three(const Item *item, long dim) {
+    return item->group >= 3 && dim % (2 * LANES) == 0;
+}
+
+INLINE void mix(const Item *item, const Part *part, const Part *next, const Lanes *weights,
+                float *sums, long dim, int type) {
     const Attention *a = item->a;
     for (long h = 0; h < a->kv_per_item * item->group;) {
         const long kv = h / item->group, left = (kv + 1) * item->group - h;
-        const Mix m = {at(a->values, (item->first_kv + kv) * dim, type), places,
-                       (const float *)weights + h, sums + h * dim, count, item->vectors * LANES};
-        if (left >= 3 && dim % (2 * LANES) == 0) mix_three(&m, dim, type), h += 3;
+        const long place = (item->first_kv + kv) * dim;
+        const Mix m = {at(a->values, place, type), part->places, at(a->keys, place, type),
+                       next->places, (const float *)weights + h, sums + h * dim, part->count,
+                       item->vectors * LANES};
+        if (left >= 3 && is_for_three(item, dim)) mix_three(&m, dim, type), h += 3;
         else mix_one(&m, dim, type), h++;
     }
 }
 
-/* Has all of these keys and values on their way at once: pages lie apart, so the processor cannot
-guess the next. */
-INLINE void fetch(const Item *item, const long *places, long count, long dim, int type) {
-    const Attention *a = item->a;
-    const long bytes = a->kv_per_item * dim * (type == BFLOAT16 ? 2 : 4);
-    for (long t = 0; t < count; t++) {
-        const char *keys = at(a->keys, places[t] + item->first_kv * dim, type);
-        for (long i = 0; i < bytes; i += 64) __builtin_prefetch(keys + i, 0, 2);
-    }
-    for (long t = 0; t < count; t++) {
-        const char *values = at(a->values, places[t] + item->first_kv * dim, type);
-        for (long i = 0; i < bytes; i += 64) __builtin_prefetch(values + i, 0, 2);
-    }
+/* The keys after these: of the same query, else the first ones of the next item, else none. Its
+places are as many as this part's at least. */
+INLINE void find_next(const Item *item, const Item *later, const Part *part, Part *next) {
+    const long start = part->start + part->count;
+    next->count = 0;
+    if (start < item->seen) find_part(item, start, next);
+    else if (later) find_part(later, first_key(later), next);
+    for (long t = next->count; t < part->count; t++) next->places[t] = part->places[t];
 }
 
-INLINE void attend(const Item *item, long dim, int type) {
+INLINE void fetch_keys(const Item *item, const Part *part, long from, long dim, int type) {
+    const long place = item->first_kv * dim, width = item->a->kv_per_item * dim;
+    for (long t = from; t < part->count; t++)
+        fetch(item->a->keys, part->places[t] + place, width, type);
+}
+
+/* Pages lie apart, so the processor cannot guess the next: it is told in time, also of the first
+keys of the item that comes `later`, as this one's were where `is_fetched`. */
+INLINE void attend(const Item *item, const Item *later, int is_fetched, long dim, int type) {
     const Attention *a = item->a;
     const long heads = a->kv_per_item * item->group, head = item->first_kv * item->group;
     const long place = item->token * a->q_stride + head * dim;
-    const long from = a->window && item->seen > a->window
-        ? (item->seen - a->window) / a->page * a->page : 0;
     float q[heads * dim], sums[heads * dim];
     Lanes scores[KEYS * item->vectors], fades[item->vectors];
     Softmax softmax[item->vectors];
-    long places[KEYS];
+    Part parts[2], *part = parts, *next = parts + 1;
+    find_part(item, first_key(item), part);
+    if (!is_fetched) fetch_keys(item, part, 0, dim, type);
     for (long i = 0; i < heads * dim; i++)
         q[i] = get(a->q, place + i, type) * a->scale, sums[i] = 0.0f;
     memset(scores, 0, sizeof scores); /* some lanes may be no head's */
@@ -177,17 +216,17 @@ INLINE void attend(const Item *item, long dim, int type) {
         pair_up((const uint16_t *)a->q + place, pairs, heads, item->group, dim);
     }
 #endif
-    for (long start = from; start < item->seen; start += KEYS) {
-        const long count = item->seen - start < KEYS ? item->seen - start : KEYS;
-        find_keys(a, item->sequence, start, count, places);
-        fetch(item, places, count, dim, type);
+    for (int is_last = 0; !is_last;) {
+        const long start = part->start, count = part->count;
+        is_last = start + count == item->seen;
+        find_next(item, later, part, next);
 #ifdef __AMX_BF16__
         if (uses_unit(a, dim, type)) {
-            score_by_unit(item, pairs, places, count, scores, dim);
+            score_by_unit(item, pairs, part->places, count, scores, dim);
             for (long i = 0; i < count * item->vectors; i++) scores[i] *= a->scale;
         } else
 #endif
-            score(item, q, places, count, scores, dim, type);
+            score(item, q, part->places, count, scores, dim, type);
         for (long v = 0; v < item->vectors; v++) {
             if (a->slopes || start < softmax[v].first[0])
                 bias_scores(softmax + v, scores + v, item->vectors, start, count);
@@ -195,7 +234,10 @@ INLINE void attend(const Item *item, long dim, int type) {
         }
         for (long h = 0; h < heads; h++)
             for (long i = 0; i < dim; i++) sums[h * dim + i] *= ((const float *)fades)[h];
-        mix(item, places, count, scores, sums, dim, type);
+        mix(item, part, next, scores, sums, dim, type);
+        fetch_keys(item, next, is_for_three(item, dim) ? count : 0, dim, type);
+        Part *done = part;
+        part = next, next = done;
     }
     for (long h = 0; h < heads; h++) {
         const float whole = 1.0f / softmax[h / LANES].total[h % LANES];
@@ -208,9 +250,17 @@ INLINE void attend(const Item *item, long dim, int type) {
 }
 
 /* Most models' heads have one of two sizes; loops of a known length are twice as fast. */
-void attend_decode(const Attention *a, long index) {
-    const Item item = find_item(a, index);
-    if (a->dim == 64) BY_TYPE(a->type, attend, &item, 64);
-    else if (a->dim == 128) BY_TYPE(a->type, attend, &item, 128);
-    else BY_TYPE(a->type, attend, &item, a->dim);
+static void attend_one(const Item *item, const Item *later, int is_fetched) {
+    const Attention *a = item->a;
+    if (a->dim == 64) BY_TYPE(a->type, attend, item, later, is_fetched, 64);
+    else if (a->dim == 128) BY_TYPE(a->type, attend, item, later, is_fetched, 128);
+    else BY_TYPE(a->type, attend, item, later, is_fetched, a->dim);
+}
+
+void attend_decodes(const Attention *a, long first, long end) {
+    for (long index = first; index < end; index++) {
+        const int is_last = index + 1 == end;
+        const Item item = find_item(a, index), later = find_item(a, is_last ? index : index + 1);
+        attend_one(&item, is_last ? NULL : &later, index > first);
+    }
 }

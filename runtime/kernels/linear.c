@@ -44,10 +44,10 @@ INLINE void multiply_step(const uint16_t *x, long stride_bytes, const void *weig
     _tile_loadd(6, weights, 64);
     _tile_loadd(7, (const char *)weights + TILE_BYTES, 64);
     _tile_loadd(4, x, stride_bytes);
+    if (is_tall) _tile_loadd(5, (const char *)x + TILE * stride_bytes, stride_bytes);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     if (is_tall) {
-        _tile_loadd(5, (const char *)x + TILE * stride_bytes, stride_bytes);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
@@ -60,8 +60,18 @@ INLINE void add_halves(const uint16_t *from, __m512 *low, __m512 *high) {
     *high = _mm512_add_ps(*high, _mm512_castsi512_ps(_mm512_slli_epi32(second, 16)));
 }
 
+/* Has the places of a panel's sums on their way, while these are being computed. */
+INLINE void fetch_out(const Linear *l, long panel, long token, long tokens) {
+    for (long t = token; t < token + tokens; t++) {
+        const char *out = at(l->out, t * l->outputs + panel * PANEL, l->out_type);
+        __builtin_prefetch(out, 1);
+        if (l->out_type == FLOAT32) __builtin_prefetch(out + 64, 1);
+    }
+}
+
 /* Scales, adds and stores up to 32 tokens' sums of one panel. */
-static void finish(const Linear *l, long panel, long token, long tokens) {
+static void finish(const Linear *all, long panel, long token, long tokens) {
+    const Linear copy = *all, *l = &copy; /* which no store can reach: it stays in registers */
     float sums[2 * TILE][PANEL] __attribute__((aligned(64)));
     _tile_stored(0, sums[0], PANEL * 4);
     _tile_stored(1, sums[0] + TILE, PANEL * 4);
@@ -100,6 +110,7 @@ INLINE void multiply_panel(const Linear *l, const void *weight, int is_narrow, l
                            long token, long tokens) {
     const long steps = l->inputs / STEP, step_size = STEP * PANEL, stride = l->inputs * 2;
     const uint16_t *x = l->x + token * l->inputs;
+    fetch_out(l, panel, token, tokens);
     uint16_t one_step[STEP * PANEL] __attribute__((aligned(64)));
     _tile_zero(0);
     _tile_zero(1);

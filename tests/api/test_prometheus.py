@@ -6,6 +6,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from hack.prometheus import PrometheusServer
-from mizzen.operator.metrics.figures import UNKNOWN
+from mizzen.operator.metrics.figures import UNKNOWN, Measured
 from mizzen.operator.metrics.prometheus import PrometheusSource
-from mizzen.operator.planning.scale import History, decide
+from mizzen.operator.planning.scale import History, Why, decide
 from mizzen.operator.planning.scale_rules import ScaleRules, Targets
 from mizzen.operator.planning.signals import Observation, ReplicaState
 from tests.fixtures.metrics_story import LENGTH_S, NAME, OTHER, QUIET, STEP_S, TARGET, Story, check
@@ -93,9 +94,38 @@ async def test_a_deployment_no_gateway_knows_is_unknown(server: str) -> None:
     assert found.traffic.arrivals_per_s == UNKNOWN
 
 
-async def test_a_server_that_is_down_makes_everything_unknown_and_nothing_smaller() -> None:
+async def test_a_deployment_whose_first_replica_was_not_scraped_yet_is_told_from_a_lost_one(
+    server: str,
+) -> None:
+    source = PrometheusSource(server, scrape_s=STEP_S)
+    new = (await source.collect([QUIET]))[OTHER]
+    lost = (await source.collect([replace(QUIET, settled=1)]))[OTHER]
+    scraped = (await source.collect([replace(TARGET, settled=0)]))[NAME]
+    await source.close()
+    assert decided(new) == (1, Why.AWAITING_SCRAPE)
+    assert decided(lost) == (1, Why.SIGNALS_UNKNOWN)
+    assert not scraped.engines.is_unscraped
+
+
+def decided(found: Measured) -> tuple[int, Why]:
+    """Return what becomes of one replica with these figures."""
+    seen = Observation(
+        now_s=1000.0,
+        replicas=(ReplicaState(name="r", age_s=5, is_ready=True),),
+        traffic=found.traffic,
+        engines=found.engines,
+    )
+    rules = ScaleRules(min_replicas=0, max_replicas=9, targets=Targets(concurrency=4))
+    decision = decide(History(desired=1), seen, rules)
+    return decision.replicas, decision.reason
+
+
+@pytest.mark.parametrize("settled", [0, 2])
+async def test_a_server_that_is_down_makes_everything_unknown_and_nothing_smaller(
+    settled: int,
+) -> None:
     source = PrometheusSource("http://127.0.0.1:9", scrape_s=STEP_S)
-    found = (await source.collect([TARGET]))[NAME]
+    found = (await source.collect([replace(TARGET, settled=settled)]))[NAME]
     await source.close()
     seen = Observation(
         now_s=1000.0,
@@ -105,7 +135,7 @@ async def test_a_server_that_is_down_makes_everything_unknown_and_nothing_smalle
     )
     rules = ScaleRules(min_replicas=1, max_replicas=9, targets=Targets(concurrency=4))
     decision = decide(History(desired=5), seen, rules)
-    assert (decision.replicas, decision.is_blind) == (5, True)
+    assert (decision.replicas, decision.reason) == (5, Why.SIGNALS_UNKNOWN)
 
 
 ANSWERS = {
@@ -118,7 +148,8 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
-async def test_answers_that_are_no_figures_are_unknown(answer: str) -> None:
+@pytest.mark.parametrize("settled", [0, 2])
+async def test_answers_that_are_no_figures_are_unknown(answer: str, settled: int) -> None:
     async def query(_: web.Request) -> web.Response:
         return web.Response(text=answer, content_type="application/json")
 
@@ -127,11 +158,12 @@ async def test_answers_that_are_no_figures_are_unknown(answer: str) -> None:
     fake = TestServer(app)
     await fake.start_server()
     source = PrometheusSource(str(fake.make_url("")), scrape_s=STEP_S)
-    found = (await source.collect([TARGET]))[NAME]
+    found = (await source.collect([replace(TARGET, settled=settled)]))[NAME]
     await source.close()
     await fake.close()
     assert found.engines.running.fresh(15) is None
     assert found.traffic.arrivals_per_s.fresh(15) is None
+    assert decided(found) == (1, Why.SIGNALS_UNKNOWN)
 
 
 @pytest.mark.parametrize("metric", ["mizzen_gateway_arrivals_total", "mizzen_gateway_canary_"])
@@ -160,3 +192,24 @@ async def test_a_figure_that_prometheus_fails_to_answer_is_unknown_and_not_zero(
     assert found.traffic.arrivals_per_s == UNKNOWN
     assert found.answers is None
     assert found.engines.waiting.value == 2.0
+
+
+async def test_a_count_of_replicas_that_prometheus_fails_to_answer_is_not_a_count_of_none() -> None:
+    labels = {"namespace": "team", "model": "smollm2", "revision": "new", "le": "1"}
+    rows = {"data": {"result": [{"metric": labels, "value": [1, "2"]}]}}
+
+    async def query(request: web.Request) -> web.Response:
+        if str((await request.post())["query"]).startswith("count by"):
+            return web.json_response({"status": "error", "errorType": "timeout"}, status=503)
+        return web.json_response(rows)
+
+    app = web.Application()
+    app.router.add_post("/api/v1/query", query)
+    fake = TestServer(app)
+    await fake.start_server()
+    source = PrometheusSource(str(fake.make_url("")), scrape_s=STEP_S)
+    found = (await source.collect([replace(TARGET, settled=0)]))[NAME]
+    await source.close()
+    await fake.close()
+    assert found.traffic.arrivals_per_s.value == 2.0
+    assert decided(found) == (1, Why.SIGNALS_UNKNOWN)

@@ -161,6 +161,22 @@ async def test_unknown_load_takes_nothing_away_and_is_told_within_a_minute() -> 
     assert scaled.scaling["inputs"]["running"] == "unknown"
 
 
+async def test_replicas_nobody_could_scrape_yet_are_awaited_without_alarm() -> None:
+    scaled = Scaled()
+    await scaled.run(20)
+    scaled.metrics.now = replace(load(0), engines=Engines(is_unscraped=True))
+    await scaled.run(10)
+    assert scaled.world.condition("ScalingActive") == (
+        "True", "AwaitingScrape",
+        "The replicas in service are new and none has been scraped yet. Until one has, arrivals "
+        "may raise their number and nothing lowers it.",
+    )  # fmt: skip
+    assert scaled.scaling["reason"] == "AwaitingScrape"
+    scaled.metrics.now = load(0)
+    await scaled.run(10)
+    assert scaled.scaling["reason"] == "Steady"
+
+
 async def test_another_autoscaler_stops_ours_and_is_named() -> None:
     scaled = Scaled()
     await scaled.run(20)

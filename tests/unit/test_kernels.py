@@ -135,9 +135,17 @@ BIASES = {
     "a window": lambda heads: AttentionBias(window=19),
     "slopes": lambda heads: AttentionBias(alibi_slopes(heads)),
 }
-LENS = [(1, 1), (1, 16), (1, 17), (5, 40), (1, 130), (9, 9), (20, 50), (150, 290)]
+CONTEXTS = [1, 128, 129, 17, 3, 64, 40, 1, 16, 90, 33, 2, 70, 5, 20, 8, 11]
+LENS = {
+    "decodes and prompts": [
+        *[(1, 1), (1, 16), (1, 17), (5, 40)],
+        *[(1, 130), (9, 9), (20, 50), (150, 290)],
+    ],
+    "decodes in a row": [(1, context) for context in CONTEXTS],
+}
 
 
+@pytest.mark.parametrize("lens", LENS)
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize(
     ("heads", "dim", "page"),
@@ -147,12 +155,13 @@ def test_attention_over_pages_is_torchs(
     level: str,
     threads: int,
     dtype: torch.dtype,
+    lens: str,
     bias: str,
     heads: tuple[int, int],
     dim: int,
     page: int,
 ) -> None:
-    shape, batch = KvShape(2, 201, heads[1], dim, page), batch_of(LENS, page)
+    shape, batch = KvShape(2, 201, heads[1], dim, page), batch_of(LENS[lens], page)
     cache = random(*shape.allocate(dtype=dtype).shape, dtype=dtype)
     widths = [heads[0] * dim, heads[1] * dim, heads[1] * dim]
     packed = random(len(batch.slots_T), sum(widths), dtype=dtype).split(widths, dim=-1)

@@ -108,6 +108,20 @@ async def test_a_settled_replica_that_was_never_read_makes_the_sums_unknown(worl
     assert fresh.traffic.arrivals_per_s.fresh(15) is None
 
 
+async def test_new_replicas_that_did_not_answer_yet_are_unscraped_until_one_does(
+    world: World,
+) -> None:
+    world.silent = {"runtime-0", "runtime-1"}
+    await world.run(15)
+    for settled, is_unscraped in ((0, True), (1, False)):
+        (target,) = (replace(t, settled=settled) for t in world.targets if t.name == NAME)
+        found = (await world.source.collect([target]))[NAME]
+        assert found.engines.running == UNKNOWN
+        assert found.engines.is_unscraped is is_unscraped
+    world.silent = set()
+    assert not (await world.source.collect([replace(target, settled=0)]))[NAME].engines.is_unscraped
+
+
 async def test_a_look_at_one_deployment_forgets_nothing_of_the_others(world: World) -> None:
     found = await world.run(60)
     assert found[NAME].engines.steps_per_s.value

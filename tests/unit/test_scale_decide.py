@@ -155,6 +155,48 @@ def test_unknown_signals_hold_and_then_fall_back() -> None:
     assert found.decisions[-1].replicas == 5
 
 
+UNSCRAPED = Engines(is_unscraped=True)
+KNOWN_TRAFFIC = Traffic(arrivals_per_s=Signal(1.0), in_flight=Signal(1.0), held=Signal(0.0))
+WITHOUT_ENGINES: dict[str, tuple[Traffic, Engines, Why]] = {
+    "replicas that nobody could scrape yet are awaited": (
+        KNOWN_TRAFFIC, UNSCRAPED, Why.AWAITING_SCRAPE,
+    ),
+    "replicas that should have been scraped are unknown load": (
+        KNOWN_TRAFFIC, Engines(), Why.SIGNALS_UNKNOWN,
+    ),
+    "without a gateway's figures new replicas are unknown load": (
+        Traffic(), UNSCRAPED, Why.SIGNALS_UNKNOWN,
+    ),
+    "with a gateway's old figures new replicas are unknown load": (
+        replace(KNOWN_TRAFFIC, in_flight=Signal(1.0, 16)), UNSCRAPED, Why.SIGNALS_UNKNOWN,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("traffic", "engines", "expected"), WITHOUT_ENGINES.values(), ids=WITHOUT_ENGINES
+)
+@pytest.mark.parametrize("rules", [{"targets": Targets(concurrency=4)}, {"slo": ITL}])
+def test_nothing_is_taken_away_and_the_reason_tells_new_replicas_from_lost_metrics(
+    rules: dict[str, Slo | Targets], traffic: Traffic, engines: Engines, expected: Why
+) -> None:
+    seen = replace(signals(ready=3), traffic=traffic, engines=engines)
+    config = ScaleRules(min_replicas=0, max_replicas=10, to_zero_after_s=30, **rules)  # type: ignore[arg-type]
+    decision = decide(History(desired=3, idle_since_s=0.0), seen, config)
+    assert (decision.replicas, decision.reason, decision.is_blind) == (3, expected, True)
+    assert decision.is_awaiting_scrape is (expected is Why.AWAITING_SCRAPE)
+
+
+def test_replicas_that_stay_unscraped_end_at_the_fallback() -> None:
+    seen = replace(signals(ready=1), traffic=KNOWN_TRAFFIC, engines=UNSCRAPED)
+    rules = ScaleRules(
+        min_replicas=1, max_replicas=10, targets=Targets(concurrency=4),
+        fallback=Fallback(replicas=5, after_s=300),
+    )  # fmt: skip
+    decision = decide(History(desired=1, unknown_since_s=700.0), seen, rules)
+    assert (decision.replicas, decision.reason) == (5, Why.FALLBACK)
+
+
 def test_a_gap_in_the_signals_restarts_the_window() -> None:
     found = warm()
     found.run(300, per_s=24.0)
