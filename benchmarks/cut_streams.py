@@ -168,7 +168,6 @@ def deployment_spec() -> Json:
         "replicas": 2,
         "accelerator": {"resource": "none"},
         "engine": {"kvCacheGiB": 0.1, "maxNumSeqs": 8},
-        "podTemplatePatch": {"env": [{"name": "OMP_NUM_THREADS", "value": "1"}]},
     }
 
 
