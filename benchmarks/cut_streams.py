@@ -1,12 +1,14 @@
-"""How many streams are cut while replicas of a real deployment leave under load.
+"""How many streams are cut while replicas of real deployments leave under load.
 
-    python -m benchmarks.cut_streams --api-key mz-... [--scale-downs 100] [--rollouts 20]
-        [--drains 20] [--evictions 20] [--streams 4]
+    python -m benchmarks.cut_streams --api-key mz-... [--deployments 5] [--scale-downs 100]
+        [--rollouts 20] [--drains 20] [--deletions 20] [--streams 3]
 
-Needs a cluster with the chart and a deployment in it (`make demo` leaves both), and kubectl that
-reaches them. A counting client keeps streams open through the gateway from the first departure to
-the last. Scale-downs go from two replicas to one, a rollout changes an engine setting, a node drain
-is `kubectl drain` of the deployment's pods on one node, and an eviction is `kubectl delete pod`.
+Needs a cluster with the chart and the quickstart's claim with its model (`make demo` leaves both),
+and kubectl that reaches them. It makes some deployments of two replicas and has a replica of each
+leave at the same time; that counts once per deployment. Scale-downs go from two replicas to one, a
+rollout changes an engine setting, a node drain is one `kubectl drain` of all their pods on a node,
+and a deletion is `kubectl delete pod`. Clients of each deployment keep streams open from before a
+departure until it is over. Of every pod it is told how many streams it had when it began to leave.
 """
 
 from __future__ import annotations
@@ -14,16 +16,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import asdict, astuple, dataclass
 
+from benchmarks.control_plane import Api, beside
+from benchmarks.deployment import LIMIT_S, Deployment, Json, apply, gateway_url
+from benchmarks.leaving_pods import LeavingPods
+from benchmarks.pod_usage import Usage, as_usage_table, system_usage
 from benchmarks.stream_counter import CUT, REFUSED, WHOLE, StreamCounter
-
-LIMIT_S = 900
-Json = dict[str, Any]
+from mizzen.operator.kube.connect import open_client
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,193 +37,226 @@ class Row:
 
     departure: str
     times: int
+    pods: int  # that left
+    busy_pods: int  # of them, with a stream when they began to leave
+    open_streams: int  # on them then
     whole: int
     refused: int
     cut: int
     seconds: float
 
 
-class Deployment:
-    """One LLMDeployment, through kubectl."""
+class Fleet:
+    """Deployments of two replicas each, and the clients that stream from them."""
 
-    def __init__(self, name: str, namespace: str) -> None:
-        self.name, self.namespace = name, namespace
-        self._changes = 0
+    def __init__(
+        self, deployments: Sequence[Deployment], counters: Sequence[StreamCounter]
+    ) -> None:
+        self.deployments, self.counters = deployments, counters
 
-    async def kubectl(self, *arguments: str) -> str:
-        process = await asyncio.create_subprocess_exec(
-            *("kubectl", "-n", self.namespace, *arguments),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+    def ends(self) -> Counter[str]:
+        """How the streams of all clients have ended so far."""
+        return sum((counter.ends for counter in self.counters), Counter())
+
+    async def each(self, depart: Callable[[Deployment], Awaitable[None]]) -> None:
+        """Have all of them do the same at the same time."""
+        await asyncio.gather(*(depart(deployment) for deployment in self.deployments))
+
+    async def under_load(self, streams: int, depart: Awaitable[None]) -> None:
+        """Keep so many streams of each deployment open until the departure is over."""
+        async with asyncio.TaskGroup() as clients:
+            is_over = asyncio.Event()
+            begun = [asyncio.Event() for _ in self.counters]
+            for counter, has_begun in zip(self.counters, begun, strict=True):
+                clients.create_task(_keep_open(counter, streams, has_begun, is_over))
+            try:
+                await asyncio.gather(*(has_begun.wait() for has_begun in begun))
+                await depart
+            finally:
+                is_over.set()
+
+    async def scale_down(self, streams: int) -> None:
+        # Nobody asks while the second replica comes back, which costs the more of a small machine.
+        await self.under_load(streams, self.each(lambda one: one.scale(1)))
+        await self.each(lambda one: one.scale(2))
+
+    async def roll_out(self, streams: int) -> None:
+        await self.under_load(streams, self.each(Deployment.roll_out))
+
+    async def delete_pods(self, streams: int) -> None:
+        await self.under_load(streams, self.each(Deployment.evict))
+
+    async def drain_node(self, streams: int) -> None:
+        await self.under_load(streams, drain_node(self.deployments))
+
+
+async def _keep_open(
+    counter: StreamCounter, streams: int, has_begun: asyncio.Event, is_over: asyncio.Event
+) -> None:
+    before = counter.begun
+    async with counter.load(streams):
+        while counter.begun < before + streams:  # noqa: ASYNC110 - it has no event to wait for
+            await asyncio.sleep(0.05)
+        has_begun.set()
+        await is_over.wait()
+
+
+async def drain_node(deployments: Sequence[Deployment]) -> None:
+    """Drain a node of the deployments' pods, and let it back in so that others find room."""
+    one, names = deployments[0], [deployment.name for deployment in deployments]
+    node = (await one.pods())[0]["spec"]["nodeName"]
+    leaving = {
+        pod["metadata"]["uid"]
+        for deployment in deployments
+        for pod in await deployment.pods()
+        if pod["spec"]["nodeName"] == node
+    }
+    drain = asyncio.create_task(
+        one.kubectl(
+            *("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force"),
+            *(f"--pod-selector=mizzen.dev/deployment in ({','.join(names)})",),
+            f"--timeout={LIMIT_S}s",
         )
-        out, said = await process.communicate()
-        if process.returncode:
-            raise RuntimeError(f"kubectl {' '.join(arguments)}: {said.decode().strip()}")
-        return out.decode()
-
-    async def get(self, *what: str) -> Json:
-        found: Json = json.loads(await self.kubectl("get", *what, "-o", "json"))
-        return found
-
-    async def scale(self, replicas: int) -> None:
-        await self.kubectl("scale", f"llmd/{self.name}", f"--replicas={replicas}")
-        await self.settle(replicas)
-
-    async def settle(self, replicas: int) -> None:
-        """Wait until exactly so many replicas are there, ready, and of the newest revision."""
-        deadline = time.monotonic() + LIMIT_S
-        status: Json = {}
-        while time.monotonic() < deadline:
-            resource = await self.get("llmd", self.name)
-            status = resource["status"]
-            is_seen = status["observedGeneration"] == resource["metadata"]["generation"]
-            counts = {status.get(k) for k in ("replicas", "readyReplicas", "updatedReplicas")}
-            if is_seen and counts == {replicas} and len(status.get("pods") or []) == replicas:
-                return
-            await asyncio.sleep(0.5)
-        raise RuntimeError(f"{self.name} did not settle at {replicas}: {json.dumps(status)}")
-
-    async def pods(self) -> list[Json]:
-        selector = f"mizzen.dev/deployment={self.name}"
-        found = (await self.get("pods", "-l", selector))["items"]
-        return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
-
-    # Departures; each begins and ends with two replicas.
-
-    async def scale_down(self) -> None:
-        await self.scale(1)
-        await self.scale(2)
-
-    async def roll_out(self) -> None:
-        self._changes += 1
-        setting = {"spec": {"engine": {"maxNumSeqs": 8 + self._changes % 2}}}
-        await self.kubectl("patch", f"llmd/{self.name}", "--type=merge", "-p", json.dumps(setting))
-        await self.settle(2)
-
-    async def evict(self) -> None:
-        name = (await self.pods())[0]["metadata"]["name"]
-        await self.kubectl("delete", "pod", name, "--wait=false")
-        await self._replaced({name})
-
-    async def drain_node(self) -> None:
-        """Drain a node of the deployment's pods, and let it back in so that others find room."""
-        node = (await self.pods())[0]["spec"]["nodeName"]
-        leaving = {
-            pod["metadata"]["name"] for pod in await self.pods() if pod["spec"]["nodeName"] == node
-        }
-        drain = asyncio.create_task(
-            self.kubectl(
-                *("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force"),
-                *(f"--pod-selector=mizzen.dev/deployment={self.name}", f"--timeout={LIMIT_S}s"),
-            )
-        )
-        try:
-            while not (await self.get("node", node))["spec"].get("unschedulable"):
-                assert not drain.done() or not drain.exception(), drain.exception()
-                await asyncio.sleep(0.1)
-            # The budget keeps the last replica until another one serves, which needs room.
-            await self.kubectl("uncordon", node)
-            await drain
-        finally:
-            await self.kubectl("uncordon", node)
-        await self._replaced(leaving)
-
-    async def _replaced(self, gone: set[str]) -> None:
-        deadline = time.monotonic() + LIMIT_S
-        while {pod["metadata"]["name"] for pod in await self.pods()} & gone:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{', '.join(sorted(gone))} did not leave")
-            await asyncio.sleep(0.2)
-        await self.settle(2)
+    )
+    try:
+        while not (await one.get("node", node))["spec"].get("unschedulable"):
+            assert not drain.done() or not drain.exception(), drain.exception()
+            await asyncio.sleep(0.1)
+        # The budgets keep the last replicas until others serve, which needs room.
+        await one.kubectl("uncordon", node)
+        await drain
+    finally:
+        await one.kubectl("uncordon", node)
+    await asyncio.gather(*(deployment.replaced(leaving) for deployment in deployments))
 
 
 async def measure(
-    name: str, times: int, depart: Callable[[], Awaitable[None]], counter: StreamCounter
+    name: str,
+    times: int,
+    depart: Callable[[], Awaitable[None]],
+    *,
+    at_once: int,
+    ends: Callable[[], Counter[str]],
+    open_streams: Sequence[int],
+    deadline: float = math.inf,
 ) -> Row:
-    """Let replicas depart so often, and return how the streams that ended meanwhile ended."""
-    before, begun = counter.ends.copy(), time.monotonic()
-    for number in range(times):
+    """Let replicas depart so often, some at once; return how the streams ended meanwhile.
+
+    `open_streams` grows by each pod that leaves. After the deadline none departs any more.
+    """
+    before, left_before, begun = ends(), len(open_streams), time.monotonic()
+    departed = 0
+    while departed < times and time.monotonic() < deadline:
         await depart()
-        print(f"{name} {number + 1}/{times}: {dict(counter.ends)}", file=sys.stderr, flush=True)
-    ended = counter.ends - before
+        departed += at_once
+        print(
+            f"{name} {departed}/{times} at {time.monotonic() - begun:.0f} s: {dict(ends())}, "
+            f"open on the leaving pods: {list(open_streams[left_before:])}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    ended, left = ends() - before, open_streams[left_before:]
     return Row(
-        name, times, ended[WHOLE], ended[REFUSED], ended[CUT], round(time.monotonic() - begun, 1)
+        *(name, departed, len(left), sum(count > 0 for count in left), sum(left)),
+        *(ended[WHOLE], ended[REFUSED], ended[CUT], round(time.monotonic() - begun, 1)),
     )
 
 
-async def run(options: argparse.Namespace) -> list[Row]:
-    """Run every kind of departure under one load."""
-    deployment = Deployment(options.deployment, options.namespace)
-    await deployment.scale(2)
-    counter = StreamCounter(
-        options.url or await gateway_url(deployment),
-        options.model or options.deployment,
-        max_tokens=options.tokens,
-        api_key=options.api_key,
-    )
-    kinds = (
-        ("scale-downs", options.scale_downs, deployment.scale_down),
-        ("rollouts", options.rollouts, deployment.roll_out),
-        ("node drains", options.drains, deployment.drain_node),
-        ("pod deletions", options.evictions, deployment.evict),
-    )
-    rows = []
-    async with counter.load(options.streams):
-        for name, times, depart in kinds:
-            rows.append(await measure(name, times, depart, counter))
-        closing = counter.ends.copy()
-    last = counter.ends - closing  # open at the end, and let finish
-    rows.append(Row("after the last", 0, last[WHOLE], last[REFUSED], last[CUT], 0.0))
-    for error in counter.errors:
+def deployment_spec() -> Json:
+    """A deployment of the quickstart's model that leaves room for many beside it."""
+    return {
+        "model": {"source": "pvc://models/smollm2", "maxModelLen": 512},
+        "replicas": 2,
+        "accelerator": {"resource": "none"},
+        "engine": {"kvCacheGiB": 0.1, "maxNumSeqs": 8},
+        "podTemplatePatch": {"env": [{"name": "OMP_NUM_THREADS", "value": "1"}]},
+    }
+
+
+async def run(options: argparse.Namespace) -> tuple[list[Row], list[Usage]]:
+    """Run every kind of departure, and delete the deployments in the end."""
+    names = [f"leaving-{number}" for number in range(options.deployments)]
+    deployments = [Deployment(name, options.namespace) for name in names]
+    url = options.url or await gateway_url(deployments[0])
+    counters = [StreamCounter(url, name, options.tokens, options.api_key) for name in names]
+    fleet, leaving = Fleet(deployments, counters), LeavingPods(names)
+    try:
+        for one in deployments:
+            document = {
+                **{"kind": "LLMDeployment", "metadata": {"name": one.name}},
+                "spec": deployment_spec(),
+            }
+            await apply(one, document)
+        await fleet.each(lambda one: one.settle(2))
+        path = f"/api/v1/namespaces/{options.namespace}/pods"
+        before, begun = await system_usage(deployments[0]), time.monotonic()
+        async with await open_client() as client, beside(Api(client).watch(path, leaving.see)):
+            rows = await depart_in_every_way(fleet, options, leaving.streams)
+        after, seconds = await system_usage(deployments[0]), time.monotonic() - begun
+    finally:
+        await deployments[0].kubectl("delete", "llmd", "--ignore-not-found", *names)
+    for error in (error for counter in counters for error in counter.errors):
         print(error, file=sys.stderr)
-    return rows
+    used = [Usage.between(p, before[p], after[p], seconds) for p in before if p in after]
+    return rows, used
 
 
-async def gateway_url(deployment: Deployment) -> str:
-    """Return the gateway's address in the cluster, which a node can reach."""
-    service = await deployment.get("service", "mizzen-gateway", "-n", "mizzen-system")
-    return f"http://{service['spec']['clusterIP']}:8080"
+async def depart_in_every_way(
+    fleet: Fleet, options: argparse.Namespace, open_streams: Sequence[int]
+) -> list[Row]:
+    """Return a row of each kind of departure."""
+    # The dearest first, so that a limit of time leaves out the most alike.
+    kinds = (
+        ("node drains", options.drains, fleet.drain_node),
+        ("rollouts", options.rollouts, fleet.roll_out),
+        ("pod deletions", options.deletions, fleet.delete_pods),
+        ("scale-downs", options.scale_downs, fleet.scale_down),
+    )
+    deadline = time.monotonic() + 60 * options.minutes
+    return [
+        await measure(
+            *(name, times, lambda depart=depart: depart(options.streams)),
+            at_once=len(fleet.deployments), ends=fleet.ends, open_streams=open_streams,
+            deadline=deadline,
+        )
+        for name, times, depart in kinds if times
+    ]  # fmt: skip
 
 
-def as_table(rows: list[Row]) -> str:
+def as_table(rows: Collection[Row]) -> str:
     """Return the rows as a Markdown table, with their sum."""
-    lines = [
-        "| Departure | times | streams whole | refused | cut | seconds |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {r.departure} | {r.times} | {r.whole} | {r.refused} | {r.cut} | {r.seconds} |"
-            for r in rows
-        ),
-    ]
-    whole, refused, cut = (sum(getattr(r, field) for r in rows) for field in (WHOLE, REFUSED, CUT))
-    times, seconds = sum(r.times for r in rows), round(sum(r.seconds for r in rows), 1)
-    return "\n".join([*lines, f"| all | {times} | {whole} | {refused} | {cut} | {seconds} |"])
-
-
-def deployment_arguments(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser of what names a deployment and the gateway before it."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
-    parser.add_argument("--deployment", default="smollm2")
-    parser.add_argument("--namespace", default="quickstart")
-    parser.add_argument("--model", default="", help="served name; the deployment's when left out")
-    parser.add_argument("--url", default="", help="the gateway; found in mizzen-system otherwise")
-    parser.add_argument("--api-key", default="")
-    return parser
+    sums = [sum(column) for column in list(zip(*map(astuple, rows), strict=True))[1:]]
+    cells = [*map(astuple, rows), ("all", *sums[:-1], round(sums[-1], 1))]
+    return "\n".join(
+        [
+            "| Departure | times | pods that left | of them with open streams | streams open then "
+            "| streams whole | refused | cut | seconds |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(f"| {' | '.join(map(str, row))} |" for row in cells),
+        ]
+    )
 
 
 def main() -> None:
-    """Print the table; 1 where a stream was cut or refused."""
-    parser = deployment_arguments(__doc__)
-    parser.add_argument("--streams", type=int, default=4)
+    """Print the tables; 1 where a stream was cut or refused."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--namespace", default="quickstart")
+    parser.add_argument("--url", default="", help="the gateway; found in mizzen-system otherwise")
+    parser.add_argument("--api-key", default="")
+    parser.add_argument("--deployments", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=3, help="open at once, of each deployment")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--scale-downs", type=int, default=100)
     parser.add_argument("--rollouts", type=int, default=20)
     parser.add_argument("--drains", type=int, default=20)
-    parser.add_argument("--evictions", type=int, default=20)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--deletions", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="none departs later")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     options = parser.parse_args()
-    rows = asyncio.run(run(options))
-    print(json.dumps([asdict(row) for row in rows], indent=2) if options.json else as_table(rows))
+    rows, usage = asyncio.run(run(options))
+    if options.json:
+        print(json.dumps([asdict(row) for row in (*rows, *usage)], indent=2))
+    else:
+        print(as_table(rows), as_usage_table(usage), sep="\n\n")
     sys.exit(any(row.cut or row.refused for row in rows))
 
 

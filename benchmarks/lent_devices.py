@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.cut_streams import Deployment, gateway_url
+from benchmarks.deployment import Deployment, apply, gateway_url
 from benchmarks.stream_counter import CUT, REFUSED, WHOLE, StreamCounter
 
 NAMESPACE, MODEL, GOOD, BAD, ADAPTER = "quickstart", "lender", "tuner", "tuner-bad", "support"
@@ -253,17 +252,6 @@ async def _tell_story(
         f"the burst's end to the job's next step {returned:.1f} s; "
         f"streams {whole} whole, {refused} refused, {cut} cut"
     )
-
-
-async def apply(cluster: Deployment, resource: Json) -> None:
-    """Create or change a resource, by kubectl."""
-    document = {"apiVersion": "mizzen.dev/v1alpha1", **resource}
-    process = await asyncio.create_subprocess_exec(
-        *("kubectl", "-n", cluster.namespace, "apply", "-f", "-"), stdin=asyncio.subprocess.PIPE
-    )
-    await process.communicate(json.dumps(document).encode())
-    if process.returncode:
-        raise RuntimeError(f"kubectl apply refused {resource['metadata']['name']}")
 
 
 def main() -> None:

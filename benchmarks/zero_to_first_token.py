@@ -24,7 +24,7 @@ from typing import Any
 import aiohttp
 
 from benchmarks.control_plane import Api, beside
-from benchmarks.cut_streams import (
+from benchmarks.deployment import (
     LIMIT_S,
     Deployment,
     deployment_arguments,

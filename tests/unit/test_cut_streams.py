@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ import pytest
 import yaml
 from aiohttp import web
 
-from benchmarks.cut_streams import as_table, measure
+from benchmarks.cut_streams import Row, as_table, measure
 from benchmarks.stream_counter import CUT, WHOLE, StreamCounter
 from hack.ports import free_port
 from hack.tiny_model import write_tiny_model
@@ -228,18 +230,32 @@ async def test_no_departure_under_load_cuts_a_stream_but_a_kill_does(tmp_path: P
 
 
 async def test_the_table_tells_the_kinds_of_departure_apart_and_sums_them_up() -> None:
-    counter = StreamCounter("http://nowhere", "tiny")
+    ends: Counter[str] = Counter()
+    open_streams: list[int] = []
 
     async def depart() -> None:
-        counter.ends.update([WHOLE, WHOLE, CUT])
+        ends.update([WHOLE, WHOLE, CUT])
+        open_streams.extend([2, 0])
 
-    rows = [
-        await measure("scale-downs", 2, depart, counter),
-        await measure("rollouts", 1, depart, counter),
-    ]
-    lines = [line.split("|")[1:6] for line in as_table(rows).splitlines()]
+    async def row(name: str, times: int) -> Row:
+        return await measure(
+            name, times, depart, at_once=2, ends=ends.copy, open_streams=open_streams
+        )
+
+    rows = [await row("scale-downs", 4), await row("rollouts", 1)]
+    lines = [line.split("|")[1:9] for line in as_table(rows).splitlines()]
     assert [[cell.strip() for cell in line] for line in lines[2:]] == [
-        ["scale-downs", "2", "4", "0", "2"],
-        ["rollouts", "1", "2", "0", "1"],
-        ["all", "3", "6", "0", "3"],
+        ["scale-downs", "4", "4", "2", "4", "4", "0", "2"],
+        ["rollouts", "2", "2", "1", "2", "2", "0", "1"],
+        ["all", "6", "6", "3", "6", "6", "0", "3"],
     ]
+
+
+async def test_none_departs_after_the_deadline() -> None:
+    async def depart() -> None:
+        raise AssertionError("it is too late")
+
+    row = await measure(
+        *("scale-downs", 3, depart), at_once=1, ends=Counter, open_streams=[], deadline=-math.inf
+    )
+    assert (row.times, row.pods, row.cut) == (0, 0, 0)
