@@ -1,8 +1,9 @@
 /* Attention of single queries over the pages of the KV cache.
 
-An item is one query with all its heads, or with those of one KV head; some are done in a row. Each head is a lane: scores
-lie by key, then head, and the softmax is taken along the way, `KEYS` keys at a time. The heads that
-share a KV head are done together, so that each key and value is read once for all of them. */
+An item is one query with all its heads, or with those of one KV head; some are done in a row. Each
+head is a lane: scores lie by key, then head, and the softmax is taken along the way, `KEYS` keys at
+a time. The heads that share a KV head are done together, so that each key and value is read once
+for all of them. */
 #include "attention.h"
 
 typedef struct {
