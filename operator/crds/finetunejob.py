@@ -217,9 +217,13 @@ class FineTuneJobSpec(ApiModel):
         ),
         cel(
             "self.parallelism.tensor == 1 || "
-            "self.method in ['sft', 'dpo', 'reward'] && self.adaptation.type != 'qlora'",
-            "parallelism.tensor above 1 needs method sft, dpo or reward, and adaptation.type full "
-            "or lora.",
+            "self.method in ['sft', 'dpo', 'reward', 'distill'] && self.adaptation.type != 'qlora'",
+            "parallelism.tensor above 1 needs method sft, dpo, reward or distill, and "
+            "adaptation.type full or lora.",
+        ),
+        cel(
+            "self.parallelism.tensor == 1 || !has(self.distill) || has(self.distill.teacher)",
+            "parallelism.tensor above 1 needs distill.teacher, not distill.deployment.",
         ),
         cel(
             "self.parallelism.tensor == 1 || !has(self.evaluation) || "

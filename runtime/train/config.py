@@ -165,7 +165,7 @@ TRANSFORMS = frozenset({"merge", "quantize", "prune"})
 # Whose samples workers can share out.
 SHARED = frozenset({"sft", "dpo", "reward", "distill"})
 # Of whose copies of the model workers can hold parts.
-_SPREAD = frozenset({"sft", "dpo", "reward"})
+_SPREAD = frozenset({"sft", "dpo", "reward", "distill"})
 _MEASURE_OF: dict[str, SuiteType] = {
     "dpo": "preferenceLoss",
     "reward": "preferenceLoss",
@@ -257,6 +257,9 @@ class TrainConfig(Part):
                 f"parallelism.tensor above 1 is for methods {', '.join(sorted(_SPREAD))} with "
                 "adaptation full or lora: set parallelism.tensor to 1"
             )
+        if self.distill is not None and self.distill.served is not None:
+            # Each rank would ask for itself, and one that gets no answer would leave the others.
+            raise ValueError("distill.served needs parallelism.tensor 1, or set distill.teacher")
         if any(suite.type == "winRate" for suite in self.evaluation.suites):
             raise ValueError("a suite of type winRate needs parallelism.tensor 1")
 

@@ -15,6 +15,7 @@ from mizzen.runtime.model.arch import find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
+from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.adaptation import Adapted, adapt, load_base
 from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
@@ -91,7 +92,7 @@ class Training:
                 data,
                 method,
                 SharedNotes(notes, ranks) if is_asked_together else notes,
-                ask=lambda: _asker(around, method, self._decoder, self._adapted),
+                ask=lambda: _asker(around, method, self._decoder, self._adapted, ranks.group),
                 at_once=config.hyperparameters.micro_batch,
             )
         tallies = TallyStore(directory, fingerprint=fingerprint)
@@ -275,7 +276,13 @@ class Training:
         return DiskLedger(self._leading_store(), history, self._board)
 
 
-def _asker(around: Surroundings, method: NotedMethod, decoder: Decoder, adapted: Adapted) -> Ask:
+def _asker(
+    around: Surroundings,
+    method: NotedMethod,
+    decoder: Decoder,
+    adapted: Adapted,
+    group: RankGroup,
+) -> Ask:
     """Return what asks a teacher, or the base: a decoder is it until its state is restored."""
     asked, rules = decoder, around.config.distill
     if isinstance(method, Distill) and rules is not None:
@@ -284,7 +291,7 @@ def _asker(around: Surroundings, method: NotedMethod, decoder: Decoder, adapted:
             return lambda items, first: method.ask_served(served, items, first=first)
         assert rules.teacher is not None, "there is one of the two"
         dtype = choose_dtype(around.config.hyperparameters.dtype, around.device)
-        asked = load_decoder(rules.teacher, dtype=dtype, device=around.device)
+        asked = load_decoder(rules.teacher, dtype=dtype, device=around.device, group=group)
 
     def ask(items: Sequence[Item], first: int) -> list[torch.Tensor]:
         with adapted.precision():

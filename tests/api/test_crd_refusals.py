@@ -297,14 +297,19 @@ REFUSED: dict[str, tuple[Document, str]] = {
         "workers.min and workers.max must be multiples of parallelism.tensor.",
     ),
     "copies shared by a method that cannot": (
-        job(method="distill", distill={"teacher": "pvc://models/teacher"},
+        job(method="grpo", rl=SERVED,
             parallelism={"tensor": 2}, workers={"min": 2, "max": 2}),
-        "parallelism.tensor above 1 needs method sft, dpo or reward, and adaptation.type full",
+        "parallelism.tensor above 1 needs method sft, dpo, reward or distill, and adaptation.type",
+    ),
+    "copies shared beside a teacher that is served": (
+        job(method="distill", distill={"deployment": "teacher"},
+            parallelism={"tensor": 2}, workers={"min": 2, "max": 2}),
+        "parallelism.tensor above 1 needs distill.teacher, not distill.deployment.",
     ),
     "copies shared beside a base in few bits": (
         job(adaptation={"type": "qlora"}, parallelism={"tensor": 2},
             workers={"min": 2, "max": 2}),
-        "parallelism.tensor above 1 needs method sft, dpo or reward, and adaptation.type full",
+        "parallelism.tensor above 1 needs method sft, dpo, reward or distill, and adaptation.type",
     ),
     "copies shared before a judge": (
         job(parallelism={"tensor": 2}, workers={"min": 2, "max": 2},

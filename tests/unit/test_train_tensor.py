@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, Qwen3Config
 
 from hack.ports import free_port
+from hack.tiny_model import write_tiny_model
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.train.config import load_config
 from mizzen.runtime.train.errors import JobConfigError
@@ -125,6 +126,22 @@ def test_two_ranks_learn_preferences_as_one_does(tmp_path: Path, method: str) ->
     assert len(list(spread.checkpoints.glob("notes/*"))) == (1 if method == "dpo" else 0)
 
 
+def test_two_ranks_learn_from_a_teacher_as_one_does(tmp_path: Path) -> None:
+    # Wider than the student, and spread over the ranks as that is.
+    teacher = write_tiny_model(tmp_path / "teacher", width=96, heads=6)
+    asked = {**LORA, **RARELY, "method": "distill", "distill": {"teacher": str(teacher)}}
+    alone = write_job(tmp_path / "alone", **asked, **TWELVE)
+    assert run(alone) == 0
+    spread = shared(tmp_path / "spread", 2, tensor=2, **asked)
+    assert exit_codes(start_workers(spread, 2)) == [0, 0]
+    assert_same_result(spread, alone)
+    notes = [[load_file(path) for path in sorted(job.checkpoints.glob("notes/*"))]
+             for job in (alone, spread)]  # fmt: skip
+    assert len(notes[0]) == 1
+    for (name, drawn), theirs in zip(notes[0][0].items(), notes[1][0].values(), strict=True):
+        assert torch.equal(drawn, theirs), name
+
+
 def test_two_copies_of_two_ranks_learn_what_one_worker_learns(tmp_path: Path, calm: Job) -> None:
     spread = shared(tmp_path, 4, tensor=2, **LORA, **RARELY)
     assert exit_codes(start_workers(spread, 4)) == [0, 0, 0, 0]
@@ -234,12 +251,15 @@ def test_more_ranks_than_kv_heads_are_refused(tmp_path: Path) -> None:
 
 REFUSED = {
     "workers must be a multiple of parallelism.tensor, 2": {"workers": 3},
-    "set parallelism.tensor to 1": {
+    "distill.served needs parallelism.tensor 1, or set distill.teacher": {
         "method": "distill",
-        "distill": {"teacher": "/teacher"},
-        "evaluation": {"suites": []},
+        "distill": {"served": {"url": "http://teacher", "model": "m"}},
     },
-    "parallelism.tensor above 1 is for methods dpo, reward, sft with adaptation full or lora": {
+    "distill.on_policy runs on one worker": {
+        "method": "distill",
+        "distill": {"teacher": "/teacher", "on_policy": True},
+    },
+    "is for methods distill, dpo, reward, sft with adaptation full or lora": {
         "adaptation": {"type": "qlora"}
     },
     "a suite of type winRate needs parallelism.tensor 1": {
