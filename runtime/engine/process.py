@@ -55,6 +55,7 @@ REST_BEATS = 3
 EXIT_CRASHED = 1
 # For a loop that hangs in a step: this process must not outlive the one that started it.
 STOP_LIMIT_S = 20.0
+GOODBYE_S = 5.0
 
 
 class TimingLog:
@@ -118,6 +119,9 @@ class Host:
         if death is not None:
             self._report()
             self._link.send(Ended(to_fault(death)))
+            # The other end goes first: what it still sends to a closed socket fails, and it reads
+            # no more, not even why this engine has ended.
+            await asyncio.wait([listening], timeout=GOODBYE_S)
             return death.exit_code
         listening.result()  # raises what was wrong with a message
         return 0

@@ -105,11 +105,12 @@ async def sources(
 
 
 def signals(found: Measured) -> dict[str, Signal]:
-    return {
+    told = {
         name: getattr(part, name)
         for part in (found.traffic, found.engines)
         for name in part.__dataclass_fields__
     }
+    return {name: signal for name, signal in told.items() if isinstance(signal, Signal)}
 
 
 def differences(direct: Measured, asked: Measured) -> dict[str, tuple[float | None, float | None]]:
@@ -138,5 +139,7 @@ async def test_prometheus_by_the_charts_pod_monitors_answers_what_a_direct_scrap
         if not different:
             break
         assert time.monotonic() < deadline, different
+    assert not one.engines.is_unscraped
+    assert not other.engines.is_unscraped
     assert other.engines.running.value == 6  # of both replicas
     assert other.traffic.in_flight.value == 6

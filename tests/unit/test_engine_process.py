@@ -36,6 +36,7 @@ from mizzen.runtime.engine.errors import (
 )
 from mizzen.runtime.engine.messages import (
     Abort,
+    Ended,
     FromEngine,
     Generate,
     Report,
@@ -51,7 +52,7 @@ from mizzen.runtime.engine.process import TimingLog
 from mizzen.runtime.engine.spawn import EngineProcess
 from mizzen.runtime.engine.startup import NullRecorder
 from mizzen.runtime.engine.tokenizer import Tokenizer
-from mizzen.runtime.errors import BadModelError, MizzenError, RankLostError
+from mizzen.runtime.errors import EXIT_RANK_LOST, BadModelError, MizzenError, RankLostError
 from mizzen.runtime.server.errors import to_api_error
 from tests.fixtures.fake_engine import SIZES, FakeEngine
 from tests.fixtures.runtime_server import Running, eventually, running_tiny_model
@@ -213,6 +214,36 @@ async def test_a_request_that_is_called_off_before_it_began_leaves_nothing() -> 
     await serving
     assert not host._open
     await link.close()
+
+
+async def test_why_an_engine_has_ended_is_heard_though_requests_still_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = FakeEngine()
+    engine.fate = RankLostError("Pod 1 closed its connection.")
+    monkeypatch.setattr(engine_process, "GOODBYE_S", 300)
+    monkeypatch.setattr(engine_process, "_end_within", lambda seconds: None)
+    ours, theirs = socket.socketpair()
+    link, server = await open_link(ours, ToEngine), await open_link(theirs, FromEngine)
+    server._writer.transport.pause_reading()  # it is busy, and has not read them yet
+
+    async def serve() -> int:
+        code = await engine_process.Host(engine, TimingLog(), link).run()
+        await link.close()
+        return code
+
+    serving = asyncio.create_task(serve())
+    for number in range(100):
+        server.send(Abort(str(number)))
+        await asyncio.sleep(0)
+    server._writer.transport.resume_reading()
+    heard: object = None
+    while not isinstance(heard, Ended):
+        heard = await server.receive()
+        assert heard is not None, "it is gone and has not said why"
+    assert isinstance(to_error(heard.fault), RankLostError)
+    await server.close()
+    assert await serving == EXIT_RANK_LOST
 
 
 async def test_the_engine_ends_when_the_server_does(tmp_path: Path) -> None:
