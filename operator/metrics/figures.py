@@ -125,6 +125,17 @@ class Raw:
             if one == figure and math.isfinite(value)
         }
 
+    def buckets(self, figure: Figure) -> dict[tuple[str, ...], float]:
+        """Return a histogram's `parts`; a foreign series of its name may have no edge."""
+        return {labels: within for labels, within in self.parts(figure).items() if _is_edge(labels)}
+
+
+def _is_edge(labels: tuple[str, ...]) -> bool:
+    try:
+        return not math.isnan(float(labels[-1]))
+    except ValueError:
+        return False
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -188,8 +199,8 @@ def _traffic(raw: Raw, target: Target, runtime: _Signals) -> Traffic:
         arrivals_per_s=counted(ARRIVALS),
         in_flight=counted(IN_FLIGHT),
         held=counted(HELD),
-        ttft_ok_ratio=runtime.of(share_within(raw.parts(TTFT), target.slo.ttft_s)),
-        itl_ok_ratio=runtime.of(share_within(raw.parts(ITL), target.slo.itl_s)),
+        ttft_ok_ratio=runtime.of(share_within(raw.buckets(TTFT), target.slo.ttft_s)),
+        itl_ok_ratio=runtime.of(share_within(raw.buckets(ITL), target.slo.itl_s)),
     )
 
 
@@ -239,7 +250,7 @@ def _trials(raw: Raw) -> dict[tuple[str, str], Sides]:
 def _answers(
     raw: Raw, requests: Figure, failures: Figure, first_bytes: Figure
 ) -> dict[tuple[str, ...], Answers]:
-    failed, buckets = raw.parts(failures), raw.parts(first_bytes)
+    failed, buckets = raw.parts(failures), raw.buckets(first_bytes)
     return {
         kind: Answers(
             requests=count,

@@ -152,6 +152,7 @@ class Block(nn.Module):
         prefix = f"model.layers.{layer}."
         self.attention_norm = Norm(f"{prefix}input_layernorm", spec.hidden_size, spec, place=place)
         self.attention = Attention(spec, layer, prefix, heads, place)
+        self.feed_forward_norm = None
         if spec.block != "parallel":
             self.feed_forward_norm = Norm(
                 f"{prefix}post_attention_layernorm", spec.hidden_size, spec, place=place

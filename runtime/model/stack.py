@@ -89,7 +89,7 @@ def _layer(block: Block) -> Layer:
     bias = attention.bias
     qkv, out, up, down = map(_describe, _linears(block))
     # In a parallel layer the feed-forward reads what the attention does.
-    second = getattr(block, "feed_forward_norm", None)
+    second = block.feed_forward_norm
     return Layer(
         attention_norm=_norm(block.attention_norm),
         feed_forward_norm=NormWeights() if second is None else _norm(second),

@@ -107,16 +107,18 @@ async def test_a_deployment_whose_first_replica_was_not_scraped_yet_is_told_from
     assert not scraped.engines.is_unscraped
 
 
-def decided(found: Measured) -> tuple[int, Why]:
-    """Return what becomes of one replica with these figures."""
+def decided(
+    found: Measured, *, desired: int = 1, least: int = 0, age_s: float = 5
+) -> tuple[int, Why]:
+    """Return what becomes of the number of replicas with these figures."""
     seen = Observation(
         now_s=1000.0,
-        replicas=(ReplicaState(name="r", age_s=5, is_ready=True),),
+        replicas=(ReplicaState(name="r", age_s=age_s, is_ready=True),),
         traffic=found.traffic,
         engines=found.engines,
     )
-    rules = ScaleRules(min_replicas=0, max_replicas=9, targets=Targets(concurrency=4))
-    decision = decide(History(desired=1), seen, rules)
+    rules = ScaleRules(min_replicas=least, max_replicas=9, targets=Targets(concurrency=4))
+    decision = decide(History(desired=desired), seen, rules)
     return decision.replicas, decision.reason
 
 
@@ -127,15 +129,7 @@ async def test_a_server_that_is_down_makes_everything_unknown_and_nothing_smalle
     source = PrometheusSource("http://127.0.0.1:9", scrape_s=STEP_S)
     found = (await source.collect([replace(TARGET, settled=settled)]))[NAME]
     await source.close()
-    seen = Observation(
-        now_s=1000.0,
-        replicas=(ReplicaState(name="r", age_s=500, is_ready=True),),
-        traffic=found.traffic,
-        engines=found.engines,
-    )
-    rules = ScaleRules(min_replicas=1, max_replicas=9, targets=Targets(concurrency=4))
-    decision = decide(History(desired=5), seen, rules)
-    assert (decision.replicas, decision.reason) == (5, Why.SIGNALS_UNKNOWN)
+    assert decided(found, desired=5, least=1, age_s=500) == (5, Why.SIGNALS_UNKNOWN)
 
 
 ANSWERS = {

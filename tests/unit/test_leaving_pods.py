@@ -11,7 +11,7 @@ from benchmarks import leaving_pods
 from benchmarks.deployment import Deployment
 from benchmarks.leaving_pods import LeavingPods, streams_in
 from benchmarks.pod_usage import Snapshot, Usage, snapshots
-from tests.unit.test_server_process import free_port
+from hack.ports import free_port
 
 Json = dict[str, Any]
 

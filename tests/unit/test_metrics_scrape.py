@@ -10,6 +10,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from mizzen.operator.metrics.figures import (
+    CANARY_REQUESTS,
+    FIRST_BYTES,
+    KNOWN,
     RUNNING,
     TTFT,
     UNKNOWN,
@@ -20,6 +23,7 @@ from mizzen.operator.metrics.figures import (
     share_within,
 )
 from mizzen.operator.metrics.scrape import Process, ScrapeSource, parse
+from mizzen.operator.planning.scale_rules import Slo
 from tests.fixtures.metrics_story import NAME, OTHER, QUIET, STEP_S, TARGET, Story, check
 
 
@@ -189,3 +193,21 @@ def test_what_is_no_finite_number_is_unknown_as_with_prometheus(value: float) ->
 def test_a_histogram_without_observations_has_no_share() -> None:
     assert share_within({("0.2",): 0.0, ("+Inf",): 0.0}, 0.1) is None
     assert share_within({}, 0.1) is None
+
+
+@pytest.mark.parametrize("edge", ["", "many", "nan"])
+def test_a_foreign_series_that_is_no_bucket_is_left_out(edge: str) -> None:
+    values = {
+        (KNOWN, ()): 1.0,
+        (CANARY_REQUESTS, ("new",)): 4.0,
+        (FIRST_BYTES, ("new", "0.5")): 3.0,
+        (FIRST_BYTES, ("new", edge)): 9.0,
+        (TTFT, ("0.5",)): 3.0,
+        (TTFT, ("+Inf",)): 4.0,
+        (TTFT, (edge,)): 9.0,
+    }
+    raw = Raw(values, gateway_age_s=0.0, runtime_age_s=0.0, reporting=2)
+    found = measured(raw, replace(TARGET, slo=Slo(ttft_s=0.5)))
+    assert found.answers is not None
+    assert found.answers["new"].first_bytes == {0.5: 3.0}
+    assert found.traffic.ttft_ok_ratio.value == 0.75
