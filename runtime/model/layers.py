@@ -59,6 +59,7 @@ class Linear(nn.Module):
         self.weight = place.empty(rows, columns)
         self.bias = place.empty(rows) if bias else None
         self._packed: PackedWeight | None = None
+        self._input_sharers = RankGroup()  # who has other inputs of the same outputs
 
     def matmul(
         self, x_TI: Tensor, *, bias: bool = True, residual_TO: Tensor | None = None
@@ -85,7 +86,7 @@ class Linear(nn.Module):
 
     def store(self, quantization: Quantization) -> None:
         """Keep the weight in few bits and let gradients through, for what is trained beside it."""
-        self._packed = store(self.weight, quantization)
+        self._packed = store(self.weight, quantization, self._input_sharers)
         self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     @property
@@ -173,7 +174,7 @@ class RowLinear(Linear):
         self.prefix = prefix
         self.part = part
         self.rows = rows
-        self._group = place.group
+        self._group = self._input_sharers = place.group
 
     def forward(
         self, x_TI: Tensor, layer: int, lora: LoraDelta | None, *, stream_TO: Tensor | None = None

@@ -18,7 +18,12 @@ def scales_for_8_bits(weight_OI: Tensor) -> Tensor:
 def round_to_8_bits(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """Return each weight's level from -127 to 127, and per output its scale, scales_O1."""
     scales_O1 = scales_for_8_bits(weight_OI)
-    return (weight_OI / scales_O1).round_().to(torch.int8), scales_O1
+    return levels_of_8_bits(weight_OI, scales_O1), scales_O1
+
+
+def levels_of_8_bits(weight_OI: Tensor, scales_O1: Tensor) -> Tensor:
+    """Return each weight's level from -127 to 127."""
+    return (weight_OI / scales_O1).round_().to(torch.int8)
 
 
 def round_to_4_bits(weight_OI: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,13 @@ from torch import Tensor, nn
 
 from mizzen.runtime.errors import QuantizationUnsupportedError
 from mizzen.runtime.model.packed import Quantization
-from mizzen.runtime.model.rounding import GROUP, round_to_4_bits, round_to_8_bits
+from mizzen.runtime.model.rounding import (
+    GROUP,
+    levels_of_8_bits,
+    round_to_4_bits,
+    scales_for_8_bits,
+)
+from mizzen.runtime.parallel.group import RankGroup
 
 # Weights that are whole at once: enough to multiply well, and 16 MiB of float32.
 _WHOLE_WEIGHTS = 1 << 22
@@ -53,12 +59,13 @@ class StoredWeight(nn.Module, ABC):
 
 
 class Stored8Bits(StoredWeight):
-    """One scale per output."""
+    """One scale per output, on all ranks that have some of its inputs."""
 
-    def __init__(self, weight_OI: Tensor) -> None:
+    def __init__(self, weight_OI: Tensor, sharers: RankGroup) -> None:
         super().__init__()
-        levels_OI, scales_O1 = round_to_8_bits(weight_OI.detach().float())
-        self.register_buffer("_levels_OI", levels_OI)
+        weight = weight_OI.detach().float()
+        scales_O1 = sharers.largest(scales_for_8_bits(weight))
+        self.register_buffer("_levels_OI", levels_of_8_bits(weight, scales_O1))
         self.register_buffer("_scales_O1", scales_O1)
         self._levels_OI: Tensor
         self._scales_O1: Tensor
@@ -100,15 +107,19 @@ class Stored4Bits(StoredWeight):
         return outputs, 2 * pairs
 
 
-def store(weight_OI: Tensor, quantization: Quantization) -> StoredWeight:
-    """Return a weight as it is stored to train beside.
+def store(
+    weight_OI: Tensor, quantization: Quantization, sharers: RankGroup | None = None
+) -> StoredWeight:
+    """Return a weight as it is stored to train beside; all `sharers` have inputs of its outputs.
+
+    The numbers are then those of the whole matrix.
 
     Raises:
         QuantizationUnsupportedError: there is no such form, or the matrix does not divide as it
             needs.
     """
     if quantization == "int8":
-        return Stored8Bits(weight_OI)
+        return Stored8Bits(weight_OI, sharers or RankGroup())
     outputs, inputs = weight_OI.shape
     if quantization != "int4" or inputs % GROUP:
         raise QuantizationUnsupportedError(

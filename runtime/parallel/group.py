@@ -45,6 +45,15 @@ class RankGroup:
             return _AllReduce.apply(x, self)
         return self._sum_in_place(x.contiguous())
 
+    def largest(self, x: Tensor) -> Tensor:
+        """Return the largest of the ranks' `x`, element by element; reuses `x`'s memory."""
+        # Where a model is only planned, there is no number to agree on, and nobody to ask.
+        if self.size > 1 and not x.is_meta:
+            options = dist.AllreduceOptions()
+            options.reduceOp = dist.ReduceOp.MAX
+            self._run(lambda group: group.allreduce([x], options))
+        return x
+
     def copy(self, x: Tensor) -> Tensor:
         """Return `x`; its gradient is summed over the ranks, for each used it in its own way."""
         if self.size == 1 or not (x.requires_grad and torch.is_grad_enabled()):

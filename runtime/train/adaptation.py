@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
+from mizzen.runtime.errors import QuantizationUnsupportedError
+from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import (
@@ -23,8 +25,9 @@ from mizzen.runtime.model.lora import (
     site_shapes,
 )
 from mizzen.runtime.model.packed import Quantization
+from mizzen.runtime.model.rounding import GROUP
 from mizzen.runtime.parallel.group import RankGroup
-from mizzen.runtime.parallel.shard import check_trainable
+from mizzen.runtime.parallel.shard import check_trainable, even_span, head_shard
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.device import choose_dtype, products_in
 from mizzen.runtime.train.errors import JobConfigError
@@ -206,3 +209,31 @@ def frozen_bits(config: TrainConfig) -> Quantization:
     """Return in how many bits the base weights are kept."""
     adaptation = config.adaptation
     return adaptation.quantization if adaptation.type == "qlora" else "none"
+
+
+def check_groups(config: TrainConfig, spec: ArchSpec) -> None:
+    """Refuse int4 where ranks would cut groups of inputs that share a scale.
+
+    Raises:
+        QuantizationUnsupportedError: on some rank the inputs are no multiple of a group.
+    """
+    size = config.parallelism.tensor
+    if size == 1 or frozen_bits(config) != "int4":
+        return
+    check_trainable(kv_heads=spec.kv_heads, size=size)
+    heads = (
+        head_shard(heads=spec.heads, kv_heads=spec.kv_heads, rank=rank, size=size)
+        for rank in range(size)
+    )
+    hidden = (even_span(spec.intermediate_size, rank=rank, size=size) for rank in range(size))
+    inputs = {
+        "o_proj": {shard.queries.size * spec.head_dim for shard in heads},
+        "down_proj": {span.size for span in hidden},
+    }
+    for name, widths in inputs.items():
+        if odd := sorted(width for width in widths if width % GROUP):
+            raise QuantizationUnsupportedError(
+                f"Over {size} ranks some have {' or '.join(map(str, odd))} of the inputs of "
+                f"{name}: int4 needs multiples of {GROUP}. Set adaptation.quantization to int8, "
+                "or change parallelism.tensor."
+            )

@@ -17,7 +17,7 @@ from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import Placement
 from mizzen.runtime.parallel.group import RankGroup
-from mizzen.runtime.train.adaptation import adapt, frozen_bits, load_dtype
+from mizzen.runtime.train.adaptation import adapt, check_groups, frozen_bits, load_dtype
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.errors import TrainingDoesNotFitError
@@ -57,6 +57,7 @@ def check_memory(around: Surroundings) -> None:
         TrainingDoesNotFitError: it needs more than there is.
         JobConfigError: the base model cannot be trained in the way the job asks for, or its
             reward model is none.
+        BadModelError: its shapes cannot be spread over the ranks, or stored in so few bits.
     """
     need = plan_need(around.config, around.spec, around.device)
     check_fits(need, memory_limit(around.device))
@@ -64,6 +65,7 @@ def check_memory(around: Surroundings) -> None:
 
 def plan_need(config: TrainConfig, spec: ArchSpec, device: torch.device) -> Need:
     """Return what a job needs on a device, from the shapes of its models alone."""
+    check_groups(config, spec)
     # Where ranks do not share evenly, the last one has most.
     ranks = config.parallelism.tensor
     last = RankGroup(ranks - 1, ranks)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
+from torch import Tensor
 
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import site_shapes
@@ -124,11 +125,31 @@ def test_weight_gradients_equal_one_ranks(ranks: Ranks, tmp_path: Path) -> None:
     save_tiny_llama(tmp_path, num_attention_heads=8, num_key_value_heads=4, attention_bias=True)
     whole = rank_work.full_gradients(RankGroup(), str(tmp_path))
     part = on_all(ranks, "full_gradients", str(tmp_path))
-    decoder = load_decoder(tmp_path, dtype="float32", group=RankGroup(0, ranks.group.size))
+    for name, expected in first_part(whole, tmp_path, ranks).items():
+        torch.testing.assert_close(part[name], expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_rounded_base_has_the_same_numbers_on_any_number_of_ranks(
+    ranks: Ranks, tmp_path: Path, kind: Quantization
+) -> None:
+    shape = {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3}
+    save_tiny_llama(tmp_path, **shape, intermediate_size=192, tie_word_embeddings=False)
+    whole = rank_work.stored_weights(RankGroup(), str(tmp_path), kind)
+    part = on_all(ranks, "stored_weights", str(tmp_path), kind)
+    for name, expected in first_part(whole, tmp_path, ranks).items():
+        torch.testing.assert_close(part[name], expected, atol=0, rtol=1e-6)
+
+
+def first_part(whole: dict[str, Tensor], path: Path, ranks: Ranks) -> dict[str, Tensor]:
+    """Return what rank 0 holds of whole tensors."""
+    parts = {}
+    decoder = load_decoder(path, dtype="float32", group=RankGroup(0, ranks.group.size))
     for shard in decoder.shards():
-        expected = whole[shard.name]
+        tensor = whole[shard.name]
         if shard.rows is not None:
-            expected = expected[shard.rows.start : shard.rows.stop]
+            tensor = tensor[shard.rows.start : shard.rows.stop]
         if shard.columns is not None:
-            expected = expected[:, shard.columns.start : shard.columns.stop]
-        torch.testing.assert_close(part[shard.name], expected, atol=1e-6, rtol=1e-4)
+            tensor = tensor[:, shard.columns.start : shard.columns.stop]
+        parts[shard.name] = tensor
+    return parts
