@@ -17,6 +17,7 @@ from mizzen.operator.crds.training_backend import Backend, backend_rules
 from mizzen.operator.crds.training_data import BaseModelRef, ClaimFolder, Dataset, Processing
 from mizzen.operator.crds.training_loan import Mode, loan_rules
 from mizzen.operator.crds.training_methods import (
+    COMPUTED,
     METHOD_SECTIONS,
     Distill,
     Dpo,
@@ -202,9 +203,10 @@ class FineTuneJobSpec(ApiModel):
             "promotion.strategy HotLoadAdapter needs adaptation.type lora or qlora.",
         ),
         cel(
-            "self.workers.max == 1 || self.roles == 'Ray' || "
+            "self.workers.max <= self.parallelism.tensor || self.roles == 'Ray' || "
             "self.method in ['sft', 'dpo', 'reward', 'distill']",
-            "workers.max above 1 needs method sft, dpo, reward or distill, or roles Ray.",
+            "workers.max above parallelism.tensor needs method sft, dpo, reward or distill, or "
+            "roles Ray.",
         ),
         cel(
             "self.roles == 'InProcess' || self.method in ['grpo', 'ppo']",
@@ -216,10 +218,13 @@ class FineTuneJobSpec(ApiModel):
             "workers.min and workers.max must be multiples of parallelism.tensor.",
         ),
         cel(
-            "self.parallelism.tensor == 1 || "
-            "self.method in ['sft', 'dpo', 'reward', 'distill'] && self.adaptation.type != 'qlora'",
-            "parallelism.tensor above 1 needs method sft, dpo, reward or distill, and "
-            "adaptation.type full or lora.",
+            f"self.parallelism.tensor == 1 || !(self.method in {list(COMPUTED)})",
+            f"parallelism.tensor above 1 is for methods that train, not for {', '.join(COMPUTED)}.",
+        ),
+        cel(
+            "self.parallelism.tensor == 1 || self.roles == 'InProcess' && "
+            "!(has(self.rl) && has(self.rl.rollout))",
+            "parallelism.tensor above 1 needs roles InProcess and no rl.rollout.",
         ),
         cel(
             "self.parallelism.tensor == 1 || !has(self.distill) || has(self.distill.teacher)",

@@ -87,6 +87,8 @@ def _draw(
     for _ in range(rules.max_new_tokens):
         stop.check()
         drawn_B = _choose(decoder.logits(hidden_BD), rules.temperature, random)
+        # Ranks of one model go on with one answer, whatever each of them rounds differently.
+        decoder.group.broadcast(drawn_B)
         for index, token_id in enumerate(drawn_B.tolist()):
             if is_open[index]:
                 answers[index].append(token_id)
@@ -94,16 +96,18 @@ def _draw(
         if not any(is_open):
             break
         cache.advance()
-        hidden_BD = decoder(drawn_B.to(device), cache.positions_B, cache.read_one_more, lora)
+        hidden_BD = decoder(drawn_B, cache.positions_B, cache.read_one_more, lora)
     return answers
 
 
 def _choose(logits_BV: Tensor, temperature: float, random: torch.Generator) -> Tensor:
-    """Return one token id for each row, on the host."""
+    """Return one token id for each row."""
     if not temperature:
-        return logits_BV.argmax(-1).cpu()
-    probabilities_BV = (logits_BV / temperature).softmax(-1)
-    return torch.multinomial(probabilities_BV.cpu(), 1, generator=random)[:, 0]
+        return logits_BV.argmax(-1)
+    # On the host, so that a seed means the same on every device.
+    probabilities_BV = (logits_BV / temperature).softmax(-1).cpu()
+    drawn_B = torch.multinomial(probabilities_BV, 1, generator=random)[:, 0]
+    return drawn_B.to(logits_BV.device)
 
 
 class _Cache:

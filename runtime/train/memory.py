@@ -110,8 +110,7 @@ def _reward_model(config: TrainConfig, decoder: Decoder, device: torch.device) -
     if not _is_here(RewardRole, config, device):
         return
     if not is_adapter:
-        place = Placement(load_dtype(config, device), torch.device("meta"), RankGroup())
-        yield Decoder(ArchSpec.from_dir(path), place)
+        yield Decoder(ArchSpec.from_dir(path), decoder.place)
     elif config.roles == "Ray":
         yield _base(config, decoder.spec, decoder.place)
 

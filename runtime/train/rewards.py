@@ -16,6 +16,7 @@ from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import LoraSlots, load_adapter
 from mizzen.runtime.model.lora.files import CONFIG_FILE
+from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.adaptation import load_dtype
 from mizzen.runtime.train.batches import split_micro
 from mizzen.runtime.train.config import TrainConfig
@@ -90,6 +91,7 @@ class RewardModel:
         base: Callable[[], Decoder],
         dtype: torch.dtype,
         device: torch.device,
+        group: RankGroup,
     ) -> None:
         self._slots: LoraSlots | None = None
         if is_reward_adapter(path, base_model):
@@ -97,7 +99,7 @@ class RewardModel:
             self._slots = LoraSlots(self._decoder)
             self._slots.load(1, load_adapter(path))
         else:
-            self._decoder = load_decoder(path, dtype=dtype, device=device)
+            self._decoder = load_decoder(path, dtype=dtype, device=device, group=group)
         self._head_1D = load_file(path / HEAD_FILE)[HEAD_NAME].to(device)
 
     @torch.no_grad()
@@ -130,8 +132,12 @@ class Rewards:
         answers: Sequence[list[int]],
         *,
         base: Callable[[], Decoder],
+        group: RankGroup,
     ) -> list[float]:
-        """Return what each answer is worth; `base` gives the model that the policy started from."""
+        """Return what each answer is worth, the same on all ranks of the group.
+
+        `base` gives the model that the policy started from.
+        """
         pairs = list(zip(prompts, answers, strict=True))
         rewards = [self._by_rules.of(answer, prompt.answer) for prompt, answer in pairs]
         if self._rules.reward_model is not None:
@@ -142,13 +148,17 @@ class Rewards:
                     base=base,
                     dtype=load_dtype(self._config, self._device),
                     device=self._device,
+                    group=group,
                 )
             samples = [joined(*pair) for pair in pairs]
             at_once = self._config.hyperparameters.micro_batch
             parts = [self._model.of(part) for part in split_micro(samples, at_once)]
             rewards = [r + m for r, m in zip(rewards, torch.cat(parts).tolist(), strict=True)]
         penalty = self._rules.missing_eos_penalty
-        return [
+        worth = [
             reward - penalty * (answer[-1] not in self._ends)
             for reward, answer in zip(rewards, answers, strict=True)
         ]
+        # What is learned hangs on which answers are worth the same: no rank may see that otherwise.
+        told = torch.tensor(worth, dtype=torch.float64, device=self._device)
+        return list(group.broadcast(told).tolist())

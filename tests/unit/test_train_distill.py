@@ -182,5 +182,5 @@ def test_rules_that_contradict_each_other_are_refused(rules: dict[str, Any], tex
 def test_on_policy_runs_on_one_worker(tmp_path: Path) -> None:
     rules = {"teacher": str(tmp_path / "model"), "on_policy": True}
     job = write_job(tmp_path, method="distill", distill=rules, workers=2)
-    with pytest.raises(JobConfigError, match="on_policy runs on one worker"):
+    with pytest.raises(JobConfigError, match="on_policy runs on one copy"):
         load_config(job.config_path)

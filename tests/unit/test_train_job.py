@@ -153,7 +153,7 @@ FATAL = {
             "evaluation": {"suites": []},
         },
         "JobConfigInvalid",
-        "method grpo runs on one worker: set workers to 1",
+        "method grpo runs on one copy of the model: set workers to 1",
     ),
 }
 

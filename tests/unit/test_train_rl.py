@@ -18,6 +18,7 @@ from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import LoraConfig, TrainableLora
+from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.batches import pack
 from mizzen.runtime.train.config import TrainConfig, load_config
 from mizzen.runtime.train.errors import DatasetError, JobConfigError
@@ -276,7 +277,8 @@ def test_a_reward_model_judges_beside_the_base_it_was_trained_on(tmp_path: Path)
     assert run(judge) == 0
     (artifact,), base_model = judge.artifacts, tmp_path / "r" / "model"
     base = load_decoder(base_model, dtype=torch.float32)
-    beside = {"base": lambda: base, "dtype": torch.float32, "device": CPU}
+    beside = {"base": lambda: base, "dtype": torch.float32, "device": CPU,
+              "group": RankGroup()}  # fmt: skip
     model = RewardModel(artifact, base_model=base_model, **beside)
     tokenizer = Tokenizer.load(base_model)
     told = []

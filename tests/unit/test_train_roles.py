@@ -186,7 +186,7 @@ def test_roles_on_ray_are_refused_where_nothing_is_drawn(tmp_path: Path) -> None
 
 
 def test_more_pods_than_one_need_roles_to_play(tmp_path: Path) -> None:
-    with pytest.raises(JobConfigError, match="method grpo runs on one worker"):
+    with pytest.raises(JobConfigError, match="method grpo runs on one copy"):
         load_config(rl_job(tmp_path, "grpo", workers=2).config_path)
 
 

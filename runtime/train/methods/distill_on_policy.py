@@ -119,9 +119,11 @@ class OnPolicyDistill(Method):
             return self._served.log_probs(samples)
         if self._resident is None:
             assert self._rules.teacher is not None, "checked by the job's configuration"
-            device = decoder.place.device
-            dtype = choose_dtype(self._around.config.hyperparameters.dtype, device)
-            self._resident = load_decoder(self._rules.teacher, dtype=dtype, device=device)
+            place = decoder.place
+            dtype = choose_dtype(self._around.config.hyperparameters.dtype, place.device)
+            self._resident = load_decoder(
+                self._rules.teacher, dtype=dtype, device=place.device, group=place.group
+            )
         return log_probs_by_sample(self._resident, samples, None, at_once=self._micro_batch)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import find_checkpoint
 from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.adaptation import build_lora, load_base
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.device import choose_dtype, products_in
@@ -146,7 +147,7 @@ class RewardRole:
     def of(self, prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> list[float]:
         """Return each answer's reward."""
         with self._seat.precision():
-            return self._rewards.of(prompts, answers, base=self._base)
+            return self._rewards.of(prompts, answers, base=self._base, group=RankGroup())
 
     def _base(self) -> Decoder:
         return load_base(self._seat.config, self._device)

@@ -83,7 +83,7 @@ class OwnRoles:
     ) -> Pending[list[float]]:
         """Return what computes the rewards."""
         base = partial(self._reference_of, decoder)
-        return partial(self._rewards.of, prompts, answers, base=base)
+        return partial(self._rewards.of, prompts, answers, base=base, group=decoder.group)
 
     def compare(self, decoder: Decoder, samples: Sequence[Sample]) -> Pending[list[Floats]]:
         """Return what computes the log-probabilities."""
@@ -94,7 +94,7 @@ class OwnRoles:
         if self._config.adaptation.type != "full":
             return decoder
         if self._reference is None:
-            self._reference = load_base(self._config, decoder.place.device)
+            self._reference = load_base(self._config, decoder.place.device, decoder.group)
         return self._reference
 
 
