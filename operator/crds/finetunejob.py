@@ -203,10 +203,12 @@ class FineTuneJobSpec(ApiModel):
             "promotion.strategy HotLoadAdapter needs adaptation.type lora or qlora.",
         ),
         cel(
-            "self.workers.max <= self.parallelism.tensor || self.roles == 'Ray' || "
-            "self.method in ['sft', 'dpo', 'reward', 'distill']",
-            "workers.max above parallelism.tensor needs method sft, dpo, reward or distill, or "
-            "roles Ray.",
+            f"self.workers.max == 1 || !(self.method in {list(COMPUTED)})",
+            f"workers.max above 1 is for methods that train, not for {', '.join(COMPUTED)}.",
+        ),
+        cel(
+            "self.workers.max == 1 || !has(self.rl) || !has(self.rl.rollout)",
+            "rl.rollout needs workers.max 1.",
         ),
         cel(
             "self.roles == 'InProcess' || self.method in ['grpo', 'ppo']",
@@ -218,13 +220,8 @@ class FineTuneJobSpec(ApiModel):
             "workers.min and workers.max must be multiples of parallelism.tensor.",
         ),
         cel(
-            f"self.parallelism.tensor == 1 || !(self.method in {list(COMPUTED)})",
-            f"parallelism.tensor above 1 is for methods that train, not for {', '.join(COMPUTED)}.",
-        ),
-        cel(
-            "self.parallelism.tensor == 1 || self.roles == 'InProcess' && "
-            "!(has(self.rl) && has(self.rl.rollout))",
-            "parallelism.tensor above 1 needs roles InProcess and no rl.rollout.",
+            "self.parallelism.tensor == 1 || self.roles == 'InProcess'",
+            "parallelism.tensor above 1 needs roles InProcess.",
         ),
         cel(
             "self.parallelism.tensor == 1 || !has(self.distill) || has(self.distill.teacher)",

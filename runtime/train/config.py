@@ -162,8 +162,6 @@ class Evaluation(Part):
 
 
 TRANSFORMS = frozenset({"merge", "quantize", "prune"})
-# Whose samples workers can share out.
-SHARED = frozenset({"sft", "dpo", "reward", "distill"})
 _MEASURE_OF: dict[str, SuiteType] = {
     "dpo": "preferenceLoss",
     "reward": "preferenceLoss",
@@ -224,10 +222,10 @@ class TrainConfig(Part):
             raise ValueError(f"roles Ray are for methods grpo and ppo, not {self.method}")
         if self.rl is not None and self.rl.rollout is not None:
             self._check_rollout()
+        if self.workers > 1:
+            self._check_workers()
         if self.parallelism.tensor > 1:
             self._check_tensor()
-        if self.workers > self.parallelism.tensor:
-            self._check_copies()
         is_adapter = self.is_trained and self.adaptation.type != "full"
         wanted = "adapter" if is_adapter else "model"
         if self.output.kind != wanted:
@@ -248,33 +246,21 @@ class TrainConfig(Part):
         ranks = self.parallelism.tensor
         if self.workers % ranks:
             raise ValueError(f"workers must be a multiple of parallelism.tensor, {ranks}")
-        if not self.is_trained:
-            raise ValueError(
-                f"parallelism.tensor above 1 is for methods that train, not {self.method}: set it "
-                "to 1"
-            )
         if self.roles == "Ray":
             # The other pods would play roles, each with a whole model.
             raise ValueError("roles Ray need parallelism.tensor 1, or set roles to InProcess")
-        if self.rl is not None and self.rl.rollout is not None:
-            # Replicas are given the whole adapter, and no rank has it.
-            raise ValueError("rl.rollout needs parallelism.tensor 1, or leave it out")
         if self.distill is not None and self.distill.served is not None:
             # Each rank would ask for itself, and one that gets no answer would leave the others.
             raise ValueError("distill.served needs parallelism.tensor 1, or set distill.teacher")
         if any(suite.type == "winRate" for suite in self.evaluation.suites):
             raise ValueError("a suite of type winRate needs parallelism.tensor 1")
 
-    def _check_copies(self) -> None:
-        ranks = self.parallelism.tensor
-        if self.method not in SHARED and self.roles == "InProcess":
-            raise ValueError(
-                f"method {self.method} runs on one copy of the model: set workers to {ranks}"
-            )
-        if self.distill is not None and self.distill.on_policy:
-            raise ValueError(
-                f"distill.on_policy runs on one copy of the model: set workers to {ranks}"
-            )
+    def _check_workers(self) -> None:
+        if not self.is_trained:
+            raise ValueError(f"method {self.method} runs on one worker: set workers to 1")
+        if self.rl is not None and self.rl.rollout is not None:
+            # Replicas are given one whole adapter by one trainer.
+            raise ValueError("rl.rollout runs on one worker: set workers to 1")
 
     def _check_backend(self) -> None:
         if self.backend == "Mizzen":

@@ -53,16 +53,15 @@ def draw_answers(
 ) -> list[list[int]]:
     """Return an answer's token ids for each prompt, the token that ends it included.
 
-    Each `AT_ONCE` prompts have random numbers of their own, so that others may draw some of them.
+    The random numbers of the n-th follow from `seed + n`, so that others may draw some of them.
 
     Raises:
         YieldRequested: somebody asked to stop; nothing of a step has happened yet.
     """
     answers: list[list[int]] = []
     for start in range(0, len(prompts), AT_ONCE):
-        random = torch.Generator().manual_seed(seed + start)
         part = prompts[start : start + AT_ONCE]
-        answers += _draw(decoder, part, lora, rules, random, stop)
+        answers += _draw(decoder, part, lora, rules, seed + start, stop)
     return answers
 
 
@@ -71,7 +70,7 @@ def _draw(
     prompts: Sequence[Prompt],
     lora: LoraDelta | None,
     rules: Drawing,
-    random: torch.Generator,
+    seed: int,
     stop: Stop,
 ) -> list[list[int]]:
     device, lens = decoder.place.device, [len(prompt) for prompt in prompts]
@@ -84,9 +83,9 @@ def _draw(
     hidden_BD = hidden_TD[torch.tensor(lens, device=device).cumsum(0) - 1]
     answers: list[list[int]] = [[] for _ in prompts]
     is_open = [True] * len(prompts)
-    for _ in range(rules.max_new_tokens):
+    for chance_B in _chances(seed, len(prompts), rules.max_new_tokens).unbind(1):
         stop.check()
-        drawn_B = _choose(decoder.logits(hidden_BD), rules.temperature, random)
+        drawn_B = _choose(decoder.logits(hidden_BD), rules.temperature, chance_B)
         # Ranks of one model go on with one answer, whatever each of them rounds differently.
         decoder.group.broadcast(drawn_B)
         for index, token_id in enumerate(drawn_B.tolist()):
@@ -100,14 +99,24 @@ def _draw(
     return answers
 
 
-def _choose(logits_BV: Tensor, temperature: float, random: torch.Generator) -> Tensor:
-    """Return one token id for each row."""
+def _chances(seed: int, rows: int, count: int) -> Tensor:
+    """Return `count` numbers below one for each row, which follow from the seed and its place."""
+    generators = (torch.Generator().manual_seed(seed + row) for row in range(rows))
+    return torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in generators])
+
+
+def _choose(logits_BV: Tensor, temperature: float, chance_B: Tensor) -> Tensor:
+    """Return one token id for each row: the one whose share of all that is likely holds a chance.
+
+    On the host and in float64, so that a seed means the same on every device.
+    """
     if not temperature:
         return logits_BV.argmax(-1)
-    # On the host, so that a seed means the same on every device.
-    probabilities_BV = (logits_BV / temperature).softmax(-1).cpu()
-    drawn_B = torch.multinomial(probabilities_BV, 1, generator=random)[:, 0]
-    return drawn_B.to(logits_BV.device)
+    likely_BV = (logits_BV / temperature).softmax(-1).cpu().double().cumsum(-1)
+    wanted_B1 = chance_B[:, None] * likely_BV[:, -1:]
+    drawn_B = torch.searchsorted(likely_BV, wanted_B1, right=True)[:, 0]
+    # The product may be rounded up to the whole.
+    return drawn_B.clamp_(max=logits_BV.shape[1] - 1).to(logits_BV.device)
 
 
 class _Cache:

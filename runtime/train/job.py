@@ -141,6 +141,7 @@ def _prepare(
     around = _surround(config, environment, stop, stage)
     if config.is_trained:
         check_memory(around)
+    around = replace(around, workers=workers)
     if workers.tensor.size > 1:
         around = replace(around, stop=SharedStop(stop, Together(workers.tensor, around.device)))
     if config.distill is not None and config.distill.teacher is not None:

@@ -90,6 +90,7 @@ class Loop:
         self._is_rolled_back = False
         self._is_commit_wanted = False  # by the leader's clock
         self.counters = counters
+        self.is_whole = True  # no update is made that belongs to a step which is not
         self.total_steps = total_steps(
             epoch_samples=parts.order.epoch_samples,
             epochs=hyper.epochs,
@@ -186,6 +187,7 @@ class Loop:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 parts.trainable.drop_gradients()
                 raise _NotFinite
+            self.is_whole = False
             parts.trainable.step(learning_rate=rate)
             losses.append(loss)
             tokens += sum(map(len, items)) if number == 0 else 0
@@ -197,6 +199,7 @@ class Loop:
             trained_ms=done.trained_ms + round(self._untold_ms),
         )
         self._untold_ms = 0.0
+        self.is_whole = True
         record = StepRecord(
             step=step,
             loss=sum(losses) / len(losses),

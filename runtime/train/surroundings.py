@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,6 +12,7 @@ from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.stop import Stop
+from mizzen.runtime.train.workers import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Surroundings:
     tokenizer: Tokenizer
     device: torch.device
     stop: Stop
+    workers: Workers = field(default_factory=Workers)  # who learns the same; alone, nobody
     judge_api_key: str | None = None
     teacher_api_key: str | None = None
     admin_token: str | None = None  # of the replicas that draw

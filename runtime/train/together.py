@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,10 +51,17 @@ class Together:
         return int(self.group.all_gather(own).min().item())
 
     def ask_all(self, document: Any) -> list[Any]:
-        """Return each rank's document, by rank; all must be of JSON and equally long."""
-        said = torch.tensor(list(json.dumps(document).encode()), dtype=torch.uint8)
-        joined = self.group.all_gather(said.to(self._device))
-        return [json.loads(bytes(part.tolist())) for part in joined.split(len(said))]
+        """Return each rank's document, by rank; all must be of JSON."""
+        return [json.loads(part) for part in self.gather(json.dumps(document).encode())]
+
+    def gather(self, said: bytes) -> list[bytes]:
+        """Return what each rank says, by rank."""
+        own = torch.tensor([len(said)], device=self._device)
+        sizes = self.group.all_gather(own).tolist()
+        padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
+        padded[: len(said)] = torch.from_numpy(np.frombuffer(bytearray(said), np.uint8))
+        joined = self.group.all_gather(padded.to(self._device)).cpu().split(len(padded))
+        return [part[:size].numpy().tobytes() for part, size in zip(joined, sizes, strict=True)]
 
 
 class SharedStop:

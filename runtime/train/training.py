@@ -161,8 +161,9 @@ class Training:
             log.info("Yielding at step %d.", loop.counters.step)
             raise
         except (RankLostError, RoleLostError):
-            # A step is whole or has not begun to move anything; but a part that is lost is lost.
-            if loop is not None and self._ranks.group.size == 1:
+            # What a step has moved before it was broken off belongs to no step; and a part of the
+            # model that is lost is lost.
+            if loop is not None and loop.is_whole and self._ranks.group.size == 1:
                 loop.commit()
             raise
         loss = examination.loss(step=self.step)

@@ -52,7 +52,7 @@ class Workers:
         lines: Sequence[Line] = (),
     ) -> None:
         self.tensor = tensor or RankGroup()
-        self._data = data or RankGroup()
+        self.data = data or RankGroup()
         self._lines = lines
         self._heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._has_ended = threading.Event()
@@ -66,16 +66,16 @@ class Workers:
     @property
     def is_in_first_copy(self) -> bool:
         """Whether this worker holds a part of the copy that is evaluated and committed."""
-        return self._data.rank == 0
+        return self.data.rank == 0
 
     @property
     def copies(self) -> int:
         """How many copies of the model there are."""
-        return self._data.size
+        return self.data.size
 
     def share(self, count: int) -> Span:
         """Return which of a step's `count` items are those of this worker's copy."""
-        return even_span(count, rank=self._data.rank, size=self._data.size)
+        return even_span(count, rank=self.data.rank, size=self.data.size)
 
     def watch(self, stop: StopFlag) -> None:
         """Begin to listen to the others, and to tell them when this worker is asked to stop.
@@ -123,12 +123,12 @@ class Workers:
         """Overwrite the numbers with the leader's."""
         if self.is_in_first_copy:
             self.tensor.broadcast(numbers)
-        self._data.broadcast(numbers)
+        self.data.broadcast(numbers)
 
     def copy_from_first_copy(self, parts: Sequence[Tensor]) -> None:
         """Overwrite a copy's tensors with the first copy's."""
         for part in parts:
-            self._data.broadcast(part)
+            self.data.broadcast(part)
 
     def sum_with_gradients(
         self, parameters: Sequence[torch.nn.Parameter], values: Sequence[float]
@@ -138,7 +138,7 @@ class Workers:
         Raises:
             RankLostError: another worker is gone; the gradients are of no use.
         """
-        if self._data.size > 1:
+        if self.data.size > 1:
             values = self._sum_over_copies(parameters, values)
         if self.tensor.size > 1:
             numbers = torch.tensor(values, dtype=torch.float32, device=parameters[0].device)
@@ -153,7 +153,7 @@ class Workers:
                 parameter.grad = torch.zeros_like(parameter)
         numbers = torch.tensor(values, dtype=torch.float32, device=parameters[0].device)
         for bucket in _buckets([numbers, *(p.grad for p in parameters if p.grad is not None)]):
-            flat = self._data.all_reduce(torch.cat([tensor.reshape(-1) for tensor in bucket]))
+            flat = self.data.all_reduce(torch.cat([tensor.reshape(-1) for tensor in bucket]))
             parts = flat.split([tensor.numel() for tensor in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
@@ -196,7 +196,7 @@ class Workers:
         if self.is_leader:
             # A collective ends with the other's connections, and what follows it is a commit.
             # Only where these stay, as those of a stopped process do, it would wait on.
-            for group in (self.tensor, self._data):
+            for group in (self.tensor, self.data):
                 group.abort()
             time.sleep(_LAST_COMMIT_S)
         leave(report_fatal(error))

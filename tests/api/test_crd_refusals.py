@@ -296,20 +296,19 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(parallelism={"tensor": 2}, workers={"min": 1, "max": 2}),
         "workers.min and workers.max must be multiples of parallelism.tensor.",
     ),
-    "copies shared by a method that computes": (
+    "several workers of a method that computes": (
         job(method="merge", merge={"kind": "adapter", "parts": [{"source": "pvc://models/a"}]},
-            parallelism={"tensor": 2}, workers={"min": 2, "max": 2}),
-        "parallelism.tensor above 1 is for methods that train, not for merge, quantize, prune.",
+            workers={"min": 1, "max": 2}),
+        "workers.max above 1 is for methods that train, not for merge, quantize, prune.",
     ),
-    "copies shared beside replicas that draw": (
-        job(method="grpo", rl=SERVED,
-            parallelism={"tensor": 2}, workers={"min": 2, "max": 2}),
-        "parallelism.tensor above 1 needs roles InProcess and no rl.rollout.",
+    "several workers beside replicas that draw": (
+        job(method="grpo", rl=SERVED, workers={"min": 1, "max": 2}),
+        "rl.rollout needs workers.max 1.",
     ),
     "copies shared beside roles on Ray": (
         job(method="grpo", rl={"rewards": [{"type": "exactAnswer"}]}, roles="Ray",
             parallelism={"tensor": 2}, workers={"min": 2, "max": 2}),
-        "parallelism.tensor above 1 needs roles InProcess and no rl.rollout.",
+        "parallelism.tensor above 1 needs roles InProcess.",
     ),
     "copies shared beside a teacher that is served": (
         job(method="distill", distill={"deployment": "teacher"},

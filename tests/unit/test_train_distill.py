@@ -16,8 +16,6 @@ from tokenizers import Tokenizer as RustTokenizer
 from hack.tiny_model import write_tiny_model
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.batches import pack
-from mizzen.runtime.train.config import load_config
-from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.methods.distill import Distill
 from mizzen.runtime.train.methods.distill_on_policy import OnPolicyDistill, ScoredAnswer
 from mizzen.runtime.train.methods.token_loss import hidden_states, token_losses_sum
@@ -177,10 +175,3 @@ BAD_RULES: dict[str, tuple[dict[str, Any], str]] = {
 def test_rules_that_contradict_each_other_are_refused(rules: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         DistillOptions(**rules)
-
-
-def test_on_policy_runs_on_one_worker(tmp_path: Path) -> None:
-    rules = {"teacher": str(tmp_path / "model"), "on_policy": True}
-    job = write_job(tmp_path, method="distill", distill=rules, workers=2)
-    with pytest.raises(JobConfigError, match="on_policy runs on one copy"):
-        load_config(job.config_path)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hack.tiny_model import write_tiny_model
+from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
@@ -198,6 +199,40 @@ def test_ranks_that_share_a_model_cannot_each_try_with_fewer_samples(tmp_path: P
     pair = Workers(tensor=RankGroup(0, 2))
     with pytest.raises(MicroBatchTooLargeError, match=r"with 2 samples at once. Lower"):
         loop_of(tmp_path, samples(4), Fragile(room=1), workers=pair).run()
+
+
+class Twice(Sft):
+    """Makes two updates in each step."""
+
+    def updates(self, decoder: Decoder, items: Sequence[Any], lora: Any, *, seed: int) -> Any:
+        return [items, items]
+
+
+class Forsaken(Workers):
+    """Workers of which one is lost when gradients are summed for the n-th time."""
+
+    def __init__(self, *, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def sum_with_gradients(self, parameters: Any, values: Sequence[float]) -> list[float]:
+        self.left -= 1
+        if self.left == 0:
+            raise RankLostError("Rank 0 lost another rank in a collective.")
+        return super().sum_with_gradients(parameters, values)
+
+
+LOSSES = {"before its first update": (3, True), "before its second update": (4, False)}
+
+
+@pytest.mark.parametrize(("at", "is_whole"), LOSSES.values(), ids=LOSSES)
+def test_a_step_that_was_broken_off_is_a_state_to_commit_only(
+    tmp_path: Path, at: int, is_whole: bool
+) -> None:
+    loop = loop_of(tmp_path, samples(8), Twice(), workers=Forsaken(at=at))
+    with pytest.raises(RankLostError):
+        loop.run()
+    assert (loop.counters.step, loop.is_whole) == (1, is_whole)
 
 
 def test_another_runtime_error_is_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:

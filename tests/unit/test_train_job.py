@@ -149,11 +149,14 @@ FATAL = {
         {
             "workers": 2,
             "method": "grpo",
-            "rl": {"rewards": [{"type": "exactAnswer"}]},
+            "rl": {
+                "rewards": [{"type": "exactAnswer"}],
+                "rollout": {"url": "http://replicas"},
+            },
             "evaluation": {"suites": []},
         },
         "JobConfigInvalid",
-        "method grpo runs on one copy of the model: set workers to 1",
+        "rl.rollout runs on one worker: set workers to 1",
     ),
 }
 

@@ -21,8 +21,9 @@ from mizzen.runtime.model.lora import LoraConfig, TrainableLora
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.batches import pack
 from mizzen.runtime.train.config import TrainConfig, load_config
+from mizzen.runtime.train.copies import pack_rows, unpack_rows
 from mizzen.runtime.train.errors import DatasetError, JobConfigError
-from mizzen.runtime.train.generate import Drawing, draw_answers
+from mizzen.runtime.train.generate import Drawing, _choose, draw_answers
 from mizzen.runtime.train.history import read_history
 from mizzen.runtime.train.methods.grpo import Grpo, judge_group
 from mizzen.runtime.train.methods.policy import Rollout
@@ -43,10 +44,13 @@ RL = {"rewards": LETTERS, "max_new_tokens": 8, "group_size": 4, "kl_coef": 0.01}
 WORTH = {"suites": [{"name": "worth", "type": "reward", "max_regression_ratio": 0.0}]}
 
 
-def rl_job(root: Path, method: str, *, steps: int = 10, prompts: int = 4, **rl: Any) -> Job:
+def rl_job(
+    root: Path, method: str, *, steps: int = 10, prompts: int = 4, dropout: float = 0.0, **rl: Any
+) -> Job:
     return write_job(
         root,
         method=method,
+        adaptation={"dropout": dropout},
         rl={**RL, **rl},
         datasets=[{"name": "questions", "path": str(write_prompts(root.parent / "q.jsonl"))}],
         hyperparameters={"max_steps": steps, "batch_size": prompts, "micro_batch": 32},
@@ -110,6 +114,37 @@ def test_a_wish_to_stop_is_seen_between_two_tokens(decoder: Decoder) -> None:
     with pytest.raises(YieldRequested):
         draw_answers(decoder, [prompt(4, 0)], None, rules, seed=0, stop=stop)
     assert stop.looks == 3
+
+
+def test_an_answer_does_not_depend_on_what_else_is_drawn_with_it(decoder: Decoder) -> None:
+    prompts = [prompt(4, seed) for seed in range(6)]
+    rules = Drawing(max_new_tokens=8, temperature=1.0, eos_ids=())
+    whole = draw_answers(decoder, prompts, None, rules, seed=7, stop=StopFlag())
+    part = draw_answers(decoder, prompts[2:4], None, rules, seed=9, stop=StopFlag())
+    assert part == whole[2:4]
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3])
+    chances = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    drawn = _choose(probabilities.log().expand(1001, -1), 1.0, chances)
+    shares = torch.bincount(drawn, minlength=5) / 1001
+    assert shares.tolist() == pytest.approx(probabilities.tolist(), abs=2e-3)
+    assert drawn.tolist() == sorted(drawn.tolist())
+
+
+def test_copies_tell_each_other_all_that_they_found_out() -> None:
+    told = [replace(rollout(reward), value_N=np.ones(3, np.float32)) for reward in (0.1, 1.0)]
+    heard = [Rollout.of_row(row) for row in unpack_rows(pack_rows([r.to_row() for r in told]))]
+    for ours, theirs in zip(heard, told, strict=True):
+        assert ours.reward == theirs.reward
+        for name in ("old_N", "reference_N", "value_N"):
+            assert np.array_equal(getattr(ours, name), getattr(theirs, name))
+        assert np.array_equal(ours.sample.token_ids_T, theirs.sample.token_ids_T)
+        assert np.array_equal(ours.sample.is_label_T, theirs.sample.is_label_T)
+        assert ours.weight_N is None
+    # One that has nothing to do says that, and not that it was asked to stop.
+    assert pack_rows([]) and unpack_rows(pack_rows([])) == []
 
 
 RULES: dict[str, tuple[dict[str, Any], str, float]] = {
@@ -261,9 +296,9 @@ def test_rewards_rise_and_the_drift_stays_small(tmp_path: Path, method: str, pro
 
 
 def test_a_killed_run_draws_the_same_answers_again(tmp_path: Path) -> None:
-    reference = rl_job(tmp_path / "reference", "ppo", steps=4)
+    reference = rl_job(tmp_path / "reference", "ppo", steps=4, dropout=0.1)
     assert run(reference) == 0
-    job = rl_job(tmp_path / "killed", "ppo", steps=4)
+    job = rl_job(tmp_path / "killed", "ppo", steps=4, dropout=0.1)
     assert run(job, kill_at_sync=9) == -signal.SIGKILL
     assert run(job) == 0
     assert job.curve == reference.curve

@@ -185,11 +185,6 @@ def test_roles_on_ray_are_refused_where_nothing_is_drawn(tmp_path: Path) -> None
         load_config(write_job(tmp_path, roles="Ray").config_path)
 
 
-def test_more_pods_than_one_need_roles_to_play(tmp_path: Path) -> None:
-    with pytest.raises(JobConfigError, match="method grpo runs on one copy"):
-        load_config(rl_job(tmp_path, "grpo", workers=2).config_path)
-
-
 def test_a_yield_in_the_midst_ends_ray_too_and_changes_no_number(
     tmp_path: Path, temporary: Path
 ) -> None:

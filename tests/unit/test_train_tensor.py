@@ -29,7 +29,6 @@ from tests.fixtures.train_runs import (
     wait_for_step,
     write_job,
     write_preferences,
-    write_prompts,
 )
 
 WAIT_S = 400
@@ -146,93 +145,6 @@ def test_two_ranks_learn_from_a_teacher_as_one_does(tmp_path: Path) -> None:
         assert torch.equal(drawn, theirs), name
 
 
-# A random model says each of them in about a third of its answers of eight letters.
-LETTERS = [{"type": "regex", "pattern": f"[{span}]"} for span in ("a-m", "n-z", "A-M")]
-# Few steps: what is rounded otherwise at each must not grow until another token is drawn.
-REWARDED = {
-    **RARELY,
-    "rl": {"rewards": LETTERS, "max_new_tokens": 8, "group_size": 4, "epochs": 2},
-    "hyperparameters": {"max_steps": 3, "batch_size": 8, "micro_batch": 32},
-    "evaluation": {"suites": [{"name": "worth", "type": "reward"}], "on_fail": "Warn"},
-}
-
-
-def rewarded(root: Path, workers: int, *, tensor: int, **overrides: dict) -> Job:
-    """Write a job that learns from rewards, for so many workers."""
-    data = write_prompts(root.parent / "prompts.jsonl")
-    asked = {**REWARDED, "datasets": [{"name": "questions", "path": str(data)}], **overrides}
-    return shared(root, workers, tensor=tensor, **asked)
-
-
-def assert_same_answers(found: Job, expected: Job) -> None:
-    curves = [read_curve(job) for job in (found, expected)]
-    assert [len(curve) for curve in curves] == [3, 3]
-    for ours, theirs in zip(*curves, strict=True):
-        assert ours.tokens == theirs.tokens
-        assert ours.measured == pytest.approx(theirs.measured, abs=1e-5)
-        # Advantages add up to nothing, so what is left of the loss is small.
-        assert ours.loss == pytest.approx(theirs.loss, abs=1e-4)
-        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-2)
-    assert found.last_word["reward"] == pytest.approx(expected.last_word["reward"])
-    (ours,), (theirs,) = (job.last_word["evaluation"] for job in (found, expected))
-    assert ours["base"] == pytest.approx(theirs["base"])
-    assert ours["candidate"] == pytest.approx(theirs["candidate"])
-
-
-POLICIES = {
-    "grpo, lora": {"method": "grpo", **LORA},
-    "grpo, beside 8 bits": {"method": "grpo", **EIGHT_BITS},
-    "ppo, full": {"method": "ppo", **FULL},
-}
-
-
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-def test_two_ranks_draw_and_learn_from_rewards_as_one_does(tmp_path: Path, policy: dict) -> None:
-    alone = rewarded(tmp_path / "alone", 1, tensor=1, **policy)
-    assert run(alone) == 0
-    spread = rewarded(tmp_path / "spread", 2, tensor=2, **policy)
-    assert exit_codes(start_workers(spread, 2)) == [0, 0]
-    assert_same_answers(spread, alone)
-
-
-def test_a_reward_model_is_spread_like_the_policy_it_judges(tmp_path: Path) -> None:
-    votes = {"name": "votes", "path": str(write_preferences(tmp_path / "votes.jsonl"))}
-    asked = {"method": "reward", "datasets": [votes], "evaluation": {"suites": []}, **FULL}
-    judge = write_job(tmp_path / "judge", **asked, **TWELVE, **RARELY)
-    assert run(judge) == 0
-    (artifact,) = judge.artifacts
-    rules = {**REWARDED["rl"], "rewards": [], "reward_model": str(artifact)}
-    alone = rewarded(tmp_path / "alone", 1, tensor=1, method="grpo", rl=rules)
-    assert run(alone) == 0
-    spread = rewarded(tmp_path / "spread", 2, tensor=2, method="grpo", rl=rules)
-    assert exit_codes(start_workers(spread, 2)) == [0, 0]
-    assert_same_answers(spread, alone)
-
-
-def test_all_ranks_stop_while_they_draw_an_answer(tmp_path: Path) -> None:
-    # Twelve times as many tokens are drawn as learned from at once.
-    rules = {**REWARDED["rl"], "max_new_tokens": 100}
-    job = rewarded(tmp_path / "job", 2, tensor=2, method="grpo", rl=rules, **ENDLESS)
-    ranks = start_workers(job, 2)
-    wait_for_step(job, 1)
-    ranks[1].terminate()
-    assert exit_codes(ranks) == [75, 75]
-    newest = sorted(job.checkpoints.glob("step-*"))[-1]
-    assert int(newest.name.removeprefix("step-")) == read_curve(job)[-1].step
-
-
-def test_two_ranks_answer_their_teacher_as_one_does(tmp_path: Path) -> None:
-    teacher = write_tiny_model(tmp_path / "teacher", width=96, heads=6)
-    rules = {"teacher": str(teacher), "on_policy": True, "max_new_tokens": 8}
-    asked = {**LORA, **RARELY, "method": "distill", "distill": rules,
-             "hyperparameters": {"max_steps": 3}}  # fmt: skip
-    alone = write_job(tmp_path / "alone", **asked)
-    assert run(alone) == 0
-    spread = shared(tmp_path / "spread", 2, tensor=2, **asked)
-    assert exit_codes(start_workers(spread, 2)) == [0, 0]
-    assert_same_answers(spread, alone)
-
-
 def test_two_copies_of_two_ranks_learn_what_one_worker_learns(tmp_path: Path, calm: Job) -> None:
     spread = shared(tmp_path, 4, tensor=2, **LORA, **RARELY)
     assert exit_codes(start_workers(spread, 4)) == [0, 0, 0, 0]
@@ -340,27 +252,22 @@ def test_more_ranks_than_kv_heads_are_refused(tmp_path: Path) -> None:
     assert "Set parallelism.tensor to at most 2" in job.last_word["message"]
 
 
-BY_RULE = {"method": "ppo", "rl": {"rewards": LETTERS}, "evaluation": {"suites": []}}
+RULE = {"type": "exactAnswer"}
+BY_RULE = {"method": "ppo", "rl": {"rewards": [RULE]}, "evaluation": {"suites": []}}
 REFUSED = {
     "workers must be a multiple of parallelism.tensor, 2": {"workers": 3},
     "distill.served needs parallelism.tensor 1, or set distill.teacher": {
         "method": "distill",
         "distill": {"served": {"url": "http://teacher", "model": "m"}},
     },
-    "distill.on_policy runs on one copy of the model: set workers to 2": {
-        "method": "distill",
-        "distill": {"teacher": "/teacher", "on_policy": True},
-        "workers": 4,
-    },
-    "method ppo runs on one copy of the model: set workers to 2": {**BY_RULE, "workers": 4},
-    "parallelism.tensor above 1 is for methods that train, not prune: set it to 1": {
+    "method prune runs on one worker: set workers to 1": {
         "method": "prune",
         "prune": {"kind": "nm24"},
     },
     "roles Ray need parallelism.tensor 1, or set roles to InProcess": {**BY_RULE, "roles": "Ray"},
-    "rl.rollout needs parallelism.tensor 1, or leave it out": {
+    "rl.rollout runs on one worker: set workers to 1": {
         **BY_RULE,
-        "rl": {"rewards": LETTERS, "rollout": {"url": "http://replicas"}},
+        "rl": {"rewards": [RULE], "rollout": {"url": "http://replicas"}},
     },
     "a suite of type winRate needs parallelism.tensor 1": {
         "evaluation": {

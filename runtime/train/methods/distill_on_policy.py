@@ -20,11 +20,12 @@ from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.batches import pack
+from mizzen.runtime.train.copies import Row, share_out
 from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.generate import Drawing, draw_answers
 from mizzen.runtime.train.methods.method import Method
-from mizzen.runtime.train.methods.policy import concatenated
+from mizzen.runtime.train.methods.policy import concatenated, without_dropout
 from mizzen.runtime.train.methods.token_loss import (
     log_probs_by_sample,
     token_log_probs,
@@ -78,20 +79,46 @@ class OnPolicyDistill(Method):
     def updates(
         self, decoder: Decoder, items: Sequence[Sample], lora: LoraDelta | None, *, seed: int
     ) -> Sequence[Sequence[Item]]:
-        """Have the student answer and the teacher score it."""
+        """Have the student answer and the teacher score it; each copy answers its share."""
+
+        def work(own: Sequence[Sample], first: int) -> list[Row]:
+            return self._scored(decoder, own, lora, seed=seed + first) if own else []
+
+        around = self._around
+        with without_dropout(lora):
+            rows = share_out(items, work, workers=around.workers, device=around.device)
+        self._kl = float(np.mean(np.concatenate([row["old_N"] - row["teacher_N"] for row in rows])))
+        # Less their mean: what all tokens have in common says nothing about any, only noise.
+        return [
+            [
+                ScoredAnswer(
+                    sample=Sample(row["token_ids_T"], row["is_label_T"]),
+                    old_N=row["old_N"],
+                    advantage_N=row["teacher_N"] - row["old_N"] + self._kl,
+                )
+                for row in rows
+            ]
+        ]
+
+    def _scored(
+        self, decoder: Decoder, items: Sequence[Sample], lora: LoraDelta | None, *, seed: int
+    ) -> list[Row]:
+        """Return answers of this copy, and how likely student and teacher find their tokens."""
         prompts = [_prompt_of(item) for item in items]
         stop = self._around.stop
         answers = draw_answers(decoder, prompts, lora, self._drawing, seed=seed, stop=stop)
         samples = [joined(p, answer) for p, answer in zip(prompts, answers, strict=True)]
         old = log_probs_by_sample(decoder, samples, lora, at_once=self._micro_batch)
         teacher = self._teacher_log_probs(decoder, samples)
-        self._kl = float(np.mean(np.concatenate(old) - np.concatenate(teacher)))
-        # Less their mean: what all tokens have in common says nothing about any, only noise.
-        scored = [
-            ScoredAnswer(sample=sample, old_N=old_N, advantage_N=teacher_N - old_N + self._kl)
+        return [
+            {
+                "token_ids_T": sample.token_ids_T,
+                "is_label_T": sample.is_label_T,
+                "old_N": old_N,
+                "teacher_N": teacher_N,
+            }
             for sample, old_N, teacher_N in zip(samples, old, teacher, strict=True)
         ]
-        return [scored]
 
     def loss_sum(
         self, decoder: Decoder, items: Sequence[ScoredAnswer], lora: LoraDelta | None

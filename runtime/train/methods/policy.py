@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.train.batches import pack
+from mizzen.runtime.train.copies import Row, share_out
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.generate import draw_answers, drawing_of
 from mizzen.runtime.train.measures import REWARD
@@ -60,6 +61,31 @@ class Rollout:
     def labels(self) -> int:
         """Number of answer tokens."""
         return self.sample.labels
+
+    def to_row(self) -> Row:
+        """Return what was found out about the answer, as other copies of the model take it."""
+        found = {
+            "token_ids_T": self.sample.token_ids_T,
+            "is_label_T": self.sample.is_label_T,
+            "reward": np.asarray([self.reward]),
+            "old_N": self.old_N,
+            "reference_N": self.reference_N,
+            "value_N": self.value_N,
+            "weight_N": self.weight_N,
+        }
+        return {name: array for name, array in found.items() if array is not None}
+
+    @classmethod
+    def of_row(cls, row: Row) -> Rollout:
+        """Return what `to_row` gave."""
+        return cls(
+            sample=Sample(row["token_ids_T"], row["is_label_T"]),
+            reward=row["reward"].item(),
+            old_N=row["old_N"],
+            reference_N=row["reference_N"],
+            value_N=row.get("value_N"),
+            weight_N=row.get("weight_N"),
+        )
 
 
 class PolicyMethod(Method):
@@ -101,35 +127,46 @@ class PolicyMethod(Method):
     def roll_out(
         self, decoder: Decoder, prompts: Sequence[Prompt], lora: LoraDelta | None, *, seed: int
     ) -> list[Rollout]:
-        """Return an answer to each prompt, with everything but its advantage."""
-        with _without_dropout(lora):
-            drawn = self._roles.draw(decoder, prompts, lora, seed=seed)
-            answers = drawn.token_ids
-            samples = [joined(p, answer) for p, answer in zip(prompts, answers, strict=True)]
-            # Whoever else plays a role does so while the trainer computes.
-            judged = self._roles.judge(decoder, prompts, answers)
-            compared = self._roles.compare(decoder, samples)
-            old = log_probs_by_sample(
-                decoder,
-                samples,
-                lora,
-                at_once=self._micro_batch,
-                temperature=self._rules.temperature,
+        """Return an answer to each prompt, with everything but its advantage.
+
+        Each copy of the model answers its share of the prompts.
+        """
+
+        def work(own: Sequence[Prompt], first: int) -> list[Row]:
+            found = self.answer(decoder, own, lora, seed=seed + first) if own else []
+            return [rollout.to_row() for rollout in found]
+
+        with without_dropout(lora):
+            rows = share_out(
+                prompts, work, workers=self._around.workers, device=self._around.device
             )
-        rewards, reference = judged(), compared()
-        weights = importance(old, drawn.log_probs)
-        rollouts = [
-            Rollout(sample=sample, reward=reward, old_N=o, reference_N=r, weight_N=w)
-            for sample, reward, o, r, w in zip(
-                samples, rewards, old, reference, weights, strict=True
-            )
-        ]
+        rollouts = [Rollout.of_row(row) for row in rows]
         drift = np.concatenate([r.reference_N - r.old_N for r in rollouts])
         self._measured = {
-            "reward": float(np.mean(rewards)),
+            "reward": float(np.mean([r.reward for r in rollouts])),
             "kl": float(np.mean(np.exp(drift) - drift - 1)),
         }
         return rollouts
+
+    def answer(
+        self, decoder: Decoder, prompts: Sequence[Prompt], lora: LoraDelta | None, *, seed: int
+    ) -> list[Rollout]:
+        """Return answers that this copy of the model draws, and what they are worth."""
+        drawn = self._roles.draw(decoder, prompts, lora, seed=seed)
+        answers = drawn.token_ids
+        samples = [joined(p, answer) for p, answer in zip(prompts, answers, strict=True)]
+        # Whoever else plays a role does so while the trainer computes.
+        judged = self._roles.judge(decoder, prompts, answers)
+        compared = self._roles.compare(decoder, samples)
+        old = log_probs_by_sample(
+            decoder, samples, lora, at_once=self._micro_batch, temperature=self._rules.temperature
+        )
+        weights = importance(old, drawn.log_probs)
+        told = zip(samples, judged(), old, compared(), weights, strict=True)
+        return [
+            Rollout(sample=sample, reward=reward, old_N=o, reference_N=r, weight_N=w)
+            for sample, reward, o, r, w in told
+        ]
 
     def new_log_probs(
         self, decoder: Decoder, items: Sequence[Rollout], lora: LoraDelta | None
@@ -155,7 +192,7 @@ def importance(old: Sequence[Floats], drawn: Sequence[Floats] | None) -> Sequenc
 
 
 @contextmanager
-def _without_dropout(lora: LoraDelta | None) -> Iterator[None]:
+def without_dropout(lora: LoraDelta | None) -> Iterator[None]:
     """Let an adapter answer as it will be served: with dropout it would be another policy."""
     if not isinstance(lora, nn.Module):
         yield

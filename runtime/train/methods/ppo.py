@@ -45,8 +45,14 @@ class Ppo(PolicyMethod):
     ) -> Sequence[Sequence[Item]]:
         """Draw answers, work out their advantages, and learn from them as often as told."""
         rollouts = self.roll_out(decoder, items, lora, seed=seed)
-        valued = self._with_values(decoder, rollouts, lora)
-        return [self.judge(valued)] * self._rules.epochs
+        return [self.judge(rollouts)] * self._rules.epochs
+
+    def answer(
+        self, decoder: Decoder, prompts: Sequence[Prompt], lora: LoraDelta | None, *, seed: int
+    ) -> list[Rollout]:
+        """Return answers, and the value of each of their tokens."""
+        rollouts = super().answer(decoder, prompts, lora, seed=seed)
+        return self._with_values(decoder, rollouts, lora)
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """Return rollouts with their advantages and the returns that values shall learn."""
@@ -97,7 +103,6 @@ class Ppo(PolicyMethod):
         # No matmul: under autocast that would round the head.
         return (hidden_ND.float() * self._head_1D).sum(-1)
 
-    @torch.no_grad()
     def _with_values(
         self, decoder: Decoder, rollouts: Sequence[Rollout], lora: LoraDelta | None
     ) -> list[Rollout]:
