@@ -5,8 +5,8 @@
 Eight clients stream answers from `mizzen serve`; a quarter of the way one more sends a long prompt.
 `itl_*` are over all gaps of the eight streams, `during_*` over those between that prompt's arrival
 and its first token, `quiet_p50_ms` over those before. `during_over_p50` is what a stream feels of
-the prompt: the 99th percentile meanwhile, over the median of all gaps. "chunked" is the server as it
-comes, "whole" takes up to the whole context in one step, which is chunked prefill off.
+the prompt: the 99th percentile meanwhile, over the median of all gaps. "chunked" is the server as
+it comes, "whole" takes up to the whole context in one step, which is chunked prefill off.
 """
 
 import argparse
