@@ -66,6 +66,7 @@ from mizzen.operator.trainers import LoanRefusedError
 
 _POLL_S = 3.0
 _MISSING_INPUT_S = 15.0
+_QUEUE_S = 15.0
 _NO_RESULT = (
     "The trainer ended well but left no result in its last words, so nothing can be published. "
     "Its log says more; submit the job anew to go on."
@@ -133,11 +134,14 @@ def decide(observed: Observed, facts: Facts, now: datetime) -> Step | None:
         step = _grow(step, observed, facts)
     else:
         facts.ledger.withdraw(observed.key)
+    if isinstance(step, Watch) and observed.wait is not None:
+        return Queue(observed.wait)
     return with_lending(
         step,
         wait=wait,
         reclaimed_at=reclaimed_at(observed.pod),
-        yield_within_s=spec.spare_capacity.yield_within_seconds,
+        # Kueue has deleted the pods that it takes the quota of: their grace period is the limit.
+        yield_within_s=None if spec.queue else spec.spare_capacity.yield_within_seconds,
         now=now,
     )
 
@@ -304,6 +308,8 @@ def _next_look(step: Step | None, observed: Observed, now: datetime) -> Result:
     match step:
         case None:
             return Requeue(_MISSING_INPUT_S)
+        case Queue() if observed.wait is not None:
+            return Requeue(_QUEUE_S)  # its admission is an event of its pods
         case Watch() | AskToYield() | Start() | Queue() | Fence() | Dismiss():
             return Requeue(_POLL_S)
         case WaitUntil(at):

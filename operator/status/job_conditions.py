@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mizzen.operator.planning.generations import (
-    AskToYield,
-    Fence,
     Finish,
     Queue,
     Rest,
@@ -88,7 +86,7 @@ def _admitted(facts: JobFacts, phase: str) -> Condition:
     if isinstance(facts.step, Queue):
         wait = facts.step.wait
         return Condition(ConditionType.ADMITTED, False, Reason(wait.hold.value), wait.message)
-    if facts.lending and facts.lending.is_reclaimed and isinstance(facts.step, AskToYield | Fence):
+    if facts.is_giving_back:
         return Condition(
             ConditionType.ADMITTED, False, Reason.YIELDED,
             "Its devices are needed elsewhere; it goes on from its last checkpoint once some are "

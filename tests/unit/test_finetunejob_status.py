@@ -9,6 +9,7 @@ import pytest
 from mizzen.operator.controllers.finetunejob import progress_of
 from mizzen.operator.planning.generations import (
     AskToYield,
+    Dismiss,
     Finish,
     Generation,
     GiveUp,
@@ -19,7 +20,7 @@ from mizzen.operator.planning.generations import (
     Watch,
 )
 from mizzen.operator.status.finetunejob import for_people, has_ended, next_status
-from mizzen.operator.status.job_facts import JobFacts, Problem, Promotion
+from mizzen.operator.status.job_facts import JobFacts, Lending, Problem, Promotion
 from mizzen.operator.status.progress import Progress, parse_progress
 from mizzen.operator.status.reasons import Reason
 
@@ -58,6 +59,11 @@ CASES = {
     ),
     "suspending yields first": (
         replace(BASE, step=AskToYield(), is_suspended=True), "Yielding", {"Suspended": "False"},
+    ),
+    "workers that give back what they hold yield until the last of them has left": (
+        replace(BASE, step=Dismiss(), newest=Generation(1, Outcome.ENDING),
+                lending=Lending(is_reclaimed=True)),
+        "Yielding", {"Admitted": "False", "Running": "True"},
     ),
     "then rests": (
         replace(BASE, step=Rest(), newest=Generation(1, Outcome.YIELDED), is_suspended=True),
