@@ -25,6 +25,9 @@ gangs = st.builds(
     devices=st.integers(1, 4),
     nodes=st.none() | st.frozensets(st.sampled_from(NODES), min_size=1),
 )
+elastic = st.sampled_from(
+    [{}, {"least_pods": 1}, {"least_pods": 1, "is_running": True}]  # the last one has some already
+)
 moments = st.integers(0, 400).map(lambda minutes: NOW - timedelta(minutes=minutes))
 
 
@@ -68,6 +71,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             is_spare=draw(st.booleans()),
             priority=draw(st.integers(-1, 1)),
             preemptions=draw(st.integers(0, 2)),
+            **draw(elastic),
         )
         for n in range(draw(st.integers(0, 4)))
     )
@@ -125,9 +129,10 @@ def test_a_gang_is_placed_whole_and_where_it_may_go(snapshot: Snapshot) -> None:
     decision = lend(snapshot, now=NOW)
     for job in snapshot.queue:
         nodes = decision.admit.get(job.job)
-        assert (nodes is None) == (job.job in decision.waits)
+        if not job.is_running:
+            assert (nodes is None) == (job.job in decision.waits)
         if nodes is not None:
-            assert len(nodes) == job.gang.pods
+            assert job.least.pods <= len(nodes) <= job.gang.pods
             assert job.gang.nodes is None or set(nodes) <= job.gang.nodes
 
 
@@ -368,3 +373,77 @@ def test_the_fullest_node_that_has_room_is_taken() -> None:
 
 def test_what_comes_back_on_a_cordoned_node_is_no_room() -> None:
     assert freed({"a": 1}, [{"a": 1, "cordoned": 4}]) == {"a": 2}
+
+
+def gang(name: str, pods: int, least: int, step: int = 1, **more: object) -> QueuedJob:
+    more = {"least_pods": least, "pods_step": step, **more}
+    return replace(job(name, **more), gang=Gang(pods, 1))
+
+
+ROOMS = {
+    "as many as find room": (3, gang("tune", 4, 1), 3),
+    "no more than it can use": (4, gang("tune", 2, 1), 2),
+    "whole copies alone": (3, gang("tune", 4, 2, 2), 2),
+    "the fewest it does with": (2, gang("tune", 4, 2), 2),
+    "none where not even those find room": (1, gang("tune", 4, 2), 0),
+    "none where all of them have to": (3, replace(gang("tune", 4, 4), least_pods=None), 0),
+}
+
+
+@pytest.mark.parametrize(("free", "asks", "pods"), ROOMS.values(), ids=ROOMS)
+def test_a_job_starts_with(free: int, asks: QueuedJob, pods: int) -> None:
+    decision = lend(cluster(free=free, queue=(asks,)), now=NOW)
+    assert len(decision.admit.get("tune", ())) == pods
+    assert ("tune" in decision.waits) == (pods == 0)
+
+
+def test_a_job_that_lacks_room_says_how_little_it_would_do_with() -> None:
+    decision = lend(cluster(free=1, queue=(gang("tune", 4, 2),)), now=NOW)
+    assert "asks for at least 2 times 1 example.com/gpu" in decision.waits["tune"].message
+
+
+def test_others_leave_for_the_fewest_pods_of_a_job_and_not_for_all() -> None:
+    leases = (lease("one", 2), lease("two", 2))
+    asks = gang("kept", 4, 2, is_spare=False)
+    decision = lend(cluster(leases=leases, queue=(asks,)), now=NOW)
+    assert decision.reclaim == {"one": "kept"}
+
+
+def test_a_job_is_too_large_only_where_its_fewest_pods_would_not_fit_on_empty_nodes() -> None:
+    asked = (gang("fits", 9, 4), gang("never", 9, 5))
+    decision = lend(cluster(queue=asked), now=NOW)
+    assert {name: wait.hold for name, wait in decision.waits.items()} == {
+        "fits": Hold.NO_ROOM,
+        "never": Hold.TOO_LARGE,
+    }
+
+
+def test_a_job_that_runs_is_offered_what_nobody_waits_for() -> None:
+    more = gang("tune", 3, 1, is_running=True)
+    assert lend(cluster(free=2, queue=(more,)), now=NOW).admit == {"tune": ("a", "a")}
+    assert lend(cluster(free=2, reserve=(Gang(1, 1),), queue=(more,)), now=NOW).admit == {
+        "tune": ("a",)
+    }
+    for waits in (job("large", 3), job("small", 1)):
+        admit = lend(cluster(free=2, queue=(more, waits)), now=NOW).admit
+        assert ("tune" in admit) == (waits.job == "small"), "who waits goes before who has some"
+
+
+def test_nobody_leaves_so_that_a_job_that_runs_may_grow() -> None:
+    more = gang("kept", 3, 1, is_running=True, is_spare=False)
+    decision = lend(cluster(leases=(lease("tune", 4),), queue=(more,)), now=NOW)
+    assert (decision.admit, decision.reclaim, decision.waits) == ({}, {}, {})
+
+
+def test_no_more_is_offered_to_a_job_that_left_too_slowly() -> None:
+    more = gang("slow", 3, 1, is_running=True, slowest_yield_s=31.0)
+    assert lend(cluster(free=2, queue=(more,)), now=NOW).admit == {}
+
+
+def test_a_job_that_was_to_shrink_keeps_its_fewest_pods_from_others_until_it_starts_anew() -> None:
+    shrunk = gang("shrunk", 4, 1, preemptions=1)
+    decision = lend(cluster(free=2, queue=(shrunk, job("eager", 2))), now=NOW)
+    assert decision.waits["shrunk"].hold is Hold.SETTLING
+    assert decision.waits["eager"].hold is Hold.NO_ROOM
+    decision = lend(cluster(free=2, queue=(shrunk, job("eager", 1))), now=NOW)
+    assert list(decision.admit) == ["eager"]
