@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -389,66 +388,3 @@ async def test_no_borrower_leaves_while_another_replica_is_on_its_way_out() -> N
     cluster.now += timedelta(minutes=3)  # it is stuck, so somebody else has to
     status = await cluster.look()
     assert status["lending"]["preemptions"] == 1
-
-
-async def test_a_job_that_does_with_fewer_pods_starts_with_those_and_grows_after_a_while() -> None:
-    cluster = Cluster()
-    cluster.replica("one", node="a")
-    cluster.submit(workers=2)
-    status = await cluster.look()
-    assert (status["workers"], cluster.pod("tune-g1-1")) == (1, None)
-    cluster.run("tune-g1-0")
-    cluster.api.drop(f"{PODS}/one")
-    cluster.now += timedelta(minutes=4)
-    await cluster.look()
-    assert cluster.pod("tune-g1-0") is not None, "so short a run is not ended for more room"
-    cluster.now += timedelta(minutes=2)
-    assert (await cluster.look())["phase"] == "Yielding"
-    cluster.leave("tune-g1-0", at="2026-09-01T12:16:02Z")
-    status = await cluster.look()
-    assert (status["workers"], status["lending"]["preemptions"]) == (2, 0)
-    assert cluster.pod("tune-g2-0") and cluster.pod("tune-g2-1")
-
-
-async def test_a_job_shrinks_where_a_replica_needs_but_one_of_its_devices() -> None:
-    cluster = Cluster()
-    cluster.submit(workers=2)
-    await cluster.look()
-    for rank in (0, 1):
-        cluster.run(f"tune-g1-{rank}")
-    cluster.replica("one", is_gated=True)
-    assert (await cluster.look())["phase"] == "Yielding"
-    for rank in (0, 1):
-        cluster.leave(f"tune-g1-{rank}", at="2026-09-01T12:10:10Z")
-    await cluster.look()
-    assert not cluster.is_gated("one")
-    cluster.now += timedelta(minutes=1)
-    status = await cluster.look()
-    assert (status["workers"], status["lending"]["preemptions"]) == (1, 1)
-    assert cluster.pod("tune-g2-0") and not cluster.pod("tune-g2-1")
-
-
-async def test_what_an_operator_wrote_before_it_died_is_written_anew_for_other_devices() -> None:
-    cluster = Cluster()
-    cluster.replica("one", node="a")
-    cluster.submit(workers=2)
-
-    def die(method: str, path: str) -> None:
-        if method == "POST" and path == PODS:
-            raise ConnectionError
-
-    cluster.api.fault = die
-    with pytest.raises(ConnectionError):
-        await cluster.look()
-    assert workers_in_job_json(cluster) == 1
-    cluster.api.fault = lambda method, path: None
-    cluster.api.drop(f"{PODS}/one")
-    cluster.restart_operator()
-    await cluster.look()
-    assert workers_in_job_json(cluster) == 2
-    assert cluster.pod("tune-g1-0") and cluster.pod("tune-g1-1")
-
-
-def workers_in_job_json(cluster: Cluster) -> int:
-    config_map = cluster.api.objects["/api/v1/namespaces/team/configmaps/tune-g1"]
-    return int(json.loads(config_map["data"]["job.json"])["workers"])
