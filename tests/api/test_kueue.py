@@ -1,4 +1,7 @@
-"""A job in one of Kueue's queues on a real API server: what Kueue does to pods is played here."""
+"""A job in one of Kueue's queues on a real API server: what Kueue does to pods is played here.
+
+`make kueue` has a real one do it.
+"""
 
 from __future__ import annotations
 
