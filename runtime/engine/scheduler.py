@@ -22,9 +22,10 @@ from mizzen.runtime.engine.speculation import MAX_RUNNING, Guesser
 
 ORDER = attrgetter("order")
 RETRY_MIN_S, RETRY_MAX_S = 1.0, 60.0
-# By how much of a prompt's share each further prompt enlarges it, for each prompt per stream. What
-# prompts cost the streams in all is the same in large pieces as in small; small ones only spread it,
-# and everyone who waits pays for that. On two cores, 32 prompts at once: see docs/performance.md.
+# How much larger pieces of prompts are for each further prompt per running stream. In large pieces
+# or small, prompts cost the streams the same in all: small ones spread it, and whoever waits pays
+# for that. 32 prompts at once on two cores, SmolLM2-135M: 637, 716 and 775 tokens a second with 0,
+# 4 and 8.
 CROWD = 8.0
 
 
