@@ -64,6 +64,7 @@ from mizzen.operator.trainers import LoanRefusedError
 
 _POLL_S = 3.0
 _MISSING_INPUT_S = 15.0
+_QUEUE_S = 15.0
 _NO_RESULT = (
     "The trainer ended well but left no result in its last words, so nothing can be published. "
     "Its log says more; submit the job anew to go on."
@@ -129,11 +130,14 @@ def decide(observed: Observed, facts: Facts, now: datetime) -> Step | None:
         made = pods_of(observed.pods, step.number)
         if request := request_of(observed.resource, job, made=made):
             wait = facts.ledger.ask(observed.key, request)
+    if isinstance(step, Watch) and observed.wait is not None:
+        return Queue(observed.wait)
     return with_lending(
         step,
         wait=wait,
         reclaimed_at=reclaimed_at(observed.pod),
-        yield_within_s=job.spec.spare_capacity.yield_within_seconds,
+        # Kueue has deleted the pods that it takes the quota of: their grace period is the limit.
+        yield_within_s=None if job.spec.queue else job.spec.spare_capacity.yield_within_seconds,
         now=now,
     )
 
@@ -290,6 +294,8 @@ def _next_look(step: Step | None, observed: Observed, now: datetime) -> Result:
     match step:
         case None:
             return Requeue(_MISSING_INPUT_S)
+        case Queue() if observed.wait is not None:
+            return Requeue(_QUEUE_S)  # its admission is an event of its pods
         case Watch() | AskToYield() | Start() | Queue() | Fence() | Dismiss():
             return Requeue(_POLL_S)
         case WaitUntil(at):

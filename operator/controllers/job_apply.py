@@ -140,8 +140,10 @@ async def _yield(observed: Observed, kube: Kube, facts: Facts) -> None:
         # It heard and is on its way out, its last words to be read from its pod; were it stuck,
         # its liveness probe would end it.
         return
-    # Not running yet, or deaf: SIGTERM means the same to a trainer.
-    await _dismiss(pod, kube)
+    # Deaf: SIGTERM means the same to a trainer. Without an address it has not begun, and nor have
+    # the others: they need not wait to be told one after the other.
+    for each in [pod] if address else newest_pods(observed.pods):
+        await _dismiss(each, kube)
 
 
 async def _dismiss(pod: Json, kube: Kube) -> None:

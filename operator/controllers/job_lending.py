@@ -21,6 +21,7 @@ from mizzen.operator.status.trainer_pods import (
     leader_of,
     newest_pods,
     size_of,
+    stopped_at,
     termination_of,
 )
 
@@ -60,8 +61,9 @@ def preemptions_of(resource: Json) -> int:
 
 
 def reclaimed_at(pod: Json | None) -> datetime | None:
-    """Return since when the pod is to leave, None where it may stay."""
+    """Return since when the pod is to leave, by us or by Kueue; None where it may stay."""
     noted = ((pod or {}).get("metadata", {}).get("annotations") or {}).get(labels.RECLAIMED_AT)
+    noted = noted or stopped_at(pod or {})
     return parse_rfc3339(noted) if noted else None
 
 
@@ -72,7 +74,9 @@ def lending_of(
     if job is not None and job.spec.mode == "Loan":
         return _loan_of(resource, pods, step)
     pod = leader_of(pods)
-    if job is None or pod is None or not job.spec.resources.accelerator.is_gpu:
+    if job is None or pod is None:
+        return None
+    if not job.spec.queue and not job.spec.resources.accelerator.is_gpu:
         return None
     notes = pod["metadata"].get("annotations") or {}
     since = reclaimed_at(pod)

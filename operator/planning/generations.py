@@ -99,7 +99,7 @@ class AskToYield:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """The next generation waits for devices."""
+    """The next generation waits for devices, or the pods of this one to be admitted."""
 
     wait: Wait
 
@@ -237,19 +237,20 @@ def with_lending(
     *,
     wait: Wait | None,
     reclaimed_at: datetime | None,
-    yield_within_s: int,
+    yield_within_s: int | None,
     now: datetime,
 ) -> Step:
     """Return the step as the devices allow it.
 
     `wait` says why a job may not start yet; `reclaimed_at` since when somebody needs what its pods
-    hold.
+    hold; `yield_within_s` is None where it is not ours to end them if they stay.
     """
     match step:
         case Start() if wait is not None:
             return Queue(wait)
         case Watch() | AskToYield() | Dismiss() if reclaimed_at is not None:
-            if now >= reclaimed_at + timedelta(seconds=yield_within_s):
+            stayed_s = (now - reclaimed_at).total_seconds()
+            if yield_within_s is not None and stayed_s >= yield_within_s:
                 return Fence()
             return step if isinstance(step, Dismiss) else AskToYield()
     return step

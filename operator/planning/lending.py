@@ -34,6 +34,7 @@ class Hold(StrEnum):
     SETTLING = "Yielded"
     BLIND = "NodesUnknown"
     NO_REPLICA = "NoReplicaToLend"
+    IN_QUEUE = "WaitsInQueue"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,7 @@ asked is kept, and a test says when and how they end.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,8 +16,12 @@ import yaml
 from hack.cluster import fake_nodes
 from hack.cluster.api_only import ApiCluster
 from mizzen.operator.desired import labels
-from mizzen.operator.status.progress import Progress, parse_progress
-from mizzen.operator.trainers import TrainerClient
+from tests.fixtures.played_trainers import (
+    PlayedTrainers,
+    claim_with_volume,
+    wait_until,
+    yielded,
+)
 from tests.fixtures.running_operator import RunningOperator, installation
 from tests.fixtures.serving_world import FakeRuntimes
 
@@ -32,21 +33,6 @@ NODE = "lender"
 DEVICES = 4
 TAINT = {"key": "lending", "value": "only", "effect": "NoSchedule"}
 Json = dict[str, Any]
-
-
-class PlayedTrainers(TrainerClient):
-    """Trainers that are at work and hear everything; keeps whom it was to ask."""
-
-    def __init__(self) -> None:
-        super().__init__(Path("/nowhere"))
-        self.asked_to_yield: list[str] = []
-
-    async def progress(self, pod_ip: str) -> Progress | None:
-        return parse_progress({"phase": "Running", "step": 3, "totalSteps": 40})
-
-    async def ask_to_yield(self, pod_ip: str, *, deadline_s: int) -> bool:
-        self.asked_to_yield.append(pod_ip)
-        return True
 
 
 @pytest.fixture(scope="module")
@@ -148,14 +134,8 @@ class Team:
 
     def yield_now(self, pod: str) -> None:
         """Have the trainer commit a checkpoint and leave."""
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        words = {"phase": "Running", "step": 7, "checkpoint": {"step": 7, "committedAt": now}}
-        ended = {"exitCode": 75, "message": json.dumps(words), "startedAt": now, "finishedAt": now}
-        container = {"name": "trainer", "image": "r", "imageID": "r", "ready": False,
-                     "restartCount": 0, "state": {"terminated": ended}}  # fmt: skip
-        status = {"phase": "Failed", "containerStatuses": [container]}
         self.kubectl("patch", "pod", pod, "--subresource=status", "--type=merge",
-                     "-p", json.dumps({"status": status}))  # fmt: skip
+                     "-p", json.dumps({"status": yielded()}))  # fmt: skip
 
 
 @pytest.fixture
@@ -169,7 +149,7 @@ def team(
     node["spec"]["taints"] = [TAINT]
     cluster.kube.create("/api/v1/nodes", node)
     volume = f"models-{namespace}"
-    for document in _claim_with_volume(volume):
+    for document in claim_with_volume(volume):
         made.apply(document)
     yield made
     made.kubectl("delete", "llmd,ftj", "--all")
@@ -182,31 +162,6 @@ def team(
 def _resource(kind: str, name: str, spec: Json) -> Json:
     metadata = {"name": name}
     return {"apiVersion": "mizzen.dev/v1alpha1", "kind": kind, "metadata": metadata, "spec": spec}
-
-
-def _claim_with_volume(volume: str) -> list[Json]:
-    """Return a claim and its volume: pods of a claim without one are never placed."""
-    size, modes = {"storage": "1Gi"}, ["ReadWriteMany"]
-    return [
-        {
-            "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": volume},
-            "spec": {"capacity": size, "accessModes": modes, "hostPath": {"path": "/nowhere"},
-                     "storageClassName": ""},
-        },
-        {
-            "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "models"},
-            "spec": {"accessModes": modes, "resources": {"requests": size},
-                     "storageClassName": "", "volumeName": volume},
-        },
-    ]  # fmt: skip
-
-
-def wait_until(is_true: Callable[[], bool], *, timeout_s: float = 500) -> None:
-    """Wait for a state that must come; the limit only ends a broken run."""
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.3)
 
 
 def test_a_borrower_leaves_for_a_replica_and_comes_back_when_it_is_gone(team: Team) -> None:
