@@ -120,6 +120,11 @@ class Decision:
     waits: Mapping[str, Wait]  # by job
 
 
+def reserved_blocks(gang: Gang, *, reserve: int, most: int, there: int) -> tuple[Gang, ...]:
+    """Return the blocks kept free for a deployment: never for more replicas than it may have."""
+    return (gang,) * max(0, min(reserve, most - there))
+
+
 def lend(snapshot: Snapshot, *, now: datetime) -> Decision:
     """Return who starts, who leaves and who waits."""
     return _Lending(snapshot, now).decide()

@@ -10,6 +10,7 @@ from mizzen.operator.planning.generations import (
     Rest,
     Watch,
 )
+from mizzen.operator.planning.lending import Wait
 from mizzen.operator.status.conditions import Condition, ConditionType
 from mizzen.operator.status.job_facts import (
     AT_WORK,
@@ -60,6 +61,8 @@ def _ready(facts: JobFacts, phase: str) -> Condition:
     if phase == "Failed" or facts.problem is not None:
         why = _why_stopped(facts)
         return Condition(ConditionType.READY, False, why.reason, why.message)
+    if isinstance(facts.step, Queue):
+        return _waits(ConditionType.READY, facts.step.wait)
     return Condition(ConditionType.READY, False, _reason_of(phase), _SENTENCES[phase])
 
 
@@ -84,8 +87,7 @@ def _accepted(facts: JobFacts) -> Condition:
 
 def _admitted(facts: JobFacts, phase: str) -> Condition:
     if isinstance(facts.step, Queue):
-        wait = facts.step.wait
-        return Condition(ConditionType.ADMITTED, False, Reason(wait.hold.value), wait.message)
+        return _waits(ConditionType.ADMITTED, facts.step.wait)
     if facts.is_giving_back:
         return Condition(
             ConditionType.ADMITTED, False, Reason.YIELDED,
@@ -105,6 +107,10 @@ def _admitted(facts: JobFacts, phase: str) -> Condition:
         problem.reason if problem else Reason.PENDING,
         problem.message if problem else "The job waits for its pod to be placed.",
     )  # fmt: skip
+
+
+def _waits(type_: ConditionType, wait: Wait) -> Condition:
+    return Condition(type_, False, Reason(wait.hold.value), wait.message)
 
 
 def _running(facts: JobFacts, phase: str) -> Condition:
