@@ -115,19 +115,21 @@ def _from_work(
 ) -> Iterator[Candidate]:
     tuning = rules.tuning
     ratio = history.load_ratio or tuning.load_ratio
-    steady = max(seen.now, seen.mean)
+    # Bursts are over before a replica that is started for them serves: so a floor is kept, and
+    # nothing chases them.
+    is_bursty = history.work.is_bursty
+    steady = seen.mean if is_bursty else max(seen.now, seen.mean)
     plan = math.ceil(_rounded(steady / ratio))
-    over = "now" if steady == seen.now else f"in the mean of {_n(MEAN_S)} s"
+    over = f"in the mean of {_n(MEAN_S)} s" if steady == seen.mean else "now"
     yield Candidate(
         replicas=plan,
         formula=f"plan {plan} = ceil({_n(steady)} replicas of work {over} / "
         f"{_n(ratio)} load ratio)",
     )
     fullest = tuning.peak_ratio * ratio / tuning.load_ratio
-    if history.work.is_bursty:
-        # Bursts are over before a replica that is started for them serves: so a floor is kept,
-        # and nothing chases them.
-        yield _burst_floor(history.work.burst_floor, fullest, tuning)
+    if is_bursty:
+        promise = rules.slo.attainment_ratio
+        yield _burst_floor(history.work.burst_floor, fullest, promise=promise, tuning=tuning)
         return
     ahead = max(seen.trend, seen.reserve)
     reserve = math.ceil(_rounded(ahead / fullest))
@@ -148,12 +150,12 @@ def _from_work(
         )
 
 
-def _burst_floor(usual_burst: float, fullest: float, tuning: Tuning) -> Candidate:
-    burst = math.ceil(_rounded(tuning.burst_factor * usual_burst / fullest))
+def _burst_floor(level: float, fullest: float, *, promise: float, tuning: Tuning) -> Candidate:
+    burst = math.ceil(_rounded(tuning.burst_factor * level / fullest))
     return Candidate(
         replicas=burst,
-        formula=f"burst {burst} = ceil({_n(tuning.burst_factor)} x {_n(usual_burst)} replicas of "
-        f"work, exceeded {_n(100 * (1 - tuning.rise_quantile))} % of the last half hour / "
+        formula=f"burst {burst} = ceil({_n(tuning.burst_factor)} x {_n(level)} replicas of work, "
+        f"the level of {_n(100 * promise)} % of the last half hour's work / "
         f"{_n(fullest)} load ratio)",
     )
 

@@ -30,7 +30,12 @@ def remember(history: History, now: Situation) -> History:
     # Work guessed from concurrency is no measure that later work could be compared with.
     if need.work is not None and now.sizing.capacity is not None:
         work = demand.record(
-            work, need.work.replicas, now_s=now.now_s, start_s=now.sizing.start_s, tuning=tuning
+            work,
+            need.work.replicas,
+            now_s=now.now_s,
+            start_s=now.sizing.start_s,
+            promise=now.rules.slo.attainment_ratio,
+            tuning=tuning,
         )
     if not need.is_complete:
         since = now.now_s if history.unknown_since_s is None else history.unknown_since_s

@@ -232,16 +232,35 @@ def test_a_queue_of_prompts_is_worked_off() -> None:
     assert decision.formula.startswith("drain")
 
 
-def test_bursts_make_the_number_a_floor() -> None:
-    found = fleet()
+def bursty(promise: float) -> Fleet:
+    """Return a fleet that has seen half an hour of bursts: ten seconds of every thirty."""
+    found = fleet(slo=Slo(itl_s=0.12, attainment_ratio=promise))
     found.run(300, per_s=2.0)
     found.run(300, per_s=6.0)
-    for _ in range(60):  # ten seconds of every thirty
-        found.run(10, per_s=30.0)
+    for burst in range(60):
+        found.run(10, per_s=20.0 if burst % 4 else 40.0)
         found.run(20, per_s=0.5)
     assert found.history.work.is_bursty
-    assert set(found.run(60, per_s=0.5)) == {found.decisions[-1].replicas}
-    assert found.decisions[-1].replicas >= 6
+    return found
+
+
+def test_bursts_make_the_number_a_floor_that_nothing_chases() -> None:
+    found = bursty(0.95)
+    floor = found.decisions[-1].replicas
+    assert floor >= 6
+    assert set(found.run(60, per_s=0.5) + found.run(10, per_s=40.0)) == {floor}
+    assert "the level of 95 % of the last half hour's work" in found.decisions[-1].formula
+
+
+def test_a_lower_promise_keeps_a_lower_floor_for_bursts() -> None:
+    low, high = (bursty(promise).decisions[-1].replicas for promise in (0.5, 0.95))
+    assert low < high
+
+
+def test_a_burst_that_lasts_is_followed() -> None:
+    found = bursty(0.5)
+    floor = found.decisions[-1].replicas
+    assert max(found.run(120, per_s=40.0)) > floor
 
 
 def test_a_replica_that_never_starts_is_named_and_made_up_for_once() -> None:
