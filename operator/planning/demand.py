@@ -91,17 +91,16 @@ def _with_summaries(log: WorkLog, *, start_s: float, promise: float, tuning: Tun
         rise=_usual_rise(
             log.buckets,
             steps=max(1, math.ceil(start_s / tuning.bucket_s)),
-            promise=promise,
+            ratio=min(promise, tuning.rise_quantile),
             tuning=tuning,
         ),
         is_bursty=is_bursty,
-        burst_floor=covering(recent, promise) if is_bursty else 0.0,
+        burst_floor=quantile(recent, tuning.rise_quantile) if is_bursty else 0.0,
+        covered=covering(recent, promise) if is_bursty else 0.0,
     )
 
 
-def _usual_rise(
-    buckets: Sequence[float], *, steps: int, promise: float, tuning: Tuning
-) -> float:
+def _usual_rise(buckets: Sequence[float], *, steps: int, ratio: float, tuning: Tuning) -> float:
     """Return how far the work often rises within `steps` buckets.
 
     The quantile is taken over the whole memory, with nothing risen where it is not filled yet:
@@ -111,7 +110,7 @@ def _usual_rise(
         (max(buckets[i + 1 : i + 1 + steps]) - buckets[i] for i in range(len(buckets) - 1)),
         reverse=True,
     )
-    rare = int((1 - promise) * tuning.memory_s / tuning.bucket_s)
+    rare = int((1 - ratio) * tuning.memory_s / tuning.bucket_s)
     return max(0.0, rises[rare]) if len(rises) > rare else 0.0
 
 

@@ -14,7 +14,7 @@ from mizzen.operator.planning.demand import MEAN_S, Forecast, forecast
 from mizzen.operator.planning.digits import three_digits as _n
 from mizzen.operator.planning.readings import Readings, Sizing
 from mizzen.operator.planning.scale_history import History
-from mizzen.operator.planning.scale_rules import ScaleRules, Tuning
+from mizzen.operator.planning.scale_rules import ScaleRules
 from mizzen.operator.planning.work import Work, offered_work
 
 
@@ -115,10 +115,11 @@ def _from_work(
 ) -> Iterator[Candidate]:
     tuning = rules.tuning
     ratio = history.load_ratio or tuning.load_ratio
-    # Bursts are over before a replica that is started for them serves: so a floor is kept, and
-    # nothing chases them.
-    is_bursty = history.work.is_bursty
-    steady = seen.mean if is_bursty else max(seen.now, seen.mean)
+    fullest = tuning.peak_ratio * ratio / tuning.load_ratio
+    log = history.work
+    # More than the promised share of bursty work needs is neither kept nor started.
+    covered = tuning.cover_factor * log.covered if log.is_bursty else math.inf
+    steady = max(min(seen.now, covered * ratio / fullest), seen.mean)
     plan = math.ceil(_rounded(steady / ratio))
     over = f"in the mean of {_n(MEAN_S)} s" if steady == seen.mean else "now"
     yield Candidate(
@@ -126,10 +127,9 @@ def _from_work(
         formula=f"plan {plan} = ceil({_n(steady)} replicas of work {over} / "
         f"{_n(ratio)} load ratio)",
     )
-    fullest = tuning.peak_ratio * ratio / tuning.load_ratio
-    if is_bursty:
-        promise = rules.slo.attainment_ratio
-        yield _burst_floor(history.work.burst_floor, fullest, promise=promise, tuning=tuning)
+    if log.is_bursty:
+        # Bursts are over before a replica that is started for them serves: so a floor is kept.
+        yield _burst_floor(log.burst_floor, covered, fullest, rules)
         return
     ahead = max(seen.trend, seen.reserve)
     reserve = math.ceil(_rounded(ahead / fullest))
@@ -150,13 +150,22 @@ def _from_work(
         )
 
 
-def _burst_floor(level: float, fullest: float, *, promise: float, tuning: Tuning) -> Candidate:
-    burst = math.ceil(_rounded(tuning.burst_factor * level / fullest))
+def _burst_floor(usual: float, covered: float, fullest: float, rules: ScaleRules) -> Candidate:
+    tuning = rules.tuning
+    level = tuning.burst_factor * usual
+    source = (
+        f"{_n(tuning.burst_factor)} x {_n(usual)} replicas of work, exceeded "
+        f"{_n(100 * (1 - tuning.rise_quantile))} % of the last half hour"
+    )
+    if covered < level:
+        level = covered
+        source = (
+            f"{_n(covered)} replicas of work for "
+            f"{_n(100 * rules.slo.attainment_ratio)} % of the last half hour's"
+        )
+    burst = math.ceil(_rounded(level / fullest))
     return Candidate(
-        replicas=burst,
-        formula=f"burst {burst} = ceil({_n(tuning.burst_factor)} x {_n(level)} replicas of work, "
-        f"the level of {_n(100 * promise)} % of the last half hour's work / "
-        f"{_n(fullest)} load ratio)",
+        replicas=burst, formula=f"burst {burst} = ceil({source} / {_n(fullest)} load ratio)"
     )
 
 

@@ -72,10 +72,12 @@ class Tuning:
     trim_every_s: float = 600.0
     kv_full_ratio: float = 0.85
     trend_cap: float = 2.0  # a trend foretells at most this multiple of now
+    rise_quantile: float = 0.95
     burst_enter: float = 0.6
     burst_leave: float = 0.4
     burst_window_s: float = 1800.0
-    burst_factor: float = 2.0  # a burst within the half minute of a rate is higher yet
+    burst_factor: float = 3.0  # times the quantile: a burst within ten seconds is higher yet
+    cover_factor: float = 2.0  # times the level that covers a share of the work, likewise
     memory_s: float = 3600.0
     drain_s: float = 10.0  # a backlog is to be gone in this time
     cold_concurrency: float = 8.0  # per replica, while its capacity is unknown
