@@ -83,6 +83,11 @@ api: venv bin  ## The operator and the gateway against a real API server with si
 e2e: venv bin  ## The quickstart as written, on the full local cluster
 	@MAKEFLAGS= $(PY) -m pytest tests/e2e -q
 
+.PHONY: kueue
+kueue: venv bin  ## Jobs in the queues of a real Kueue; the first time it is built
+	@$(PY) -m hack.kueue
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/kueue -v -s
+
 .PHONY: crds
 crds: venv  ## Generate the CRDs, their reference pages and the chart's copies
 	@$(PY) -m hack.generate crds

@@ -176,7 +176,9 @@ async def run(options: argparse.Namespace) -> tuple[list[Row], list[Usage]]:
     names = [f"leaving-{number}" for number in range(options.deployments)]
     deployments = [Deployment(name, options.namespace) for name in names]
     url = options.url or await gateway_url(deployments[0])
-    counters = [StreamCounter(url, name, options.tokens, options.api_key) for name in names]
+    counters = [
+        StreamCounter(url, name, options.tokens, options.api_key, options.pause) for name in names
+    ]
     fleet, leaving = Fleet(deployments, counters), LeavingPods(names)
     try:
         for one in deployments:
@@ -244,6 +246,7 @@ def main() -> None:
     parser.add_argument("--deployments", type=int, default=5)
     parser.add_argument("--streams", type=int, default=3, help="open at once, of each deployment")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between two streams")
     parser.add_argument("--scale-downs", type=int, default=100)
     parser.add_argument("--rollouts", type=int, default=20)
     parser.add_argument("--drains", type=int, default=20)

@@ -1,7 +1,7 @@
 """A client that counts how streams end: whole, refused before their first word, or cut.
 
-Streams follow each other without a pause, a few side by side. A stream is whole when it came with
-every token it was asked for and with its end mark; what began and did not end so was cut.
+A few clients stream side by side, each again and again. A stream is whole when it came with every
+token it was asked for and with its end mark; what began and did not end so was cut.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class StreamCounter:
     model: str
     max_tokens: int = 64
     api_key: str = ""
+    pause_s: float = 0.0  # of a client between two streams
     begun: int = 0  # that brought a first token
     ends: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)  # of the first few that were not whole
@@ -57,8 +58,7 @@ class StreamCounter:
             self.ends[end] += 1
             if end is not WHOLE and len(self.errors) < 20:
                 self.errors.append(f"{end}: {why}")
-            if end is REFUSED:
-                await asyncio.sleep(0.2)
+            await asyncio.sleep(max(self.pause_s, 0.2) if end is REFUSED else self.pause_s)
 
     async def _ask(self, session: aiohttp.ClientSession, prompt: str) -> tuple[str, str]:
         """Read one stream to its end; return how it ended, and why not well."""

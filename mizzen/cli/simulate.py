@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from mizzen.operator.simulator.outcome import Outcome
     from mizzen.operator.simulator.report import Report
-    from mizzen.operator.simulator.simulation import Outcome, Setting
+    from mizzen.operator.simulator.simulation import Setting
     from mizzen.operator.simulator.traces import Request
 
 
@@ -61,12 +62,15 @@ def simulate(
         float, typer.Option(help="Simulate this long before anything counts.")
     ] = 0,
     lend: Annotated[bool, typer.Option(help="Lend idle GPUs to fine-tune jobs.")] = False,
+    reserve: Annotated[
+        int, typer.Option(help="With --lend: replicas whose GPUs are never lent.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of the start-up times.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a picture: .svg or .png.")] = None,
 ) -> None:
     """Replay a trace against an autoscaling policy and print what it achieved and cost."""
-    from mizzen.operator.simulator.fleet import Lending
+    from mizzen.operator.simulator.arbiter import Lending
     from mizzen.operator.simulator.plot import PlotError, check_plot
     from mizzen.operator.simulator.plot import plot as draw
     from mizzen.operator.simulator.replica_profile import Profile, StartUp
@@ -97,7 +101,7 @@ def simulate(
             max_replicas=max,
             initial_replicas=initial if initial is not None else min or 1,
             drain_s=drain_seconds,
-            lending=Lending() if lend else None,
+            lending=Lending(reserve=reserve) if lend else None,
             warm_up_s=warm_up_seconds,
             seed=seed,
         )

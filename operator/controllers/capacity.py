@@ -33,7 +33,14 @@ from mizzen.operator.facts import Facts
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.errors import Forbidden, KubeError
 from mizzen.operator.ledger import Request
-from mizzen.operator.planning.lending import Decision, Snapshot, Wait, lend, next_usage
+from mizzen.operator.planning.lending import (
+    Decision,
+    Snapshot,
+    Wait,
+    lend,
+    next_usage,
+    reserved_blocks,
+)
 from mizzen.operator.planning.placement import Gang
 from mizzen.operator.routing import DEPLOYMENT, JOB
 from mizzen.operator.specs import InvalidSpecError
@@ -208,11 +215,15 @@ class Arbiter:
             if spec.scaling is None or spec.accelerator.resource != resource:
                 continue
             there = sum(_leads(pod, document) and not is_over(pod) for pod in seen.pods)
-            count = max(0, min(spec.scaling.reserve, spec.scaling.max - there))
             patch = spec.pod_template_patch.to_api() if spec.pod_template_patch else {}
             tolerations = patch.get("tolerations") or ()
             where = gang_nodes(patch.get("nodeSelector") or {}, tolerations, seen.nodes)
-            blocks += [Gang(spec.parallelism.nodes, spec.devices_per_pod, where)] * count
+            blocks += reserved_blocks(
+                Gang(spec.parallelism.nodes, spec.devices_per_pod, where),
+                reserve=spec.scaling.reserve,
+                most=spec.scaling.max,
+                there=there,
+            )
         return tuple(sorted(blocks, key=lambda gang: (-gang.devices, -gang.pods)))
 
     def _jobs(self) -> dict[str, Json]:

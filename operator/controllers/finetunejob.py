@@ -8,6 +8,7 @@ from mizzen.operator.controllers.job_apply import apply
 from mizzen.operator.controllers.job_lending import (
     lending_of,
     reclaimed_at,
+    request_for_more,
     request_of,
 )
 from mizzen.operator.controllers.job_observe import Observed, observe
@@ -42,6 +43,7 @@ from mizzen.operator.planning.generations import (
     WaitUntil,
     Watch,
     decide_generation,
+    may_grow,
     with_lending,
 )
 from mizzen.operator.routing import PROMOTES_TO, ref_of
@@ -64,6 +66,7 @@ from mizzen.operator.trainers import LoanRefusedError
 
 _POLL_S = 3.0
 _MISSING_INPUT_S = 15.0
+_QUEUE_S = 15.0
 _NO_RESULT = (
     "The trainer ended well but left no result in its last words, so nothing can be published. "
     "Its log says more; submit the job anew to go on."
@@ -113,29 +116,44 @@ def decide(observed: Observed, facts: Facts, now: datetime) -> Step | None:
     if job is None or observed.problem is not None:
         facts.ledger.withdraw(observed.key)
         return None
+    spec = job.spec
+    workers = Range(spec.workers.min, spec.workers.max, tensor=spec.parallelism.tensor)
     step = decide_generation(
         observed.newest,
-        is_suspended=job.spec.suspend,
-        backoff_limit=job.spec.failure.backoff_limit,
+        is_suspended=spec.suspend,
+        backoff_limit=spec.failure.backoff_limit,
         now=now,
-        workers=Range(
-            job.spec.workers.min, job.spec.workers.max, tensor=job.spec.parallelism.tensor
-        ),
+        workers=workers,
     )
     wait = None
-    if not isinstance(step, Start) or isinstance(step, Shrink):
-        facts.ledger.withdraw(observed.key)
-    else:
+    if isinstance(step, Start) and not isinstance(step, Shrink):
         made = pods_of(observed.pods, step.number)
         if request := request_of(observed.resource, job, made=made):
             wait = facts.ledger.ask(observed.key, request)
+    elif isinstance(step, Watch) and may_grow(observed.newest, workers, now=now):
+        step = _grow(step, observed, facts)
+    else:
+        facts.ledger.withdraw(observed.key)
+    if isinstance(step, Watch) and observed.wait is not None:
+        return Queue(observed.wait)
     return with_lending(
         step,
         wait=wait,
         reclaimed_at=reclaimed_at(observed.pod),
-        yield_within_s=job.spec.spare_capacity.yield_within_seconds,
+        # Kueue has deleted the pods that it takes the quota of: their grace period is the limit.
+        yield_within_s=None if spec.queue else spec.spare_capacity.yield_within_seconds,
         now=now,
     )
+
+
+def _grow(step: Watch, observed: Observed, facts: Facts) -> Step:
+    """Return a yield where there is room for a larger generation."""
+    assert observed.job is not None, "only a job with a valid spec runs on"
+    assert observed.newest is not None, "it runs"
+    workers = observed.newest.workers
+    more = request_for_more(observed.resource, observed.job, workers=workers)
+    has_room = more is not None and facts.ledger.offers(observed.key, more)
+    return AskToYield() if has_room else step
 
 
 async def report(
@@ -290,6 +308,8 @@ def _next_look(step: Step | None, observed: Observed, now: datetime) -> Result:
     match step:
         case None:
             return Requeue(_MISSING_INPUT_S)
+        case Queue() if observed.wait is not None:
+            return Requeue(_QUEUE_S)  # its admission is an event of its pods
         case Watch() | AskToYield() | Start() | Queue() | Fence() | Dismiss():
             return Requeue(_POLL_S)
         case WaitUntil(at):

@@ -21,6 +21,7 @@ from mizzen.operator.status.trainer_pods import (
     leader_of,
     newest_pods,
     size_of,
+    stopped_at,
     termination_of,
 )
 
@@ -33,15 +34,36 @@ def request_of(resource: Json, job: Job, *, made: list[Json]) -> Request | None:
     spec, accelerator = job.spec, job.spec.resources.accelerator
     if not accelerator.is_gpu or spec.queue:
         return None
+    if made:
+        missing = size_of(made[0]) - len(made)
+        return _request(resource, job, pods=missing, least_pods=missing)
+    return _request(resource, job, pods=spec.workers.max, least_pods=spec.workers.min)
+
+
+def request_for_more(resource: Json, job: Job, *, workers: int) -> Request | None:
+    """Return what a job that runs with so many workers could use beside them, if it could."""
+    spec = job.spec
+    if not spec.resources.accelerator.is_gpu or spec.queue or workers >= spec.workers.max:
+        return None
+    lacks, step = spec.workers.max - workers, spec.parallelism.tensor
+    return _request(resource, job, pods=lacks, least_pods=step, is_running=True)
+
+
+def _request(
+    resource: Json, job: Job, *, pods: int, least_pods: int, is_running: bool = False
+) -> Request:
+    spec, accelerator = job.spec, job.spec.resources.accelerator
     lending = (resource.get("status") or {}).get("lending") or {}
-    workers = size_of(made[0]) if made else spec.workers.max
     patch = spec.pod_template_patch.to_api() if spec.pod_template_patch else {}
     return Request(
         resource=accelerator.resource,
         job=QueuedJob(
             job=f"{job.namespace}/{job.name}",
             namespace=job.namespace,
-            gang=Gang(pods=workers - len(made), devices=accelerator.count or 1),
+            gang=Gang(pods=pods, devices=accelerator.count or 1),
+            least_pods=least_pods if least_pods < pods or is_running else None,
+            pods_step=spec.parallelism.tensor,
+            is_running=is_running,
             since=_waits_since(resource),
             is_spare=spec.spare_capacity.enabled,
             priority=spec.priority,
@@ -60,8 +82,9 @@ def preemptions_of(resource: Json) -> int:
 
 
 def reclaimed_at(pod: Json | None) -> datetime | None:
-    """Return since when the pod is to leave, None where it may stay."""
+    """Return since when the pod is to leave, by us or by Kueue; None where it may stay."""
     noted = ((pod or {}).get("metadata", {}).get("annotations") or {}).get(labels.RECLAIMED_AT)
+    noted = noted or stopped_at(pod or {})
     return parse_rfc3339(noted) if noted else None
 
 
@@ -72,7 +95,9 @@ def lending_of(
     if job is not None and job.spec.mode == "Loan":
         return _loan_of(resource, pods, step)
     pod = leader_of(pods)
-    if job is None or pod is None or not job.spec.resources.accelerator.is_gpu:
+    if job is None or pod is None:
+        return None
+    if not job.spec.queue and not job.spec.resources.accelerator.is_gpu:
         return None
     notes = pod["metadata"].get("annotations") or {}
     since = reclaimed_at(pod)

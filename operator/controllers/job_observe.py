@@ -13,6 +13,7 @@ from mizzen.operator.controllers.job_inputs import (
     missing_input,
 )
 from mizzen.operator.controllers.job_loan import observe_loan
+from mizzen.operator.controllers.job_queue import find_wait, missing_queue
 from mizzen.operator.crds.common import Json
 from mizzen.operator.desired.train_config import Job
 from mizzen.operator.engine.key import Key
@@ -20,6 +21,7 @@ from mizzen.operator.facts import Facts
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.documents import uid_of
 from mizzen.operator.planning.generations import Generation
+from mizzen.operator.planning.lending import Wait
 from mizzen.operator.routing import JOB
 from mizzen.operator.specs import InvalidSpecError
 from mizzen.operator.status.job_facts import Problem
@@ -38,6 +40,7 @@ class Observed:
     newest: Generation | None
     problem: Problem | None
     loan: Loan | None = None  # what its replica said, in mode Loan
+    wait: Wait | None = None  # why Kueue holds its pods back
 
     @property
     def status(self) -> Json:
@@ -57,7 +60,7 @@ class Observed:
 
 
 async def observe(key: Key, resource: Json, kube: Kube, facts: Facts) -> Observed:
-    """Gather what the decision needs; the API server is asked only before a job has pods."""
+    """Gather what the decision needs; the API server is asked only before a job's pods run."""
     pods = facts.store.children(key, "Pod")
     newest = newest_generation(pods, resource.get("status") or {})
     try:
@@ -88,8 +91,9 @@ async def observe(key: Key, resource: Json, kube: Kube, facts: Facts) -> Observe
         newest = newest_generation(pods, resource.get("status") or {})
         if (obstacle := find_obstacle(job, facts.store)) is not None and not pods:
             return Observed(resource, job, pods, newest, obstacle)
-    problem = None if pods else await missing_input(job, kube)
-    return Observed(resource, job, pods, newest, problem, loan)
+    problem = None if pods else await missing_input(job, kube) or await missing_queue(job, kube)
+    wait = await find_wait(job, pods, kube)
+    return Observed(resource, job, pods, newest, problem, loan, wait)
 
 
 def _begun_with(status: Json) -> str | None:

@@ -14,9 +14,6 @@ from mizzen.operator.desired.labels import (
     GROUP_SIZE,
     HOSTNAME,
     JOB,
-    KUEUE_GROUP,
-    KUEUE_GROUP_COUNT,
-    KUEUE_QUEUE,
     PREEMPTIONS,
     RANK,
     RANKS_PORT,
@@ -27,6 +24,7 @@ from mizzen.operator.desired.labels import (
     base_labels,
     owner_reference,
 )
+from mizzen.operator.desired.queues import in_queue
 from mizzen.operator.desired.sources import CLAIM_ROOT, claim_mount, claim_volume
 from mizzen.operator.desired.train_config import CONFIG_MAP_ROOT, Job, build_train_config
 from mizzen.operator.desired.workers import worker_environment, workers_name
@@ -81,9 +79,6 @@ def build_trainer_pod(job: Job, worker: Worker, *, image: str, pull_policy: str)
         GROUP_SIZE: str(worker.workers),
         TENSOR: str(job.spec.parallelism.tensor),
     }
-    if job.spec.queue:
-        metadata["labels"] |= _kueue_labels(job, worker)
-        metadata["annotations"] |= {KUEUE_GROUP_COUNT: str(worker.workers)}
     pod: Json = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -111,6 +106,8 @@ def build_trainer_pod(job: Job, worker: Worker, *, image: str, pull_policy: str)
     if worker.workers > 1:
         # By these the leader has a name before it is ready.
         pod["spec"] |= {"hostname": metadata["name"], "subdomain": workers_name(job)}
+    if job.spec.queue:
+        pod = in_queue(pod, job.spec.queue, group=name, pods=worker.workers)
     pod = pods.with_patch(pod, job.spec.pod_template_patch)
     # Which nodes an affinity allows is the scheduler's to say.
     if worker.hostname and not pod["spec"].get("affinity"):
@@ -153,12 +150,6 @@ def _container(job: Job, worker: Worker, image: str, pull_policy: str) -> Json:
             ),
         ],
     }  # fmt: skip
-
-
-def _kueue_labels(job: Job, worker: Worker) -> dict[str, str]:
-    """Return what has Kueue admit the pods of a generation together."""
-    name = generation_name(job.name, worker.generation)
-    return {KUEUE_QUEUE: str(job.spec.queue), KUEUE_GROUP: name}
 
 
 def _ports(worker: Worker) -> list[Json]:

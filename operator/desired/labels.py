@@ -44,6 +44,10 @@ HOSTNAME = "kubernetes.io/hostname"  # by which a pod is bound to the node it wa
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 KUEUE_GROUP = "kueue.x-k8s.io/pod-group-name"
 KUEUE_GROUP_COUNT = "kueue.x-k8s.io/pod-group-total-count"
+KUEUE_RETRIABLE = "kueue.x-k8s.io/retriable-in-group"
+KUEUE_GATE = "kueue.x-k8s.io/admission"  # keeps a pod from being placed before it is admitted
+KUEUE_MANAGED = "kueue.x-k8s.io/managed"  # set by Kueue on a pod that it takes care of
+KUEUE_STOPPED = "TerminationTarget"  # the condition that it sets on a pod before it deletes it
 
 ROLE_RUNTIME = "runtime"
 ROLE_TRAINER = "trainer"

@@ -74,6 +74,13 @@ class Kube:
         self.store.put(live)
         return live
 
+    async def look_at(self, path: str) -> Json | None:
+        """Return what is at a URL path, None where there is nothing; the store keeps none of it."""
+        try:
+            return await self.transport.request("GET", path)
+        except NotFound:
+            return None
+
     async def list(
         self, api_version: str, kind: str, *, namespace: str = "", label_selector: str = ""
     ) -> Listing:

@@ -22,6 +22,8 @@ _LONGEST_WAIT_S = 300
 # A scheduler needs seconds for pods it has room for; an autoscaler of nodes may need longer, but
 # meanwhile the placed ones hold devices for nothing.
 _PLACING_S = 60
+# A larger generation reads the model again; devices that are lent for minutes are not worth that.
+RESIZE_EVERY = timedelta(minutes=5)
 
 
 class Outcome(Enum):
@@ -99,7 +101,7 @@ class AskToYield:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """The next generation waits for devices."""
+    """The next generation waits for devices, or the pods of this one to be admitted."""
 
     wait: Wait
 
@@ -206,6 +208,13 @@ def decide_generation(
             return Start(newest.number + 1, newest.crashes, workers.max)
 
 
+def may_grow(newest: Generation | None, workers: Range, *, now: datetime) -> bool:
+    """Whether a generation has for a while run with fewer workers than the job can use."""
+    if newest is None or newest.outcome is not Outcome.RUNNING or newest.created_at is None:
+        return False
+    return newest.workers < workers.max and now - newest.created_at >= RESIZE_EVERY
+
+
 def _while_running(newest: Generation, workers: Range, now: datetime) -> Step:
     is_within = workers.min <= newest.workers <= workers.max
     if not is_within or newest.tensor != workers.tensor:
@@ -237,19 +246,20 @@ def with_lending(
     *,
     wait: Wait | None,
     reclaimed_at: datetime | None,
-    yield_within_s: int,
+    yield_within_s: int | None,
     now: datetime,
 ) -> Step:
     """Return the step as the devices allow it.
 
     `wait` says why a job may not start yet; `reclaimed_at` since when somebody needs what its pods
-    hold.
+    hold; `yield_within_s` is None where it is not ours to end them if they stay.
     """
     match step:
         case Start() if wait is not None:
             return Queue(wait)
         case Watch() | AskToYield() | Dismiss() if reclaimed_at is not None:
-            if now >= reclaimed_at + timedelta(seconds=yield_within_s):
+            stayed_s = (now - reclaimed_at).total_seconds()
+            if yield_within_s is not None and stayed_s >= yield_within_s:
                 return Fence()
             return step if isinstance(step, Dismiss) else AskToYield()
     return step

@@ -6,7 +6,7 @@ the gang has lost its time for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -45,10 +45,10 @@ def protected_from_jobs(lease: Lease, *, now: datetime) -> bool:
 def choose_victims(
     gang: Gang, free: Mapping[str, int], leases: Iterable[Lease]
 ) -> tuple[Lease, ...] | None:
-    """Return the cheapest single job that makes room, else a set none of which can be spared.
+    """Return the cheapest single job that makes room, or a set that loses less than it would.
 
-    Nobody has to go where there is room. Of equally costly ones the newest goes. None where even
-    all of them together are not enough.
+    Of a set none can be spared. Nobody has to go where there is room. Of equally costly ones the
+    newest goes. None where even all of them together are not enough.
     """
     if place(gang, free) is not None:
         return ()
@@ -56,9 +56,19 @@ def choose_victims(
         (lease for lease in leases if lease.is_reclaimable and not lease.is_leaving),
         key=lambda lease: (lease.cost, -lease.started_at.timestamp(), lease.job),
     )
-    for lease in by_cost:
-        if _fits(gang, free, [lease]):
-            return (lease,)
+    several = _cheapest_first(gang, free, by_cost)
+    if several is None:
+        return None
+    alone = next((lease for lease in by_cost if _fits(gang, free, [lease])), None)
+    # A large job that makes room alone may lose more than the small ones beside it.
+    if alone is not None and alone.cost <= sum(lease.cost for lease in several):
+        return (alone,)
+    return several
+
+
+def _cheapest_first(
+    gang: Gang, free: Mapping[str, int], by_cost: Sequence[Lease]
+) -> tuple[Lease, ...] | None:
     chosen: list[Lease] = []
     for lease in by_cost:
         chosen.append(lease)

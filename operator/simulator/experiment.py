@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mizzen.operator.simulator.outcome import Outcome
 from mizzen.operator.simulator.policies.registry import build_policy
 from mizzen.operator.simulator.report import Report, build_report
-from mizzen.operator.simulator.simulation import Outcome, Setting, simulate
+from mizzen.operator.simulator.simulation import Setting, simulate
 from mizzen.operator.simulator.traces import Request
 
 

@@ -1,8 +1,8 @@
 """Replicas coming and going on a pool of GPUs, and what that costs; computes no tokens.
 
 A replica holds its GPUs from the moment they are granted until its last request has ended, so
-loading and draining are paid for. What nobody holds for a while is lent to fine-tune jobs, which
-give it back within a stated time.
+loading and draining are paid for. Where jobs borrow what is idle, a replica waits until the arbiter
+lets it in.
 """
 
 from __future__ import annotations
@@ -10,17 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from mizzen.operator.planning.placement import place
+from mizzen.operator.simulator.pool import Pool
 from mizzen.operator.simulator.replica import Replica
 from mizzen.operator.simulator.replica_profile import Profile
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lending:
-    """How idle GPUs are lent to fine-tune jobs."""
-
-    settle_s: float = 60.0  # a block is lent when nobody took it for so long
-    give_back_s: float = 15.0  # from asking until its memory is free
-    restart_s: float = 60.0  # of a lease, lost to loading and catching up
 
 
 @dataclass(slots=True, eq=False)
@@ -28,38 +21,48 @@ class Member:
     """A replica and its way through the fleet."""
 
     replica: Replica
-    granted_at: float  # holds its GPUs from here on
-    start_s: float  # from asking for it until it serves; infinite for one that never will
+    asked_at: float
+    load_s: float  # from its GPUs until it serves; infinite for one that never will
+    nodes: tuple[str, ...] = ()  # where its GPUs are
+    granted_at: float | None = None  # holds its GPUs from here on
     ready_at: float | None = None
     draining_at: float | None = None
     gone_at: float | None = None
+
+    @property
+    def waited_s(self) -> float:
+        """How long it waited for its GPUs, once it has them."""
+        return 0.0 if self.granted_at is None else self.granted_at - self.asked_at
+
+    @property
+    def start_s(self) -> float:
+        """From asking for it until it serves."""
+        return self.waited_s + self.load_s
 
     def age_s(self, now: float) -> float:
         """Return how long ago it was asked for."""
         if self.ready_at is not None:
             return now - self.ready_at + self.start_s
-        return max(0.0, now - self.granted_at)
+        return now - self.asked_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hours:
-    """Replica-hours, by what they were spent on; lent ones are not part of the total."""
+    """Replica-hours, by what they were spent on."""
 
     total: float
     loading: float
     draining: float
-    lent: float
-    lent_useful: float
 
 
 @dataclass(slots=True)
 class Fleet:
-    """All replicas of one deployment on a pool that holds `blocks` of them."""
+    """All replicas of one deployment on a pool of GPUs."""
 
     profile: Profile
-    blocks: int
+    pool: Pool
     seed: int = 0
-    lending: Lending | None = None
+    is_gated: bool = False  # whoever starts waits to be let in
     unstartable: frozenset[int] = frozenset()  # numbers of replicas that never become ready
     itl_tokens: Counter[int] = field(default_factory=Counter)
     members: list[Member] = field(default_factory=list)  # ever
@@ -67,33 +70,51 @@ class Fleet:
     starting: list[Member] = field(default_factory=list)
     draining: list[Member] = field(default_factory=list)
     wanted: int = 0
-    leases: int = 0
-    _free_since: list[float] = field(default_factory=list)
-    _lent_s: float = 0.0
-    _lent_useful_s: float = 0.0
 
-    def __post_init__(self) -> None:
-        self._free_since = [0.0] * self.blocks
+    @property
+    def present(self) -> list[Member]:
+        """Those that hold GPUs or wait for some."""
+        return [*self.ready, *self.starting, *self.draining]
+
+    @property
+    def waiting(self) -> list[Member]:
+        """Those that nobody has let in yet, the first first."""
+        return [member for member in self.starting if member.granted_at is None]
+
+    @property
+    def taken(self) -> list[tuple[str, int]]:
+        """The nodes where replicas hold GPUs, and how many."""
+        gpus = self.pool.gang.devices
+        return [(node, gpus) for member in self.present for node in member.nodes]
 
     def begin(self, replicas: int) -> None:
         """Start the simulation with so many replicas in service."""
         self.wanted = replicas
-        for _ in range(min(replicas, self.blocks)):
-            self._free_since.pop()
-            number = len(self.members)
+        for _ in range(min(replicas, self.pool.replicas)):
             # It was started before the simulation began, at no cost to it.
-            start_s = self.profile.start_up.draw_s(seed=self.seed, replica=number)
-            member = self._new_member(granted_at=0.0, start_s=start_s)
+            member = self._new_member(0.0, load_s=self._draw_s())
+            self._let_in_where_free(member, 0.0)
             member.ready_at = 0.0
             self.ready.append(member)
 
     def scale_to(self, wanted: int, now: float) -> list[Member]:
-        """Start or drain replicas towards the wanted number; return those that begin to start."""
+        """Start or drain replicas towards the wanted number; return those that begin to load."""
         self.wanted = wanted
-        excess = len(self.ready) + len(self.starting) - wanted
-        for _ in range(excess):
+        missing = wanted - len(self.ready) - len(self.starting)
+        for _ in range(-missing):
             self._remove_one(now)
-        return [self._grant(now) for _ in range(min(-excess, len(self._free_since)))]
+        room = self.pool.replicas - len(self.present)
+        added = [self._add(now) for _ in range(min(missing, room))]
+        if self.is_gated:
+            return []
+        for member in added:
+            self._let_in_where_free(member, now)
+        return added
+
+    def let_in(self, member: Member, nodes: tuple[str, ...], now: float) -> None:
+        """Give a replica its GPUs."""
+        member.nodes = nodes
+        member.granted_at = now
 
     def set_ready(self, member: Member, now: float) -> None:
         """A replica has loaded its weights."""
@@ -107,7 +128,6 @@ class Fleet:
             if member in group:
                 group.remove(member)
         member.gone_at = now
-        self._free_since.append(now)
 
     def route(self) -> Member | None:
         """Return the least loaded ready replica, as our gateway chooses; None without one."""
@@ -120,16 +140,12 @@ class Fleet:
         return best
 
     def close(self, now: float, *, since: float = 0.0) -> Hours:
-        """Return what was spent from `since` until now; lent hours are counted from the start."""
-        for free_since in self._free_since:
-            self._end_lease(free_since, now)
+        """Return what was spent from `since` until now."""
         spent = [_spent(member, since, now) for member in self.members]
         return Hours(
             total=sum(total for total, _, _ in spent) / 3600,
             loading=sum(loading for _, loading, _ in spent) / 3600,
             draining=sum(draining for _, _, draining in spent) / 3600,
-            lent=self._lent_s / 3600,
-            lent_useful=self._lent_useful_s / 3600,
         )
 
     def _remove_one(self, now: float) -> None:
@@ -145,34 +161,26 @@ class Fleet:
         member.draining_at = now
         self.draining.append(member)
 
-    def _grant(self, now: float) -> Member:
-        # A block freed a moment ago is not lent yet; of the lent ones the youngest lease loses
-        # least. Both are the one that became free last.
-        self._free_since.sort()
-        give_back_s = self._end_lease(self._free_since.pop(), now)
+    def _add(self, now: float) -> Member:
         number = len(self.members)
-        start_s = self.profile.start_up.draw_s(seed=self.seed, replica=number)
-        if number in self.unstartable:
-            start_s = float("inf")
-        member = self._new_member(granted_at=now + give_back_s, start_s=give_back_s + start_s)
+        load_s = float("inf") if number in self.unstartable else self._draw_s()
+        member = self._new_member(now, load_s=load_s)
         self.starting.append(member)
         return member
 
-    def _new_member(self, *, granted_at: float, start_s: float) -> Member:
+    def _draw_s(self) -> float:
+        return self.profile.start_up.draw_s(seed=self.seed, replica=len(self.members))
+
+    def _new_member(self, now: float, *, load_s: float) -> Member:
         replica = Replica(len(self.members), self.profile, self.itl_tokens)
-        member = Member(replica, granted_at=granted_at, start_s=start_s)
+        member = Member(replica, asked_at=now, load_s=load_s)
         self.members.append(member)
         return member
 
-    def _end_lease(self, free_since: float, now: float) -> float:
-        """Count a block's lease, if it had one, and return how long its return takes."""
-        if self.lending is None or now - free_since <= self.lending.settle_s:
-            return 0.0
-        leased_s = now - free_since - self.lending.settle_s
-        self.leases += 1
-        self._lent_s += leased_s
-        self._lent_useful_s += max(0.0, leased_s - self.lending.restart_s)
-        return self.lending.give_back_s
+    def _let_in_where_free(self, member: Member, now: float) -> None:
+        nodes = place(self.pool.gang, self.pool.free(self.taken))
+        assert nodes is not None, "nobody is added beyond the pool"
+        self.let_in(member, nodes, now)
 
 
 def _spent(member: Member, since: float, until: float) -> tuple[float, float, float]:

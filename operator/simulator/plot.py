@@ -8,9 +8,10 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from mizzen.operator.simulator.outcome import Moment, Outcome
 from mizzen.operator.simulator.replica import Flight
 from mizzen.operator.simulator.report import demand, is_met
-from mizzen.operator.simulator.simulation import Moment, Objective, Outcome, Setting
+from mizzen.operator.simulator.simulation import Objective, Setting
 
 _DEMAND_BIN_S = 30.0
 _ATTAINMENT_BIN_S = 60.0

@@ -11,17 +11,21 @@ _P90 = 1.2815515655446004  # of the standard normal distribution
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartUp:
-    """Seconds from the decision to the first request served: log-normal."""
+    """A log-normal time, as that from the decision to the first request served."""
 
     median_s: float = 90.0
     p90_s: float = 110.0
 
     def draw_s(self, *, seed: int, replica: int) -> float:
         """Return the start-up of the replica of this number, the same under every policy."""
+        return self.sample_s(random.Random(f"{seed}/{replica}"))
+
+    def sample_s(self, chance: random.Random) -> float:
+        """Return one duration."""
         if self.median_s <= 0:
             return 0.0
         sigma = log(max(self.p90_s, self.median_s) / self.median_s) / _P90
-        return self.median_s * exp(random.Random(f"{seed}/{replica}").gauss(0.0, sigma))
+        return self.median_s * exp(chance.gauss(0.0, sigma))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

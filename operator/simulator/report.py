@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from mizzen.operator.simulator.jobs import Lent
+from mizzen.operator.simulator.outcome import Outcome, ScaleEvent
 from mizzen.operator.simulator.replica import ITL_RESOLUTION_S, Flight
 from mizzen.operator.simulator.replica_profile import Profile
-from mizzen.operator.simulator.simulation import Objective, Outcome, ScaleEvent
+from mizzen.operator.simulator.simulation import Objective
 from mizzen.operator.simulator.traces import Request
 
 WINDOW_S = 300.0
@@ -35,6 +37,24 @@ class WorstWindow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LendingFigures:
+    """What jobs made of the GPUs that serving left idle, and what serving waited for them."""
+
+    spare_gpu_hours: float  # that no replica held
+    lent_gpu_hours: float
+    useful_gpu_hours: float  # of the lent ones, with steps that were made and kept
+    useful_share: float
+    starting_gpu_hours: float
+    leaving_gpu_hours: float
+    leases: int
+    mean_lease_s: float
+    preemptions: int
+    fenced: int
+    start_wait_s_p50: float
+    start_wait_s_p95: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What a policy achieved on a trace, and at what cost."""
 
@@ -46,9 +66,7 @@ class Report:
     gpu_hours: float  # loading and draining included
     gpu_hours_loading: float
     gpu_hours_draining: float
-    lent_gpu_hours: float
-    lent_useful_gpu_hours: float
-    leases: int
+    lending: LendingFigures | None
     scale_events: int
     reversals: int
     reversals_per_hour: float
@@ -72,9 +90,7 @@ def build_report(outcome: Outcome, *, policy: str, objective: Objective, gpus: i
         gpu_hours=hours.total * gpus,
         gpu_hours_loading=hours.loading * gpus,
         gpu_hours_draining=hours.draining * gpus,
-        lent_gpu_hours=hours.lent * gpus,
-        lent_useful_gpu_hours=hours.lent_useful * gpus,
-        leases=outcome.leases,
+        lending=_lending_figures(outcome.lent) if outcome.lent else None,
         scale_events=len(outcome.events),
         reversals=turns,
         reversals_per_hour=turns / max(outcome.counted_s, 1.0) * 3600,
@@ -127,6 +143,28 @@ def demand(
         )
         work[int(request.arrival_s / bin_s)] += seconds / max(share, 0.01)
     return [(index * bin_s, work[index] / bin_s) for index in range(max(work) + 1)]
+
+
+def _lending_figures(lent: Lent) -> LendingFigures:
+    waits = lent.start_waits_s
+
+    def wait_s(share: float) -> float:
+        return waits[min(len(waits) - 1, int(share * len(waits)))] if waits else 0.0
+
+    return LendingFigures(
+        spare_gpu_hours=lent.spare_gpu_hours,
+        lent_gpu_hours=lent.lent_gpu_hours,
+        useful_gpu_hours=lent.useful_gpu_hours,
+        useful_share=lent.useful_share,
+        starting_gpu_hours=lent.starting_gpu_hours,
+        leaving_gpu_hours=lent.leaving_gpu_hours,
+        leases=lent.leases,
+        mean_lease_s=lent.mean_lease_s,
+        preemptions=lent.preemptions,
+        fenced=lent.fenced,
+        start_wait_s_p50=wait_s(0.50),
+        start_wait_s_p95=wait_s(0.95),
+    )
 
 
 def _ttft_percentiles(flights: Sequence[Flight]) -> Percentiles:

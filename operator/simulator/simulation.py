@@ -12,7 +12,10 @@ from math import inf
 from typing import Protocol
 
 from mizzen.operator.planning.signals import ReplicaState
-from mizzen.operator.simulator.fleet import Fleet, Hours, Lending, Member
+from mizzen.operator.simulator.arbiter import Arbiter, Lending
+from mizzen.operator.simulator.fleet import Fleet, Member
+from mizzen.operator.simulator.outcome import Moment, Outcome, ScaleEvent
+from mizzen.operator.simulator.pool import build_pool
 from mizzen.operator.simulator.replica import Flight
 from mizzen.operator.simulator.replica_profile import Profile
 from mizzen.operator.simulator.signals import ReplicaSample, Sample, View
@@ -60,40 +63,6 @@ class Setting:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ScaleEvent:
-    """The wanted number of replicas changed."""
-
-    at: float
-    before: int
-    after: int
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """One point of the plot."""
-
-    at: float
-    wanted: int
-    ready: int
-    starting: int
-    draining: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """All that happened."""
-
-    flights: list[Flight]
-    events: list[ScaleEvent]
-    moments: list[Moment]
-    itl_tokens: Counter[int]  # tokens by ITL in units of ITL_RESOLUTION_S
-    hours: Hours
-    leases: int
-    cut: int  # streams that a drain did not wait for
-    counted_s: float  # without the warm-up
-
-
 class RequestTooLargeError(ValueError):
     """A request fits no replica, however empty."""
 
@@ -104,8 +73,9 @@ class _Kind(IntEnum):
     RUN_ENDS = 0
     READY = 1
     DRAIN_ENDS = 2
-    SCRAPE = 3
-    DECIDE = 4
+    LOOK = 3
+    SCRAPE = 4
+    DECIDE = 5
 
 
 def simulate(requests: Sequence[Request], policy: Policy, setting: Setting) -> Outcome:
@@ -136,10 +106,20 @@ class _Simulation:
         self.setting = setting
         self.fleet = Fleet(
             setting.profile,
-            blocks=setting.max_replicas,
+            build_pool(replicas=setting.max_replicas, gpus=setting.profile.gpus),
             seed=setting.seed,
-            lending=setting.lending,
+            is_gated=setting.lending is not None,
             unstartable=setting.unstartable,
+        )
+        self.arbiter = (
+            Arbiter(
+                setting.lending,
+                self.fleet,
+                max_replicas=setting.max_replicas,
+                seed=setting.seed,
+            )
+            if setting.lending
+            else None
         )
         self.now = 0.0
         self.flights: list[Flight] = []
@@ -162,6 +142,7 @@ class _Simulation:
         self.fleet.begin(min(self.setting.initial_replicas, self.setting.max_replicas))
         self._push(0.0, _Kind.SCRAPE)
         self._push(self.policy.interval_s, _Kind.DECIDE)
+        self._await_look()
         arrivals = iter(self.requests)
         coming = next(arrivals, None)
         last_s = self.requests[-1].arrival_s
@@ -183,7 +164,7 @@ class _Simulation:
             moments=self.moments,
             itl_tokens=self.fleet.itl_tokens,
             hours=self.fleet.close(self.now, since=since),
-            leases=self.fleet.leases,
+            lent=self.arbiter.close(self.now, since=since) if self.arbiter else None,
             cut=self.cut,
             counted_s=self.now - since,
         )
@@ -205,6 +186,8 @@ class _Simulation:
             assert member is not None
             if member.gone_at is None:
                 self._cut_streams(member)
+        elif kind is _Kind.LOOK:
+            self._look()
         elif kind is _Kind.SCRAPE:
             self._scrape()
             self._push(self.now + self.policy.scrape_s, _Kind.SCRAPE)
@@ -280,11 +263,29 @@ class _Simulation:
     def _scale(self, wanted: int) -> None:
         draining = set(self.fleet.draining)
         for member in self.fleet.scale_to(wanted, self.now):
-            if member.start_s != inf:
-                self._push(self.now + member.start_s, _Kind.READY, member)
+            self._load(member)
+        if self.arbiter is not None and self.fleet.waiting:
+            self.arbiter.nudge(self.now)
+            self._await_look()
         for member in self.fleet.draining:
             if member not in draining:
                 self._push(self.now + self.setting.drain_s, _Kind.DRAIN_ENDS, member)
+
+    def _load(self, member: Member) -> None:
+        if member.load_s != inf:
+            self._push(self.now + member.load_s, _Kind.READY, member)
+
+    def _look(self) -> None:
+        # A nudge may have moved what this event was for to an earlier moment.
+        if self.arbiter is None or self.arbiter.wakes_at > self.now:
+            return
+        for member in self.arbiter.advance(self.now):
+            self._load(member)
+        self._await_look()
+
+    def _await_look(self) -> None:
+        if self.arbiter is not None:
+            self._push(self.arbiter.wakes_at, _Kind.LOOK)
 
     # --- what the policy sees and does --------------------------------------------------------
 

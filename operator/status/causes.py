@@ -12,7 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mizzen.operator.crds.common import Json
-from mizzen.operator.desired.labels import CAPACITY_GATE, WAITS_SINCE, gates_of
+from mizzen.operator.desired.labels import (
+    CAPACITY_GATE,
+    KUEUE_GATE,
+    KUEUE_MANAGED,
+    WAITS_SINCE,
+    gates_of,
+)
 from mizzen.operator.status.reasons import Reason, reason_or
 
 BAD_CONFIGURATION_EXIT_CODE = 42
@@ -47,6 +53,13 @@ _NO_DEVICES = Cause(
     Reason.WAITS_FOR_DEVICES,
     "The replica waits for devices that fine-tune jobs have borrowed and were asked to give back.",
     needs_change=False,
+)
+
+_NOT_TAKEN = Cause(
+    Reason.NOT_TAKEN_BY_KUEUE,
+    "Kueue has not taken the pods over, so it will never admit them. Switch its integration `pod` "
+    "on for this namespace (integrations.frameworks and managedJobsNamespaceSelector in its "
+    "configuration), then delete the pods: the job makes new ones.",
 )
 
 # Where several pods fail for several causes, the first of these is told.
@@ -170,8 +183,7 @@ def _ended_cause(status: Json) -> Cause:
 
 def _scheduling_cause(condition: Json, pod: Json) -> Cause | None:
     if condition.get("reason") == "SchedulingGated":
-        is_told = WAITS_SINCE in (pod.get("metadata", {}).get("annotations") or {})
-        return _NO_DEVICES if is_told and gates_of(pod) == [CAPACITY_GATE] else None
+        return _gate_cause(pod)
     message = str(condition.get("message") or "")
     if claim := _CLAIM_MISSING.search(message):
         namespace = pod.get("metadata", {}).get("namespace", "")
@@ -188,6 +200,15 @@ def _scheduling_cause(condition: Json, pod: Json) -> Cause | None:
             needs_change=False,
         )
     return Cause(Reason.UNSCHEDULABLE, _unschedulable(message), needs_change=False)
+
+
+def _gate_cause(pod: Json) -> Cause | None:
+    metadata = pod.get("metadata", {})
+    gates = gates_of(pod)
+    if KUEUE_GATE in gates and KUEUE_MANAGED not in (metadata.get("labels") or {}):
+        return _NOT_TAKEN
+    is_told = WAITS_SINCE in (metadata.get("annotations") or {})
+    return _NO_DEVICES if is_told and gates == [CAPACITY_GATE] else None
 
 
 def _unschedulable(message: str) -> str:

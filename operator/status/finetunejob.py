@@ -110,6 +110,8 @@ def next_phase(facts: JobFacts, previous: str) -> str:
             return "Yielding"
         case Start() | Queue() | WaitUntil():
             return "Pending"
+        case Dismiss() if facts.is_giving_back:
+            return "Yielding"
         case Watch() | Dismiss():
             return _running_phase(facts, previous)
         case Finish():

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mizzen.operator.planning.generations import (
-    AskToYield,
-    Fence,
     Finish,
     Queue,
     Rest,
     Watch,
 )
+from mizzen.operator.planning.lending import Wait
 from mizzen.operator.status.conditions import Condition, ConditionType
 from mizzen.operator.status.job_facts import (
     AT_WORK,
@@ -62,6 +61,8 @@ def _ready(facts: JobFacts, phase: str) -> Condition:
     if phase == "Failed" or facts.problem is not None:
         why = _why_stopped(facts)
         return Condition(ConditionType.READY, False, why.reason, why.message)
+    if isinstance(facts.step, Queue):
+        return _waits(ConditionType.READY, facts.step.wait)
     return Condition(ConditionType.READY, False, _reason_of(phase), _SENTENCES[phase])
 
 
@@ -86,9 +87,8 @@ def _accepted(facts: JobFacts) -> Condition:
 
 def _admitted(facts: JobFacts, phase: str) -> Condition:
     if isinstance(facts.step, Queue):
-        wait = facts.step.wait
-        return Condition(ConditionType.ADMITTED, False, Reason(wait.hold.value), wait.message)
-    if facts.lending and facts.lending.is_reclaimed and isinstance(facts.step, AskToYield | Fence):
+        return _waits(ConditionType.ADMITTED, facts.step.wait)
+    if facts.is_giving_back:
         return Condition(
             ConditionType.ADMITTED, False, Reason.YIELDED,
             "Its devices are needed elsewhere; it goes on from its last checkpoint once some are "
@@ -107,6 +107,10 @@ def _admitted(facts: JobFacts, phase: str) -> Condition:
         problem.reason if problem else Reason.PENDING,
         problem.message if problem else "The job waits for its pod to be placed.",
     )  # fmt: skip
+
+
+def _waits(type_: ConditionType, wait: Wait) -> Condition:
+    return Condition(type_, False, Reason(wait.hold.value), wait.message)
 
 
 def _running(facts: JobFacts, phase: str) -> Condition:

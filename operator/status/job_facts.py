@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mizzen.operator.planning.generations import Finish, Generation, Step
+from mizzen.operator.planning.generations import (
+    AskToYield,
+    Dismiss,
+    Fence,
+    Finish,
+    Generation,
+    Step,
+)
 from mizzen.operator.status.progress import Artifact, Progress
 from mizzen.operator.status.reasons import Reason
 
@@ -88,7 +95,13 @@ class JobFacts:
     copies: tuple[str, ...]  # of the artifact, as addresses
     has_suites: bool
     promotion: Promotion | None
-    lending: Lending | None = None  # of a job that asks for devices
+    lending: Lending | None = None  # of a job that asks for devices, or waits in a queue
+
+    @property
+    def is_giving_back(self) -> bool:
+        """Whether its pods are leaving since somebody needs what they hold."""
+        is_leaving = isinstance(self.step, AskToYield | Fence | Dismiss)
+        return is_leaving and self.lending is not None and self.lending.is_reclaimed
 
 
 def is_evaluation_failed(progress: Progress | None) -> bool:

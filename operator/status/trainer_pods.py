@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 from mizzen.operator.crds.common import Json
-from mizzen.operator.desired.labels import GENERATION, GROUP_SIZE, RANK, RESTARTS, TENSOR
+from mizzen.operator.desired.labels import (
+    GENERATION,
+    GROUP_SIZE,
+    KUEUE_STOPPED,
+    RANK,
+    RESTARTS,
+    TENSOR,
+)
 from mizzen.operator.planning.generations import (
     BAD_CONFIGURATION_EXIT_CODE,
     WORKER_LOST_EXIT_CODE,
@@ -132,9 +139,21 @@ def outcome_of(pod: Json) -> Outcome:
         for condition in status.get("conditions", [])
     )
     # The kubelet says so when it lost track, after a restart of the node.
-    if is_disrupted or terminated.get("reason") == "ContainerStatusUnknown":
+    if is_disrupted or stopped_at(pod) or terminated.get("reason") == "ContainerStatusUnknown":
         return Outcome.LOST
     return Outcome.CRASHED
+
+
+def stopped_at(pod: Json) -> str | None:
+    """Return when Kueue took the pod's quota back, None where it did not."""
+    return next(
+        (
+            str(condition["lastTransitionTime"])
+            for condition in pod.get("status", {}).get("conditions", [])
+            if condition["type"] == KUEUE_STOPPED and condition["status"] == "True"
+        ),
+        None,
+    )
 
 
 def _time(text: object) -> datetime | None:

@@ -124,6 +124,10 @@ class DraftModel:
         """Make every number in these KV blocks finite."""
         self._runner.scrub(blocks)
 
+    def unfilled_bytes(self) -> int:
+        """Return how much memory the KV cache will yet take."""
+        return self._runner.unfilled_bytes()
+
     def release(self) -> None:
         """Give back the memory of weights and KV cache until `wake`."""
         self._runner.release()

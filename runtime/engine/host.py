@@ -19,7 +19,10 @@ def cpu_count(root: Path = CGROUP) -> int:
 
 
 def memory_available_bytes(root: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Return how many bytes may still be allocated."""
+    """Return how many bytes may still be allocated.
+
+    The cgroup counts files that were read, too; those nobody has mapped make room when need be.
+    """
     free = _meminfo_available(meminfo)
     limit = _read_int(root / "memory.max") or _read_int(root / "memory/memory.limit_in_bytes")
     if limit is None or limit >= UNLIMITED_BYTES:
@@ -27,7 +30,18 @@ def memory_available_bytes(root: Path = CGROUP, meminfo: Path = Path("/proc/memi
     used = (
         _read_int(root / "memory.current") or _read_int(root / "memory/memory.usage_in_bytes") or 0
     )
-    return max(0, min(free, limit - used))
+    return max(0, min(free, limit - used + _read_files(root / "memory.stat")))
+
+
+def _read_files(stat: Path) -> int:
+    """Return the bytes of files that are kept only because there was room for them."""
+    try:
+        lines = (line.split() for line in stat.read_text().splitlines())
+        counts = {name: int(value) for name, value in lines}
+    except (OSError, ValueError):
+        return 0
+    kept = counts.get("active_file", 0) + counts.get("inactive_file", 0)
+    return max(0, kept - counts.get("file_mapped", 0))
 
 
 def _cpu_quota(root: Path) -> float | None:

@@ -43,7 +43,7 @@ def room_for_blocks(config: EngineConfig, decoder: Decoder, *, beside_bytes: int
         return int(config.kv_cache_gib * GIB) // config.ranks // block_bytes
     # Each GPU has memory of its own.
     sharing = config.ranks_per_pod if device.type == "cpu" else 1
-    return int(_free_bytes(device) * KV_SHARE[device.type]) // sharing // block_bytes
+    return int(free_bytes(device) * KV_SHARE[device.type]) // sharing // block_bytes
 
 
 def least_room(decoder: Decoder, room: int) -> int:
@@ -96,7 +96,8 @@ def _largest_block_bytes(config: EngineConfig, decoder: Decoder) -> int:
     return largest.block_bytes(decoder.place.dtype)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Return how much of a device's memory is free; of the host's, what this pod may still take."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return memory_available_bytes()

@@ -15,9 +15,16 @@ if TYPE_CHECKING:
 class Lender:
     """Knows the job that has the weights, or had them last. Its calls come one at a time."""
 
-    def __init__(self, is_wanted: Callable[[], bool]) -> None:
-        """Make one; `is_wanted` says whether somebody comes before a job, now."""
+    def __init__(
+        self, is_wanted: Callable[[], bool], *, spare_bytes: Callable[[], int], step_tokens: int
+    ) -> None:
+        """Make one; `is_wanted` says whether somebody comes before a job, now.
+
+        `spare_bytes` is the memory beside the model and its cache, for jobs and for the replica's
+        own steps of up to `step_tokens`.
+        """
         self._is_wanted = is_wanted
+        self._spare_bytes, self._step_tokens = spare_bytes, step_tokens
         self._loan: Loan | None = None
 
     def lend(self, job: str, decoder: Decoder, path: Path) -> LoanState:
@@ -38,7 +45,13 @@ class Lender:
                 return loan.state()
             if self.is_lent:
                 raise busy(f"The weights are lent to {loan.config.job} already.")
-        self._loan = loan = Loan(config, decoder, self._is_wanted)
+        self._loan = loan = Loan(
+            config,
+            decoder,
+            self._is_wanted,
+            spare_bytes=self._spare_bytes,
+            step_tokens=self._step_tokens,
+        )
         loan.start()
         return loan.state()
 

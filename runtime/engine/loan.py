@@ -61,12 +61,22 @@ class Loan:
     """One generation of one job, from its start to its end."""
 
     def __init__(
-        self, config: TrainConfig, decoder: Decoder, is_wanted: Callable[[], bool]
+        self,
+        config: TrainConfig,
+        decoder: Decoder,
+        is_wanted: Callable[[], bool],
+        *,
+        spare_bytes: Callable[[], int],
+        step_tokens: int,
     ) -> None:
-        """Prepare it; `is_wanted` says whether somebody else wants the weights."""
+        """Prepare it; `is_wanted` says whether somebody else wants the weights.
+
+        `spare_bytes` and `step_tokens` are those of `Resident`.
+        """
         self.config = config
         self._decoder: Decoder | None = decoder
         self._is_wanted = is_wanted
+        self._spare_bytes, self._step_tokens = spare_bytes, step_tokens
         self._stop = StopFlag()
         self._board = ProgressBoard(generation=config.generation)
         self._end: _End | None = None
@@ -123,13 +133,15 @@ class Loan:
         self._decoder = None
         gc.collect()  # what hooks hold on to is in circles, and the weights are among it
         give_back_freed()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # else the next job would find it taken
         self._ended_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self._end = end
         log.info("The loan to %s has ended: %s", self.config.job, end)
 
     def _train(self) -> _End:
         assert self._decoder is not None, "it runs once"
-        resident = Resident(self._decoder, self._give_way)
+        resident = Resident(self._decoder, self._give_way, self._spare, self._step_tokens)
         try:
             run_loan(self.config, resident, board=self._board, stop=self._stop)
         except YieldRequested:
@@ -142,6 +154,10 @@ class Loan:
             log.exception("A job on lent weights has failed.")
             return _End(EXIT_CRASH, message=f"{type(error).__name__}: {error}")
         return _End(EXIT_DONE)
+
+    def _spare(self) -> int:
+        give_back_freed()
+        return self._spare_bytes()
 
     def _give_way(self) -> None:
         assert self._decoder is not None, "it runs once"

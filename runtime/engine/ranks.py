@@ -14,7 +14,7 @@ from mizzen.runtime.engine.draft import DraftModel
 from mizzen.runtime.engine.errors import InvalidRequestError
 from mizzen.runtime.engine.graphs import graph_rows
 from mizzen.runtime.engine.heap import give_back_freed
-from mizzen.runtime.engine.kv_room import least_room, own_kv, room_for_blocks
+from mizzen.runtime.engine.kv_room import free_bytes, least_room, own_kv, room_for_blocks
 from mizzen.runtime.engine.runner import Runner
 from mizzen.runtime.engine.scheduler import Chunk
 from mizzen.runtime.engine.unknown import fill_unknown
@@ -76,6 +76,12 @@ class ModelRanks:
     def resident(self) -> Decoder:
         """Return the served weights, for what is computed beside the steps of a whole model."""
         return self._runner.decoder
+
+    def spare_bytes(self) -> int:
+        """Return the memory that is left beside what the models hold and their caches may fill."""
+        caches = [self._runner, self._draft] if self._draft is not None else [self._runner]
+        unfilled = sum(model.unfilled_bytes() for model in caches)
+        return max(0, free_bytes(self._place.device) - unfilled)
 
     def warm_up(self, step: StepInput) -> None:
         """Compute a step on the block nobody reads, with every model there is."""

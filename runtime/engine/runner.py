@@ -10,7 +10,7 @@ from mizzen.runtime.attention.select import paged_attention
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.graphs import CudaCapture, DecodeGraphs
 from mizzen.runtime.engine.heap import give_back_freed
-from mizzen.runtime.engine.memory import zeros_when_touched
+from mizzen.runtime.engine.memory import untouched_bytes, zeros_when_touched
 from mizzen.runtime.engine.unknown import fill_unknown
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.lora import Adapter, LoraBatch, LoraSlots
@@ -54,6 +54,11 @@ class Runner:
     def adapter_of(self, slot: int, tokens: int) -> LoraBatch | None:
         """Return what a slot's adapter adds to so many tokens; None for the base model."""
         return self._lora.batch([slot], [tokens])
+
+    def unfilled_bytes(self) -> int:
+        """Return what the KV cache will yet take: on a CPU it is held only where it is used."""
+        cache = self._cache
+        return untouched_bytes(cache) if cache is not None and cache.device.type == "cpu" else 0
 
     def release(self) -> None:
         """Give back the memory of weights and KV cache until `use`."""

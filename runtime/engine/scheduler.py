@@ -22,6 +22,11 @@ from mizzen.runtime.engine.speculation import MAX_RUNNING, Guesser
 
 ORDER = attrgetter("order")
 RETRY_MIN_S, RETRY_MAX_S = 1.0, 60.0
+# How much larger pieces of prompts are for each further prompt per running stream. In large pieces
+# or small, prompts cost the streams the same in all: small ones spread it, and whoever waits pays
+# for that. 32 prompts at once on two cores, SmolLM2-135M: 637, 716 and 775 tokens a second with 0,
+# 4 and 8.
+CROWD = 8.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +34,7 @@ class Limits:
     """What the scheduler must never exceed."""
 
     step_tokens: int
-    beside_decodes: int  # a prompt's tokens in a step in which others decode: `tokens_worth`
+    beside_decodes: int  # a lone prompt's tokens in a step in which others decode: `_budget`
     even_context: int | None  # where attention costs a token what its products do
     max_running: int
     model_len: int
@@ -214,8 +219,10 @@ class Scheduler:
         decoding = sum(1 for seq in self.running if seq.length - seq.planned == 1)
         if not decoding:
             return limits.step_tokens
+        waiting = len(prompts) + min(len(self.waiting), len(self._rows))
+        crowd = 1 + CROWD * max(0, waiting - 1) / decoding
         beside = tokens_worth(
-            limits.beside_decodes,
+            limits.beside_decodes * crowd,
             context=max((seq.planned for seq in prompts), default=0),
             even_context=limits.even_context,
         )

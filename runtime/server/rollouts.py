@@ -118,6 +118,20 @@ class Rollouts:
             self._ends[origin.job] = asyncio.create_task(self._forget_unused(origin.job))
         return name
 
+    async def give_back(self, job: str) -> str | None:
+        """Answer for this job no more; return the name of the policy it had, None if it had none.
+
+        Raises:
+            ApiError: the engine is gone.
+        """
+        async with self._service.change_lock:
+            name = policy.name if (policy := self._policies.get(job)) else None
+            try:
+                await self._withdraw(job)
+            except MizzenError as error:
+                raise to_api_error(error) from error
+        return name
+
     async def draw(self, asked: DrawRequest) -> list[dict[str, object]]:
         """Return the policy's answer to each prompt, with the probability that each token had.
 
@@ -211,6 +225,7 @@ def rollout_routes(service: Service) -> list[GuardedRoute]:
     rollouts = Rollouts(service)
     return [
         GuardedRoute("POST", "/rollouts/policy", partial(_push, rollouts), Access.ADMIN),
+        GuardedRoute("DELETE", "/rollouts/policy", partial(_give_back, rollouts), Access.ADMIN),
         GuardedRoute(
             "POST", "/rollouts", partial(_draw, service, rollouts), Access.ADMIN, body=DrawRequest
         ),
@@ -221,6 +236,14 @@ async def _push(rollouts: Rollouts, request: Request) -> ASGIApp:
     """Take a policy in training: a zip of PEFT's two files and policy.json, which says of what."""
     body = await read_body(request, limit=_POLICY_BYTES)
     return json_response({"policy": await rollouts.take(body)})
+
+
+async def _give_back(rollouts: Rollouts, request: Request) -> ASGIApp:
+    """Forget the policy of the job that the query names: its trainer has ended."""
+    job = request.query_params.get("job")
+    if not job:
+        raise invalid("job", "Name the job whose policy is to be forgotten, as in ?job=team/tune.")
+    return json_response({"policy": await rollouts.give_back(job)})
 
 
 async def _draw(service: Service, rollouts: Rollouts, request: Request) -> ASGIApp:

@@ -215,6 +215,31 @@ class TrainingDoesNotFitError(JobError):
         )
 
 
+class LoanDoesNotFitError(JobError):
+    """A step is more than the memory that the replica has left."""
+
+    reason = "TrainingDoesNotFit"
+
+    def __init__(
+        self,
+        *,
+        adapter_bytes: int,
+        step_bytes: int,
+        tokens: int,
+        spare_bytes: int,
+        limit_bytes: int,
+    ) -> None:
+        adapter_mib, step_mib = -(-adapter_bytes // 2**20), -(-step_bytes // 2**20)
+        super().__init__(
+            f"The loan needs {adapter_mib} MiB for its adapter with gradients and optimizer + "
+            f"{step_mib} MiB for a step with one sample of {tokens} tokens = "
+            f"{adapter_mib + step_mib} MiB, and of the replica's {limit_bytes >> 20} MiB its "
+            f"weights, KV cache and own steps leave {spare_bytes >> 20}. Lower "
+            "processing.maxSeqLen or adaptation.rank, give the deployment's replicas more memory "
+            "or a smaller KV cache, or leave mode: Loan out."
+        )
+
+
 class TrainerHangsError(MizzenError):
     """No micro-batch ended for a long time; a new process may fare better."""
 

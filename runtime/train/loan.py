@@ -6,11 +6,14 @@ the base is lent, so what would need another model, another process or another k
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import find_checkpoint
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.giving_way import GivingWayRenderer
 from mizzen.runtime.train.job import conclude, fingerprint, read_data
+from mizzen.runtime.train.loan_memory import fit_loan
 from mizzen.runtime.train.methods.registry import build_method
 from mizzen.runtime.train.progress import ProgressBoard
 from mizzen.runtime.train.stop import StopFlag
@@ -26,6 +29,7 @@ def run_loan(
 
     Raises:
         YieldRequested: somebody asked to stop; the last whole step is committed.
+        LoanDoesNotFitError: its steps are more than the replica has left.
         MizzenError: the job cannot go on; the message says what to change.
     """
     decoder = resident.decoder
@@ -41,6 +45,13 @@ def run_loan(
     renderer = GivingWayRenderer(around.tokenizer, resident.give_way)
     data = read_data(config, renderer, board, method.shape, decoder.spec.max_len)
     mark = fingerprint(config, data)
+    around = replace(around, config=_running(config, fit_loan(config, resident, method, data)))
     work = Training(around, method, data, fingerprint=mark, board=board, workers=Workers())
     verdicts = work.run()
     conclude(config, work, verdicts, board)
+
+
+def _running(config: TrainConfig, at_once: int) -> TrainConfig:
+    """Return the same job with so many samples at once, which no checkpoint minds."""
+    hyper = config.hyperparameters.model_copy(update={"micro_batch": at_once})
+    return config.model_copy(update={"hyperparameters": hyper})

@@ -25,11 +25,15 @@ class Stage:
 class Resident:
     """The weights of a replica that serves, lent to a job while nobody asks.
 
-    `give_way` returns once nobody does, or raises `YieldRequested`.
+    `give_way` returns once nobody does, or raises `YieldRequested`. `spare_bytes` returns what is
+    left of the replica's memory beside its models and full caches, for the job and for a step of
+    the replica's own.
     """
 
     decoder: Decoder
     give_way: Callable[[], None]
+    spare_bytes: Callable[[], int]
+    step_tokens: int  # of the replica's own largest step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,6 +136,12 @@ class Training:
         Raises:
             YieldRequested: somebody asked to stop; everything is committed.
         """
+        try:
+            return self._run()
+        finally:
+            self._method.close()
+
+    def _run(self) -> list[Verdict]:
         adapted, examination = self._adapted, self._examination
         loop: Loop | None = None
         try:

@@ -1,6 +1,6 @@
 """One API server for all tests of this folder; each test gets a namespace of its own."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pytest
 
 from hack.cluster.api_only import ApiCluster
 from hack.prometheus import NoPrometheusError, prometheus_binary
+from tests.fixtures.job_scene import Scene, open_scene
 
 CRDS = "manifests/crds"
 _numbers = count(1)
@@ -31,6 +32,13 @@ def namespace(cluster: ApiCluster) -> Iterator[str]:
     cluster.wait_for_service_account(name)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+async def scene(cluster: ApiCluster, namespace: str, tmp_path: Path) -> AsyncIterator[Scene]:
+    """One job in a namespace of its own, looked at as often as a test says."""
+    async with open_scene(cluster, namespace, tmp_path) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

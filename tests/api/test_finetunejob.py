@@ -1,30 +1,16 @@
 """A job's life on a real API server: its pods' ends are played by hand, everything else is real."""
 
 import json
-from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
-from kubernetes.aio.config import kube_config
 
-from hack.cluster.api_only import ApiCluster
-from mizzen.operator.config import OperatorConfig
-from mizzen.operator.controllers.finetunejob import reconcile
-from mizzen.operator.engine.key import Key
-from mizzen.operator.handlers import FOLLOWED
-from mizzen.operator.kube.connect import open_client
-from mizzen.operator.kube.relist import relist
-from mizzen.operator.kube.transport import HttpTransport
-from mizzen.operator.main import Parts, assemble
-from mizzen.operator.status.progress import Progress, parse_progress
+from mizzen.operator.status.progress import parse_progress
+from tests.fixtures.job_scene import DATA, NOW, Document, Scene, condition, job
 
 pytestmark = pytest.mark.api
 
-Document = dict[str, Any]
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
 DONE = {
     "phase": "Succeeded", "step": 40, "totalSteps": 40, "loss": 1.5, "generation": 1,
     "evaluation": [{"suite": "holdout", "base": 10.0, "candidate": 8.0,
@@ -37,108 +23,6 @@ REGRESSED = DONE | {
     "evaluation": [{"suite": "holdout", "base": 10.0, "candidate": 12.0,
                     "regressionRatio": 0.2, "passed": False}],
 }  # fmt: skip
-
-
-class SilentTrainers:
-    """Plays trainers that cannot be reached; keeps whom it was to ask."""
-
-    def __init__(self, progress: Progress | None = None) -> None:
-        self.asked_to_yield: list[str] = []
-        self.reported = progress
-        self.hear = True
-
-    async def progress(self, pod_ip: str) -> Progress | None:
-        return self.reported
-
-    async def ask_to_yield(self, pod_ip: str, *, deadline_s: int) -> bool:
-        self.asked_to_yield.append(pod_ip)
-        return self.hear
-
-
-class Scene:
-    """One job in one namespace, looked at as often as a test says."""
-
-    def __init__(self, cluster: ApiCluster, namespace: str, parts: Parts) -> None:
-        self.cluster = cluster
-        self.namespace = namespace
-        self.trainers = SilentTrainers()
-        self.parts = replace(parts, facts=replace(parts.facts, trainers=self.trainers))
-        self.now = NOW
-
-    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
-        return self.cluster.kubectl("-n", self.namespace, *arguments, stdin=stdin)
-
-    def apply(self, document: Document) -> None:
-        self.kubectl("apply", "-f", "-", stdin=json.dumps(document))
-
-    async def look(self, times: int = 1) -> Document:
-        """Reconcile; return the status as the API server has it."""
-        for _ in range(times):
-            await relist(self.parts.kube, FOLLOWED)
-            key = Key("finetunejob", self.namespace, "support")
-            await reconcile(key, kube=self.parts.kube, facts=self.parts.facts, now=self.now)
-        found = json.loads(self.kubectl("get", "ftj", "support", "-o", "json"))
-        return found.get("status", {})
-
-    def pods(self) -> list[str]:
-        listed = self.kubectl("get", "pods", "-o", "jsonpath={.items[*].metadata.name}")
-        return sorted(listed.split())
-
-    def play(self, pod: str, phase: str, **container: Any) -> None:
-        """Have the kubelet say that the pod is in this phase."""
-        # The claim has no volume, so no scheduler or kubelet ever touches the pod meanwhile.
-        status: Document = {"phase": phase, "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}]}
-        if container:
-            status["containerStatuses"] = [
-                {"name": "trainer", "image": "r", "imageID": "r", "ready": False,
-                 "restartCount": 0, "state": {"terminated": container}}
-            ]  # fmt: skip
-        self.kubectl("patch", "pod", pod, "--subresource=status", "--type=merge",
-                     "-p", json.dumps({"status": status}))  # fmt: skip
-
-
-def job(**spec: Any) -> Document:
-    return {
-        "apiVersion": "mizzen.dev/v1alpha1",
-        "kind": "FineTuneJob",
-        "metadata": {"name": "support"},
-        "spec": {
-            "baseModel": {"source": "pvc://models/smollm2"},
-            "dataset": [{"name": "tickets", "uri": "configMap://tickets/data.jsonl"}],
-            "evaluation": {"suites": [{"name": "holdout"}]},
-            "failure": {"backoffLimit": 1},
-        }
-        | spec,
-    }
-
-
-CLAIM = {
-    "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "models"},
-    "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}},
-             "storageClassName": ""},
-}  # fmt: skip
-DATA = {
-    "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "tickets"},
-    "data": {"data.jsonl": "{}"},
-}  # fmt: skip
-
-
-@pytest.fixture
-async def scene(
-    cluster: ApiCluster, namespace: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> AsyncIterator[Scene]:
-    # The client library reads KUBECONFIG once, when it is imported.
-    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(cluster.kubeconfig))
-    config = OperatorConfig(namespace=namespace, admin_token_file=tmp_path / "token")
-    async with await open_client() as client:
-        made = Scene(cluster, namespace, assemble(config, HttpTransport(client)))
-        made.apply(DATA)
-        made.apply(CLAIM)
-        yield made
-
-
-def condition(status: Document, type_: str) -> Document:
-    return next(entry for entry in status["conditions"] if entry["type"] == type_)
 
 
 async def test_a_job_trains_and_succeeds(scene: Scene) -> None:

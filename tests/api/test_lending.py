@@ -7,10 +7,8 @@ asked is kept, and a test says when and how they end.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -19,8 +17,13 @@ import yaml
 from hack.cluster import fake_nodes
 from hack.cluster.api_only import ApiCluster
 from mizzen.operator.desired import labels
-from mizzen.operator.status.progress import Progress, parse_progress
-from mizzen.operator.trainers import TrainerClient
+from mizzen.operator.planning import generations
+from tests.fixtures.played_trainers import (
+    PlayedTrainers,
+    claim_with_volume,
+    wait_until,
+    yielded,
+)
 from tests.fixtures.running_operator import RunningOperator, installation
 from tests.fixtures.serving_world import FakeRuntimes
 
@@ -32,21 +35,6 @@ NODE = "lender"
 DEVICES = 4
 TAINT = {"key": "lending", "value": "only", "effect": "NoSchedule"}
 Json = dict[str, Any]
-
-
-class PlayedTrainers(TrainerClient):
-    """Trainers that are at work and hear everything; keeps whom it was to ask."""
-
-    def __init__(self) -> None:
-        super().__init__(Path("/nowhere"))
-        self.asked_to_yield: list[str] = []
-
-    async def progress(self, pod_ip: str) -> Progress | None:
-        return parse_progress({"phase": "Running", "step": 3, "totalSteps": 40})
-
-    async def ask_to_yield(self, pod_ip: str, *, deadline_s: int) -> bool:
-        self.asked_to_yield.append(pod_ip)
-        return True
 
 
 @pytest.fixture(scope="module")
@@ -148,14 +136,8 @@ class Team:
 
     def yield_now(self, pod: str) -> None:
         """Have the trainer commit a checkpoint and leave."""
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        words = {"phase": "Running", "step": 7, "checkpoint": {"step": 7, "committedAt": now}}
-        ended = {"exitCode": 75, "message": json.dumps(words), "startedAt": now, "finishedAt": now}
-        container = {"name": "trainer", "image": "r", "imageID": "r", "ready": False,
-                     "restartCount": 0, "state": {"terminated": ended}}  # fmt: skip
-        status = {"phase": "Failed", "containerStatuses": [container]}
         self.kubectl("patch", "pod", pod, "--subresource=status", "--type=merge",
-                     "-p", json.dumps({"status": status}))  # fmt: skip
+                     "-p", json.dumps({"status": yielded()}))  # fmt: skip
 
 
 @pytest.fixture
@@ -169,7 +151,7 @@ def team(
     node["spec"]["taints"] = [TAINT]
     cluster.kube.create("/api/v1/nodes", node)
     volume = f"models-{namespace}"
-    for document in _claim_with_volume(volume):
+    for document in claim_with_volume(volume):
         made.apply(document)
     yield made
     made.kubectl("delete", "llmd,ftj", "--all")
@@ -182,31 +164,6 @@ def team(
 def _resource(kind: str, name: str, spec: Json) -> Json:
     metadata = {"name": name}
     return {"apiVersion": "mizzen.dev/v1alpha1", "kind": kind, "metadata": metadata, "spec": spec}
-
-
-def _claim_with_volume(volume: str) -> list[Json]:
-    """Return a claim and its volume: pods of a claim without one are never placed."""
-    size, modes = {"storage": "1Gi"}, ["ReadWriteMany"]
-    return [
-        {
-            "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": volume},
-            "spec": {"capacity": size, "accessModes": modes, "hostPath": {"path": "/nowhere"},
-                     "storageClassName": ""},
-        },
-        {
-            "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "models"},
-            "spec": {"accessModes": modes, "resources": {"requests": size},
-                     "storageClassName": "", "volumeName": volume},
-        },
-    ]  # fmt: skip
-
-
-def wait_until(is_true: Callable[[], bool], *, timeout_s: float = 500) -> None:
-    """Wait for a state that must come; the limit only ends a broken run."""
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.3)
 
 
 def test_a_borrower_leaves_for_a_replica_and_comes_back_when_it_is_gone(team: Team) -> None:
@@ -241,13 +198,40 @@ def test_a_borrower_leaves_for_a_replica_and_comes_back_when_it_is_gone(team: Te
 def test_a_gang_waits_until_there_is_room_for_all_of_it(team: Team) -> None:
     team.serve(1)
     wait_until(lambda: team.is_serving(1))
-    team.train(2, workers={"max": 2})
+    team.train(2, workers={"min": 2, "max": 2})
     wait_until(lambda: team.admitted() == ("False", "NoSpareCapacity"))
     assert team.pods(labels.ROLE_TRAINER) == {}, "one of the two would have had room"
 
     team.serve(0)
     wait_until(lambda: team.is_training("tune-g1-0") and team.is_training("tune-g1-1"))
     wait_until(lambda: team.admitted()[0] == "True")
+
+
+def test_an_elastic_gang_starts_with_what_there_is_shrinks_for_a_replica_and_grows_again(
+    team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    team.serve(1)
+    wait_until(lambda: team.is_serving(1))
+    lends = {"enabled": True, "yieldWithinSeconds": 300}
+    team.train(1, workers={"min": 1, "max": 4}, spareCapacity=lends)
+    wait_until(lambda: all(team.is_training(f"tune-g1-{rank}") for rank in range(3)))
+    assert team.status("ftj", "tune")["workers"] == 3
+
+    team.serve(2)
+    wait_until(lambda: team.is_asked("tune-g1-0"))
+    team.yield_now("tune-g1-0")  # the operator has the others follow
+    wait_until(lambda: team.is_serving(2))
+    wait_until(lambda: team.is_training("tune-g2-0") and team.is_training("tune-g2-1"))
+    assert "tune-g2-2" not in team.pods(labels.ROLE_TRAINER)
+
+    team.serve(0)
+    wait_until(lambda: len(team.pods(labels.ROLE_RUNTIME)) == 0)
+    assert not team.is_asked("tune-g2-0"), "so short a run is not ended for more room"
+    monkeypatch.setattr(generations, "RESIZE_EVERY", timedelta(0))
+    wait_until(lambda: team.is_asked("tune-g2-0"))
+    team.yield_now("tune-g2-0")
+    wait_until(lambda: all(team.is_training(f"tune-g3-{rank}") for rank in range(4)))
+    assert team.status("ftj", "tune")["lending"]["preemptions"] == 1
 
 
 def test_a_borrower_that_does_not_leave_is_ended_and_borrows_no_more(team: Team) -> None:

@@ -10,15 +10,13 @@ from typer.testing import CliRunner
 
 from mizzen.cli.commands import app
 from mizzen.operator.simulator.experiment import best_static, run_policy
-from mizzen.operator.simulator.fleet import Lending
+from mizzen.operator.simulator.outcome import Moment, Outcome, ScaleEvent
 from mizzen.operator.simulator.plot import turning_points
 from mizzen.operator.simulator.replica_profile import Profile, StartUp
-from mizzen.operator.simulator.report import ScaleEvent, build_report, count_reversals, demand
+from mizzen.operator.simulator.report import build_report, count_reversals, demand
 from mizzen.operator.simulator.signals import View
 from mizzen.operator.simulator.simulation import (
-    Moment,
     Objective,
-    Outcome,
     RequestTooLargeError,
     Setting,
     simulate,
@@ -107,15 +105,6 @@ def test_requests_are_held_from_zero_until_a_replica_is_ready() -> None:
     outcome, _ = run({0: 0, 30: 1}, setting)
     assert outcome.flights[0].ttft_s == pytest.approx(80, abs=1)
     assert outcome.flights[-1].ttft_s < 1
-
-
-def test_idle_gpus_are_lent_after_a_while_and_their_return_delays_a_start() -> None:
-    setting = replace(SETTING, max_replicas=2, lending=Lending(give_back_s=20, settle_s=60))
-    outcome, script = run({0: 1, 160: 2}, setting)
-    assert outcome.hours.lent == pytest.approx(100 / 3600)
-    assert outcome.hours.lent_useful == pytest.approx(40 / 3600)
-    became_ready = next(now for now, ready, _, _, _ in script.views if ready == 2)
-    assert became_ready == 160 + 20 + 50
 
 
 def test_the_pool_bounds_what_can_start_while_draining_replicas_hold_their_gpus() -> None:

@@ -283,10 +283,13 @@ def test_a_queue_s_pods_are_one_group_to_kueue_and_nothing_is_asked_of_our_arbit
     queued = job(queue="research", workers={"max": 2}, resources=GPU)
     for rank in (0, 1):
         worker = Worker(generation=3, workers=2, rank=rank)
-        metadata = build_trainer_pod(queued, worker, image="r:1", pull_policy="Never")["metadata"]
+        pod = build_trainer_pod(queued, worker, image="r:1", pull_policy="Never")
+        metadata = pod["metadata"]
         assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "research"
         assert metadata["labels"]["kueue.x-k8s.io/pod-group-name"] == "support-g3"
         assert metadata["annotations"]["kueue.x-k8s.io/pod-group-total-count"] == "2"
+        assert metadata["annotations"]["kueue.x-k8s.io/retriable-in-group"] == "false"
+        assert pod["spec"]["schedulingGates"] == [{"name": "kueue.x-k8s.io/admission"}]
     resource = {"metadata": {"creationTimestamp": "2026-09-01T12:00:00Z"}}
     assert request_of(resource, queued, made=[]) is None
     ours = request_of(resource, job(workers={"max": 2}, resources=GPU), made=[])

@@ -9,6 +9,7 @@ import torch
 from mizzen.runtime.engine.batch import StepInput, dummy_step
 from mizzen.runtime.engine.heap import Rest, give_back_freed
 from mizzen.runtime.engine.host import cpu_count, memory_available_bytes
+from mizzen.runtime.engine.memory import untouched_bytes, zeros_when_touched
 from mizzen.runtime.engine.wire import Allocate, Clear, Load, decode, encode
 
 
@@ -66,8 +67,18 @@ def test_memory_is_what_the_cgroup_still_allows(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("4096000")
     (tmp_path / "memory.current").write_text("1096000")
     assert memory_available_bytes(tmp_path, meminfo) == 3_000_000
+    stat = "anon 500000\nactive_file 200000\ninactive_file 300000\nfile_mapped 100000\n"
+    (tmp_path / "memory.stat").write_text(stat)
+    assert memory_available_bytes(tmp_path, meminfo) == 3_400_000, "files that were read may go"
     (tmp_path / "memory.max").write_text("max")
     assert memory_available_bytes(tmp_path, meminfo) == 8000 * 1024
+
+
+def test_only_what_was_written_of_a_cache_is_held() -> None:
+    cache = zeros_when_touched((64, 1 << 20), torch.uint8)
+    assert untouched_bytes(cache) == pytest.approx(64 << 20, abs=4 << 20)
+    cache[:32] = 1
+    assert untouched_bytes(cache) == pytest.approx(32 << 20, abs=4 << 20)
 
 
 def anonymous_bytes() -> int:

@@ -9,17 +9,20 @@ import pytest
 from mizzen.operator.controllers.finetunejob import progress_of
 from mizzen.operator.planning.generations import (
     AskToYield,
+    Dismiss,
     Finish,
     Generation,
     GiveUp,
     Outcome,
+    Queue,
     Rest,
     Start,
     WaitUntil,
     Watch,
 )
+from mizzen.operator.planning.lending import Hold, Wait
 from mizzen.operator.status.finetunejob import for_people, has_ended, next_status
-from mizzen.operator.status.job_facts import JobFacts, Problem, Promotion
+from mizzen.operator.status.job_facts import JobFacts, Lending, Problem, Promotion
 from mizzen.operator.status.progress import Progress, parse_progress
 from mizzen.operator.status.reasons import Reason
 
@@ -58,6 +61,11 @@ CASES = {
     ),
     "suspending yields first": (
         replace(BASE, step=AskToYield(), is_suspended=True), "Yielding", {"Suspended": "False"},
+    ),
+    "workers that give back what they hold yield until the last of them has left": (
+        replace(BASE, step=Dismiss(), newest=Generation(1, Outcome.ENDING),
+                lending=Lending(is_reclaimed=True)),
+        "Yielding", {"Admitted": "False", "Running": "True"},
     ),
     "then rests": (
         replace(BASE, step=Rest(), newest=Generation(1, Outcome.YIELDED), is_suspended=True),
@@ -124,6 +132,13 @@ def test_next_status(facts: JobFacts, phase: str, conditions: dict[str, str]) ->
 def test_the_same_facts_write_the_same_status(facts: JobFacts) -> None:
     first = next_status({}, facts, generation=1, now=NOW)
     assert next_status(first, facts, generation=1, now=NOW + timedelta(hours=1)) == first
+
+
+def test_what_a_job_waits_for_is_its_reason_not_to_be_ready() -> None:
+    wait = Wait(Hold.NO_ROOM, "No node has room.")
+    status = next_status({}, replace(BASE, step=Queue(wait)), generation=1, now=NOW)
+    ready = next(entry for entry in status["conditions"] if entry["type"] == "Ready")
+    assert (ready["reason"], ready["message"]) == ("NoSpareCapacity", wait.message)
 
 
 MESSAGES = {

@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mizzen.operator.planning.lending import Decision, Hold, QueuedJob, Snapshot, Want, lend
+from mizzen.operator.planning.lending import (
+    Decision,
+    Hold,
+    QueuedJob,
+    Snapshot,
+    Want,
+    lend,
+    reserved_blocks,
+)
 from mizzen.operator.planning.placement import Gang, freed, place
 from mizzen.operator.planning.preemption import MIN_RUN, Lease, choose_victims
 
@@ -24,6 +32,9 @@ gangs = st.builds(
     pods=st.integers(1, 3),
     devices=st.integers(1, 4),
     nodes=st.none() | st.frozensets(st.sampled_from(NODES), min_size=1),
+)
+elastic = st.sampled_from(
+    [{}, {"least_pods": 1}, {"least_pods": 1, "is_running": True}]  # the last one has some already
 )
 moments = st.integers(0, 400).map(lambda minutes: NOW - timedelta(minutes=minutes))
 
@@ -68,6 +79,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             is_spare=draw(st.booleans()),
             priority=draw(st.integers(-1, 1)),
             preemptions=draw(st.integers(0, 2)),
+            **draw(elastic),
         )
         for n in range(draw(st.integers(0, 4)))
     )
@@ -125,9 +137,10 @@ def test_a_gang_is_placed_whole_and_where_it_may_go(snapshot: Snapshot) -> None:
     decision = lend(snapshot, now=NOW)
     for job in snapshot.queue:
         nodes = decision.admit.get(job.job)
-        assert (nodes is None) == (job.job in decision.waits)
+        if not job.is_running:
+            assert (nodes is None) == (job.job in decision.waits)
         if nodes is not None:
-            assert len(nodes) == job.gang.pods
+            assert job.least.pods <= len(nodes) <= job.gang.pods
             assert job.gang.nodes is None or set(nodes) <= job.gang.nodes
 
 
@@ -228,6 +241,21 @@ def test_a_replica_without_room_takes_back_the_cheapest_lease_and_waits_for_it()
     assert decision.let_in == {}
 
 
+def test_small_jobs_leave_before_a_large_one_that_would_lose_more_and_not_otherwise() -> None:
+    large = lease("large", 4)
+    small = (lease("one"), lease("two"))
+    snapshot = cluster(
+        capacity={"a": 4, "b": 2},
+        held={"a": 4, "b": 2},
+        wants=(want(devices=2),),
+        leases=(large, *(replace(job, devices={"b": 1}) for job in small)),
+    )
+    assert lend(snapshot, now=NOW).reclaim == {"one": "chat", "two": "chat"}
+    long_unsaved = (replace(job, devices={"b": 1}, unsaved_s=200.0) for job in small)
+    dearer = replace(snapshot, leases=(large, *long_unsaved))
+    assert lend(dearer, now=NOW).reclaim == {"large": "chat"}
+
+
 def test_nobody_is_asked_twice_while_a_job_is_on_its_way_out() -> None:
     leases = (lease("leaving", is_leaving=True), lease("stays"))
     decision = lend(cluster(wants=(want(),), leases=leases), now=NOW)
@@ -259,6 +287,14 @@ def test_the_reserve_is_not_lent() -> None:
     decision = lend(snapshot, now=NOW)
     assert list(decision.admit) == ["one"]
     assert "no node can spare that now" in decision.waits["two"].message
+
+
+@pytest.mark.parametrize(("there", "blocks"), [(0, 2), (2, 2), (3, 1), (4, 0), (5, 0)])
+def test_nothing_is_reserved_beyond_the_replicas_a_deployment_may_have(
+    there: int, blocks: int
+) -> None:
+    gang = Gang(1, 2)
+    assert reserved_blocks(gang, reserve=2, most=4, there=there) == (gang,) * blocks
 
 
 def test_a_guaranteed_job_goes_before_and_takes_from_one_that_lends() -> None:

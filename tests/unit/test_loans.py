@@ -6,14 +6,23 @@ import json
 import os
 import weakref
 from collections.abc import AsyncIterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from torch.profiler import ProfilerActivity, profile
 
 from mizzen.runtime.engine import loan
 from mizzen.runtime.engine.errors import EngineDeadError
 from mizzen.runtime.engine.loan import Loan
+from mizzen.runtime.train import loan_memory
+from mizzen.runtime.train.adaptation import build_lora
+from mizzen.runtime.train.config import load_config
+from mizzen.runtime.train.methods.sft import Sft
+from mizzen.runtime.train.samples import Sample
+from mizzen.runtime.train.surroundings import Resident
 from tests.fixtures import train_runs
 from tests.fixtures.runtime_server import Running, begin_answer, eventually, running_tiny_model
 from tests.fixtures.train_runs import Job, assert_same_curve, read_curve
@@ -304,6 +313,71 @@ async def test_a_fault_of_ours_is_told_and_leaves_the_replica_at_work(
     state = await wait_for_end(running)
     assert (state["exitCode"], state["message"]) == (1, "ZeroDivisionError: by zero")
     assert len(await text(running, max_tokens=2)) > 0
+
+
+async def test_a_job_that_does_not_fit_beside_what_the_replica_holds_is_refused_with_the_arithmetic(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running.service.engine._lender, "_spare_bytes", lambda: 3 << 20)
+    await lend(running, write_loan(running))
+    state = await wait_for_end(running)
+    assert (state["exitCode"], state["reason"]) == (42, "TrainingDoesNotFit")
+    assert state["message"].startswith("The loan needs 1 MiB for its adapter with gradients")
+    assert "KV cache and own steps leave" in state["message"]
+    assert "Lower processing.maxSeqLen or adaptation.rank" in state["message"]
+    assert len(await text(running, max_tokens=2)) > 0
+
+
+async def test_fewer_samples_run_at_once_where_only_those_fit(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = {"hyperparameters": {"micro_batch": 4}}
+    free, tight = write_loan(running, "free", **wide), write_loan(running, "tight", **wide)
+    await lend(running, free)
+    assert (await wait_for_end(running))["exitCode"] == 0
+    seen = []
+    real = loan_memory._step_bytes
+
+    def step_bytes(kept: Any, decoder: Any, lens: list[int]) -> int:
+        seen.append(len(lens))
+        return real(kept, decoder, lens) if len(lens) == 1 else 1 << 60
+
+    monkeypatch.setattr(loan_memory, "_step_bytes", step_bytes)
+    await lend(running, tight)
+    assert (await wait_for_end(running))["exitCode"] == 0
+    assert seen == [4, 2, 1]
+    assert_same_curve(read_curve(tight), read_curve(free))
+
+
+async def test_the_estimate_of_a_step_is_what_torch_holds_and_a_little_more(
+    running: Running,
+) -> None:
+    config = load_config(write_loan(running).config_path)
+    decoder = running.service.engine._ranks.resident()
+    resident = Resident(decoder, lambda: None, spare_bytes=lambda: 0, step_tokens=0)
+    kept = loan_memory.watch_activations(Sft(), resident, build_lora(decoder, config))
+    lora = build_lora(decoder, config)
+    sample = Sample(np.arange(400, dtype=np.int32) % 100, np.arange(400) > 0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        Sft().loss_sum(decoder, [sample], lora).backward()
+    events = profiled.profiler.kineto_results.events()
+    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = max(accumulate(size for _, size in memory))
+    assert 0.5 * held < kept.of([400]) <= held <= loan_memory._step_bytes(kept, decoder, [400])
+
+
+async def test_a_real_process_refuses_what_its_memory_cannot_hold(tmp_path: Path) -> None:
+    """Its cache alone may grow to the size of the machine, though nothing is written to it yet."""
+    host_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cache: dict[str, Any] = {"kv_cache_gib": host_gib - 0.5, "block_size": 512}
+    async with running_tiny_model(
+        tmp_path, adapter_root=[tmp_path], own_process=True, **cache
+    ) as server:
+        await lend(server, write_loan(server))
+        state = await wait_for_end(server)
+        assert (state["exitCode"], state["reason"]) == (42, "TrainingDoesNotFit")
+        assert "own steps leave 0." in state["message"]
+        assert len(await text(server, max_tokens=2)) > 0
 
 
 async def test_data_that_is_not_there_ends_a_loan_as_it_ends_a_trainer(running: Running) -> None:

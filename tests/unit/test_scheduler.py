@@ -154,6 +154,32 @@ def test_later_pieces_of_a_prompt_are_smaller_beside_a_decode() -> None:
     assert all(piece["1"][1] == 1 for piece in pieces)
 
 
+@pytest.mark.parametrize(("streams", "prompts", "tokens"), [(1, 1, 4), (2, 2, 20), (1, 3, 49)])
+def test_the_more_prompts_wait_for_each_stream_the_larger_their_pieces(
+    streams: int, prompts: int, tokens: int
+) -> None:
+    scheduler = make_scheduler(step_tokens=50, beside_decodes=4, max_running=8, model_len=100)
+    arrivals = Arrivals()
+    for _ in range(streams):
+        scheduler.add(arrivals.make(2, max_tokens=20))
+    run_step(scheduler)
+    for _ in range(prompts):
+        scheduler.add(arrivals.make(40, max_tokens=20))
+    counts = [count for _, count in shares(run_step(scheduler)).values()]
+    assert counts[:streams] == [1] * streams
+    assert sum(counts[streams:]) == tokens
+
+
+def test_prompts_that_no_place_is_left_for_enlarge_nothing() -> None:
+    scheduler = make_scheduler(step_tokens=50, beside_decodes=4, max_running=2)
+    arrivals = Arrivals()
+    scheduler.add(arrivals.make(2, max_tokens=20))
+    run_step(scheduler)
+    for _ in range(5):
+        scheduler.add(arrivals.make(10))
+    assert shares(run_step(scheduler)) == {"1": (2, 1), "2": (0, 4)}
+
+
 def test_a_long_prompt_leaves_a_token_for_each_one_behind_it() -> None:
     scheduler, arrivals = make_scheduler(step_tokens=8), Arrivals()
     scheduler.add(arrivals.make(2, priority=1, max_tokens=10))

@@ -60,6 +60,7 @@ async def test_what_changes_the_server_is_for_admins() -> None:
         "POST /v2/repository/models/{model:path}/unload",
         "POST /rollouts",
         "POST /rollouts/policy",
+        "DELETE /rollouts/policy",
         "GET /drain",
         "POST /drain",
         "GET /adapters",

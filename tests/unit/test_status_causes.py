@@ -137,6 +137,10 @@ CASES: dict[str, tuple[Json, Reason | None, str]] = {
     "nothing to say of a pod that waits for the next look at devices": (
         gated("mizzen.dev/capacity"), None, "",
     ),
+    "a queue whose Kueue does not look at the pod": (
+        gated("kueue.x-k8s.io/admission"),
+        Reason.NOT_TAKEN_BY_KUEUE, "Switch its integration `pod` on for this namespace",
+    ),
     "nothing to say of devices before the group is complete": (
         gated("mizzen.dev/capacity", "mizzen.dev/group", waits=True), None, "",
     ),

@@ -5,7 +5,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -25,6 +25,7 @@ class Replica(BaseHTTPRequestHandler):
     """Says a status to everybody; where it is 200, an answer to each prompt."""
 
     status, policy = 200, "policy:1"
+    goodbyes: ClassVar[list[tuple[str, str]]]
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -35,6 +36,12 @@ class Replica(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def do_DELETE(self) -> None:
+        type(self).goodbyes.append((self.path, self.headers["Authorization"]))
+        self.send_response(self.status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -42,7 +49,7 @@ class Replica(BaseHTTPRequestHandler):
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Replica]]:
     """A replica at one of the two addresses that the name stands for; nobody is at the other."""
-    kind = type("Own", (Replica,), {})
+    kind = type("Own", (Replica,), {"goodbyes": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -107,3 +114,12 @@ def test_nobody_waits_for_replicas_when_asked_to_stop(fake: type[Replica]) -> No
     with pytest.raises(YieldRequested):
         fleet_of("http://chat:8000", stop=stop).draw(Policy("policy:1", b""), ASKED, RULES)
     timer.join()
+
+
+@pytest.mark.parametrize("status", [200, 404, 503], ids=str)
+def test_a_job_that_ends_tells_every_replica_and_none_can_keep_it(
+    fake: type[Replica], status: int
+) -> None:
+    fake.status = status
+    fleet_of("http://chat:8000").close("team/tune")
+    assert fake.goodbyes == [("/rollouts/policy?job=team%2Ftune", "Bearer secret")]

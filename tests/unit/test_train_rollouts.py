@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hack.tiny_model import write_tiny_model
-from mizzen.runtime.engine.api import BACKGROUND_PRIORITY, GenerationRequest, SamplingParams
 from mizzen.runtime.engine.errors import AdapterLoadError
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import TrainableLora
@@ -28,14 +27,13 @@ from mizzen.runtime.train.errors import (
     JobConfigError,
     RolloutRefusedError,
 )
-from mizzen.runtime.train.methods.policy import importance
 from mizzen.runtime.train.methods.token_loss import log_probs_by_sample
 from mizzen.runtime.train.roles.fleet import Fleet, Policy
 from mizzen.runtime.train.roles.served import pack_policy
 from mizzen.runtime.train.samples import Prompt, joined
 from mizzen.runtime.train.stop import StopFlag
 from tests.fixtures.runtime_server import Running, eventually, running_tiny_model
-from tests.fixtures.train_runs import Job, read_curve, run, write_job, write_prompts
+from tests.fixtures.train_runs import Job, read_curve, run, start, write_job, write_prompts
 
 PROMPTS = [np.arange(20 + at, 32 + at, dtype=np.int32) for at in range(20)]
 RULES = {"max_tokens": 6, "temperature": 0.7}
@@ -188,14 +186,18 @@ async def test_swapped_weights_are_another_model_to_a_policy(
     learner, fleet = Learner(replica), fleet_of(replica.url)
     policy = learner.step()
     await asyncio.to_thread(fleet.draw, policy, ASKED[:1], RULES)
-    other = write_tiny_model(tmp_path / "other")
-    tensors = load_file(other / "model.safetensors")
-    save_file({name: tensor * 0.5 for name, tensor in tensors.items()}, other / "model.safetensors")
-    await replica.service.load_weights(other)
+    await replica.service.load_weights(halved(tmp_path / "other"))
     with pytest.raises(RolloutRefusedError, match="weights digest"):
         await asyncio.to_thread(fleet.draw, policy, ASKED[:1], RULES)
     await replica.service.load_weights(learner.model)
     await asyncio.to_thread(fleet.draw, policy, ASKED[:1], RULES)
+
+
+def halved(folder: Path) -> Path:
+    """Write the same model with other weights."""
+    path = write_tiny_model(folder) / "model.safetensors"
+    save_file({name: tensor * 0.5 for name, tensor in load_file(path).items()}, path)
+    return folder
 
 
 def zipped(*, compression: int = zipfile.ZIP_STORED, **files: str) -> bytes:
@@ -273,24 +275,36 @@ async def test_a_policy_that_nobody_uses_gives_its_room_back(
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_work_in_the_background_is_nobodys_demand(tmp_path: Path) -> None:
-    async with running_tiny_model(tmp_path) as server:
-        engine = server.service.engine
-        seen = []
-        for priority in (0, BACKGROUND_PRIORITY):
-            request = GenerationRequest(
-                request_id=str(priority),
-                prompt_token_ids=(5, 6, 7),
-                sampling=SamplingParams(max_tokens=50, ignore_eos=True),
-                priority=priority,
-            )
-            outputs = engine.generate(request)
-            await anext(outputs)
-            stats = engine.stats()
-            seen.append((stats.running + stats.waiting, engine.in_flight(), stats.prompt_tokens))
-            await outputs.aclose()
-            await eventually(lambda: engine.in_flight() == 0)
-        assert seen == [(1, 1, 3), (0, 1, 3)]
+async def test_a_job_that_ended_gives_its_room_to_another_at_once(replica: Running) -> None:
+    fleet = fleet_of(replica.url)
+    learner = Learner(replica)
+    for job in ("test/first", "test/second", "test/third"):  # there is room for two
+        learner.origin["job"] = job
+        await asyncio.to_thread(fleet.draw, learner.step(), ASKED[:1], RULES)
+        await asyncio.to_thread(fleet.close, job)
+        assert await taken_back(replica, job) is None
+
+
+async def taken_back(replica: Running, job: str) -> str | None:
+    """Return the policy that the replica had of a job."""
+    answer = await replica.http.delete("/rollouts/policy", params={"job": job}, headers=TOKEN)
+    assert answer.status_code == 200
+    return answer.json()["policy"]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_policy_of_a_job_that_was_killed_can_be_taken_back(replica: Running) -> None:
+    policy = Learner(replica).step()
+    await asyncio.to_thread(fleet_of(replica.url).draw, policy, ASKED[:1], RULES)
+    assert await taken_back(replica, "test/learner") == policy.name
+    assert await taken_back(replica, "test/learner") is None
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_whoever_ends_a_policy_names_its_job(replica: Running) -> None:
+    answer = await replica.http.delete("/rollouts/policy", headers=TOKEN)
+    assert answer.status_code == 400
+    assert "?job=team/tune" in answer.json()["error"]["message"]
 
 
 def rl_job(root: Path, method: str, url: str, **overrides: Any) -> Job:
@@ -335,6 +349,27 @@ async def test_a_job_learns_from_what_replicas_draw(
     assert job.artifacts
     assert len({policy for policy, _ in drawn}) == 3, "one policy for each step"
     assert sum(count for _, count in drawn) == 3 * 4 * (6 if method == "grpo" else 1)
+    assert await taken_back(replica, "test/job") is None, "its trainer has seen to that"
+
+
+@pytest.mark.parametrize("code", [75, 42], ids=["yields", "fails"])
+@pytest.mark.asyncio(loop_scope="module")
+async def test_no_policy_is_left_behind_by_a_job_that(
+    replica: Running, tmp_path: Path, code: int
+) -> None:
+    hyper = {"max_steps": 10_000, "batch_size": 4}
+    job = rl_job(tmp_path, "grpo", replica.url, hyperparameters=hyper)
+    (tmp_path / "token").write_text("secret")
+    process, served = start(job), Path(replica.service.config.model_path)
+    await eventually(lambda: read_curve(job))
+    if code == 75:
+        process.terminate()
+    else:
+        await replica.service.load_weights(halved(tmp_path / "other"))
+    await asyncio.to_thread(process.join)
+    assert process.exitcode == code
+    assert await taken_back(replica, "test/job") is None
+    await replica.service.load_weights(served)
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -360,18 +395,3 @@ IMPOSSIBLE = {
 def test_replicas_cannot_draw_where(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
     with pytest.raises(JobConfigError, match=said):
         load_config(rl_job(tmp_path, "grpo", "http://chat:8000", **fields).config_path)
-
-
-def test_a_token_counts_by_how_much_likelier_the_policy_finds_it_up_to_twice() -> None:
-    old = [np.log(np.array([0.1, 0.2, 0.9], np.float32))]
-    drawn = [np.log(np.array([0.2, 0.2, 0.1], np.float32))]
-    (weight_N,) = importance(old, drawn)
-    np.testing.assert_allclose(weight_N, [0.5, 1.0, 2.0], rtol=1e-5)
-    assert importance(old, None) == [None]
-
-
-def test_weights_are_told_apart_whatever_lies_beside_them(tmp_path: Path) -> None:
-    one, other = write_tiny_model(tmp_path / "a"), write_tiny_model(tmp_path / "b", layers=3)
-    mark = mark_weights(one)
-    (one / "README.md").write_text("notes")
-    assert mark_weights(one) == mark != mark_weights(other)

@@ -64,3 +64,16 @@ def test_the_pod_that_failed_speaks_for_those_that_left_because_of_it() -> None:
     assert outcome(*pods) is Outcome.CRASHED
     assert telling_pod(pods, Outcome.CRASHED) is pods[1]
     assert leader_of(pods) is pods[0]
+
+
+def test_a_pod_that_kueue_took_the_quota_of_did_not_crash() -> None:
+    killed = pod(0, of=1, code=137)
+    assert outcome(killed) is Outcome.CRASHED
+    killed["status"]["conditions"] = [
+        {
+            "type": "TerminationTarget",
+            "status": "True",
+            "lastTransitionTime": "2026-01-01T00:00:00Z",
+        }
+    ]
+    assert outcome(killed) is Outcome.LOST

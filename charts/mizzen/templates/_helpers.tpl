@@ -134,6 +134,10 @@ topologySpreadConstraints:
 - apiGroups: [keda.sh]
   resources: [scaledobjects]
   verbs: [list]
+# What Kueue says of jobs that wait in one of its queues.
+- apiGroups: [kueue.x-k8s.io]
+  resources: [localqueues, workloads]
+  verbs: [get]
 # The optional way through the cluster's Gateway API; also to remove what an earlier setting made.
 - apiGroups: [gateway.networking.k8s.io]
   resources: [httproutes]

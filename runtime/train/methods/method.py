@@ -53,6 +53,10 @@ class Method(ABC):
         """Return the tensors of safetensors files that are published beside the model, by name."""
         return {}
 
+    def close(self) -> None:
+        """Give back what others keep for the job, which has ended, well or not."""
+        return
+
 
 class NotedMethod(Method):
     """A method whose items bear what a frozen model thinks of them, asked before the first step."""

@@ -138,6 +138,10 @@ class PolicyMethod(Method):
         batch = pack([item.sample for item in items], decoder.place.device)
         return token_log_probs(decoder, batch, lora, temperature=self._drawing.temperature)
 
+    def close(self) -> None:
+        """Have whoever plays the roles give back what they keep."""
+        self._roles.close()
+
     def clipped(self, ratio_N: Tensor, advantage_N: Tensor) -> Tensor:
         """Return the policy's loss of each token: gains are believed near the old policy only."""
         near_N = ratio_N.clamp(1 - self._rules.clip_low, 1 + self._rules.clip_high)

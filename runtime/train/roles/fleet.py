@@ -32,6 +32,7 @@ _PAUSE_S = 2.0
 _POLL_S = 0.2
 _MOST_REPLICAS = 64  # that are asked at the same time
 _UNKNOWN = 404
+_GOODBYE_S = 5.0  # a trainer that leaves does not wait for long; replicas forget by themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,25 @@ class Fleet:
         finally:
             asked.is_over.set()
         return [asked.answers[place] for place in range(len(questions))]
+
+    def close(self, job: str) -> None:
+        """Have every replica that is there forget the job's policy."""
+        # Not the threads that draw: after a yield they may wait for answers that nobody reads.
+        with ThreadPoolExecutor(_MOST_REPLICAS, thread_name_prefix="goodbyes") as threads:
+            for base in _addresses(self._url)[:_MOST_REPLICAS]:
+                threads.submit(self._say_goodbye, base, job)
+
+    def _say_goodbye(self, base: str, job: str) -> None:
+        try:
+            self._http.request(
+                "DELETE",
+                f"{base}/rollouts/policy",
+                fields={"job": job},
+                headers=self._headers,
+                timeout=_GOODBYE_S,
+            )
+        except urllib3.exceptions.HTTPError as error:
+            log.info("The replica at %s was not told of the job's end: %s", base, error)
 
     def _until_answered(self, asked: _Round) -> None:
         ends_at_s = time.monotonic() + self._patience_s

@@ -79,6 +79,9 @@ class RayRoles:
         """Have the log-probabilities computed; what is returned waits for them."""
         return self._pending(self._reference.log_probs.remote(samples))
 
+    def close(self) -> None:
+        """Do nothing: the processes end with this one."""
+
     def _push(self, decoder: Decoder, lora: Any) -> None:
         for bucket in cut_weights(moving_weights(decoder, lora)):
             shared = ray.put(bucket)

@@ -54,6 +54,10 @@ class Roles(Protocol):
         """Return how likely the reference finds the tokens of each answer, once it is known."""
         ...
 
+    def close(self) -> None:
+        """Give back what others keep for the job; nothing is drawn any more."""
+        ...
+
 
 class OwnRoles:
     """The trainer plays them all.
@@ -88,6 +92,9 @@ class OwnRoles:
     def compare(self, decoder: Decoder, samples: Sequence[Sample]) -> Pending[list[Floats]]:
         """Return what computes the log-probabilities."""
         return lambda: reference_log_probs(self._reference_of(decoder), samples, self._config)
+
+    def close(self) -> None:
+        """Do nothing: nobody else keeps anything."""
 
     def _reference_of(self, decoder: Decoder) -> Decoder:
         """Return what is never trained: the decoder behind an adapter, else a copy of the base."""

@@ -67,6 +67,10 @@ class ServedRoles(OwnRoles):
             [np.asarray(answer["log_probs"], np.float32) for answer in answers],
         )
 
+    def close(self) -> None:
+        """Have the replicas give the policy's place to others."""
+        self._fleet.close(self._origin["job"])
+
 
 def pack_policy(lora: TrainableLora, origin: dict[str, str]) -> Policy:
     """Return the adapter as replicas take it: PEFT's files in a zip, and what it belongs to."""
