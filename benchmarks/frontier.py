@@ -14,6 +14,7 @@ from itertools import pairwise
 SAVED_RATIO = 0.85  # of the other's GPU-hours, at equal attainment
 SERVED_MORE = 0.05  # attainment, at equal GPU-hours
 EQUAL = 0.005  # attainments this close are equal
+LOWEST_PROMISE = 0.5  # the least that slo.attainment takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def compare(line: Sequence[Point], other: Point) -> str:
         return "serves"
     if hours is not None and hours <= other.gpu_hours:
         return "ahead"
-    if attained is None and other.attainment < line[0].attainment:
-        # Cheaper and worse than our cheapest run: nothing of the two is equal anywhere.
+    if attained is None and other.attainment < LOWEST_PROMISE:
+        # Cheaper than our cheapest run, and worse than anybody can ask for.
         return "below the lowest promise"
     return "not ahead"

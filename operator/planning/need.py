@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from mizzen.operator.planning.demand import MEAN_S, Forecast, forecast
 from mizzen.operator.planning.digits import three_digits as _n
 from mizzen.operator.planning.readings import Readings, Sizing
-from mizzen.operator.planning.scale_history import History
+from mizzen.operator.planning.scale_history import History, WorkLog
 from mizzen.operator.planning.scale_rules import ScaleRules
 from mizzen.operator.planning.work import Work, offered_work
 
@@ -117,8 +117,7 @@ def _from_work(
     ratio = history.load_ratio or tuning.load_ratio
     fullest = tuning.peak_ratio * ratio / tuning.load_ratio
     log = history.work
-    # More than the promised share of bursty work needs is neither kept nor started.
-    covered = tuning.cover_factor * log.covered if log.is_bursty else math.inf
+    covered = _covered(readings, log, rules)
     steady = max(min(seen.now, covered * ratio / fullest), seen.mean)
     plan = math.ceil(_rounded(steady / ratio))
     over = f"in the mean of {_n(MEAN_S)} s" if steady == seen.mean else "now"
@@ -148,6 +147,18 @@ def _from_work(
             formula=f"drain {drain} = ceil({_n(work)} replicas of work + {_n(queued_s)} s of "
             f"queued prompts / {_n(tuning.drain_s)} s)",
         )
+
+
+def _covered(readings: Readings, log: WorkLog, rules: ScaleRules) -> float:
+    """Return the work up to which bursts are served: without limit where misses are not allowed.
+
+    A low promise, and one that is kept, allows them. What is not known to be kept is not.
+    """
+    promise, attained = rules.slo.attainment_ratio, readings.attained_ratio
+    is_kept = attained is not None and attained >= promise
+    if not log.is_bursty or not is_kept or promise >= rules.tuning.rise_quantile:
+        return math.inf
+    return rules.tuning.cover_factor * log.covered
 
 
 def _burst_floor(usual: float, covered: float, fullest: float, rules: ScaleRules) -> Candidate:

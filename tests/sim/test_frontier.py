@@ -47,7 +47,7 @@ VERDICTS = {
     "as good for fewer hours is not": (Point(18, 0.90), "not ahead"),
     "better than any run is not": (Point(60, 1.0), "not ahead"),
     "better and cheaper than the cheapest is not": (Point(9, 0.60), "not ahead"),
-    "cheaper and worse than the cheapest cannot be told": (
+    "cheaper than the cheapest and worse than any promise is another matter": (
         Point(9, 0.40),
         "below the lowest promise",
     ),
@@ -62,3 +62,7 @@ def test_verdict_on_the_line(other: Point, said: str) -> None:
 def test_one_run_alone_is_a_line() -> None:
     assert compare(LINE[:1], Point(50, 0.10)) == "saves"
     assert hours_for(LINE[:1], 0.60) is None
+
+
+def test_who_keeps_a_promise_for_less_than_our_cheapest_run_is_ahead_of_us() -> None:
+    assert compare(LINE[2:], Point(39, 0.96)) == "not ahead"
