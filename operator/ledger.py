@@ -62,6 +62,11 @@ class Ledger:
             self.nudged.set()
         return self.wait_of(key)
 
+    def offers(self, key: Key, request: Request) -> bool:
+        """Whether a job that runs may have some of the pods that it lacks."""
+        self.ask(key, request)
+        return key in self.admitted
+
     def answer(
         self,
         asked: Mapping[Key, Request],

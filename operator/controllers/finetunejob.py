@@ -8,6 +8,7 @@ from mizzen.operator.controllers.job_apply import apply
 from mizzen.operator.controllers.job_lending import (
     lending_of,
     reclaimed_at,
+    request_for_more,
     request_of,
 )
 from mizzen.operator.controllers.job_observe import Observed, observe
@@ -42,6 +43,7 @@ from mizzen.operator.planning.generations import (
     WaitUntil,
     Watch,
     decide_generation,
+    may_grow,
     with_lending,
 )
 from mizzen.operator.routing import PROMOTES_TO, ref_of
@@ -114,22 +116,24 @@ def decide(observed: Observed, facts: Facts, now: datetime) -> Step | None:
     if job is None or observed.problem is not None:
         facts.ledger.withdraw(observed.key)
         return None
+    spec = job.spec
+    workers = Range(spec.workers.min, spec.workers.max, tensor=spec.parallelism.tensor)
     step = decide_generation(
         observed.newest,
-        is_suspended=job.spec.suspend,
-        backoff_limit=job.spec.failure.backoff_limit,
+        is_suspended=spec.suspend,
+        backoff_limit=spec.failure.backoff_limit,
         now=now,
-        workers=Range(
-            job.spec.workers.min, job.spec.workers.max, tensor=job.spec.parallelism.tensor
-        ),
+        workers=workers,
     )
     wait = None
-    if not isinstance(step, Start) or isinstance(step, Shrink):
-        facts.ledger.withdraw(observed.key)
-    else:
+    if isinstance(step, Start) and not isinstance(step, Shrink):
         made = pods_of(observed.pods, step.number)
         if request := request_of(observed.resource, job, made=made):
             wait = facts.ledger.ask(observed.key, request)
+    elif isinstance(step, Watch) and may_grow(observed.newest, workers, now=now):
+        step = _grow(step, observed, facts)
+    else:
+        facts.ledger.withdraw(observed.key)
     if isinstance(step, Watch) and observed.wait is not None:
         return Queue(observed.wait)
     return with_lending(
@@ -137,9 +141,19 @@ def decide(observed: Observed, facts: Facts, now: datetime) -> Step | None:
         wait=wait,
         reclaimed_at=reclaimed_at(observed.pod),
         # Kueue has deleted the pods that it takes the quota of: their grace period is the limit.
-        yield_within_s=None if job.spec.queue else job.spec.spare_capacity.yield_within_seconds,
+        yield_within_s=None if spec.queue else spec.spare_capacity.yield_within_seconds,
         now=now,
     )
+
+
+def _grow(step: Watch, observed: Observed, facts: Facts) -> Step:
+    """Return a yield where there is room for a larger generation."""
+    assert observed.job is not None, "only a job with a valid spec runs on"
+    assert observed.newest is not None, "it runs"
+    workers = observed.newest.workers
+    more = request_for_more(observed.resource, observed.job, workers=workers)
+    has_room = more is not None and facts.ledger.offers(observed.key, more)
+    return AskToYield() if has_room else step
 
 
 async def report(

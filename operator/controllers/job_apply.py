@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 
 from mizzen.operator.controllers.job_lending import preemptions_of, reclaimed_at
@@ -30,7 +31,6 @@ from mizzen.operator.planning.generations import (
     Start,
     Step,
 )
-from mizzen.operator.planning.lending import Wait
 from mizzen.operator.status.trainer_pods import (
     generation_of,
     newest_pods,
@@ -61,8 +61,9 @@ async def apply(
             if observed.pod is not None and (address := observed.pod["status"].get("podIP")):
                 await facts.trainers.take_back(address)
         case Start(number):
-            if (wait := await _start(step, observed, kube, facts)) is not None:
-                return Queue(wait)
+            step = await _start(step, observed, kube, facts)
+            if isinstance(step, Queue):
+                return step
             oldest = number if isinstance(step, Shrink) else number - 1
             await _forget_generations(observed, kube, before=oldest)
         case Dismiss():
@@ -78,23 +79,20 @@ async def apply(
     return step
 
 
-async def _start(step: Start, observed: Observed, kube: Kube, facts: Facts) -> Wait | None:
-    """Make a generation's pods; return why they have to wait after all, if they do."""
+async def _start(step: Start, observed: Observed, kube: Kube, facts: Facts) -> Start | Queue:
+    """Make a generation's pods; return how many, or why they have to wait after all."""
     job, number = observed.job, step.number
     assert job is not None
-    # What an operator that died in between has made already says how many there shall be.
     made = pods_of(observed.pods, number)
-    workers = size_of(made[0]) if made else step.workers
     await facts.namespaces.prepare(job.namespace, kube)
-    if workers > 1:
-        await kube.apply(build_workers_policy(job))
-        await kube.apply(build_workers_service(job))
-    await kube.create(build_config_map(job, number, workers=workers))
-    missing = sorted(set(range(workers)) - {rank_of(pod) for pod in made})
     async with facts.ledger.handing_out:
         if (wait := facts.ledger.wait_of(observed.key)) is not None:
-            return wait  # a look that has just ended gave the devices to somebody else
+            return Queue(wait)  # a look that has just ended gave the devices to somebody else
         given = facts.ledger.take(observed.key)
+        # What an operator that died in between has made already says how many there shall be.
+        workers = size_of(made[0]) if made else len(given) or step.workers
+        await _prepare(job, number, workers, kube, is_begun=bool(made))
+        missing = sorted(set(range(workers)) - {rank_of(pod) for pod in made})
         if isinstance(step, Shrink):
             given = await _places(observed.pods, kube)
         hostnames = dict(zip(missing, given, strict=False))
@@ -108,7 +106,20 @@ async def _start(step: Start, observed: Observed, kube: Kube, facts: Facts) -> W
                 hostname=hostnames.get(rank, ""),
             )
             await _create(job, worker, kube, facts)
-    return None
+    return replace(step, workers=workers)
+
+
+async def _prepare(job: Job, number: int, workers: int, kube: Kube, *, is_begun: bool) -> None:
+    """Make what a generation's pods read, and how they find each other."""
+    if workers > 1:
+        await kube.apply(build_workers_policy(job))
+        await kube.apply(build_workers_service(job))
+    config_map = build_config_map(job, number, workers=workers)
+    live = await kube.create(config_map)
+    if live["data"] != config_map["data"] and not is_begun:
+        # Of an operator that died before it made a pod, and had been given other devices.
+        await kube.delete(live, check_version=False)
+        await kube.create(config_map)
 
 
 async def _create(job: Job, worker: Worker, kube: Kube, facts: Facts) -> None:

@@ -34,15 +34,36 @@ def request_of(resource: Json, job: Job, *, made: list[Json]) -> Request | None:
     spec, accelerator = job.spec, job.spec.resources.accelerator
     if not accelerator.is_gpu or spec.queue:
         return None
+    if made:
+        missing = size_of(made[0]) - len(made)
+        return _request(resource, job, pods=missing, least_pods=missing)
+    return _request(resource, job, pods=spec.workers.max, least_pods=spec.workers.min)
+
+
+def request_for_more(resource: Json, job: Job, *, workers: int) -> Request | None:
+    """Return what a job that runs with so many workers could use beside them, if it could."""
+    spec = job.spec
+    if not spec.resources.accelerator.is_gpu or spec.queue or workers >= spec.workers.max:
+        return None
+    lacks, step = spec.workers.max - workers, spec.parallelism.tensor
+    return _request(resource, job, pods=lacks, least_pods=step, is_running=True)
+
+
+def _request(
+    resource: Json, job: Job, *, pods: int, least_pods: int, is_running: bool = False
+) -> Request:
+    spec, accelerator = job.spec, job.spec.resources.accelerator
     lending = (resource.get("status") or {}).get("lending") or {}
-    workers = size_of(made[0]) if made else spec.workers.max
     patch = spec.pod_template_patch.to_api() if spec.pod_template_patch else {}
     return Request(
         resource=accelerator.resource,
         job=QueuedJob(
             job=f"{job.namespace}/{job.name}",
             namespace=job.namespace,
-            gang=Gang(pods=workers - len(made), devices=accelerator.count or 1),
+            gang=Gang(pods=pods, devices=accelerator.count or 1),
+            least_pods=least_pods if least_pods < pods or is_running else None,
+            pods_step=spec.parallelism.tensor,
+            is_running=is_running,
             since=_waits_since(resource),
             is_spare=spec.spare_capacity.enabled,
             priority=spec.priority,

@@ -22,6 +22,8 @@ _LONGEST_WAIT_S = 300
 # A scheduler needs seconds for pods it has room for; an autoscaler of nodes may need longer, but
 # meanwhile the placed ones hold devices for nothing.
 _PLACING_S = 60
+# A larger generation reads the model again; devices that are lent for minutes are not worth that.
+RESIZE_EVERY = timedelta(minutes=5)
 
 
 class Outcome(Enum):
@@ -204,6 +206,13 @@ def decide_generation(
             if is_suspended:
                 return Rest()
             return Start(newest.number + 1, newest.crashes, workers.max)
+
+
+def may_grow(newest: Generation | None, workers: Range, *, now: datetime) -> bool:
+    """Whether a generation has for a while run with fewer workers than the job can use."""
+    if newest is None or newest.outcome is not Outcome.RUNNING or newest.created_at is None:
+        return False
+    return newest.workers < workers.max and now - newest.created_at >= RESIZE_EVERY
 
 
 def _while_running(newest: Generation, workers: Range, now: datetime) -> Step:

@@ -2,18 +2,19 @@
 
 Spare is what nobody holds, less the blocks that are kept free for replicas to come. Any job may
 have it. A job with `spareCapacity` gives it back when a replica, or a job that goes before it,
-finds no room elsewhere. One decision is made from one look at the cluster; the next look shows
-what came of it, so nothing is remembered in between.
+finds no room elsewhere. A job that does with fewer pods starts with as many as find room, and is
+offered more once nobody waits for those. One decision is made from one look at the cluster; the
+next look shows what came of it, so nothing is remembered in between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from mizzen.operator.planning.placement import Gang, Room, place
+from mizzen.operator.planning.placement import Gang, Room, count_fitting, place
 from mizzen.operator.planning.preemption import Lease, choose_victims, protected_from_jobs
 
 # So long a wait, or one lost lease, lifts a job by one level of priority.
@@ -57,17 +58,32 @@ class Want:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueuedJob:
-    """A job that wants to start."""
+    """A job that wants to start, or to have more pods than it runs with."""
 
     job: str
     namespace: str
-    gang: Gang
+    gang: Gang  # of as many pods as it can use
+    least_pods: int | None = None  # with which it starts already; None: with no fewer
+    pods_step: int = 1  # it has a multiple of this
+    is_running: bool = False  # without the gang, which is what it lacks
     since: datetime
     is_spare: bool
     priority: int = 0
     preemptions: int = 0
     yield_within_s: int = 0
     slowest_yield_s: float | None = None
+
+    @property
+    def least(self) -> Gang:
+        """The smallest gang it does with."""
+        return self.gang if self.least_pods is None else replace(self.gang, pods=self.least_pods)
+
+    def largest(self, free: Mapping[str, int]) -> Gang:
+        """Return the largest gang it can use that finds room there, the least where none does."""
+        if self.least_pods is None:
+            return self.gang
+        fitting = min(self.gang.pods, count_fitting(self.gang, free))
+        return replace(self.gang, pods=max(self.least_pods, fitting - fitting % self.pods_step))
 
     @property
     def is_too_slow(self) -> bool:
@@ -99,7 +115,8 @@ class Decision:
     # By replica, the node of each of its pods; none where the scheduler shall say what is missing.
     let_in: Mapping[str, tuple[str, ...]]
     reclaim: Mapping[str, str]  # by job, who gets its devices
-    admit: Mapping[str, tuple[str, ...]]  # by job, the node of each of its pods
+    # By job, the node of each of its pods; of a job that runs, of each that it may have more.
+    admit: Mapping[str, tuple[str, ...]]
     waits: Mapping[str, Wait]  # by job
 
 
@@ -173,7 +190,7 @@ class _Lending:
 
     def _admit_jobs(self) -> None:
         used_s = dict(self._snapshot.used_s)
-        waiting = list(self._snapshot.queue)
+        waiting = [job for job in self._snapshot.queue if not job.is_running]
         stuck: list[QueuedJob] = []
         while waiting:
             job = min(waiting, key=lambda job: rank(job, used_s, self._now))
@@ -181,12 +198,24 @@ class _Lending:
             wait = self._why_not(job) or self._overtaking(job, stuck) or self._start(job)
             if wait is None:
                 # So that of a hundred jobs sent at once not all first ones are one namespace's.
-                cost = job.gang.pods * job.gang.devices * _AGEING_STEP.total_seconds()
+                cost = len(self._admit[job.job]) * job.gang.devices * _AGEING_STEP.total_seconds()
                 used_s[job.namespace] = used_s.get(job.namespace, 0.0) + cost
                 continue
             self._waits[job.job] = wait
             if wait.hold is Hold.NO_ROOM and self._now - job.since >= _AGEING_STEP:
                 stuck.append(job)
+        self._offer_more(used_s)
+
+    def _offer_more(self, used_s: Mapping[str, float]) -> None:
+        """Offer what nobody waits for to jobs that run and can use it."""
+        waiting = [job for job in self._snapshot.queue if job.job in self._waits]
+        growing = (job for job in self._snapshot.queue if job.is_running)
+        for job in sorted(growing, key=lambda job: rank(job, used_s, self._now)):
+            if job.is_too_slow or any(other.gang.meets(job.gang) for other in waiting):
+                continue
+            nodes = self._room.take(job.largest(self._room.now))
+            if nodes is not None:
+                self._admit[job.job] = nodes
 
     def _why_not(self, job: QueuedJob) -> Wait | None:
         resource = self._snapshot.resource
@@ -198,15 +227,17 @@ class _Lending:
                 "spec.spareCapacity.yieldWithinSeconds, or set spec.spareCapacity.enabled to "
                 "false.",
             )
-        if place(job.gang, self._snapshot.capacity) is None:
+        if place(job.least, self._snapshot.capacity) is None:
             return Wait(
                 Hold.TOO_LARGE,
-                f"The job asks for {_size(job.gang)} {resource} and the nodes it may run on could "
+                f"The job asks for {_size(job)} {resource} and the nodes it may run on could "
                 "not hold that even if they were empty. Lower "
                 "spec.resources.accelerator.count, add nodes, or let it run on more of them: see "
                 "nodeSelector and tolerations in spec.podTemplatePatch.",
             )
         if job.is_spare and job.preemptions and self._now - job.since < SETTLE:
+            if job.least_pods is not None:
+                self._room.reserve(job.least)  # it was to shrink, not to leave
             return Wait(
                 Hold.SETTLING,
                 "Its devices went back to serving; it goes on from its last checkpoint once some "
@@ -227,22 +258,23 @@ class _Lending:
 
     def _start(self, job: QueuedJob) -> Wait | None:
         """Give the job its devices; return why it waits, if it does."""
-        nodes = self._room.take(job.gang)
+        nodes = self._room.take(job.largest(self._room.now))
         if nodes is not None:
             self._admit[job.job] = nodes
             return None
+        gang = job.largest(self._room.soon)
         weaker = [
             lease
             for lease in self._snapshot.leases
             if (not job.is_spare or lease.priority < job.priority)
             and not protected_from_jobs(lease, now=self._now)
         ]
-        if self._make_room(job.gang, job.job, weaker):
+        if self._make_room(gang, job.job, weaker):
             return Wait(Hold.COMING, "Other jobs are leaving the devices that it will get.")
         resource = self._snapshot.resource
         return Wait(
             Hold.NO_ROOM,
-            f"The job asks for {_size(job.gang)} {resource} and no node can spare that now. It "
+            f"The job asks for {_size(job)} {resource} and no node can spare that now. It "
             "starts when replicas or other jobs leave, or nodes are added.",
         )
 
@@ -262,5 +294,7 @@ class _Lending:
         return True
 
 
-def _size(gang: Gang) -> str:
-    return f"{gang.devices}" if gang.pods == 1 else f"{gang.pods} times {gang.devices}"
+def _size(job: QueuedJob) -> str:
+    pods, devices = job.least.pods, job.gang.devices
+    size = f"{devices}" if pods == 1 else f"{pods} times {devices}"
+    return size if pods == job.gang.pods else f"at least {size}"

@@ -23,6 +23,12 @@ class Gang:
         return self.nodes is None or other.nodes is None or bool(self.nodes & other.nodes)
 
 
+def count_fitting(gang: Gang, free: Mapping[str, int]) -> int:
+    """Return how many pods like the gang's find a place, were there enough of them."""
+    rooms = (room for node, room in free.items() if gang.nodes is None or node in gang.nodes)
+    return sum(max(0, room) // gang.devices for room in rooms)
+
+
 def place(gang: Gang, free: Mapping[str, int]) -> tuple[str, ...] | None:
     """Return a node for each pod, None where not all of them find one.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import yaml
 from hack.cluster import fake_nodes
 from hack.cluster.api_only import ApiCluster
 from mizzen.operator.desired import labels
+from mizzen.operator.planning import generations
 from tests.fixtures.played_trainers import (
     PlayedTrainers,
     claim_with_volume,
@@ -196,13 +198,40 @@ def test_a_borrower_leaves_for_a_replica_and_comes_back_when_it_is_gone(team: Te
 def test_a_gang_waits_until_there_is_room_for_all_of_it(team: Team) -> None:
     team.serve(1)
     wait_until(lambda: team.is_serving(1))
-    team.train(2, workers={"max": 2})
+    team.train(2, workers={"min": 2, "max": 2})
     wait_until(lambda: team.admitted() == ("False", "NoSpareCapacity"))
     assert team.pods(labels.ROLE_TRAINER) == {}, "one of the two would have had room"
 
     team.serve(0)
     wait_until(lambda: team.is_training("tune-g1-0") and team.is_training("tune-g1-1"))
     wait_until(lambda: team.admitted()[0] == "True")
+
+
+def test_an_elastic_gang_starts_with_what_there_is_shrinks_for_a_replica_and_grows_again(
+    team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    team.serve(1)
+    wait_until(lambda: team.is_serving(1))
+    lends = {"enabled": True, "yieldWithinSeconds": 300}
+    team.train(1, workers={"min": 1, "max": 4}, spareCapacity=lends)
+    wait_until(lambda: all(team.is_training(f"tune-g1-{rank}") for rank in range(3)))
+    assert team.status("ftj", "tune")["workers"] == 3
+
+    team.serve(2)
+    wait_until(lambda: team.is_asked("tune-g1-0"))
+    team.yield_now("tune-g1-0")  # the operator has the others follow
+    wait_until(lambda: team.is_serving(2))
+    wait_until(lambda: team.is_training("tune-g2-0") and team.is_training("tune-g2-1"))
+    assert "tune-g2-2" not in team.pods(labels.ROLE_TRAINER)
+
+    team.serve(0)
+    wait_until(lambda: len(team.pods(labels.ROLE_RUNTIME)) == 0)
+    assert not team.is_asked("tune-g2-0"), "so short a run is not ended for more room"
+    monkeypatch.setattr(generations, "RESIZE_EVERY", timedelta(0))
+    wait_until(lambda: team.is_asked("tune-g2-0"))
+    team.yield_now("tune-g2-0")
+    wait_until(lambda: all(team.is_training(f"tune-g3-{rank}") for rank in range(4)))
+    assert team.status("ftj", "tune")["lending"]["preemptions"] == 1
 
 
 def test_a_borrower_that_does_not_leave_is_ended_and_borrows_no_more(team: Team) -> None:

@@ -22,6 +22,7 @@ from mizzen.operator.planning.generations import (
     Watch,
     backoff_s,
     decide_generation,
+    may_grow,
     outcome_of_group,
 )
 
@@ -120,6 +121,20 @@ def test_decide_generation_of_several_workers(newest: Generation | None, expecte
         newest, is_suspended=False, backoff_limit=2, now=NOW, workers=TWO_TO_FOUR
     )
     assert step == expected
+
+
+GROWING = {
+    "after some minutes with fewer than it can use": (group(Outcome.RUNNING, workers=2), True),
+    "with all it can use never": (group(Outcome.RUNNING, workers=4), False),
+    "in its first minutes not": (group(Outcome.RUNNING, workers=2, age_s=299), False),
+    "before it runs not": (group(Outcome.PENDING, workers=2), False),
+    "without a generation not": (None, False),
+}
+
+
+@pytest.mark.parametrize(("newest", "expected"), GROWING.values(), ids=GROWING)
+def test_a_job_may_grow(newest: Generation | None, expected: bool) -> None:
+    assert may_grow(newest, TWO_TO_FOUR, now=NOW) is expected
 
 
 PAIRS = Range(2, 4, tensor=2)

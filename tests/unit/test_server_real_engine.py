@@ -15,6 +15,7 @@ import tritonclient.grpc.aio
 from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
 from mizzen.operator.planning.model_shape import read_model_shape
 from mizzen.operator.status.fit import fit_document
+from mizzen.runtime.engine.api import BACKGROUND_PRIORITY, GenerationRequest, SamplingParams
 from mizzen.runtime.model.lora import LoraConfig, save_adapter
 from mizzen.runtime.model.lora.adapter import Adapter, Pair, Site
 from mizzen.runtime.train.digest import digest_of, hash_files
@@ -287,3 +288,23 @@ async def test_the_admin_port_tells_the_operator_what_the_model_takes(
     assert plan is not None
     assert plan["kvBytesPerToken"] == shape.kv_bytes_per_token(told["dtype"])
     assert plan["kvTokens"] >= plan["maxModelLen"] == told["maxModelLen"]
+
+
+async def test_work_in_the_background_is_nobodys_demand(tmp_path: Path) -> None:
+    async with running_tiny_model(tmp_path) as server:
+        engine = server.service.engine
+        seen = []
+        for priority in (0, BACKGROUND_PRIORITY):
+            request = GenerationRequest(
+                request_id=str(priority),
+                prompt_token_ids=(5, 6, 7),
+                sampling=SamplingParams(max_tokens=50, ignore_eos=True),
+                priority=priority,
+            )
+            outputs = engine.generate(request)
+            await anext(outputs)
+            stats = engine.stats()
+            seen.append((stats.running + stats.waiting, engine.in_flight(), stats.prompt_tokens))
+            await outputs.aclose()
+            await eventually(lambda: engine.in_flight() == 0)
+        assert seen == [(1, 1, 3), (0, 1, 3)]

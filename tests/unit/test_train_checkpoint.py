@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from hack.tiny_model import write_tiny_model
 from mizzen.runtime.train import checkpoint
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
 from mizzen.runtime.train.config import Checkpointing
-from mizzen.runtime.train.digest import mark_model
+from mizzen.runtime.train.digest import mark_model, mark_weights
 from mizzen.runtime.train.errors import (
     BaseModelChangedError,
     CheckpointDamagedError,
@@ -236,3 +237,10 @@ def test_a_commit_is_due_by_the_number_of_steps_or_by_the_time_since_the_last(
     )
     assert [step for step in range(5) if rules.is_step_due(step)] == due_steps
     assert rules.is_time_up(10.0) is is_late
+
+
+def test_weights_are_told_apart_whatever_lies_beside_them(tmp_path: Path) -> None:
+    one, other = write_tiny_model(tmp_path / "a"), write_tiny_model(tmp_path / "b", layers=3)
+    mark = mark_weights(one)
+    (one / "README.md").write_text("notes")
+    assert mark_weights(one) == mark != mark_weights(other)

@@ -24,7 +24,7 @@ from mizzen.runtime.train.errors import DatasetError, JobConfigError
 from mizzen.runtime.train.generate import Drawing, draw_answers
 from mizzen.runtime.train.history import read_history
 from mizzen.runtime.train.methods.grpo import Grpo, judge_group
-from mizzen.runtime.train.methods.policy import Rollout
+from mizzen.runtime.train.methods.policy import Rollout, importance
 from mizzen.runtime.train.methods.ppo import Ppo, gae, token_rewards
 from mizzen.runtime.train.methods.token_loss import hidden_states
 from mizzen.runtime.train.options import Rule
@@ -325,3 +325,11 @@ def test_a_model_that_draws_with_windows_is_refused(tmp_path: Path) -> None:
     around: Any = SimpleNamespace(config=config, spec=spec)
     with pytest.raises(JobConfigError, match="the base is bloom"):
         Grpo(around)
+
+
+def test_a_token_counts_by_how_much_likelier_the_policy_finds_it_up_to_twice() -> None:
+    old = [np.log(np.array([0.1, 0.2, 0.9], np.float32))]
+    drawn = [np.log(np.array([0.2, 0.2, 0.1], np.float32))]
+    (weight_N,) = importance(old, drawn)
+    np.testing.assert_allclose(weight_N, [0.5, 1.0, 2.0], rtol=1e-5)
+    assert importance(old, None) == [None]

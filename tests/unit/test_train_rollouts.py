@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hack.tiny_model import write_tiny_model
-from mizzen.runtime.engine.api import BACKGROUND_PRIORITY, GenerationRequest, SamplingParams
 from mizzen.runtime.engine.errors import AdapterLoadError
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import TrainableLora
@@ -28,7 +27,6 @@ from mizzen.runtime.train.errors import (
     JobConfigError,
     RolloutRefusedError,
 )
-from mizzen.runtime.train.methods.policy import importance
 from mizzen.runtime.train.methods.token_loss import log_probs_by_sample
 from mizzen.runtime.train.roles.fleet import Fleet, Policy
 from mizzen.runtime.train.roles.served import pack_policy
@@ -309,27 +307,6 @@ async def test_whoever_ends_a_policy_names_its_job(replica: Running) -> None:
     assert "?job=team/tune" in answer.json()["error"]["message"]
 
 
-@pytest.mark.asyncio(loop_scope="module")
-async def test_work_in_the_background_is_nobodys_demand(tmp_path: Path) -> None:
-    async with running_tiny_model(tmp_path) as server:
-        engine = server.service.engine
-        seen = []
-        for priority in (0, BACKGROUND_PRIORITY):
-            request = GenerationRequest(
-                request_id=str(priority),
-                prompt_token_ids=(5, 6, 7),
-                sampling=SamplingParams(max_tokens=50, ignore_eos=True),
-                priority=priority,
-            )
-            outputs = engine.generate(request)
-            await anext(outputs)
-            stats = engine.stats()
-            seen.append((stats.running + stats.waiting, engine.in_flight(), stats.prompt_tokens))
-            await outputs.aclose()
-            await eventually(lambda: engine.in_flight() == 0)
-        assert seen == [(1, 1, 3), (0, 1, 3)]
-
-
 def rl_job(root: Path, method: str, url: str, **overrides: Any) -> Job:
     root.mkdir(parents=True, exist_ok=True)
     rl = {
@@ -418,18 +395,3 @@ IMPOSSIBLE = {
 def test_replicas_cannot_draw_where(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
     with pytest.raises(JobConfigError, match=said):
         load_config(rl_job(tmp_path, "grpo", "http://chat:8000", **fields).config_path)
-
-
-def test_a_token_counts_by_how_much_likelier_the_policy_finds_it_up_to_twice() -> None:
-    old = [np.log(np.array([0.1, 0.2, 0.9], np.float32))]
-    drawn = [np.log(np.array([0.2, 0.2, 0.1], np.float32))]
-    (weight_N,) = importance(old, drawn)
-    np.testing.assert_allclose(weight_N, [0.5, 1.0, 2.0], rtol=1e-5)
-    assert importance(old, None) == [None]
-
-
-def test_weights_are_told_apart_whatever_lies_beside_them(tmp_path: Path) -> None:
-    one, other = write_tiny_model(tmp_path / "a"), write_tiny_model(tmp_path / "b", layers=3)
-    mark = mark_weights(one)
-    (one / "README.md").write_text("notes")
-    assert mark_weights(one) == mark != mark_weights(other)
