@@ -1,6 +1,7 @@
 """What lending idle GPUs to fine-tune jobs costs serving, and what the jobs make of it.
 
-    python -m benchmarks.lending [--traces DIR] [--seeds 8] [--reserve 0]
+    python -m benchmarks.lending [--traces DIR] [--only TRACE ...] [--seeds 8]
+                                 [--reserve 0]
 
 Each trace is replayed against our autoscaler with and without jobs that borrow: the same requests,
 and for the n-th replica the same start-up. The pool has just as many GPUs as serving alone held at
@@ -68,7 +69,8 @@ def print_trace(trace: str, pairs: Sequence[Pair]) -> None:
     points = [pair.points for pair in pairs]
     error = stdev(points) / len(points) ** 0.5 if len(points) > 1 else float("nan")
     off, on = average(lambda p: 100 * p.off.attainment), average(lambda p: 100 * p.on.attainment)
-    print(f"\n{trace}, {pairs[0].pool_gpus} GPUs, means of {len(pairs)}:")
+    pools = [pair.pool_gpus for pair in pairs]
+    print(f"\n{trace}, {min(pools)} to {max(pools)} GPUs, means of {len(pairs)}:")
     print(
         f"  attained {off:.2f} % without, {on:.2f} % with lending: {mean(points):+.2f} points"
         f" (standard error {error:.2f}; {min(points):+.2f} to {max(points):+.2f};"
@@ -95,13 +97,14 @@ def main() -> None:
     parser.add_argument(
         "--traces", default=os.environ.get("MIZZEN_TRACES", "../shared/data/traces")
     )
+    parser.add_argument("--only", nargs="+", choices=TRACES, default=TRACES, help="these traces")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--reserve", type=int, default=0, help="scaling.reserve")
     arguments = parser.parse_args()
     if not Path(arguments.traces).is_dir():
         sys.exit(f"No traces in {arguments.traces}: set MIZZEN_TRACES to their folder.")
     os.environ["MIZZEN_TRACES"] = arguments.traces
-    for trace in TRACES:
+    for trace in arguments.only:
         seeds = range(arguments.seeds)
         print_trace(trace, [measure(trace, seed=s, reserve=arguments.reserve) for s in seeds])
 

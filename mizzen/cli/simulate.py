@@ -33,7 +33,7 @@ def simulate(
     ttft_ms: Annotated[float, typer.Option(help="Objective: time to the first token.")] = 2000,
     itl_ms: Annotated[float, typer.Option(help="Objective: mean gap between two tokens.")] = 100,
     attainment: Annotated[
-        float, typer.Option(help="Objective: share of requests that meet both.")
+        float, typer.Option(min=0, max=1, help="Objective: share of requests that meet both.")
     ] = 0.95,
     min: Annotated[int, typer.Option(help="Fewest replicas.")] = 1,
     max: Annotated[int, typer.Option(help="Most replicas.")] = 32,

@@ -34,8 +34,10 @@ class Forecast:
         return max(self.now, self.mean, self.trend, self.reserve)
 
 
-def record(log: WorkLog, work: float, *, now_s: float, start_s: float, tuning: Tuning) -> WorkLog:
-    """Return the log with one more observation of the work."""
+def record(
+    log: WorkLog, work: float, *, now_s: float, start_s: float, promise: float, tuning: Tuning
+) -> WorkLog:
+    """Return the log with one more observation of the work; `promise` is a share of it."""
     if log.opened_s is None:
         return replace(log, opened_s=now_s, total=work, count=1)
     if now_s - log.opened_s < tuning.bucket_s:
@@ -43,7 +45,7 @@ def record(log: WorkLog, work: float, *, now_s: float, start_s: float, tuning: T
     keep = int(tuning.memory_s / tuning.bucket_s)
     buckets = (*log.buckets, log.total / log.count)[-keep:]
     closed = replace(log, buckets=buckets, opened_s=now_s, total=work, count=1)
-    return _with_summaries(closed, start_s=start_s, tuning=tuning)
+    return _with_summaries(closed, start_s=start_s, promise=promise, tuning=tuning)
 
 
 def forecast(log: WorkLog, work: float, *, start_s: float, tuning: Tuning) -> Forecast:
@@ -65,7 +67,21 @@ def quantile(values: Sequence[float], ratio: float) -> float:
     return ordered[max(0, math.ceil(ratio * len(ordered)) - 1)]
 
 
-def _with_summaries(log: WorkLog, *, start_s: float, tuning: Tuning) -> WorkLog:
+def covering(work: Sequence[float], share: float) -> float:
+    """Return the level below which this share of all the work lies.
+
+    Not of the time: bursts are short and full of requests, so a level that holds for 95 % of the
+    seconds may leave half of the requests above it.
+    """
+    wanted, seen = share * sum(work), 0.0
+    for level in sorted(work):
+        seen += level
+        if seen >= wanted:
+            return level
+    return max(work, default=0.0)
+
+
+def _with_summaries(log: WorkLog, *, start_s: float, promise: float, tuning: Tuning) -> WorkLog:
     """Return the log with what is worth computing only once per bucket."""
     recent = log.buckets[-int(tuning.burst_window_s / tuning.bucket_s) :]
     limit = tuning.burst_leave if log.is_bursty else tuning.burst_enter
@@ -73,14 +89,18 @@ def _with_summaries(log: WorkLog, *, start_s: float, tuning: Tuning) -> WorkLog:
     return replace(
         log,
         rise=_usual_rise(
-            log.buckets, steps=max(1, math.ceil(start_s / tuning.bucket_s)), tuning=tuning
+            log.buckets,
+            steps=max(1, math.ceil(start_s / tuning.bucket_s)),
+            ratio=min(promise, tuning.rise_quantile),
+            tuning=tuning,
         ),
         is_bursty=is_bursty,
         burst_floor=quantile(recent, tuning.rise_quantile) if is_bursty else 0.0,
+        covered=covering(recent, promise) if is_bursty else 0.0,
     )
 
 
-def _usual_rise(buckets: Sequence[float], *, steps: int, tuning: Tuning) -> float:
+def _usual_rise(buckets: Sequence[float], *, steps: int, ratio: float, tuning: Tuning) -> float:
     """Return how far the work often rises within `steps` buckets.
 
     The quantile is taken over the whole memory, with nothing risen where it is not filled yet:
@@ -90,7 +110,7 @@ def _usual_rise(buckets: Sequence[float], *, steps: int, tuning: Tuning) -> floa
         (max(buckets[i + 1 : i + 1 + steps]) - buckets[i] for i in range(len(buckets) - 1)),
         reverse=True,
     )
-    rare = int((1 - tuning.rise_quantile) * tuning.memory_s / tuning.bucket_s)
+    rare = int((1 - ratio) * tuning.memory_s / tuning.bucket_s)
     return max(0.0, rises[rare]) if len(rises) > rare else 0.0
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from mizzen.operator.planning.demand import MEAN_S, Forecast, forecast
 from mizzen.operator.planning.digits import three_digits as _n
 from mizzen.operator.planning.readings import Readings, Sizing
-from mizzen.operator.planning.scale_history import History
-from mizzen.operator.planning.scale_rules import ScaleRules, Tuning
+from mizzen.operator.planning.scale_history import History, WorkLog
+from mizzen.operator.planning.scale_rules import ScaleRules
 from mizzen.operator.planning.work import Work, offered_work
 
 
@@ -115,19 +115,20 @@ def _from_work(
 ) -> Iterator[Candidate]:
     tuning = rules.tuning
     ratio = history.load_ratio or tuning.load_ratio
-    steady = max(seen.now, seen.mean)
+    fullest = tuning.peak_ratio * ratio / tuning.load_ratio
+    log = history.work
+    covered = _covered(readings, log, rules)
+    steady = max(min(seen.now, covered * ratio / fullest), seen.mean)
     plan = math.ceil(_rounded(steady / ratio))
-    over = "now" if steady == seen.now else f"in the mean of {_n(MEAN_S)} s"
+    over = f"in the mean of {_n(MEAN_S)} s" if steady == seen.mean else "now"
     yield Candidate(
         replicas=plan,
         formula=f"plan {plan} = ceil({_n(steady)} replicas of work {over} / "
         f"{_n(ratio)} load ratio)",
     )
-    fullest = tuning.peak_ratio * ratio / tuning.load_ratio
-    if history.work.is_bursty:
-        # Bursts are over before a replica that is started for them serves: so a floor is kept,
-        # and nothing chases them.
-        yield _burst_floor(history.work.burst_floor, fullest, tuning)
+    if log.is_bursty:
+        # Bursts are over before a replica that is started for them serves: so a floor is kept.
+        yield _burst_floor(log.burst_floor, covered, fullest, rules)
         return
     ahead = max(seen.trend, seen.reserve)
     reserve = math.ceil(_rounded(ahead / fullest))
@@ -148,13 +149,34 @@ def _from_work(
         )
 
 
-def _burst_floor(usual_burst: float, fullest: float, tuning: Tuning) -> Candidate:
-    burst = math.ceil(_rounded(tuning.burst_factor * usual_burst / fullest))
+def _covered(readings: Readings, log: WorkLog, rules: ScaleRules) -> float:
+    """Return the work up to which bursts are served: without limit where misses are not allowed.
+
+    A low promise, and one that is kept, allows them. What is not known to be kept is not.
+    """
+    promise, attained = rules.slo.attainment_ratio, readings.attained_ratio
+    is_kept = attained is not None and attained >= promise
+    if not log.is_bursty or not is_kept or promise >= rules.tuning.rise_quantile:
+        return math.inf
+    return rules.tuning.cover_factor * log.covered
+
+
+def _burst_floor(usual: float, covered: float, fullest: float, rules: ScaleRules) -> Candidate:
+    tuning = rules.tuning
+    level = tuning.burst_factor * usual
+    source = (
+        f"{_n(tuning.burst_factor)} x {_n(usual)} replicas of work, exceeded "
+        f"{_n(100 * (1 - tuning.rise_quantile))} % of the last half hour"
+    )
+    if covered < level:
+        level = covered
+        source = (
+            f"{_n(covered)} replicas of work for "
+            f"{_n(100 * rules.slo.attainment_ratio)} % of the last half hour's"
+        )
+    burst = math.ceil(_rounded(level / fullest))
     return Candidate(
-        replicas=burst,
-        formula=f"burst {burst} = ceil({_n(tuning.burst_factor)} x {_n(usual_burst)} replicas of "
-        f"work, exceeded {_n(100 * (1 - tuning.rise_quantile))} % of the last half hour / "
-        f"{_n(fullest)} load ratio)",
+        replicas=burst, formula=f"burst {burst} = ceil({source} / {_n(fullest)} load ratio)"
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mizzen.operator.planning.scale_history import History
 from mizzen.operator.planning.scale_rules import ScaleRules
-from mizzen.operator.planning.signals import Engines, Observation
+from mizzen.operator.planning.signals import Engines, Observation, Traffic
 from mizzen.operator.planning.throughput import Capacity, Shape, StepCosts, capacity
 
 
@@ -21,6 +21,7 @@ class Readings:
     running: float | None
     waiting: float | None
     kv_used_ratio: float | None
+    attained_ratio: float | None = None  # of the promise's two halves, the worse
     # What the engines did lately: the mean time of a step, and tokens per second.
     step_s: float | None = None
     decoded_per_s: float | None = None
@@ -68,6 +69,7 @@ def read_signals(seen: Observation, rules: ScaleRules) -> Readings:
             running=running,
             waiting=waiting,
             kv_used_ratio=kv_used,
+            attained_ratio=_attained_ratio(traffic, stale),
         )
     return Readings(
         ready=seen.ready,
@@ -77,10 +79,16 @@ def read_signals(seen: Observation, rules: ScaleRules) -> Readings:
         running=engines.running.fresh(stale),
         waiting=engines.waiting.fresh(stale),
         kv_used_ratio=engines.kv_used_ratio.fresh(stale),
+        attained_ratio=_attained_ratio(traffic, stale),
         step_s=_step_s(engines, stale),
         decoded_per_s=engines.decoded_per_s.fresh(stale),
         prefilled_per_s=engines.prefilled_per_s.fresh(stale),
     )
+
+
+def _attained_ratio(traffic: Traffic, stale_s: float) -> float | None:
+    ratios = (traffic.ttft_ok_ratio.fresh(stale_s), traffic.itl_ok_ratio.fresh(stale_s))
+    return min((ratio for ratio in ratios if ratio is not None), default=None)
 
 
 def _step_s(engines: Engines, stale_s: float) -> float | None:

@@ -41,6 +41,7 @@ class WorkLog:
     rise: float = 0.0  # quantile of the rises within one start-up, kept between two buckets
     is_bursty: bool = False
     burst_floor: float = 0.0
+    covered: float = 0.0  # the promised share of bursty work lies below this level
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

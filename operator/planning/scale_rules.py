@@ -77,6 +77,7 @@ class Tuning:
     burst_leave: float = 0.4
     burst_window_s: float = 1800.0
     burst_factor: float = 3.0  # times the quantile: a burst within ten seconds is higher yet
+    cover_factor: float = 2.0  # times the level that covers a share of the work, likewise
     memory_s: float = 3600.0
     drain_s: float = 10.0  # a backlog is to be gone in this time
     cold_concurrency: float = 8.0  # per replica, while its capacity is unknown

@@ -30,7 +30,12 @@ def remember(history: History, now: Situation) -> History:
     # Work guessed from concurrency is no measure that later work could be compared with.
     if need.work is not None and now.sizing.capacity is not None:
         work = demand.record(
-            work, need.work.replicas, now_s=now.now_s, start_s=now.sizing.start_s, tuning=tuning
+            work,
+            need.work.replicas,
+            now_s=now.now_s,
+            start_s=now.sizing.start_s,
+            promise=now.rules.slo.attainment_ratio,
+            tuning=tuning,
         )
     if not need.is_complete:
         since = now.now_s if history.unknown_since_s is None else history.unknown_since_s
@@ -171,22 +176,13 @@ def _with_flap_guard(history: History, now: Situation) -> History:
 def _trimmed(history: History, now: Situation) -> History:
     """Return the history with the load ratio moved a little toward the promised attainment."""
     tuning, slo = now.rules.tuning, now.rules.slo
-    stale = tuning.stale_after_s
-    known = [
-        ratio
-        for ratio in (
-            now.seen.traffic.ttft_ok_ratio.fresh(stale),
-            now.seen.traffic.itl_ok_ratio.fresh(stale),
-        )
-        if ratio is not None
-    ]
+    attained = now.readings.attained_ratio
     at = history.trimmed_at_s
     if at is None:
         return replace(history, trimmed_at_s=now.now_s)
-    if not known or not slo.is_set or now.now_s - at < tuning.trim_every_s:
+    if attained is None or not slo.is_set or now.now_s - at < tuning.trim_every_s:
         return history
     ratio = history.load_ratio or tuning.load_ratio
-    attained = min(known)
     spare = slo.attainment_ratio + _SPARE_RATIO * (1 - slo.attainment_ratio)
     if attained < slo.attainment_ratio:
         ratio -= tuning.trim_step

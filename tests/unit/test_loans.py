@@ -363,7 +363,8 @@ async def test_the_estimate_of_a_step_is_what_torch_holds_and_a_little_more(
     events = profiled.profiler.kineto_results.events()
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = max(accumulate(size for _, size in memory))
-    assert 0.5 * held < kept.of([400]) <= held <= loan_memory._step_bytes(kept, decoder, [400])
+    assert 0.5 < kept.of([400]) / held < 1.5
+    assert held <= loan_memory._step_bytes(kept, decoder, [400])
 
 
 async def test_a_real_process_refuses_what_its_memory_cannot_hold(tmp_path: Path) -> None:

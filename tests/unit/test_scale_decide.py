@@ -232,16 +232,43 @@ def test_a_queue_of_prompts_is_worked_off() -> None:
     assert decision.formula.startswith("drain")
 
 
-def test_bursts_make_the_number_a_floor() -> None:
-    found = fleet()
+def bursty(promise: float, *, attained: float | None = 1.0) -> Fleet:
+    """Return a fleet that has seen half an hour of bursts: ten seconds of every thirty."""
+    found = fleet(slo=Slo(itl_s=0.12, attainment_ratio=promise))
+    found.attained = attained
     found.run(300, per_s=2.0)
     found.run(300, per_s=6.0)
-    for _ in range(60):  # ten seconds of every thirty
-        found.run(10, per_s=30.0)
+    for burst in range(60):
+        found.run(10, per_s=30.0 if burst % 4 == 0 else 12.0)
         found.run(20, per_s=0.5)
     assert found.history.work.is_bursty
+    return found
+
+
+def test_bursts_make_the_number_a_floor() -> None:
+    found = bursty(0.95)
     assert set(found.run(60, per_s=0.5)) == {found.decisions[-1].replicas}
     assert found.decisions[-1].replicas >= 6
+
+
+def test_a_low_promise_that_is_kept_keeps_fewer_replicas_for_bursts_and_chases_none_above() -> None:
+    low = bursty(0.5)
+    kept = low.decisions[-1].replicas
+    assert kept < bursty(0.95).decisions[-1].replicas
+    assert "50 % of the last half hour's" in low.decisions[-1].formula
+    assert set(low.run(10, per_s=30.0)) == {kept}
+
+
+@pytest.mark.parametrize("attained", [0.4, None], ids=["missed", "unknown"])
+def test_a_low_promise_that_is_not_kept_spares_nothing(attained: float | None) -> None:
+    found, high = bursty(0.5, attained=attained), bursty(0.95, attained=attained)
+    assert found.decisions[-1].replicas == high.decisions[-1].replicas
+
+
+def test_a_burst_that_lasts_is_followed_whatever_the_promise() -> None:
+    found = bursty(0.5)
+    kept = found.decisions[-1].replicas
+    assert max(found.run(180, per_s=30.0)) > kept
 
 
 def test_a_replica_that_never_starts_is_named_and_made_up_for_once() -> None:

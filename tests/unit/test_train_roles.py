@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +19,12 @@ import torch
 import urllib3
 from ray.exceptions import RayActorError, RayTaskError
 
+from hack.ports import free_port
 from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.train.config import load_config
 from mizzen.runtime.train.errors import JobConfigError, RoleLostError, TrainerHangsError
 from mizzen.runtime.train.history import read_history
+from mizzen.runtime.train.roles import node
 from mizzen.runtime.train.roles.actors import (
     ReferenceRole,
     RewardRole,
@@ -296,3 +299,17 @@ def test_nobody_waits_for_a_role_when_asked_to_stop(monkeypatch: pytest.MonkeyPa
     roles._stop.ask()
     with pytest.raises(YieldRequested):
         roles._wait(["asked"])
+
+
+def test_an_agent_s_port_is_one_that_nobody_has_and_the_system_hands_to_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert node._free_port("127.0.0.1") in range(20_000, 32_000)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = int(taken.getsockname()[1])
+        monkeypatch.setattr(node, "_PORTS", range(port, port + 1))
+        with pytest.raises(OSError, match=f"No port of {port} to {port} is free at 127.0.0.1"):
+            node._free_port("127.0.0.1")
+        free = free_port()
+        monkeypatch.setattr(node, "_PORTS", [port, free])
+        assert node._free_port("127.0.0.1") == free

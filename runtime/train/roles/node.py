@@ -8,8 +8,11 @@ the class behind both is used, which may change between versions: Ray's is pinne
 from __future__ import annotations
 
 import logging
+import random
 import socket
 import tempfile
+from contextlib import suppress
+from errno import EADDRINUSE
 
 import ray
 from ray._private.node import Node
@@ -27,6 +30,9 @@ log = logging.getLogger(__name__)
 _STORE_BYTES = 256 << 20
 # How many roles one pod can play.
 _SEATS = 16
+# Below those that systems hand out (32768 and up, as a rule), above those of Ray's workers: nobody
+# comes to one by chance before the agent has opened it.
+_PORTS, _TRIES = range(20_000, 32_000), 100
 # Of its agents, which here do not open them.
 _UNUSED_PORTS = (
     METRICS_AGENT_PORT_NAME,
@@ -86,5 +92,12 @@ def enter(head: str) -> None:
 
 
 def _free_port(address: str) -> int:
-    with socket.create_server((address, 0)) as free:
-        return int(free.getsockname()[1])
+    """Return a port that is free, and that nobody is given who asks for any.
+
+    Raises:
+        OSError: all that were tried are taken.
+    """
+    for port in random.SystemRandom().sample(_PORTS, k=min(_TRIES, len(_PORTS))):
+        with suppress(OSError), socket.create_server((address, port)):
+            return port
+    raise OSError(EADDRINUSE, f"No port of {_PORTS[0]} to {_PORTS[-1]} is free at {address}.")
