@@ -65,11 +65,7 @@ class Engine:
         )
         self._adapters: AdapterTable = parts.loop.adapters
         self._arrivals = count()
-        self._lender = Lender(
-            parts.loop.is_wanted,
-            spare_bytes=parts.ranks.spare_bytes,
-            step_tokens=parts.loop.scheduler.limits.step_tokens,
-        )
+        self._lender = Lender(parts.loop, spare_bytes=parts.ranks.spare_bytes)
         self._change_lock = asyncio.Lock()  # adapters and weights change one at a time
         self._draining = False
         self._asleep = False

@@ -10,21 +10,20 @@ from mizzen.runtime.model.decoder import Decoder
 
 if TYPE_CHECKING:
     from mizzen.runtime.engine.loan import Loan
+    from mizzen.runtime.engine.loop import Loop
 
 
 class Lender:
     """Knows the job that has the weights, or had them last. Its calls come one at a time."""
 
-    def __init__(
-        self, is_wanted: Callable[[], bool], *, spare_bytes: Callable[[], int], step_tokens: int
-    ) -> None:
-        """Make one; `is_wanted` says whether somebody comes before a job, now.
+    def __init__(self, loop: "Loop", *, spare_bytes: Callable[[], int]) -> None:
+        """Make one; whoever wants the loop comes before a job.
 
-        `spare_bytes` is the memory beside the model and its cache, for jobs and for the replica's
-        own steps of up to `step_tokens`.
+        `spare_bytes` is the memory beside the model and its cache, for jobs and for the loop's own
+        steps.
         """
-        self._is_wanted = is_wanted
-        self._spare_bytes, self._step_tokens = spare_bytes, step_tokens
+        self._is_wanted, self._spare_bytes = loop.is_wanted, spare_bytes
+        self._step_tokens = loop.scheduler.limits.step_tokens
         self._loan: Loan | None = None
 
     def lend(self, job: str, decoder: Decoder, path: Path) -> LoanState:
