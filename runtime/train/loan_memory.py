@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 64
 # What is taken for what is kept, by the allocator. On a CPU glibc leaves gaps: in steps of 512 to
-# 2,048 tokens of SmolLM2-135M the process grew by 1.5 to 1.7 times what was kept in bfloat16, by 1.8
-# to 2.1 in float32, logits and the largest matrix included, which are counted apart here.
+# 2,048 tokens of SmolLM2-135M the process grew by 1.5 to 1.7 times what was kept in bfloat16 and by
+# 1.8 to 2.1 in float32, with logits and the largest matrix, which are counted apart here.
 _TAKEN_RATIO = {"cpu": 1.75, "cuda": 1.1}
 _LOGIT_BYTES = 3 * 4  # of each: itself, its probability and its gradient
 
