@@ -79,4 +79,5 @@ def test_a_job_hands_its_device_to_a_replica_and_goes_on_when_it_is_free(lender:
     assert job.resumed_from(generation=2) == stopped_at
     assert [step for step, _ in job.curve()] == list(range(1, STEPS + 1))
     assert status.get("restarts", 0) == 0
-    assert status["lending"]["lastYieldSeconds"] > 0
+    # The kubelet tells ends in whole seconds, rounded down: a quick yield took none.
+    assert 0 <= status["lending"]["lastYieldSeconds"] <= 300
