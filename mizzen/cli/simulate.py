@@ -63,7 +63,7 @@ def simulate(
     ] = 0,
     lend: Annotated[bool, typer.Option(help="Lend idle GPUs to fine-tune jobs.")] = False,
     reserve: Annotated[
-        int, typer.Option(help="With --lend: replicas whose GPUs are never lent.")
+        int, typer.Option(min=0, help="With --lend: replicas whose GPUs are never lent.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="Of the start-up times.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -80,6 +80,9 @@ def simulate(
 
     if min > max:
         typer.echo(f"--min {min} is above --max {max}.", err=True)
+        raise typer.Exit(2)
+    if reserve and not lend:
+        typer.echo("--reserve is for --lend: without it nothing is lent. Add --lend.", err=True)
         raise typer.Exit(2)
     try:
         setting = Setting(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,9 @@ from mizzen.operator.simulator.outcome import Outcome
 from mizzen.operator.simulator.pool import build_pool
 from mizzen.operator.simulator.replica_profile import Profile, StartUp
 from mizzen.operator.simulator.report import build_report
-from mizzen.operator.simulator.signals import View
 from mizzen.operator.simulator.simulation import Objective, Setting, simulate
 from mizzen.operator.simulator.traces import Request
+from tests.fixtures.scripted_policy import Script
 
 LOAD_S, RESTART_S, LEAVE_S = 50.0, 30.0, 6.0
 
@@ -47,20 +47,6 @@ SETTING = Setting(
     scrape_lag_s=0.0,
     lending=LENDING,
 )
-
-
-@dataclass
-class Script:
-    """Wants what it was told for each moment."""
-
-    steps: dict[float, int]
-    name: str = "script"
-    interval_s: float = 5.0
-    scrape_s: float = 5.0
-    window_s: float = 60.0
-
-    def wanted(self, view: View) -> int:
-        return [n for at, n in self.steps.items() if at <= view.now][-1]
 
 
 def run(steps: dict[float, int], setting: Setting = SETTING) -> Outcome:
@@ -200,3 +186,12 @@ def test_the_command_lends_where_it_is_told_to(tmp_path: Path) -> None:
     assert lent is not None and kept is not None
     assert lent["lent_gpu_hours"] == pytest.approx(lent["spare_gpu_hours"])
     assert kept["lent_gpu_hours"] == pytest.approx(kept["spare_gpu_hours"] / 3)
+
+
+def test_a_reserve_without_lending_is_refused(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(json.dumps({"prompt_tokens": 1, "output_tokens": 1, "arrival_s": 0}))
+    base = ["simulate", "--trace", str(trace), "--format", "jsonl"]
+    done = CliRunner().invoke(app, [*base, "--reserve", "2"])
+    assert done.exit_code == 2
+    assert "Add --lend" in done.output

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ from mizzen.operator.simulator.outcome import Moment, Outcome, ScaleEvent
 from mizzen.operator.simulator.plot import turning_points
 from mizzen.operator.simulator.replica_profile import Profile, StartUp
 from mizzen.operator.simulator.report import build_report, count_reversals, demand
-from mizzen.operator.simulator.signals import View
 from mizzen.operator.simulator.simulation import (
     Objective,
     RequestTooLargeError,
@@ -22,6 +21,7 @@ from mizzen.operator.simulator.simulation import (
     simulate,
 )
 from mizzen.operator.simulator.traces import Request
+from tests.fixtures.scripted_policy import Script
 
 PROFILE = Profile(
     step_s=0.02,
@@ -31,23 +31,6 @@ PROFILE = Profile(
     start_up=StartUp(median_s=50, p90_s=50),
 )
 SETTING = Setting(profile=PROFILE, max_replicas=8, scrape_lag_s=0.0)
-
-
-@dataclass
-class Script:
-    """Wants what it was told for each moment, and remembers what it saw."""
-
-    steps: dict[float, int]
-    name: str = "script"
-    interval_s: float = 5.0
-    scrape_s: float = 5.0
-    window_s: float = 60.0
-    views: list[tuple[float, int, int, int, float]] = field(default_factory=list)
-
-    def wanted(self, view: View) -> int:
-        newest = view.last.at if view.last else -1.0
-        self.views.append((view.now, view.ready, view.starting, view.draining, newest))
-        return [n for at, n in self.steps.items() if at <= view.now][-1]
 
 
 def steady(*, per_s: float, seconds: float, prompt: int = 200, output: int = 50) -> list[Request]:

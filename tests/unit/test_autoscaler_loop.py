@@ -8,77 +8,14 @@ from typing import Any
 
 import pytest
 
-from mizzen.operator.controllers.autoscaler import Autoscaler
-from mizzen.operator.controllers.autoscaler_observe import wake_of
-from mizzen.operator.engine.key import Key
 from mizzen.operator.kube.errors import KubeError
 from mizzen.operator.metrics.figures import Measured, Name, Target
-from mizzen.operator.planning.signals import Engines, Signal, Traffic, Wake
-from mizzen.operator.status.conditions import rfc3339
+from mizzen.operator.planning.signals import Engines
+from tests.fixtures.autoscaled_world import SCALING, ZERO, Scaled, gate, load
 from tests.fixtures.memory_api import failing
-from tests.fixtures.serving_world import CRS, KEY, World
+from tests.fixtures.serving_world import CRS
 
 HPAS = "/apis/autoscaling/v2/horizontalpodautoscalers"  # asked for in all namespaces at once
-SCALING = {"min": 1, "max": 6, "targets": {"concurrency": 4}}
-
-
-class FakeMetrics:
-    """Says what the test wants, and remembers who was asked for."""
-
-    def __init__(self) -> None:
-        self.now = load(0)
-        self.targets: list[Target] = []
-
-    async def collect(self, targets: Sequence[Target]) -> Mapping[Name, Measured]:
-        self.targets = list(targets)
-        return {target.name: self.now for target in targets}
-
-    async def close(self) -> None:
-        pass
-
-
-def load(running: float) -> Measured:
-    traffic = Traffic(arrivals_per_s=Signal(running), in_flight=Signal(running), held=Signal(0.0))
-    return Measured(traffic=traffic, engines=Engines(running=Signal(running), waiting=Signal(0.0)))
-
-
-class Scaled:
-    """A world whose autoscaler looks whenever the test says so."""
-
-    def __init__(self, **scaling: Any) -> None:
-        self.world = World(scaling=SCALING | scaling)
-        self.world.api.clock = lambda: rfc3339(self.world.now)
-        self.metrics = FakeMetrics()
-        self.due: list[Key] = []
-        self.start()
-
-    def start(self) -> None:
-        """Begin with an empty memory, as after a restart."""
-        self.scaler = Autoscaler(
-            kube=self.world.kube,
-            facts=self.world.facts,
-            source=self.metrics,
-            on_change=self.due.append,
-        )
-
-    async def look(self) -> None:
-        await self.scaler.look(now=self.world.now)
-
-    async def run(self, seconds: int) -> None:
-        """Let everything go on: loop, reconcile, pods, time."""
-        for _ in range(0, seconds, 5):
-            await self.look()
-            await self.world.look()
-            self.world.run_pods()
-            self.world.pass_time(5)
-
-    @property
-    def scaling(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.world.status["scaling"]
-        return found
-
-    def writes(self) -> int:
-        return len(self.world.api.writes_of("/llmdeployments/smollm2/status"))
 
 
 async def test_load_makes_replicas_and_status_says_why() -> None:
@@ -259,7 +196,7 @@ async def test_scaling_a_running_deployment_begins_at_its_size(scaling: dict[str
     await scaled.world.look()  # before the autoscaler has looked
     await scaled.run(120)
     assert [pod["metadata"]["uid"] for pod in scaled.world.pods] == before
-    assert all(_gate(pod) == "True" for pod in scaled.world.pods)
+    assert all(gate(pod) == "True" for pod in scaled.world.pods)
 
 
 async def test_an_answer_that_could_not_be_written_is_given_again() -> None:
@@ -301,46 +238,7 @@ async def test_a_time_zone_that_does_not_exist_holds_no_requests() -> None:
     await scaled.run(10)
     assert scaled.world.condition("ScalingActive")[1] == "TimeZoneUnknown"
     assert "holding" not in scaled.scaling
-    assert [_gate(pod) for pod in scaled.world.pods] == ["True"]
-
-
-# Zero and back.
-
-ZERO = {"min": 0, "idle": {"toZeroAfterSeconds": 60}}
-
-
-async def test_zero_comes_after_the_gates_were_closed_and_nobody_asked() -> None:
-    scaled = Scaled(**ZERO)
-    scaled.metrics.now = load(1)
-    await scaled.run(30)
-    assert scaled.world.condition("Ready") is not None
-    scaled.metrics.now = load(0)
-    seen, told = [], set()
-    for _ in range(30):
-        await scaled.run(5)
-        told.add((scaled.world.condition("Ready"), scaled.world.status["phase"]))
-        pods = scaled.world.pods
-        gates = [_gate(pod) for pod in pods]
-        seen.append((scaled.scaling.get("holding", False), gates))
-    first = next(index for index, (holding, _) in enumerate(seen) if holding)
-    assert seen[first - 1][1] == ["True"]
-    assert seen[first][1] == ["False"]  # the gateway holds requests from here on
-    assert seen[-1][1] == []
-    assert scaled.scaling["desired"] == 0
-    assert scaled.world.status["phase"] == "Stopped"
-    assert {(ready and ready[0], phase) for ready, phase in told} == {
-        ("True", "Ready"), ("True", "Stopping"), ("True", "Stopped"),
-    }  # fmt: skip
-
-
-HELD = {"20": 20, "\u00b2": 0, "9" * 5000: 0, "-1": 0, "": 0}
-
-
-@pytest.mark.parametrize(("text", "held"), HELD.items(), ids=["20", "two", "huge", "less", "none"])
-def test_a_wake_that_is_no_number_of_requests_is_a_wake_all_the_same(text: str, held: int) -> None:
-    annotation = f"2026-09-01T13:00:00Z;held={text}"
-    resource = {"metadata": {"annotations": {"mizzen.dev/wake": annotation}}}
-    assert wake_of(resource) == Wake(token=annotation[:128], held=held)
+    assert [gate(pod) for pod in scaled.world.pods] == ["True"]
 
 
 async def test_a_deployment_that_cannot_be_sized_keeps_no_other_from_it() -> None:
@@ -359,30 +257,6 @@ async def test_a_deployment_that_cannot_be_sized_keeps_no_other_from_it() -> Non
     assert scaled.world.api.objects[f"{CRS}/later"]["status"]["scaling"]["desired"] == 1
 
 
-async def test_a_wake_starts_as_many_as_the_held_requests_need() -> None:
-    scaled = Scaled(**ZERO)
-    await scaled.run(200)
-    assert scaled.world.pods == []
-    wake(scaled.world, "2026-09-01T13:00:00Z;held=20")
-    scaled.scaler.notice(KEY)
-    await scaled.run(10)
-    assert scaled.scaling["history"][0]["reason"] == "Woken"
-    assert len(scaled.world.pods) == 3
-    assert scaled.scaling["history"][0]["formula"] == "first size 3 = ceil(20 held / 8 each)"
-
-
-async def test_a_request_that_comes_while_gates_are_closed_opens_them_again() -> None:
-    scaled = Scaled(**ZERO)
-    await scaled.run(20)
-    while not scaled.world.status.get("scaling", {}).get("holding"):
-        await scaled.run(5)
-    uids = [pod["metadata"]["uid"] for pod in scaled.world.pods]
-    wake(scaled.world, "2026-09-01T13:00:00Z;held=1")
-    await scaled.run(15)
-    assert [pod["metadata"]["uid"] for pod in scaled.world.pods] == uids
-    assert [_gate(pod) for pod in scaled.world.pods] == ["True"]
-
-
 async def test_replicas_in_service_are_told_to_the_metrics_source() -> None:
     scaled = Scaled()
     scaled.metrics.now = load(10)
@@ -390,15 +264,3 @@ async def test_replicas_in_service_are_told_to_the_metrics_source() -> None:
     target = scaled.metrics.targets[0]
     assert (target.settled, len(target.addresses)) == (3, 3)
     assert replace(target, settled=0, addresses=()).name == ("team", "smollm2")
-
-
-def wake(world: World, text: str) -> None:
-    resource = world.resource
-    resource["metadata"].setdefault("annotations", {})["mizzen.dev/wake"] = text
-    world.api.put(f"{CRS}/smollm2", resource)
-
-
-def _gate(pod: dict[str, Any]) -> str:
-    conditions = pod["status"].get("conditions", [])
-    gates = [c["status"] for c in conditions if c["type"] == "mizzen.dev/in-service"]
-    return gates[0] if gates else ""

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import pytest
 
-from mizzen.operator.planning.lending import Hold, QueuedJob, Snapshot, lend
+from mizzen.operator.planning.lending import Hold, QueuedJob, lend
 from mizzen.operator.planning.placement import Gang
 from mizzen.operator.planning.preemption import Lease
+from tests.fixtures.one_node import LONG_AGO, NOW, cluster
 from tests.fixtures.shared_cluster import PODS, Cluster
-
-NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
-LONG_AGO = NOW - timedelta(minutes=50)
-
-
-def cluster(*, free: int = 0, **more: object) -> Snapshot:
-    """Return one node of four devices."""
-    document = {"capacity": {"a": 4}, "held": {"a": 4 - free}, "resource": "example.com/gpu"}
-    return Snapshot(**(document | more))  # type: ignore[arg-type]
 
 
 def lease(job: str, devices: int) -> Lease:
