@@ -2,7 +2,7 @@
 
     python -m hack.cluster fake-gpus 4        # the node counts four devices; nothing is behind them
     python -m benchmarks.lending_live --api-key mz-... [--rounds 2]
-        [--stretches 180:0.4 90:2 30:0.4] [--ttft-ms 1000] [--itl-ms 100]
+        [--stretches 180:0.3 90:2.5 30:0.3] [--ttft-ms 1000] [--itl-ms 100]
 
 Needs the cluster and the claims that `make demo` leaves, and kubectl that reaches them. A leg is a
 fresh deployment of one to two replicas under requests that come at random, one `SECONDS:RATE` after
@@ -209,10 +209,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--stretches", type=Stretch.parse, nargs="+", metavar="SECONDS:RATE",
-        default=[Stretch(180, 0.4), Stretch(90, 2), Stretch(30, 0.4)],
+        default=[Stretch(180, 0.3), Stretch(90, 2.5), Stretch(30, 0.3)],
         help="requests per second for so long, one after the other",
     )  # fmt: skip
-    parser.add_argument("--concurrency", type=float, default=2, help="requests per replica")
+    parser.add_argument("--concurrency", type=float, default=3, help="requests per replica")
     parser.add_argument("--output-tokens", type=int, default=48)
     parser.add_argument("--ttft-ms", type=float, default=1000, help="to the first token")
     parser.add_argument("--itl-ms", type=float, default=100, help="mean of a request's")
