@@ -33,7 +33,7 @@ from mizzen.operator.simulator.traces import Request
 
 # One budget for every step, as the simulated engine has; left out, ours has two on a CPU.
 STEP_TOKENS = 256
-CONCURRENCIES = (1, 2, 4, 8)
+CONCURRENCIES = (1, 2, 4, 8, 16)
 PROMPT_LENGTHS = (128, 256, 512, 768)
 MODEL_LEN = 1024
 REPEATS = 4
@@ -51,35 +51,38 @@ def mean_itl_s(stream: Stream) -> float:
 
 
 def ask(
-    server: Server, lengths: Sequence[int], *, words: int, output_tokens: int, at_once: int
+    server: Server, lengths: Sequence[int], *, words: int, output_tokens: int
 ) -> Sequence[Stream]:
-    """Return the answers to prompts of these lengths, none of which was asked before."""
+    """Return the answers to prompts of these lengths, asked at once and never before."""
     prompts = [
         random_prompts(1, shortest=n, longest=n, vocab_size=words, seed=time.monotonic_ns())[0]
         for n in lengths
     ]
     return run_load(
-        server.url, MODEL_NAME, prompts, output_tokens=output_tokens, at_once=at_once
+        server.url, MODEL_NAME, prompts, output_tokens=output_tokens, at_once=len(prompts)
     ).streams
 
 
 def measure_profile(server: Server, *, words: int) -> Profile:
     """Return what a step of this server costs."""
-    itls, ttfts = [], []
-    for count in CONCURRENCIES:
-        prompts = [SHORT_PROMPT] * (count * REPEATS)
-        answers = ask(server, prompts, words=words, output_tokens=LONG_ANSWER, at_once=count)
-        itls.append(statistics.fmean(map(mean_itl_s, answers)))
+    running: dict[int, list[Stream]] = {count: [] for count in CONCURRENCIES}
+    prompted: dict[int, list[Stream]] = {length: [] for length in PROMPT_LENGTHS}
+    # In turns, so that a minute in which the machine was slow counts for all of them.
+    for _ in range(REPEATS):
+        for count in CONCURRENCIES:
+            prompts = [SHORT_PROMPT] * count
+            running[count] += ask(server, prompts, words=words, output_tokens=LONG_ANSWER)
+        for length in PROMPT_LENGTHS:
+            prompted[length] += ask(server, [length], words=words, output_tokens=1)
+    itls = [statistics.median(map(mean_itl_s, answers)) for answers in running.values()]
     per_sequence, per_step = statistics.linear_regression(CONCURRENCIES, itls)
-    for length in PROMPT_LENGTHS:
-        answers = ask(server, [length] * REPEATS, words=words, output_tokens=1, at_once=1)
-        ttfts.append(statistics.median(answer.ttft_s for answer in answers))
+    ttfts = [statistics.median(answer.ttft_s for answer in ones) for ones in prompted.values()]
     steps = [-(-n // STEP_TOKENS) for n in PROMPT_LENGTHS]
     computed = [ttft - per_step * count for ttft, count in zip(ttfts, steps, strict=True)]
     per_token, _ = statistics.linear_regression(PROMPT_LENGTHS, computed)
     return Profile(
         step_s=max(per_step, 1e-6),
-        step_per_sequence_s=max(per_sequence, 0.0),
+        step_per_sequence_s=max(per_sequence, 0.0),  # of noise; full_rate() refuses it
         step_per_prompt_token_s=max(per_token, 0.0),
         budget_tokens=STEP_TOKENS,
         max_sequences=64,
@@ -91,15 +94,15 @@ def full_rate(profile: Profile) -> float:
     """Return the requests per second at which steps would take for ever.
 
     Raises:
-        NoisyMachineError: the measured costs say that there is no such rate.
+        NoisyMachineError: a sequence or a prompt's token was measured to cost nothing.
     """
     cost_s = (
         profile.step_per_sequence_s * ANSWER_TOKENS
         + profile.step_per_prompt_token_s * statistics.fmean(PROMPT_RANGE)
     )
-    if cost_s <= 0:
+    if min(profile.step_per_sequence_s, profile.step_per_prompt_token_s) <= 0:
         raise NoisyMachineError(
-            "More sequences and longer prompts took no more time. Run it again while the machine "
+            "More sequences, or longer prompts, took no more time. Run it again while the machine "
             "does nothing else."
         )
     return 1 / cost_s

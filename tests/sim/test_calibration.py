@@ -44,7 +44,10 @@ def test_requests_come_at_the_rate_asked_for() -> None:
     assert [request.arrival_s for request in drawn] == sorted(r.arrival_s for r in drawn)
 
 
-def test_a_machine_on_which_more_work_takes_no_more_time_is_too_busy_to_measure() -> None:
-    free = replace(PROFILE, step_per_sequence_s=0.0, step_per_prompt_token_s=0.0)
+@pytest.mark.parametrize("free_part", ["step_per_sequence_s", "step_per_prompt_token_s"])
+def test_a_machine_on_which_more_work_takes_no_more_time_is_too_busy_to_measure(
+    free_part: str,
+) -> None:
+    free = replace(PROFILE, **{free_part: 0.0})
     with pytest.raises(NoisyMachineError, match="while the machine does nothing else"):
         full_rate(free)
