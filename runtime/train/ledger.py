@@ -6,7 +6,8 @@ import logging
 from typing import Protocol
 
 from mizzen.runtime.train.checkpoint import Committed, Counters, TrainState
-from mizzen.runtime.train.history import LossHistory, StepRecord
+from mizzen.runtime.train.curve import StepRecord
+from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.progress import ProgressBoard
 from mizzen.runtime.train.trainable import Trainable
 
