@@ -294,8 +294,10 @@ async def run(config: OperatorConfig) -> None:
 
 async def hang_up(parts: Parts) -> None:
     """Close the connections to runtimes, trainers and whoever tells the load."""
-    for line in (parts.facts.runtimes, parts.facts.trainers, parts.metrics, parts.facts.metrics):
-        await line.close()
+    await parts.facts.runtimes.close()
+    await parts.facts.trainers.close()
+    await parts.metrics.close()
+    await parts.facts.metrics.close()
 
 
 async def first_of(work: Awaitable[None], stop: asyncio.Event) -> bool:

@@ -84,7 +84,8 @@ def covering(work: Sequence[float], share: float) -> float:
 def _with_summaries(log: WorkLog, *, start_s: float, promise: float, tuning: Tuning) -> WorkLog:
     """Return the log with what is worth computing only once per bucket."""
     recent = log.buckets[-int(tuning.burst_window_s / tuning.bucket_s) :]
-    is_bursty = _is_bursty(recent, tuning, was_bursty=log.is_bursty)
+    limit = tuning.burst_leave if log.is_bursty else tuning.burst_enter
+    is_bursty = len(recent) >= _FEWEST_FOR_BURSTS and _roughness(recent, tuning) > limit
     return replace(
         log,
         rise=_usual_rise(
@@ -113,33 +114,23 @@ def _usual_rise(buckets: Sequence[float], *, steps: int, ratio: float, tuning: T
     return max(0.0, rises[rare]) if len(rises) > rare else 0.0
 
 
-def _is_bursty(buckets: Sequence[float], tuning: Tuning, *, was_bursty: bool) -> bool:
-    """Whether the load comes in bursts.
+def _roughness(buckets: Sequence[float], tuning: Tuning) -> float:
+    """Return the coefficient of variation around the moving mean of two minutes.
 
-    The median stretch counts: a single step of the load is rough at one place, bursts are rough
-    all over. What was rough once and is calm by now is no news.
+    It is taken of six stretches, and the median stretch counts: a single step of the load is
+    rough at one place, bursts are rough all over.
     """
-    if len(buckets) < _FEWEST_FOR_BURSTS:
-        return False
-    stretches = _roughness(buckets, tuning)
-    if was_bursty:
-        return median(stretches) > tuning.burst_leave
-    return median(stretches) > tuning.burst_enter and stretches[-1] > tuning.burst_leave
-
-
-def _roughness(buckets: Sequence[float], tuning: Tuning) -> list[float]:
-    """Return the coefficient of variation around the moving mean of two minutes, by stretch."""
     width = int(MEAN_S / tuning.bucket_s)
     mean = sum(buckets) / len(buckets)
     if mean <= 0:
-        return [0.0]
+        return 0.0
     squares = []
     for index, value in enumerate(buckets):
         around = buckets[max(0, index - width // 2) : index + width // 2 + 1]
         squares.append((value - sum(around) / len(around)) ** 2)
     size = math.ceil(len(squares) / _STRETCHES)
     stretches = [squares[start : start + size] for start in range(0, len(squares), size)]
-    return [math.sqrt(sum(stretch) / len(stretch)) / mean for stretch in stretches]
+    return median(math.sqrt(sum(stretch) / len(stretch)) for stretch in stretches) / mean
 
 
 def _lasting_slope(values: Sequence[float]) -> float:
