@@ -32,6 +32,7 @@ from mizzen.runtime.engine.sampler import Sampler
 from mizzen.runtime.engine.scheduler import Limits, Scheduler
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import BadModelError
+from mizzen.runtime.handover import wait_for_memory
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import Placement
@@ -127,6 +128,7 @@ def _start_model(
     recorder: Recorder | None,
     seconds: dict[str, float],
 ) -> Parts:
+    wait_for_memory(device)
     with _timed(seconds, "weights"):
         decoder = load_rank(config, device, ranks.group)
     model_len = choose_model_len(config, decoder.spec)

@@ -21,12 +21,9 @@ from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import TrainableLora
 from mizzen.runtime.model.lora.adapter import LoraConfig
 from mizzen.runtime.server import rollouts
-from mizzen.runtime.train.config import load_config
 from mizzen.runtime.train.digest import mark_weights
-from mizzen.runtime.train.errors import (
-    JobConfigError,
-    RolloutRefusedError,
-)
+from mizzen.runtime.train.errors import RolloutRefusedError
+from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.methods.token_loss import log_probs_by_sample
 from mizzen.runtime.train.roles.fleet import Fleet, Policy
 from mizzen.runtime.train.roles.served import pack_policy
@@ -79,7 +76,9 @@ class Learner:
             for ids, answer in zip(PROMPTS, answers, strict=True)
         ]
         temperature = RULES["temperature"]
-        found = log_probs_by_sample(self.decoder, samples, lora, at_once=4, temperature=temperature)
+        found = log_probs_by_sample(
+            self.decoder, samples, lora, at_once=AtOnce(4), temperature=temperature
+        )
         return np.concatenate(found)
 
 
@@ -384,14 +383,17 @@ async def test_a_job_with_another_base_model_says_so_and_is_not_tried_again(
     assert len(set(re.findall(r"[0-9a-f]{64}", job.last_word["message"]))) == 2
 
 
-FULL = {"adaptation": {"type": "full"}, "output": {"kind": "model"}}
-IMPOSSIBLE = {
-    "every weight moves": (FULL, "set adaptation.type to lora or qlora"),
-    "roles are on Ray": ({"roles": "Ray"}, "set roles to InProcess"),
-}
-
-
-@pytest.mark.parametrize(("fields", "said"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
-def test_replicas_cannot_draw_where(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(JobConfigError, match=said):
-        load_config(rl_job(tmp_path, "grpo", "http://chat:8000", **fields).config_path)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_policy_that_went_astray_ends_the_job_at_once_and_harms_nobody_else(
+    replica: Running, tmp_path: Path
+) -> None:
+    wild = {"learning_rate": 1e30, "warmup_ratio": 0.0, "max_steps": 3}
+    job = rl_job(tmp_path, "grpo", replica.url, hyperparameters=wild)
+    (tmp_path / "token").write_text("secret")
+    assert await asyncio.to_thread(run, job) == 42
+    assert job.last_word["reason"] == "LossNotFinite"
+    said = job.last_word["message"]
+    assert "a replica of rl.rollout has no finite numbers for this policy. Lower hyper" in said
+    policy, fleet = Learner(replica).step(), fleet_of(replica.url)
+    answers = await asyncio.to_thread(fleet.draw, policy, ASKED, RULES)
+    assert np.isfinite(told(answers)).all()
