@@ -7,6 +7,7 @@ job that is asked to yield goes on where it stopped.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -178,5 +179,6 @@ def decide_verdict(suite: Suite, measure: Measure, *, base: Tally, candidate: Ta
         **figures,
         regression_ratio=ratio,
         samples=candidate.samples,
-        passed=ratio <= suite.max_regression_ratio,
+        # Also beside a base that has none itself.
+        passed=math.isfinite(candidate.total) and ratio <= suite.max_regression_ratio,
     )

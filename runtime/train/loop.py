@@ -119,7 +119,8 @@ class Loop:
             self._bad_in_a_row = 0
             is_step_due = self._checkpointing.is_step_due(self.counters.step)
             if is_step_due or self._is_commit_wanted:
-                self.commit()
+                # What is measured next has to be on the disk.
+                self.commit(can_wait=self._parts.validate is None)
                 self._validate()
         self.commit()
         self._validate(is_last=True)
@@ -140,10 +141,10 @@ class Loop:
     def _spent(self) -> Spent | None:
         return find_spent(self._budget, self.counters)
 
-    def commit(self) -> None:
+    def commit(self, *, can_wait: bool = False) -> None:
         """Commit the state as it was after the last whole step."""
         began_at_s = time.monotonic()
-        self._parts.ledger.commit(self.counters, self._parts.trainable)
+        self._parts.ledger.commit(self.counters, self._parts.trainable, can_wait=can_wait)
         self._committed_at_s = time.monotonic()
         self._timed_at_s += self._committed_at_s - began_at_s  # no step has taken this time
 

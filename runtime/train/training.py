@@ -283,7 +283,9 @@ class Training:
         if not self._workers.is_leader:
             return FollowingLedger(self._store, self._ranks)
         history = LossHistory(self._config.checkpoint.directory, resumed_step=resumed_step)
-        return DiskLedger(self._leading_store(), history, self._board)
+        # Ranks of one copy write together, and a replica that lends has other things to do.
+        is_alone = self._ranks.group.size == 1 and self._resident is None
+        return DiskLedger(self._leading_store(), history, self._board, writes_beside=is_alone)
 
 
 def _asker(

@@ -122,7 +122,7 @@ def test_the_time_of_a_commit_is_not_training(
     monkeypatch.setattr(loop_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
     ledger, count = loop._parts.ledger, Fragile.loss_sum
 
-    def commit(*args: Any) -> None:
+    def commit(*_: Any, can_wait: bool = False) -> None:
         now_s[0] += 3600
 
     def loss_sum(*args: Any) -> Tensor:
