@@ -25,14 +25,15 @@ def fleet_of(url: str, **options: Any) -> Fleet:
 class Replica(BaseHTTPRequestHandler):
     """Says a status to everybody; where it is 200, an answer to each prompt."""
 
-    status, policy, code = 200, "policy:1", "none"
+    status, policy, code = 200, "policy:1", ""
     goodbyes: ClassVar[list[tuple[str, str]]]
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         answers = [{"token_ids": prompt, "log_probs": []} for prompt in asked["prompts"]]
-        error = {"code": self.code, "message": "It failed."}
-        said = {"policy": self.policy, "answers": answers, "error": error}
+        said: dict[str, Any] = {"policy": self.policy, "answers": answers}
+        if self.code:
+            said = {"error": {"code": self.code, "message": "It failed."}}
         body = json.dumps(said).encode()
         self.send_response(self.status)
         self.send_header("Content-Length", str(len(body)))
