@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from mizzen.runtime.engine.host import memory_available_bytes
+from mizzen.runtime.host import memory_available_bytes
 from mizzen.runtime.train.checkpoint import Committed, Counters, TrainState, bytes_of
 from mizzen.runtime.train.history import LossHistory, StepRecord
 from mizzen.runtime.train.progress import ProgressBoard
