@@ -2,12 +2,12 @@
 
     python -m benchmarks.calibration MODEL [--shares 0.3 0.5 0.7] [--seconds 60]
 
-First the three costs of a step are measured on a server that is otherwise idle: one for the step,
-one for each running sequence (from inter-token times at several concurrencies) and one for each
-prompt token (from times to the first token of prompts of several lengths). Then requests arrive at
-random, at shares of the rate at which steps would take for ever, and a simulated replica of that
-profile is given the very same. The aim: below the knee, mean ITL and p95 TTFT agree within 15 %.
-About five minutes with SmolLM2-135M on two cores.
+Before and after each run the three costs of a step are measured on the server, which is then idle
+otherwise: one for the step, one for each running sequence (from inter-token times at several
+concurrencies) and one for each prompt token (from times to the first token of prompts of several
+lengths). In the run requests arrive at random, at a share of the rate at which steps would take
+for ever, and a simulated replica of the mean of both profiles is given the very same. The aim:
+below the knee, mean ITL and p95 TTFT agree within 15 %. About seven minutes with SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from mizzen.operator.simulator.traces import Request
 
 # One budget for every step, as the simulated engine has; left out, ours has two on a CPU.
 STEP_TOKENS = 256
-CONCURRENCIES = (1, 2, 4, 8)
+CONCURRENCIES = (1, 2, 4, 8, 16)
 PROMPT_LENGTHS = (128, 256, 512, 768)
 MODEL_LEN = 1024
 REPEATS = 4
@@ -51,35 +52,38 @@ def mean_itl_s(stream: Stream) -> float:
 
 
 def ask(
-    server: Server, lengths: Sequence[int], *, words: int, output_tokens: int, at_once: int
+    server: Server, lengths: Sequence[int], *, words: int, output_tokens: int
 ) -> Sequence[Stream]:
-    """Return the answers to prompts of these lengths, none of which was asked before."""
+    """Return the answers to prompts of these lengths, asked at once and never before."""
     prompts = [
         random_prompts(1, shortest=n, longest=n, vocab_size=words, seed=time.monotonic_ns())[0]
         for n in lengths
     ]
     return run_load(
-        server.url, MODEL_NAME, prompts, output_tokens=output_tokens, at_once=at_once
+        server.url, MODEL_NAME, prompts, output_tokens=output_tokens, at_once=len(prompts)
     ).streams
 
 
 def measure_profile(server: Server, *, words: int) -> Profile:
     """Return what a step of this server costs."""
-    itls, ttfts = [], []
-    for count in CONCURRENCIES:
-        prompts = [SHORT_PROMPT] * (count * REPEATS)
-        answers = ask(server, prompts, words=words, output_tokens=LONG_ANSWER, at_once=count)
-        itls.append(statistics.fmean(map(mean_itl_s, answers)))
+    running: dict[int, list[Stream]] = {count: [] for count in CONCURRENCIES}
+    prompted: dict[int, list[Stream]] = {length: [] for length in PROMPT_LENGTHS}
+    # In turns, so that a minute in which the machine was slow counts for all of them.
+    for _ in range(REPEATS):
+        for count in CONCURRENCIES:
+            prompts = [SHORT_PROMPT] * count
+            running[count] += ask(server, prompts, words=words, output_tokens=LONG_ANSWER)
+        for length in PROMPT_LENGTHS:
+            prompted[length] += ask(server, [length], words=words, output_tokens=1)
+    itls = [statistics.median(map(mean_itl_s, answers)) for answers in running.values()]
     per_sequence, per_step = statistics.linear_regression(CONCURRENCIES, itls)
-    for length in PROMPT_LENGTHS:
-        answers = ask(server, [length] * REPEATS, words=words, output_tokens=1, at_once=1)
-        ttfts.append(statistics.median(answer.ttft_s for answer in answers))
+    ttfts = [statistics.median(answer.ttft_s for answer in ones) for ones in prompted.values()]
     steps = [-(-n // STEP_TOKENS) for n in PROMPT_LENGTHS]
     computed = [ttft - per_step * count for ttft, count in zip(ttfts, steps, strict=True)]
     per_token, _ = statistics.linear_regression(PROMPT_LENGTHS, computed)
     return Profile(
         step_s=max(per_step, 1e-6),
-        step_per_sequence_s=max(per_sequence, 0.0),
+        step_per_sequence_s=max(per_sequence, 0.0),  # of noise; full_rate() refuses it
         step_per_prompt_token_s=max(per_token, 0.0),
         budget_tokens=STEP_TOKENS,
         max_sequences=64,
@@ -87,19 +91,29 @@ def measure_profile(server: Server, *, words: int) -> Profile:
     )
 
 
+def between(before: Profile, after: Profile) -> Profile:
+    """Return the mean costs: a shared machine is not as fast in every minute."""
+
+    def mean(cost: str) -> float:
+        return statistics.fmean((getattr(before, cost), getattr(after, cost)))
+
+    costs = ("step_s", "step_per_sequence_s", "step_per_prompt_token_s")
+    return replace(before, **{cost: mean(cost) for cost in costs})
+
+
 def full_rate(profile: Profile) -> float:
     """Return the requests per second at which steps would take for ever.
 
     Raises:
-        NoisyMachineError: the measured costs say that there is no such rate.
+        NoisyMachineError: a sequence or a prompt's token was measured to cost nothing.
     """
     cost_s = (
         profile.step_per_sequence_s * ANSWER_TOKENS
         + profile.step_per_prompt_token_s * statistics.fmean(PROMPT_RANGE)
     )
-    if cost_s <= 0:
+    if min(profile.step_per_sequence_s, profile.step_per_prompt_token_s) <= 0:
         raise NoisyMachineError(
-            "More sequences and longer prompts took no more time. Run it again while the machine "
+            "More sequences, or longer prompts, took no more time. Run it again while the machine "
             "does nothing else."
         )
     return 1 / cost_s
@@ -151,7 +165,7 @@ def compare(streams: Sequence[Stream], requests: Sequence[Request], profile: Pro
 
 
 def main() -> None:
-    """Print the profile, then a row for each share of the full rate, and a table."""
+    """Print a row for each share of the full rate, and a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.3, 0.5, 0.7])
@@ -172,26 +186,24 @@ def main() -> None:
     )
     rows = Rows(f"Simulator beside engine: {model.name}, {arguments.threads} threads")
     with serving(start) as (server,):
-        profile = measure_profile(server, words=words)
-        rows.add(
-            {
-                "step_ms": round(1e3 * profile.step_s, 2),
-                "sequence_ms": round(1e3 * profile.step_per_sequence_s, 3),
-                "prompt_token_ms": round(1e3 * profile.step_per_prompt_token_s, 3),
-            }
-        )
+        before = measure_profile(server, words=words)
         for seed, share in enumerate(arguments.shares):
-            per_s = share * full_rate(profile)
+            per_s = share * full_rate(before)
             requests = draw_requests(per_s, arguments.seconds, seed=seed)
             streams = asyncio.run(replay(server, requests, words=words))
+            after = measure_profile(server, words=words)
+            profile = between(before, after)
             rows.add(
                 {
-                    "share": share,
-                    "requests_per_s": round(per_s, 2),
+                    "share": round(per_s / full_rate(profile), 2),
+                    "step_ms": round(1e3 * profile.step_s, 2),
+                    "sequence_ms": round(1e3 * profile.step_per_sequence_s, 3),
+                    "prompt_token_ms": round(1e3 * profile.step_per_prompt_token_s, 3),
                     "requests": len(requests),
                     **compare(streams, requests, profile),
                 }
             )
+            before = after
     rows.print_table()
 
 

@@ -15,57 +15,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 
+from benchmarks.borrowing import borrowing_job, scaled_deployment
 from benchmarks.deployment import Deployment, apply, gateway_url
+from benchmarks.story import Story
 from benchmarks.stream_counter import CUT, REFUSED, WHOLE, StreamCounter
 
 NAMESPACE, MODEL, GOOD, BAD, ADAPTER = "quickstart", "lender", "tuner", "tuner-bad", "support"
-GPU = "nvidia.com/gpu"
 LIMIT_S = 1800
 QUESTION = "The capital of France is"
 Json = dict[str, Any]
 
 
-def deployment() -> Json:
-    """One to three replicas, each on a device of its own."""
-    return {
-        "kind": "LLMDeployment",
-        "metadata": {"name": MODEL},
-        "spec": {
-            "model": {"source": "pvc://models/smollm2", "maxModelLen": 2048},
-            "accelerator": {"resource": GPU, "count": 1},
-            "engine": {"kvCacheGiB": 0.25},
-            "scaling": {"min": 1, "max": 3, "targets": {"concurrency": 4}},
-        },
-    }
-
-
 def job(name: str, *, steps: int, learning_rate: float, **fields: Any) -> Json:
-    """A LoRA job on the quickstart's dialogues that borrows three devices."""
-    return {
-        "kind": "FineTuneJob",
-        "metadata": {"name": name},
-        "spec": {
-            "method": "sft",
-            "adaptation": {"type": "lora", "rank": 8, "alpha": 16},
-            "baseModel": {"deployment": MODEL},
-            "dataset": [{"name": "dialogues", "uri": "configMap://chatterbot/data.jsonl"}],
-            "processing": {"maxSeqLen": 96, "holdoutRatio": 0.1},
-            "hyperparameters": {
-                **{"epochs": 50, "maxSteps": steps, "learningRate": learning_rate},
-                **{"batchSize": 8, "microBatch": 8},
-            },
-            "checkpoint": {"everySteps": 20},
-            "resources": {"accelerator": {"resource": GPU, "count": 3}},
-            "spareCapacity": {"enabled": True, "yieldWithinSeconds": 30},
-            **fields,
-        },
+    """A job that borrows three devices and makes so many steps."""
+    hyperparameters = {
+        **{"epochs": 50, "maxSteps": steps, "learningRate": learning_rate},
+        **{"batchSize": 8, "microBatch": 8},
     }
+    return borrowing_job(name, of=MODEL, hyperparameters=hyperparameters, **fields)
 
 
 def promotion(**fields: Any) -> Json:
@@ -74,29 +47,23 @@ def promotion(**fields: Any) -> Json:
     return {"deployment": MODEL, "adapter": ADAPTER, "probes": [probe], **fields}
 
 
-@dataclass(slots=True)
-class Recorder:
-    """Prints what changes in the namespace, with the seconds since the beginning."""
+@dataclass(slots=True, kw_only=True)
+class Recorder(Story):
+    """Tells what changes in the namespace."""
 
     cluster: Deployment
-    begun: float = field(default_factory=time.monotonic)
     seen: dict[str, Json] = field(default_factory=dict)  # resources as last read
-    told: dict[str, str] = field(default_factory=dict)
     looked: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def say(self, text: str) -> None:
-        """Print one line of the record."""
-        print(f"{time.monotonic() - self.begun:7.1f} s  {text}", flush=True)
 
     async def watch(self) -> None:
         """Read and print until cancelled."""
         while True:
             listed = await self.cluster.get("llmd,ftj,pods")
             self.seen = {f"{i['kind']}/{i['metadata']['name']}": i for i in listed["items"]}
-            for name, resource in self.seen.items():
-                self._tell(name, in_short(resource))
+            for resource in self.seen.values():
+                self.tell(resource)
             for name in self.told.keys() - self.seen.keys():
-                self._tell(name, "gone")
+                self.tell_gone(name)
             self.looked.set()
             await asyncio.sleep(0.5)
 
@@ -113,52 +80,6 @@ class Recorder:
                 self.looked.clear()
                 await self.looked.wait()
         return time.monotonic() - begun
-
-    def _tell(self, name: str, text: str) -> None:
-        if text and self.told.get(name) != text:
-            self.told[name] = text
-            self.say(f"{name}: {text}")
-
-
-def in_short(resource: Json) -> str:
-    """Return what a person would want to know of a resource's status."""
-    status = resource.get("status") or {}
-    if resource["kind"] == "Pod":
-        return pod_in_short(resource, status)
-    told = {c["type"]: c for c in status.get("conditions") or []}
-    if resource["kind"] == "LLMDeployment":
-        wanted = (status.get("scaling") or {}).get("desired", resource["spec"].get("replicas"))
-        adapters = [f"{a['name']} of {a.get('job')}" for a in status.get("adapters") or []]
-        ready = told.get("Ready", {}).get("reason")
-        return f"{status.get('ready')} ready, {wanted} wanted, {ready}; adapters {adapters}"
-    parts = [str(status.get("phase")), *_flags(told)]
-    made = (status.get("progress") or {}).get("step")
-    if made is not None:
-        is_waiting = status.get("phase") == "Pending"
-        # While it is at work, every tenth step is enough to see it go on.
-        parts.insert(1, f"committed step {made}" if is_waiting else f"past step {made // 10 * 10}")
-    return ", ".join(parts)
-
-
-def pod_in_short(pod: Json, status: Json) -> str:
-    """Return where a pod is between its creation and its end."""
-    if pod["metadata"].get("deletionTimestamp"):
-        return "leaving"
-    if gates := pod["spec"].get("schedulingGates"):
-        return f"held by {', '.join(gate['name'] for gate in gates)}"
-    ends = [c["state"].get("terminated") for c in status.get("containerStatuses") or []]
-    if any(ends):
-        return "ended, exit code " + ", ".join(str(end["exitCode"]) for end in ends if end)
-    told = {c["type"]: c["status"] for c in status.get("conditions") or []}
-    ready = "in service" if told.get("Ready") == "True" else "not in service"
-    return f"{status.get('phase')}, {ready}"
-
-
-def _flags(told: dict[str, Json]) -> Iterator[str]:
-    for name in ("Admitted", "EvaluationPassed", "Promoted", "Failed"):
-        condition = told.get(name)
-        if condition and condition["reason"] not in ("Pending", "AsExpected", "NoPromotion"):
-            yield f"{name} {condition['status']} ({condition['reason']})"
 
 
 def is_condition(name: str, type_: str, status: str = "True") -> Callable[[dict[str, Json]], bool]:
@@ -204,7 +125,7 @@ async def run(options: argparse.Namespace) -> None:
     """Go through the whole story once."""
     cluster = Deployment(MODEL, NAMESPACE)
     url = options.url or await gateway_url(cluster)
-    record = Recorder(cluster)
+    record = Recorder(cluster=cluster)
     try:
         async with asyncio.TaskGroup() as group:
             watcher = group.create_task(record.watch())
@@ -222,7 +143,7 @@ async def _tell_story(
     record: Recorder, cluster: Deployment, url: str, options: argparse.Namespace
 ) -> None:
     good, served = f"FineTuneJob/{GOOD}", f"{MODEL}:{ADAPTER}"
-    await apply(cluster, deployment())
+    await apply(cluster, scaled_deployment(MODEL, most=3, concurrency=4))
     await record.until("the first replica", in_service(1))
     suite = {"name": "holdout", "type": "perplexity", "maxRegressionRatio": 0.0}
     await apply(cluster, job(GOOD, steps=options.steps, learning_rate=3e-4,

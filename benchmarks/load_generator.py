@@ -100,10 +100,12 @@ async def _events(lines: AsyncIterator[bytes]) -> AsyncIterator[dict]:
             yield event
 
 
-def open_session() -> aiohttp.ClientSession:
+def open_session(api_key: str = "") -> aiohttp.ClientSession:
     """Return a session that lets as many requests run as are asked for, for as long as it takes."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None),
+        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
     )
 
 

@@ -10,7 +10,8 @@ import torch
 
 from mizzen.runtime.host import memory_available_bytes
 from mizzen.runtime.train.checkpoint import Committed, Counters, TrainState, bytes_of
-from mizzen.runtime.train.history import LossHistory, StepRecord
+from mizzen.runtime.train.curve import StepRecord
+from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.progress import ProgressBoard
 from mizzen.runtime.train.trainable import Trainable
 

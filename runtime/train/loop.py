@@ -24,9 +24,9 @@ from mizzen.runtime.train.budget import Spent, find_spent
 from mizzen.runtime.train.checkpoint import Counters
 from mizzen.runtime.train.clip import clip_gradients
 from mizzen.runtime.train.config import Budget, Checkpointing, Hyperparameters
+from mizzen.runtime.train.curve import StepRecord
 from mizzen.runtime.train.errors import LossNotFiniteError
 from mizzen.runtime.train.halving import AtOnce
-from mizzen.runtime.train.history import StepRecord
 from mizzen.runtime.train.ledger import Ledger
 from mizzen.runtime.train.methods.method import Method, StepNotFiniteError
 from mizzen.runtime.train.progress import ProgressBoard

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from mizzen.runtime.train.budget import Spent
 from mizzen.runtime.train.checkpoint import Committed, Counters
-from mizzen.runtime.train.history import StepRecord
+from mizzen.runtime.train.curve import StepRecord
 
 Phase = Literal["Preparing", "Running", "Evaluating", "Publishing", "Succeeded"]
 

@@ -26,7 +26,7 @@ from mizzen.runtime.train.errors import RoleLostError
 from mizzen.runtime.train.evaluate import Examination, TallyStore
 from mizzen.runtime.train.giving_way import GivingWay
 from mizzen.runtime.train.halving import AtOnce
-from mizzen.runtime.train.history import LossHistory
+from mizzen.runtime.train.history import LossHistory, note_holdout
 from mizzen.runtime.train.ledger import DiskLedger, Ledger, NoLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
 from mizzen.runtime.train.methods.distill import Distill
@@ -192,7 +192,8 @@ class Training:
     def _validate(self, step: int) -> None:
         assert self._validation is not None, "the loop asks only where there is one"
         self._adapted.set_training(False)
-        self._validation.measure(step)
+        figures = self._validation.measure(step)
+        note_holdout(self._config.checkpoint.directory, step, figures)
         self._adapted.set_training(True)
 
     def _giving_way(self, lora: LoraDelta | None) -> LoraDelta | None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.calibration import NoisyMachineError, compare, draw_requests, full_rate
+from benchmarks.calibration import NoisyMachineError, between, compare, draw_requests, full_rate
 from benchmarks.load_generator import Stream
 from mizzen.operator.simulator.replica_profile import Profile
 from mizzen.operator.simulator.traces import Request
@@ -44,7 +44,18 @@ def test_requests_come_at_the_rate_asked_for() -> None:
     assert [request.arrival_s for request in drawn] == sorted(r.arrival_s for r in drawn)
 
 
-def test_a_machine_on_which_more_work_takes_no_more_time_is_too_busy_to_measure() -> None:
-    free = replace(PROFILE, step_per_sequence_s=0.0, step_per_prompt_token_s=0.0)
+def test_a_run_is_held_against_the_mean_of_what_steps_cost_before_and_after_it() -> None:
+    slower = replace(PROFILE, step_s=0.04, step_per_sequence_s=0.003)
+    mean = between(PROFILE, slower)
+    assert (mean.step_s, mean.step_per_sequence_s) == pytest.approx((0.03, 0.002))
+    assert mean.step_per_prompt_token_s == PROFILE.step_per_prompt_token_s
+    assert mean.budget_tokens == PROFILE.budget_tokens
+
+
+@pytest.mark.parametrize("free_part", ["step_per_sequence_s", "step_per_prompt_token_s"])
+def test_a_machine_on_which_more_work_takes_no_more_time_is_too_busy_to_measure(
+    free_part: str,
+) -> None:
+    free = replace(PROFILE, **{free_part: 0.0})
     with pytest.raises(NoisyMachineError, match="while the machine does nothing else"):
         full_rate(free)

@@ -21,13 +21,14 @@ from mizzen.runtime.train import loop as loop_module
 from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
 from mizzen.runtime.train.config import Budget, Checkpointing, Hyperparameters
+from mizzen.runtime.train.curve import read_history
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.errors import (
     LossNotFiniteError,
     MemoryTooSmallError,
     MicroBatchTooLargeError,
 )
-from mizzen.runtime.train.history import LossHistory, read_history
+from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.ledger import DiskLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
 from mizzen.runtime.train.methods.method import StepNotFiniteError

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mizzen.runtime.train import ledger as ledger_module
 from mizzen.runtime.train.checkpoint import CheckpointStore, Committed, Counters, TrainState
+from mizzen.runtime.train.curve import StepRecord
 from mizzen.runtime.train.errors import StorageFullError
-from mizzen.runtime.train.history import LossHistory, StepRecord
+from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.ledger import DiskLedger
 from mizzen.runtime.train.progress import ProgressBoard
 

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mizzen.runtime.train.admin import AdminServer
 from mizzen.runtime.train.checkpoint import Committed, Counters
-from mizzen.runtime.train.history import StepRecord
+from mizzen.runtime.train.curve import StepRecord
 from mizzen.runtime.train.progress import (
     TERMINATION_LOG_BYTES,
     Artifact,

@@ -22,8 +22,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from hack.ports import free_port
 from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.train.config import load_config
+from mizzen.runtime.train.curve import read_history
 from mizzen.runtime.train.errors import JobConfigError, RoleLostError, TrainerHangsError
-from mizzen.runtime.train.history import read_history
 from mizzen.runtime.train.roles import node
 from mizzen.runtime.train.roles.actors import (
     ReferenceRole,
