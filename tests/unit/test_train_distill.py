@@ -142,7 +142,7 @@ def test_a_student_learns_the_texts_of_its_teacher(tmp_path: Path) -> None:
         },
         adaptation={"type": "full"},
         output={"kind": "model"},
-        hyperparameters={"max_steps": 30, "learning_rate": 0.01},
+        hyperparameters={"max_steps": 24, "learning_rate": 0.003},
         evaluation={"suites": []},
     )
     # Killed after the teacher has answered, it goes on with what was answered.
@@ -152,7 +152,7 @@ def test_a_student_learns_the_texts_of_its_teacher(tmp_path: Path) -> None:
     assert run(job) == 0
     assert notes.stat().st_mtime_ns == answered_at
     losses = [record.loss for record in read_curve(job)]
-    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_a_teacher_that_is_no_plain_decoder_answers_nothing(tmp_path: Path) -> None:
