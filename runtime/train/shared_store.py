@@ -68,7 +68,7 @@ class FollowingLedger:
     def append(self, record: StepRecord) -> None:
         """Do nothing."""
 
-    def commit(self, counters: Counters, trainable: Trainable) -> None:
+    def commit(self, counters: Counters, trainable: Trainable, *, can_wait: bool = False) -> None:
         """Write this rank's part where the leader says.
 
         Raises:

@@ -188,6 +188,20 @@ def test_roles_on_ray_are_refused_where_nothing_is_drawn(tmp_path: Path) -> None
         load_config(write_job(tmp_path, roles="Ray").config_path)
 
 
+IMPOSSIBLE = {
+    "every weight moves": (FULL, "set adaptation.type to lora or qlora"),
+    "roles are on Ray": ({"roles": "Ray"}, "set roles to InProcess"),
+}
+
+
+@pytest.mark.parametrize(("fields", "said"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_replicas_cannot_draw_where(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    rl = {"rewards": LETTERS, "rollout": {"url": "http://chat:8000"}}
+    job = write_job(tmp_path, method="grpo", rl=rl, evaluation=WORTH, **fields)
+    with pytest.raises(JobConfigError, match=said):
+        load_config(job.config_path)
+
+
 def test_a_yield_in_the_midst_ends_ray_too_and_changes_no_number(
     tmp_path: Path, temporary: Path
 ) -> None:
