@@ -1,6 +1,6 @@
 """A student that learns from a teacher's drawn ids, against one that learns from the text alone.
 
-    python -m benchmarks.distill [--text FILE ...] [--steps 200] [--samples 16 64]
+    python -m benchmarks.distill [--text FILE ...] [--steps 200] [--samples 16 64] [--plot FILE]
 
 Teacher (6 layers of 256) and students (2 of 128) start from random weights and read the same text
 in the same order: by default the Python reference that every installation brings; recorded figures
@@ -19,8 +19,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from benchmarks.train_jobs import Done, run_job
+from benchmarks.train_jobs import Done, add_plot_option, run_job
 from hack.tiny_model import SPECIAL_TOKENS, write_tiny_model
+from mizzen.runtime.train.curve_plot import lines_of, plot_lines
 
 PASSAGE_CHARACTERS = 400
 
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--samples", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--vocabulary", type=int, default=2048)
+    add_plot_option(parser)
     options = parser.parse_args()
     parts = [path.read_text() for path in options.text] if options.text else topics.values()
     text = "\n".join(parts)[: options.characters]
@@ -88,14 +90,20 @@ def main() -> None:
         )
         print(f"teacher                {teacher.last_word['evalLoss']:.4f} nats a token")
         sizes = {"steps": options.steps, "batch": options.batch}
-        alone = train(root / "alone", small, data, **sizes).last_word["evalLoss"]
+        student = train(root / "alone", small, data, **sizes)
+        alone = student.last_word["evalLoss"]
+        lines = lines_of("teacher", teacher.curve) + lines_of("text alone", student.curve)
         print(f"student, text alone    {alone:.4f}")
         for count in options.samples:
             rules = {"teacher": str(teacher.artifact), "samples": count}
             student = train(
                 root / f"taught-{count}", small, data, **sizes, method="distill", distill=rules
-            ).last_word["evalLoss"]
-            print(f"student, {count:>3} drawn ids {student:.4f}  better by {alone - student:+.4f}")
+            )
+            loss = student.last_word["evalLoss"]
+            print(f"student, {count:>3} drawn ids {loss:.4f}  better by {alone - loss:+.4f}")
+            lines += lines_of(f"{count} drawn ids", student.curve)
+    if options.plot:
+        plot_lines(lines, options.plot, title="Learning from a teacher's drawn ids")
 
 
 if __name__ == "__main__":

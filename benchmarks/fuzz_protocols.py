@@ -172,7 +172,7 @@ def fuzz(minutes: float, seed: int, most: int, work: Path) -> dict[str, object]:
     )
     door = (
         *("gateway", "--host=127.0.0.1", f"--port={front}", f"--metrics-port={front_health}"),
-        *(f"--upstream=tiny={url}", "--auth=off"),
+        *(f"--upstream=tiny={url}", "--auth=off", f"--batches-dir={work / 'batches'}"),
     )
     with started(work / "runtime.log", *serve) as runtime:
         wait_for(f"http://127.0.0.1:{admin}/readyz", runtime)

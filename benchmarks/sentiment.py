@@ -1,6 +1,6 @@
 """A real task learned through our own job: the sentiment of product reviews, by a LoRA adapter.
 
-    python -m benchmarks.sentiment MODEL [--samples 1000] [--steps 120]
+    python -m benchmarks.sentiment MODEL [--samples 1000] [--steps 120] [--plot FILE]
 
 The data are snippets that people rated (vaderSentiment's, clear ratings only). The gate's
 classification suite asks base and adapter, by the same code, about the third of them that is held
@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 from benchmarks.rows import Rows
-from benchmarks.train_jobs import run_job
+from benchmarks.train_jobs import add_plot_option, run_job
 from hack.datasets import write_sentiment
+from mizzen.runtime.train.curve_plot import lines_of, plot_lines
 
 
 def main() -> None:
@@ -22,13 +23,14 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=120)
+    add_plot_option(parser)
     options = parser.parse_args()
     rows = Rows("Sentiment of product reviews, held out")
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "reviews.jsonl"
         write_sentiment(data, limit=options.samples)
         began_s = time.monotonic()
-        word = run_job(
+        done = run_job(
             Path(folder) / "sentiment",
             base_model=str(options.model),
             adaptation={"type": "lora", "rank": 8, "alpha": 16.0},
@@ -49,7 +51,8 @@ def main() -> None:
                     }
                 ]
             },
-        ).last_word
+        )
+    word = done.last_word
     (suite,) = word["evaluation"]
     rows.add(
         {
@@ -62,6 +65,9 @@ def main() -> None:
         }
     )
     rows.print_table()
+    if options.plot:
+        lines = lines_of(options.model.name, done.curve)
+        plot_lines(lines, options.plot, title="Sentiment of reviews by LoRA")
 
 
 if __name__ == "__main__":

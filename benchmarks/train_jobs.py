@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mizzen.picture import PictureError, check_picture
 from mizzen.runtime.train.checkpoint import Counters
-from mizzen.runtime.train.history import StepRecord, read_history
+from mizzen.runtime.train.curve import StepRecord, read_history
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,20 @@ class Done:
     @property
     def artifact(self) -> Path:
         return Path(self.last_word["artifact"]["path"])
+
+
+def add_plot_option(parser: argparse.ArgumentParser) -> None:
+    """Let a benchmark be asked for a picture of its curves, if one can be drawn at the end."""
+    parser.add_argument("--plot", type=_picture_path, help="picture of the curves: .svg or .png")
+
+
+def _picture_path(text: str) -> Path:
+    path = Path(text)
+    try:
+        check_picture(path)
+    except PictureError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
 
 
 def run_job(root: Path, **document: Any) -> Done:

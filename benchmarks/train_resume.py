@@ -22,7 +22,7 @@ from pathlib import Path
 
 from hack.datasets import write_chatterbot
 from hack.tiny_model import write_tiny_model
-from mizzen.runtime.train.history import StepRecord, read_history
+from mizzen.runtime.train.curve import StepRecord, read_history
 
 
 def write_job(root: Path, shared: Path, *, steps: int) -> Path:

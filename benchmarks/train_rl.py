@@ -1,6 +1,6 @@
 """GRPO and PPO with rewards by rule, over several seeds: do rewards rise, how far is the drift?
 
-    python -m benchmarks.train_rl [--methods grpo ppo] [--seeds 3] [--steps 60]
+    python -m benchmarks.train_rl [--methods grpo ppo] [--seeds 3] [--steps 60] [--plot FILE]
 
 The model is a tiny random one and the rules ask for letters of three ranges, so that every answer
 earns something between 0 and 3 and nothing but the reward is there to learn from. Drift from the
@@ -16,8 +16,9 @@ import tempfile
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.train_jobs import Done, run_job
+from benchmarks.train_jobs import Done, add_plot_option, run_job
 from hack.tiny_model import write_tiny_model
+from mizzen.runtime.train.curve_plot import lines_of, plot_lines
 
 RANGES = ("a-m", "n-z", "A-M")
 KL_COEF = 0.2
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["grpo", "ppo"], choices=["grpo", "ppo"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
+    add_plot_option(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         shared = Path(folder)
@@ -81,20 +83,20 @@ def main() -> None:
             f"{'':>5} {'seed':>4} {'first reward':>12} {'last reward':>11} {'holdout: base':>13} "
             f"{'candidate':>13} {'largest KL/token':>17}"
         )
-        found = [
-            print_row(
-                method,
-                seed,
-                train(shared / f"{method}-{seed}", shared, method, seed=seed, steps=options.steps),
-            )
-            for method in options.methods
-            for seed in range(options.seeds)
-        ]
+        found, lines = [], []
+        for method in options.methods:
+            for seed in range(options.seeds):
+                name = f"{method}-{seed}"
+                done = train(shared / name, shared, method, seed=seed, steps=options.steps)
+                found.append(print_row(method, seed, done))
+                lines += lines_of(name, done.curve)
         rose, bounded = (sum(flags) for flags in zip(*found, strict=True))
         print(
             f"the reward rose in {rose} of {len(found)} runs; "
             f"the drift stayed below {LIMIT_NATS} nat a token in {bounded}"
         )
+    if options.plot:
+        plot_lines(lines, options.plot, title="Rules as reward, a run for each seed")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tokens a second of fine-tuning, beside transformers' Trainer (and PEFT's LoRA) in the same run.
 
-    python -m benchmarks.train_speed lora --model MODEL [--steps 20] [--rounds 3]
-    python -m benchmarks.train_speed full [--steps 60] [--rounds 3]
+    python -m benchmarks.train_speed lora --model MODEL [--steps 20] [--rounds 3] [--plot FILE]
+    python -m benchmarks.train_speed full [--steps 60] [--rounds 3] [--plot FILE]
 
 Both learn from the same samples in the same order, with the same batch, optimizer, number type and
 threads; the runs take turns. `lora` takes a checkpoint directory, such as SmolLM2-135M-Instruct;
@@ -20,10 +20,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train_jobs import run_job
+from benchmarks.train_jobs import add_plot_option, run_job
 from hack.datasets import chatterbot_samples
 from hack.tiny_model import write_tiny_model
+from mizzen.runtime.train.curve_plot import Line, plot_lines
 
+Pair = tuple[dict[str, Any], dict[str, Any]]
 _DIALOGUES = 6  # that follow each other in one sample
 
 
@@ -69,7 +71,8 @@ def theirs(job: Path) -> dict[str, Any]:
     return dict(json.loads(ran.stdout.splitlines()[-1]))
 
 
-def compare(kind: str, model: Path | None, *, steps: int, rounds: int) -> None:
+def compare(kind: str, model: Path | None, *, steps: int, rounds: int) -> list[Pair]:
+    """Print and return what each round came to: ours, and the rival's."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_conversations(root / "chat.jsonl")
@@ -84,9 +87,18 @@ def compare(kind: str, model: Path | None, *, steps: int, rounds: int) -> None:
             report(pairs[-1:])
         print("all rounds:")
         report(pairs)
+    return pairs
 
 
-def report(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+def draw(pair: Pair, path: Path, *, title: str) -> None:
+    lines = [
+        Line(run=run, figure="loss", points=list(enumerate(side["losses"], 1)))
+        for run, side in zip(("Mizzen", "Trainer"), pair, strict=True)
+    ]
+    plot_lines(lines, path, title=title)
+
+
+def report(pairs: list[Pair]) -> None:
     speeds = [[one["tokens_per_s"] for one in side] for side in zip(*pairs, strict=True)]
     mine, rival = map(statistics.median, speeds)
     last = [statistics.fmean(one["losses"][-5:]) for one in pairs[-1]]
@@ -100,10 +112,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
+    add_plot_option(parser)
     options = parser.parse_args()
     if options.kind == "lora" and options.model is None:
         parser.error("lora needs --model")
-    compare(options.kind, options.model, steps=options.steps, rounds=options.rounds)
+    pairs = compare(options.kind, options.model, steps=options.steps, rounds=options.rounds)
+    if options.plot:
+        draw(pairs[-1], options.plot, title=f"Fine-tuning, {options.kind}")
 
 
 if __name__ == "__main__":

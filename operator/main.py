@@ -288,11 +288,16 @@ async def run(config: OperatorConfig) -> None:
         finally:
             lag.cancel()
             await parts.lease.release()
-            await parts.facts.runtimes.close()
-            await parts.facts.trainers.close()
-            await parts.metrics.close()
-            await parts.facts.metrics.close()
+            await hang_up(parts)
             await runner.cleanup()
+
+
+async def hang_up(parts: Parts) -> None:
+    """Close the connections to runtimes, trainers and whoever tells the load."""
+    await parts.facts.runtimes.close()
+    await parts.facts.trainers.close()
+    await parts.metrics.close()
+    await parts.facts.metrics.close()
 
 
 async def first_of(work: Awaitable[None], stop: asyncio.Event) -> bool:

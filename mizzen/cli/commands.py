@@ -12,6 +12,7 @@ import typer
 
 from mizzen.cli import rollout
 from mizzen.cli.approve import approve
+from mizzen.cli.curve import curve
 from mizzen.cli.plan import plan
 from mizzen.cli.simulate import simulate
 
@@ -31,6 +32,7 @@ keys = typer.Typer(help="API keys of the gateway.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 app.add_typer(rollout.app, name="rollout")
 app.command()(approve)
+app.command()(curve)
 app.command()(plan)
 app.command()(simulate)
 

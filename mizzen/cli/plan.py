@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,13 +12,13 @@ if TYPE_CHECKING:
     from mizzen.operator.planning.fit import Fit
 
 
-class ModelFileError(ValueError):
-    """What was named is no model; the text says what is expected."""
-
-
 def plan(
     model: Annotated[
-        Path, typer.Argument(help="A model's directory, its config.json, or a .gguf file.")
+        str,
+        typer.Argument(
+            help="A model's directory, its config.json, a .gguf file, or hf://ORG/NAME[@REVISION] "
+            "or s3://BUCKET/PREFIX, of which config.json alone is fetched."
+        ),
     ],
     gpu: Annotated[
         str,
@@ -50,11 +48,12 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Print the memory a model takes, the devices it needs and how many requests then fit."""
+    from mizzen.cli.model_config import ModelFileError, read_config
     from mizzen.operator.planning.fit import ACCELERATORS, GIB, Wish, plan_fit
     from mizzen.operator.planning.model_shape import DTYPE_BYTES, read_model_shape
 
     try:
-        shape = read_model_shape(_read_config(model))
+        shape = read_model_shape(read_config(model))
         gib = gpu_memory_gib if gpu_memory_gib is not None else ACCELERATORS.get(gpu.lower())
         if gib is None or gib <= 0:
             raise ModelFileError(
@@ -78,69 +77,6 @@ def plan(
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
     typer.echo(json.dumps(asdict(fit), indent=2) if as_json else _as_text(fit, wish.request_tokens))
-
-
-def _read_config(path: Path) -> Mapping[str, object]:
-    if path.is_dir():
-        found = sorted(path.glob("*.gguf"))
-        has_config = (path / "config.json").is_file()
-        path = found[0] if len(found) == 1 and not has_config else path / "config.json"
-    if not path.is_file():
-        raise ModelFileError(
-            f"There is no file {path}. Name a directory with config.json, the file itself, or a "
-            ".gguf file."
-        )
-    if path.suffix == ".gguf":
-        return _gguf_config(path)
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelFileError(f"{path.name} is not valid JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise ModelFileError(f"{path.name} does not hold a JSON object.")
-    return config
-
-
-def _gguf_config(path: Path) -> Mapping[str, object]:
-    """Return a GGUF file's sizes by the names of a config.json. Its weights are not read."""
-    try:
-        from mizzen.runtime.model.gguf_header import read_gguf_header
-    except ImportError:
-        raise ModelFileError(
-            "Reading a .gguf file needs the package gguf: pip install 'mizzen[runtime]', or name "
-            "the model's config.json."
-        ) from None
-    from mizzen.runtime.errors import BadModelError
-
-    try:
-        header = read_gguf_header(path)
-    except BadModelError as error:
-        raise ModelFileError(str(error)) from None
-    kind = str(header.metadata.get("general.architecture"))
-
-    def field(name: str) -> object:
-        return header.metadata.get(f"{kind}.{name}")
-
-    tokens = header.metadata.get("tokenizer.ggml.tokens")
-    return {
-        "architectures": [_GGUF_ARCHITECTURES.get(kind, kind)],
-        "num_hidden_layers": field("block_count"),
-        "hidden_size": field("embedding_length"),
-        "intermediate_size": field("feed_forward_length"),
-        "num_attention_heads": field("attention.head_count"),
-        "num_key_value_heads": field("attention.head_count_kv"),
-        "head_dim": field("attention.key_length"),
-        "max_position_embeddings": field("context_length"),
-        "vocab_size": len(tokens) if isinstance(tokens, list) else field("vocab_size"),
-        "tie_word_embeddings": "output.weight" not in header.tensors,
-    }
-
-
-_GGUF_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 
 
 def _as_text(fit: Fit, request_tokens: int) -> str:

@@ -71,12 +71,12 @@ def simulate(
 ) -> None:
     """Replay a trace against an autoscaling policy and print what it achieved and cost."""
     from mizzen.operator.simulator.arbiter import Lending
-    from mizzen.operator.simulator.plot import PlotError, check_plot
     from mizzen.operator.simulator.plot import plot as draw
     from mizzen.operator.simulator.replica_profile import Profile, StartUp
     from mizzen.operator.simulator.simulation import Objective, Setting
     from mizzen.operator.simulator.traces import load_trace, parse_format
     from mizzen.operator.simulator.workloads import multiply
+    from mizzen.picture import PictureError, check_picture
 
     if min > max:
         typer.echo(f"--min {min} is above --max {max}.", err=True)
@@ -109,12 +109,12 @@ def simulate(
             seed=seed,
         )
         if plot is not None:
-            check_plot(plot)
+            check_picture(plot)
         requests = multiply(load_trace(trace, parse_format(format)), times, seed=seed)
         outcome, report = _run(policy, target, requests, setting)
         if plot is not None:
             draw(outcome, setting, plot, title=f"{report.policy} on {trace.name}")
-    except (ValueError, PlotError) as error:
+    except (ValueError, PictureError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
     document = asdict(report)

@@ -149,7 +149,10 @@ def _unchanged(*fields: str) -> tuple[dict[str, str], ...]:
 
 def _unchanged_sections() -> dict[str, str]:
     """Return the rule for the methods' own settings: all but dpo's come and go with the method."""
-    kept = (f"(!has(self.{name}) || self.{name} == oldSelf.{name})" for name in METHOD_SECTIONS)
+    kept = (
+        f"(!has(self.{name}) || has(oldSelf.{name}) && self.{name} == oldSelf.{name})"
+        for name in METHOD_SECTIONS
+    )
     names = ", ".join(METHOD_SECTIONS)
     return cel(
         f"has(self.dpo) == has(oldSelf.dpo) && {' && '.join(kept)}", f"{names} {_CANNOT_CHANGE}"

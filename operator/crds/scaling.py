@@ -309,7 +309,8 @@ class ScalingStatus(ApiModel):
     flapping_until: Annotated[
         str | None,
         Field(
-            description="Until then steps down wait twice as long: the load turned too often.",
+            description="Until then the first step down after a rise waits twice as long: the "
+            "load turned too often.",
             json_schema_extra={"format": "date-time"},
         ),
     ] = None

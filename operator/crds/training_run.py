@@ -71,6 +71,14 @@ class TensorParallelism(ApiModel):
 class JobResources(ApiModel):
     """What the trainer pod asks for."""
 
+    rules = (
+        cel(
+            "!has(self.accelerator.count) || self.accelerator.resource != 'none'",
+            "resources.accelerator.count needs resources.accelerator.resource, such as "
+            "nvidia.com/gpu.",
+        ),
+    )
+
     accelerator: Annotated[Accelerator, Field(description="The devices of the trainer pod.")] = (
         Accelerator()
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mizzen.operator.planning.demand import quantile
-from mizzen.operator.planning.scale_history import History, Start
+from mizzen.operator.planning.scale_history import History, Identity
 from mizzen.operator.planning.scale_rules import Tuning
 from mizzen.operator.planning.signals import Engines, Observation, ReplicaState
 from mizzen.operator.planning.throughput import CostFit, Shape, learn
@@ -24,7 +24,8 @@ def absorb(history: History, seen: Observation, tuning: Tuning) -> History:
     kv_tokens = engines.kv_tokens.fresh(stale)
     return replace(
         history,
-        starts=_with_starts(history.starts, seen),
+        starts=(*history.starts, *_new_starts(history, seen, tuning))[-_KEPT_STARTS:],
+        started=_started(history, seen),
         fit=_with_costs(history.fit, seen, stale),
         shape=_shape(engines, stale) or history.shape,
         kv_tokens=kv_tokens if kv_tokens else history.kv_tokens,
@@ -35,7 +36,7 @@ def usual_start_s(history: History, tuning: Tuning) -> float:
     """Return the time within which nine of ten replicas have started."""
     if not history.starts:
         return tuning.default_start_s
-    return quantile([start.seconds for start in history.starts], 0.9)
+    return quantile(history.starts, 0.9)
 
 
 def stuck_replicas(history: History, seen: Observation, tuning: Tuning) -> list[ReplicaState]:
@@ -43,7 +44,7 @@ def stuck_replicas(history: History, seen: Observation, tuning: Tuning) -> list[
     limit = tuning.stuck_after_unmeasured_s
     if history.starts:
         # Twice the slowest start: with few measured, their 99 % quantile is that slowest one.
-        limit = max(60.0, 2 * quantile([start.seconds for start in history.starts], 0.99))
+        limit = max(60.0, 2 * quantile(history.starts, 0.99))
     return [
         replica
         for replica in seen.replicas
@@ -51,14 +52,36 @@ def stuck_replicas(history: History, seen: Observation, tuning: Tuning) -> list[
     ]
 
 
-def _with_starts(starts: tuple[Start, ...], seen: Observation) -> tuple[Start, ...]:
-    known = {start.name for start in starts}
-    fresh = tuple(
-        Start(name=replica.name, seconds=replica.start_s)
+def _new_starts(history: History, seen: Observation, tuning: Tuning) -> list[float]:
+    """Return how long those took that have started since the last look.
+
+    At the first look the starts of those that serve are in the status, or were seen by nobody: a
+    very long one is then a container that began anew, hours after its pod.
+    """
+    starts = [
+        replica.start_s
         for replica in seen.replicas
-        if replica.start_s is not None and replica.name not in known
+        if replica.start_s is not None and _identity(replica, seen) not in (history.started or ())
+    ]
+    if history.started is not None:
+        return starts
+    if history.starts:
+        return []
+    return [start_s for start_s in starts if start_s <= tuning.stuck_after_unmeasured_s]
+
+
+def _started(history: History, seen: Observation) -> frozenset[Identity]:
+    """Return the replicas that have started, whether or not they are ready just now."""
+    before = history.started or frozenset()
+    identities = {_identity(replica, seen): replica.start_s for replica in seen.replicas}
+    return frozenset(
+        one for one, start_s in identities.items() if start_s is not None or one in before
     )
-    return (*starts, *fresh)[-_KEPT_STARTS:] if fresh else starts
+
+
+def _identity(replica: ReplicaState, seen: Observation) -> Identity:
+    """Return its name and when it was made: the next replica in its slot has the same name."""
+    return replica.name, round(seen.now_s - replica.age_s)
 
 
 def _with_costs(fit: CostFit, seen: Observation, stale_s: float) -> CostFit:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from mizzen.operator.planning.throughput import CostFit, Shape
 
+Identity = tuple[str, int]  # a replica's name and the second in which it was made
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
@@ -20,14 +22,6 @@ class Move:
     after: int
     # Steered by load. Moves that follow bounds, schedules or a wake are no sign of flapping.
     is_steered: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """How long one replica took from its creation until it served."""
-
-    name: str
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +56,7 @@ class History:
     fit: CostFit = field(default_factory=CostFit)
     shape: Shape | None = None
     kv_tokens: float | None = None
-    starts: tuple[Start, ...] = ()
+    starts: tuple[float, ...] = ()  # seconds from a replica's creation until it served
+    started: frozenset[Identity] | None = None  # whose start is among them; None before any look
     load_ratio: float | None = None
     trimmed_at_s: float | None = None

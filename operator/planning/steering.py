@@ -2,7 +2,7 @@
 
 The rules against flapping: one window of at least two start-ups must have shown less need, a step
 takes at most half away, the step time predicted for what is left must keep the limit, and
-many changes of direction within an hour double the window.
+after many changes of direction within an hour the next one down needs a window twice as long.
 """
 
 from __future__ import annotations
@@ -93,7 +93,14 @@ def down_window_s(history: History, *, start_s: float, tuning: Tuning, now_s: fl
     """Return how long less must have been needed before anything is taken away."""
     window = max(tuning.down_window_s, 2 * start_s)
     is_flapping = history.flapping_until_s is not None and now_s < history.flapping_until_s
-    return 2 * window if is_flapping else window
+    return 2 * window if is_flapping and not _goes_on_falling(history) else window
+
+
+def _goes_on_falling(history: History) -> bool:
+    """Whether one more step down is no turn, nor likely to be turned by the next burst."""
+    steered = [move for move in history.moves if move.is_steered]
+    is_falling = bool(steered) and steered[-1].after < steered[-1].before
+    return is_falling and not history.work.is_bursty
 
 
 def _blind(history: History, now: Situation) -> Answer:

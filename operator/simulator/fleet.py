@@ -14,6 +14,8 @@ from mizzen.operator.planning.placement import place
 from mizzen.operator.simulator.pool import Pool
 from mizzen.operator.simulator.replica import Replica
 from mizzen.operator.simulator.replica_profile import Profile
+from mizzen.operator.simulator.routing import affinity_key, choose
+from mizzen.operator.simulator.traces import Request
 
 
 @dataclass(slots=True, eq=False)
@@ -129,8 +131,16 @@ class Fleet:
                 group.remove(member)
         member.gone_at = now
 
-    def route(self) -> Member | None:
-        """Return the least loaded ready replica, as our gateway chooses; None without one."""
+    def route(self, request: Request) -> Member | None:
+        """Return the ready replica for a request, as our gateway chooses; None without one.
+
+        It is the one that the prompt's beginning belongs to, else the least loaded.
+        """
+        key = affinity_key(request)
+        if key is not None and len(self.ready) > 1:
+            by_name = {str(member.replica.number): member for member in self.ready}
+            loads = [(name, member.replica.in_flight) for name, member in by_name.items()]
+            return by_name[choose(loads, key=key)]
         best: Member | None = None
         least = 1 << 60
         for member in self.ready:

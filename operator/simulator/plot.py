@@ -5,50 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from mizzen.operator.simulator.outcome import Moment, Outcome
 from mizzen.operator.simulator.replica import Flight
 from mizzen.operator.simulator.report import demand, is_met
 from mizzen.operator.simulator.simulation import Objective, Setting
+from mizzen.picture import check_picture, new_figure, save
 
 _DEMAND_BIN_S = 30.0
 _ATTAINMENT_BIN_S = 60.0
-FORMATS = (".svg", ".png")
-
-
-class PlotError(Exception):
-    """No picture can be drawn; the text says what to change."""
-
-
-def check_plot(path: Path) -> None:
-    """Say before a long run whether its picture could be drawn.
-
-    Raises:
-        PlotError: matplotlib is missing, or the file's name has another ending.
-    """
-    if path.suffix not in FORMATS:
-        raise PlotError(f"{path.name} ends in neither {' nor '.join(FORMATS)}.")
-    if find_spec("matplotlib") is None:
-        raise PlotError(
-            "A plot needs matplotlib: pip install 'mizzen[simulator]', or leave --plot out."
-        )
 
 
 def plot(outcome: Outcome, setting: Setting, path: Path, *, title: str) -> None:
     """Write a picture of an outcome to an .svg or .png file.
 
     Raises:
-        PlotError: matplotlib is missing, or the file's name has another ending.
+        PictureError: as `check_picture`.
     """
-    check_plot(path)
-    from matplotlib import rc_context  # noqa: PLC0415 - an extra that few need
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
+    check_picture(path)
     moments = turning_points(outcome.moments)
     minutes = [moment.at / 60 for moment in moments]
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure = new_figure(width=11, height=6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     requests = [flight.request for flight in outcome.flights]
     work = demand(requests, setting.profile, setting.objective, bin_s=_DEMAND_BIN_S)
@@ -76,9 +54,7 @@ def plot(outcome: Outcome, setting: Setting, path: Path, *, title: str) -> None:
     shares = attainment_over_time(outcome.flights, setting.objective)
     lower.step([at / 60 for at, _ in shares], [share for _, share in shares], where="post")
     lower.set(ylabel="attainment", xlabel="minutes", ylim=(0, 1.05))
-    # The same picture gives the same file, and its words stay words.
-    with rc_context({"svg.hashsalt": "mizzen", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save(figure, path)
 
 
 def turning_points(moments: Sequence[Moment]) -> list[Moment]:

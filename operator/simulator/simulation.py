@@ -206,7 +206,7 @@ class _Simulation:
         self._dispatch(flight)
 
     def _dispatch(self, flight: Flight) -> None:
-        member = self.fleet.route()
+        member = self.fleet.route(flight.request)
         if member is None:
             self.held.append(flight)
             self._totals["held_prompt_tokens"] += flight.request.prompt_tokens

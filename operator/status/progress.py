@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 
 Document = dict[str, object]
 
@@ -75,7 +76,9 @@ def parse_progress(document: Mapping[str, object]) -> Progress:
     numbers = {
         name: value
         for name in _NUMBERS
-        if isinstance(value := document.get(name), int | float) and not isinstance(value, bool)
+        if isinstance(value := document.get(name), int | float)
+        and not isinstance(value, bool)
+        and isfinite(value)
     }
     checkpoint = document.get("checkpoint")
     scores = document.get("evaluation")

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from mizzen.operator.planning.digits import three_digits
 from mizzen.operator.planning.scale import Decision
-from mizzen.operator.planning.scale_history import History, Move, Start
+from mizzen.operator.planning.scale_history import History, Move
 from mizzen.operator.planning.scale_situation import LOAD_REASONS
 from mizzen.operator.planning.throughput import CostFit, Shape, StepCosts
 from mizzen.operator.status.conditions import Document, parse_rfc3339, rfc3339
@@ -27,8 +27,9 @@ _FALSE = (
     Reason.TIME_ZONE_UNKNOWN,
     Reason.SCALING_DRY_RUN,
 )
-# What may change without anybody having to hear of it at once.
-_SLOW = ("formula", "inputs", "updatedAt", "learned", "wake")
+# What may change without anybody having to hear of it at once; a message has fitted figures in it,
+# and another state comes with another message.
+_SLOW = ("message", "formula", "inputs", "updatedAt", "learned", "wake")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +226,7 @@ def _learned(history: History) -> Document:
         name: float(three_digits(value)) for name, value in found.items() if value is not None
     }
     if history.starts:
-        document["startSeconds"] = [float(three_digits(start.seconds)) for start in history.starts]
+        document["startSeconds"] = [float(three_digits(seconds)) for seconds in history.starts]
     return document
 
 
@@ -249,10 +250,7 @@ def _with_learned(history: History, learned: Mapping[str, object]) -> History:
         shape=shape,
         kv_tokens=number("kvTokens"),
         load_ratio=number("loadRatio"),
-        starts=tuple(
-            Start(name=f"earlier-{index}", seconds=float(seconds))
-            for index, seconds in enumerate(starts if isinstance(starts, list) else [])
-        ),
+        starts=tuple(map(float, starts if isinstance(starts, list) else ())),
     )
 
 

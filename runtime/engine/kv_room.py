@@ -7,8 +7,8 @@ import torch
 
 from mizzen.runtime.attention.base import KvShape
 from mizzen.runtime.engine.config import EngineConfig
-from mizzen.runtime.engine.host import memory_available_bytes
 from mizzen.runtime.errors import BadModelError
+from mizzen.runtime.host import memory_available_bytes
 from mizzen.runtime.model.decoder import Decoder
 
 KV_SHARE = {"cpu": 0.3, "cuda": 0.85}  # of the memory that is free once the weights are there

@@ -194,13 +194,12 @@ class Link(Generic[Read]):
     ) -> None:
         self._reader = reader
         self._writer = writer
-        self._encoder = msgspec.msgpack.Encoder(enc_hook=_from_path)
         self._decoder = msgspec.msgpack.Decoder(reads, dec_hook=_to_path)
 
     def send(self, message: ToEngine | FromEngine) -> None:
         """Send without waiting; nothing happens where the other end is gone."""
         if not self._writer.is_closing():
-            data = self._encoder.encode(message)
+            data = _encoder.encode(message)
             self._writer.write(len(data).to_bytes(LENGTH_BYTES, "big") + data)
 
     async def receive(self) -> Read | None:
@@ -237,6 +236,20 @@ def _to_path(kind: type, value: Any) -> Any:
     if kind is not Path:
         raise NotImplementedError(f"A {kind.__name__} cannot be received.")
     return Path(value)
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_from_path)
+_engine_reads = msgspec.msgpack.Decoder(ToEngine, dec_hook=_to_path)
+
+
+def check(message: ToEngine) -> None:
+    """Refuse what the engine's process could not read, for it would end with all its requests.
+
+    Raises:
+        msgspec.ValidationError: a value is of another type than the message's class says.
+        OverflowError: a number has more than 64 bits.
+    """
+    _engine_reads.decode(_encoder.encode(message))
 
 
 def to_fault(error: BaseException) -> Fault:

@@ -32,6 +32,7 @@ from mizzen.runtime.engine.wire import (
     encode,
 )
 from mizzen.runtime.errors import RankLostError, WeightShapeError
+from mizzen.runtime.handover import wait_for_memory
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
@@ -204,6 +205,7 @@ def follow(
     else:
         device = torch.device("cpu")
         torch.set_num_threads(threads)
+    wait_for_memory(device)
     decoder = load_rank(config, device, group)
     messages = (decode(data) for data in inbox)
     first = next(messages, None)

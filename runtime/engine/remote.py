@@ -46,6 +46,7 @@ from mizzen.runtime.engine.messages import (
     Timings,
     UnloadAdapter,
     Wake,
+    check,
     open_link,
     to_error,
 )
@@ -127,10 +128,12 @@ class RemoteEngine:
         self._check_heard()
         if request.request_id in self._streams:
             raise InvalidRequestError(f"Request id {request.request_id!r} is in use.")
+        question = Generate(request)
+        check(question)
         stream = self._streams[request.request_id] = asyncio.Queue()
         ended = False
         try:
-            self._link.send(Generate(request))
+            self._link.send(question)
             while not ended:
                 item = await stream.get()
                 ended = isinstance(item, Exception) or item.finish_reason is not None
@@ -239,6 +242,7 @@ class RemoteEngine:
 
     async def _call(self, call: AnyCall) -> Returned:
         self._check_heard()
+        check(call)
         answer = self._calls[call.number] = asyncio.get_running_loop().create_future()
         self._link.send(call)
         try:

@@ -24,7 +24,6 @@ from mizzen.runtime.engine.draft import (
 )
 from mizzen.runtime.engine.flight import Launcher
 from mizzen.runtime.engine.graphs import graph_rows, rows_at_start
-from mizzen.runtime.engine.host import cpu_count
 from mizzen.runtime.engine.kv_room import choose_blocks
 from mizzen.runtime.engine.loop import Loop
 from mizzen.runtime.engine.ranks import ModelRanks, agree_on_blocks, follow, load_rank
@@ -32,6 +31,8 @@ from mizzen.runtime.engine.sampler import Sampler
 from mizzen.runtime.engine.scheduler import Limits, Scheduler
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import BadModelError
+from mizzen.runtime.handover import wait_for_memory
+from mizzen.runtime.host import cpu_count
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import Placement
@@ -127,6 +128,7 @@ def _start_model(
     recorder: Recorder | None,
     seconds: dict[str, float],
 ) -> Parts:
+    wait_for_memory(device)
     with _timed(seconds, "weights"):
         decoder = load_rank(config, device, ranks.group)
     model_len = choose_model_len(config, decoder.spec)

@@ -187,7 +187,7 @@ class Admission:
         held = self.room.held(model.key)
         if not is_starting:
             return f"all replicas of {model.name} are busy; {held} requests wait"
-        longest_s = self._starts.longest_s(model.key)
+        longest_s = self._starts.longest_s(model.key, told_s=model.start_s)
         usual = "" if longest_s is None else f", which took up to {math.ceil(longest_s)} s lately"
         return f"{model.name} is starting{usual}; {held} requests wait"
 
@@ -202,7 +202,7 @@ class Admission:
 
     def _not_started(self, search: Search, why: str) -> NoReplicaError:
         model = search.route.model
-        left_s = self._starts.left_s(model.key)
+        left_s = self._starts.left_s(model.key, told_s=model.start_s)
         return NoReplicaError(
             f"The model {model.name!r} {why}. Try again in {left_s} seconds; `kubectl -n "
             f"{model.namespace} describe llmdeployment {model.deployment}` says why.",

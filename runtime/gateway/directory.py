@@ -55,6 +55,8 @@ class ServedModel:
     """Whether its number of replicas follows its load, so that a wake is of use."""
     is_off: bool = False
     """Whether its spec asks for no replica at all."""
+    start_s: float | None = None
+    """The longest of its last starts, as the operator measured them."""
     canary: Canary | None = None
     trials: tuple[tuple[str, str], ...] = ()
     """Adapters that are watched before their job counts as promoted, with their digests."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol, TypeVar
@@ -20,7 +21,8 @@ log = logging.getLogger(__name__)
 _EVENT_STREAM = "text/event-stream"
 _STREAM_HEADERS = {"Content-Type": _EVENT_STREAM, "Cache-Control": "no-cache"}
 _DONE = b"data: [DONE]"
-_ERROR = b'"error"'
+# The colon makes it a name: a token of this text, with its quotes, is a value.
+_ERROR = re.compile(rb'"error"\s*:')
 _Answer = TypeVar("_Answer", covariant=True)
 
 
@@ -168,4 +170,4 @@ def _is_stream(answer: web.StreamResponse) -> bool:
 
 def _is_whole(tail: bytes) -> bool:
     """Whether a stream's last bytes are an end its client understands: [DONE], or an error."""
-    return tail.rstrip().endswith(_DONE) or _ERROR in tail
+    return tail.rstrip().endswith(_DONE) or _ERROR.search(tail) is not None

@@ -57,6 +57,7 @@ def parse_model(item: KubeObject) -> ServedModel:
         ),
         scales=scales,
         is_off=not scales and spec.get("replicas") == 0,
+        start_s=_longest_start_s(_mapping(status.get("scaling"))),
         loaded=frozenset(
             (str(adapter), str(pod.get("name")))
             for pod in _mappings(status.get("pods"))
@@ -91,6 +92,11 @@ def _guardrail(entry: dict[str, Any]) -> Guardrail:
         redacts=entry.get("action") == "Redact",
         fails_open=entry.get("onError") == "Allow",
     )
+
+
+def _longest_start_s(scaling: dict[str, Any]) -> float | None:
+    told = _list(_mapping(scaling.get("learned")).get("startSeconds"))
+    return max((float(one) for one in told if isinstance(one, int | float)), default=None)
 
 
 def _canary(rollout: dict[str, Any]) -> Canary | None:

@@ -9,6 +9,7 @@ from mizzen.runtime.engine.errors import (
     DrainingError,
     EngineBusyError,
     EngineDeadError,
+    GenerationFailedError,
     InvalidRequestError,
     PromptTooLongError,
     UnknownAdapterError,
@@ -116,6 +117,8 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), code="weights_not_loaded")
         case EngineDeadError():
             return ApiError(503, str(error), code="engine_dead", retry_after_s=30)
+        case GenerationFailedError():
+            return ApiError(500, str(error), code="generation_failed")
         case MizzenError():
             return ApiError(500, str(error), code="internal_error")
         case _:

@@ -158,7 +158,8 @@ _MOST = 2**31 - 1
 
 def _number(parameters: Mapping[str, object], name: str, *, least: int) -> int:
     value = parameters.get(name, 0)
-    if isinstance(value, int) and least <= value <= _MOST:
+    # A boolean is an int to Python, and none to the engine.
+    if type(value) is int and least <= value <= _MOST:
         return value
     raise invalid(name, f"{name}: expected an integer between {least} and {_MOST}.")
 

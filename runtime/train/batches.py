@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +18,6 @@ from torch import Tensor
 
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.samples import Item, Sample
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +111,3 @@ def total_steps(
     if max_steps is not None:
         return max_steps
     return max(1, math.ceil(epoch_samples * epochs / batch_size))
-
-
-def split_micro(items: Sequence[T], micro_batch: int) -> list[Sequence[T]]:
-    """Return a step's items in groups that run at once."""
-    return [items[i : i + micro_batch] for i in range(0, len(items), micro_batch)]

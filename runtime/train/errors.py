@@ -154,9 +154,11 @@ class LossNotFiniteError(JobError):
 
     reason = "LossNotFinite"
 
-    def __init__(self, step: int) -> None:
+    def __init__(
+        self, step: int, what: str = "the loss or its gradient is not a finite number"
+    ) -> None:
         super().__init__(
-            f"The loss or its gradient stopped being finite at step {step}. "
+            f"Training went astray at step {step}: {what}. "
             "Lower hyperparameters.learningRate or raise hyperparameters.warmupRatio."
         )
 
@@ -168,8 +170,9 @@ class MemoryTooSmallError(JobError):
 
     def __init__(self) -> None:
         super().__init__(
-            "Memory runs out even with one sample at once. Lower processing.maxSeqLen or "
-            "adaptation.rank, or run on a device with more memory."
+            "Memory runs out even with one sample at once. Lower processing.maxSeqLen, "
+            "maxNewTokens where answers are drawn, or adaptation.rank, or run on a device with "
+            "more memory."
         )
 
 
@@ -178,9 +181,9 @@ class MicroBatchTooLargeError(JobError):
 
     reason = "MemoryTooSmall"
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, *, lower: str = "hyperparameters.microBatch") -> None:
         super().__init__(
-            f"Memory runs out with {samples} samples at once. Lower hyperparameters.microBatch or "
+            f"Memory runs out with {samples} samples at once. Lower {lower} or "
             "processing.maxSeqLen, or run on a device with more memory."
         )
 

@@ -7,6 +7,7 @@ job that is asked to yield goes on where it stopped.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ import torch
 
 from mizzen.runtime.train.config import Suite
 from mizzen.runtime.train.durable import write_durably
+from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.measures import Measure
 from mizzen.runtime.train.progress import Verdict
 from mizzen.runtime.train.stop import Stop
-from mizzen.runtime.train.suites.exam import Exam, Subject
+from mizzen.runtime.train.suites.exam import Count, Exam, Subject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,7 @@ class Examination:
     micro_batch: int
     store: Tallies
     stop: Stop
+    ranks: int = 1  # of the model that is asked
 
     def ask_base(self, subject: Subject) -> None:
         """Count what the candidate will be compared with.
@@ -134,13 +137,21 @@ class Examination:
 
         Raises:
             YieldRequested: somebody asked to stop; what was counted is kept.
+            MemoryTooSmallError: not even one question fits.
         """
         tally = self.store.get(name)
+        at_once = AtOnce(self.micro_batch)
+
+        def count_next() -> tuple[slice, Count]:
+            span = slice(tally.samples, min(tally.samples + at_once.samples, len(exam)))
+            return span, exam.count(subject, span, base.answers if base else None)
+
         try:
             while tally.samples < len(exam):
                 self.stop.check()
-                span = slice(tally.samples, min(tally.samples + self.micro_batch, len(exam)))
-                count = exam.count(subject, span, base.answers if base else None)
+                span, count = at_once.fit(
+                    count_next, of=len(exam) - tally.samples, ranks=self.ranks
+                )
                 tally = Tally(
                     samples=span.stop,
                     weight=tally.weight + count.weight,
@@ -168,5 +179,6 @@ def decide_verdict(suite: Suite, measure: Measure, *, base: Tally, candidate: Ta
         **figures,
         regression_ratio=ratio,
         samples=candidate.samples,
-        passed=ratio <= suite.max_regression_ratio,
+        # Also beside a base that has none itself.
+        passed=math.isfinite(candidate.total) and ratio <= suite.max_regression_ratio,
     )

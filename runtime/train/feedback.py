@@ -80,6 +80,7 @@ _RECORDS: TypeAdapter[Vote | Regenerated | Reviewed] = TypeAdapter(Record)
 
 _WANTED: dict[Shape, str] = {
     "conversation": "a reviewed answer",
+    "judgement": "a vote or a regenerated answer",
     "preference": "a regenerated answer, or an up and a down vote on one conversation",
     "prompt": "a record",
 }
@@ -147,7 +148,7 @@ def _rows(records: Sequence[Placed], shape: Shape) -> Iterator[tuple[str, Row]]:
                 yield placed.place, {"messages": [*placed.record.turns, answer]}
     else:
         yield from _regenerated(records)
-        yield from _paired_votes(records)
+        yield from _votes(records) if shape == "judgement" else _paired_votes(records)
 
 
 def _regenerated(records: Iterable[Placed]) -> Iterator[tuple[str, Row]]:
@@ -158,6 +159,14 @@ def _regenerated(records: Iterable[Placed]) -> Iterator[tuple[str, Row]]:
             for rejected in record.answers:
                 if rejected != chosen:
                     yield placed.place, _preference(record, chosen, rejected)
+
+
+def _votes(records: Iterable[Placed]) -> Iterator[tuple[str, Row]]:
+    """Yield every answer that somebody voted on, by itself."""
+    for placed in records:
+        if isinstance(record := placed.record, Vote):
+            messages = [*record.turns, {"role": "assistant", "content": record.answer}]
+            yield placed.place, {"messages": messages, "label": record.vote == "up"}
 
 
 def _paired_votes(records: Iterable[Placed]) -> Iterator[tuple[str, Row]]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,11 +16,16 @@ from mizzen.runtime.attention.causal import CausalAttention
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
+from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.options import Rl
 from mizzen.runtime.train.samples import Prompt
 from mizzen.runtime.train.stop import Stop
 
-AT_ONCE = 64  # sequences whose keys and values live together
+AT_ONCE = 64  # sequences whose keys and values live together, as long as there is memory for them
+
+
+def _as_many_as_fit() -> AtOnce:
+    return AtOnce(AT_ONCE, lower="maxNewTokens, hyperparameters.batchSize")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +35,7 @@ class Drawing:
     max_new_tokens: int
     temperature: float  # 0: the likeliest token
     eos_ids: tuple[int, ...]
+    at_once: AtOnce = field(default_factory=_as_many_as_fit)
 
 
 def drawing_of(rules: Rl, tokenizer: Tokenizer) -> Drawing:
@@ -57,12 +63,14 @@ def draw_answers(
 
     Raises:
         YieldRequested: somebody asked to stop; nothing of a step has happened yet.
+        MemoryTooSmallError: not even one answer fits.
+        MicroBatchTooLargeError: not as many fit as ranks of one model draw at once.
     """
-    answers: list[list[int]] = []
-    for start in range(0, len(prompts), AT_ONCE):
-        part = prompts[start : start + AT_ONCE]
-        answers += _draw(decoder, part, lora, rules, seed + start, stop)
-    return answers
+
+    def draw(part: Sequence[Prompt], first: int) -> list[list[int]]:
+        return _draw(decoder, part, lora, rules, seed + first, stop)
+
+    return rules.at_once.in_parts(prompts, draw, ranks=decoder.group.size)
 
 
 def _draw(

@@ -1,35 +1,24 @@
-"""The loss curve on disk: one JSON line for each step, beside the checkpoints.
+"""The loss curve as it is written: beside the checkpoints, by the leader, step after step.
 
-The lines hold no time, so the curve of a job that was interrupted equals, byte for byte, the
-curve of one that was not.
+The curve of a job that was interrupted equals, byte for byte, the curve of one that was not.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from mizzen.runtime.train.curve import CURVE_FILE, StepRecord, read_history
 from mizzen.runtime.train.durable import sync_path, write_durably
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """What a step measured; `loss` is the mean over its scored tokens, before the update."""
-
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    measured: dict[str, float] = field(default_factory=dict)  # what only some methods know
-
-
 class LossHistory:
-    """Appends to metrics.jsonl; steps that a resumed job will repeat are cut off first."""
+    """Appends to the curve; steps that a resumed job will repeat are cut off first."""
 
     def __init__(self, directory: Path, *, resumed_step: int) -> None:
-        self.path = directory / "metrics.jsonl"
+        self.path = directory / CURVE_FILE
         directory.mkdir(parents=True, exist_ok=True)
         self.last: StepRecord | None = None
         self.cut(resumed_step)
@@ -37,7 +26,7 @@ class LossHistory:
     def append(self, record: StepRecord) -> None:
         """Add one step's line."""
         with self.path.open("a") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+            file.write(_line(record))
 
     def sync(self) -> None:
         """Force the curve onto the disk; a committed step must not be missing from it."""
@@ -49,17 +38,22 @@ class LossHistory:
         if not self.path.exists():
             return
         kept = [record for record in read_history(self.path) if record.step <= step]
-        lines = "".join(json.dumps(asdict(record)) + "\n" for record in kept)
-        write_durably(self.path, lines.encode())
+        _rewrite(self.path, kept)
         self.last = kept[-1] if kept else None
 
 
-def read_history(path: Path) -> list[StepRecord]:
-    """Return the curve; a last line cut short by a kill is left out."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(StepRecord(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
-            break
-    return records
+def note_holdout(directory: Path, step: int, figures: Mapping[str, float]) -> None:
+    """Write down what the holdout said of the weights after `step`, as often as one likes."""
+    path = directory / CURVE_FILE
+    records = read_history(path) if path.exists() else []
+    noted = [replace(r, holdout=dict(figures)) if r.step == step else r for r in records]
+    if noted != records:
+        _rewrite(path, noted)
+
+
+def _rewrite(path: Path, records: Iterable[StepRecord]) -> None:
+    write_durably(path, "".join(map(_line, records)).encode())
+
+
+def _line(record: StepRecord) -> str:
+    return json.dumps(asdict(record)) + "\n"

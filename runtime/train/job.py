@@ -15,6 +15,7 @@ from typing import Protocol
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import UnknownArchitectureError
+from mizzen.runtime.handover import wait_for_memory
 from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
 from mizzen.runtime.parallel.nodes import read_secret
 from mizzen.runtime.train.admin import AdminServer
@@ -83,6 +84,7 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
         workers.wait_for_end()
         return EXIT_YIELDED if stop.is_asked else EXIT_DONE
     with stop.nothing_to_lose():
+        wait_for_memory(choose_device(environment.device))
         work = _prepare(config, environment, board, stop, workers, stage)
     watch(stop, timeout_s=config.failure.hang_timeout_s)
     try:

@@ -7,13 +7,13 @@ hold for a resumed run to repeat the undisturbed one bit by bit.
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 
@@ -24,14 +24,11 @@ from mizzen.runtime.train.budget import Spent, find_spent
 from mizzen.runtime.train.checkpoint import Counters
 from mizzen.runtime.train.clip import clip_gradients
 from mizzen.runtime.train.config import Budget, Checkpointing, Hyperparameters
-from mizzen.runtime.train.errors import (
-    LossNotFiniteError,
-    MemoryTooSmallError,
-    MicroBatchTooLargeError,
-)
-from mizzen.runtime.train.history import StepRecord
+from mizzen.runtime.train.curve import StepRecord
+from mizzen.runtime.train.errors import LossNotFiniteError
+from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.ledger import Ledger
-from mizzen.runtime.train.methods.method import Method
+from mizzen.runtime.train.methods.method import Method, StepNotFiniteError
 from mizzen.runtime.train.progress import ProgressBoard
 from mizzen.runtime.train.samples import Item
 from mizzen.runtime.train.schedule import learning_rate
@@ -62,10 +59,6 @@ class LoopParts:
     validate: Callable[[int], None] | None = None  # of a committed step, where the best are kept
 
 
-class _NotFinite(Exception):
-    """A batch whose loss or gradient is no number; the weights have not moved."""
-
-
 class Loop:
     """Runs a job's steps from its counters to its end."""
 
@@ -85,7 +78,7 @@ class Loop:
         self._budget = budget
         self._committed_at_s = self._timed_at_s = time.monotonic()
         self._untold_ms = 0.0  # of training, since the last whole step
-        self._micro_batch = hyper.micro_batch
+        self._at_once = AtOnce(hyper.micro_batch)
         self._bad_in_a_row = 0
         self._is_rolled_back = False
         self._is_commit_wanted = False  # by the leader's clock
@@ -120,13 +113,14 @@ class Loop:
         while self.counters.step < self.total_steps and self._spent() is None:
             try:
                 self._step()
-            except _NotFinite:
-                self._skip()
+            except StepNotFiniteError as error:
+                self._skip(str(error))
                 continue
             self._bad_in_a_row = 0
             is_step_due = self._checkpointing.is_step_due(self.counters.step)
             if is_step_due or self._is_commit_wanted:
-                self.commit()
+                # What is measured next has to be on the disk.
+                self.commit(can_wait=self._parts.validate is None)
                 self._validate()
         self.commit()
         self._validate(is_last=True)
@@ -147,10 +141,10 @@ class Loop:
     def _spent(self) -> Spent | None:
         return find_spent(self._budget, self.counters)
 
-    def commit(self) -> None:
+    def commit(self, *, can_wait: bool = False) -> None:
         """Commit the state as it was after the last whole step."""
         began_at_s = time.monotonic()
-        self._parts.ledger.commit(self.counters, self._parts.trainable)
+        self._parts.ledger.commit(self.counters, self._parts.trainable, can_wait=can_wait)
         self._committed_at_s = time.monotonic()
         self._timed_at_s += self._committed_at_s - began_at_s  # no step has taken this time
 
@@ -181,12 +175,15 @@ class Loop:
             updates = parts.method.updates(parts.decoder, samples, parts.lora, seed=seed)
         for number, items in enumerate(updates):
             # Between two updates no checkpoint could be taken, so only the first can be stopped.
-            loss = self._accumulate(items, step, can_stop=number == 0)
-            loss = self._agree(loss, can_stop=number == 0)
+            can_stop = number == 0
+            work = partial(self._accumulate, items, step, can_stop=can_stop)
+            of = parts.workers.share(len(items)).size
+            loss = self._at_once.fit(work, of=of, ranks=parts.workers.tensor.size)
+            loss = self._agree(loss, can_stop=can_stop)
             norm = clip_gradients(parts.trainable, parts.workers.tensor, limit=hyper.grad_clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 parts.trainable.drop_gradients()
-                raise _NotFinite
+                raise StepNotFiniteError("the loss or its gradient is not a finite number")
             self.is_whole = False
             parts.trainable.step(learning_rate=rate)
             losses.append(loss)
@@ -211,7 +208,7 @@ class Loop:
         parts.ledger.append(record)
         parts.board.advance(record, epoch=self._epoch())
 
-    def _skip(self) -> None:
+    def _skip(self, why: str) -> None:
         """Go on with the samples after a bad batch, from the last committed weights if need be."""
         self._bad_in_a_row += 1
         step, batch = self.counters.step + 1, self._hyper.batch_size
@@ -221,49 +218,30 @@ class Loop:
             skipped=self.counters.skipped + batch,
         )
         self._parts.board.skipped(self.counters)
-        log.warning("Step %d has no finite gradient; its samples are skipped.", step)
+        log.warning("Step %d: %s; its samples are skipped.", step, why)
         if self._bad_in_a_row < _BAD_IN_A_ROW:
             return
         parts = self._parts
         back = None if self._is_rolled_back else parts.ledger.roll_back(parts.trainable)
         if back is None:
-            raise LossNotFiniteError(step)
+            raise LossNotFiniteError(step, why)
         kept = ("samples", "skipped", "trained_ms")  # not undone with the weights
         self.counters = replace(back, **{name: getattr(self.counters, name) for name in kept})
         self.take_from_leader()
         self._is_rolled_back, self._bad_in_a_row = True, 0
 
     def _accumulate(self, items: Sequence[Item], step: int, *, can_stop: bool) -> float:
-        """Add up the gradients of this worker's micro-batches; return its part of the mean loss.
-
-        Memory that runs out is no reason to end: half as many samples run at once from then on.
-        """
-        while True:
-            try:
-                return self._accumulate_at_once(items, step, can_stop=can_stop)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self._parts.workers.tensor.size > 1:
-                    # The others wait in the middle of a layer for what does not come.
-                    raise MicroBatchTooLargeError(self._micro_batch) from error
-                if self._micro_batch == 1:
-                    raise MemoryTooSmallError from error
-            # Outside of the handler, whose traceback holds on to what did not fit.
-            self._parts.trainable.drop_gradients()
-            gc.collect()
-            self._micro_batch //= 2
-            log.warning("Memory ran out; going on with %d samples at once.", self._micro_batch)
-
-    def _accumulate_at_once(self, items: Sequence[Item], step: int, *, can_stop: bool) -> float:
+        """Add up the gradients of this worker's micro-batches; return its part of the mean loss."""
         parts = self._parts
+        # Of a try for which memory ran out.
+        parts.trainable.drop_gradients()
         labels = sum(item.labels for item in items)
         own = parts.workers.share(len(items))
         loss = 0.0
-        for first in range(own.start, own.stop, self._micro_batch):
+        for first in range(own.start, own.stop, self._at_once.samples):
             if can_stop and parts.stop.is_asked:
                 break  # nobody will use the sum
-            micro = items[first : min(first + self._micro_batch, own.stop)]
+            micro = items[first : min(first + self._at_once.samples, own.stop)]
             torch.manual_seed(random_seed(self._hyper.seed, step, first))
             with parts.precision():
                 micro_loss = parts.method.loss_sum(parts.decoder, micro, parts.lora)
@@ -299,11 +277,6 @@ class Loop:
 
     def _epoch(self) -> float:
         return self.counters.samples / self._parts.order.epoch_samples
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device or the host had no room; torch has no class of its own for the host's."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def random_seed(seed: int, step: int, first: int) -> int:

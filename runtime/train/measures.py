@@ -10,7 +10,7 @@ SuiteType = Literal[
     "perplexity", "preferenceLoss", "reward", "classification", "exactMatch", "winRate"
 ]
 
-_EXP_LIMIT = 700.0  # beyond it a perplexity is no number any more
+_LIMIT = 700.0  # beyond it a perplexity is no number any more, and nothing else gets that far
 _SMALLEST_BASE = 1e-3  # a ratio to nothing at all would say nothing
 
 
@@ -23,9 +23,11 @@ class Measure:
     is_higher_better: bool = False
 
     def value(self, total: float, weight: float) -> float:
-        """Return the figure people read."""
+        """Return the figure people read; of a model without numbers it is as bad as can be."""
         mean = total / max(1.0, weight)
-        return math.exp(min(mean, _EXP_LIMIT)) if self.is_exponential else mean
+        if not math.isfinite(mean):
+            mean = -_LIMIT if self.is_higher_better else _LIMIT
+        return math.exp(min(mean, _LIMIT)) if self.is_exponential else mean
 
     def regression_ratio(self, *, base: float, candidate: float) -> float:
         """Return how much worse the candidate is, as a share of its base; negative is better."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.durable import storage_faults_of, write_durably
+from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.methods.method import NotedMethod
 from mizzen.runtime.train.samples import Item
 
@@ -82,7 +83,13 @@ class Notes(Protocol):
 
 
 def take_notes(
-    data: Prepared, method: NotedMethod, store: Notes, *, ask: Callable[[], Ask], at_once: int
+    data: Prepared,
+    method: NotedMethod,
+    store: Notes,
+    *,
+    ask: Callable[[], Ask],
+    at_once: AtOnce,
+    ranks: int = 1,
 ) -> Prepared:
     """Return the data with a frozen model's answers attached to each item.
 
@@ -92,7 +99,12 @@ def take_notes(
     answers = store.load()
     if len(answers) < len(items):
         log.info("Asking a frozen model about %d items.", len(items) - len(answers))
-        _answer(items, answers, store, ask(), at_once)
+        asked = ask()
+
+        def answer(part: Sequence[Item], first: int) -> list[Tensor]:
+            return at_once.in_parts(part, lambda some, at: asked(some, first + at), ranks=ranks)
+
+        _answer(items, answers, store, answer)
     noted = (method.note(item, answer) for item, answer in zip(items, answers, strict=True))
     return replace(
         data,
@@ -102,14 +114,9 @@ def take_notes(
 
 
 @torch.no_grad()
-def _answer(
-    items: Sequence[Item], answers: list[Tensor], store: Notes, ask: Ask, at_once: int
-) -> None:
+def _answer(items: Sequence[Item], answers: list[Tensor], store: Notes, ask: Ask) -> None:
     while (first := len(answers)) < len(items):
-        part: list[Tensor] = []
-        stop = min(first + _PART_ITEMS, len(items))
-        for start in range(first, stop, at_once):
-            part += ask(items[start : min(start + at_once, stop)], start)
+        part = ask(items[first : first + _PART_ITEMS], first)
         store.add(first, part)
         answers += part
 

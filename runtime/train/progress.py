@@ -6,6 +6,7 @@ The document's fields are the operator's contract; what is not known yet is null
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections import deque
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from mizzen.runtime.train.budget import Spent
 from mizzen.runtime.train.checkpoint import Committed, Counters
-from mizzen.runtime.train.history import StepRecord
+from mizzen.runtime.train.curve import StepRecord
 
 Phase = Literal["Preparing", "Running", "Evaluating", "Publishing", "Succeeded"]
 
@@ -80,7 +81,7 @@ class ProgressBoard:
     def document(self) -> dict[str, Any]:
         """Return a copy of the document as it is now."""
         with self._lock:
-            return dict(self._document)
+            return {name: _known(value) for name, value in self._document.items()}
 
     def enter(self, phase: Phase) -> None:
         """Note that the job is in another phase."""
@@ -178,6 +179,11 @@ class ProgressBoard:
         """Note what was published."""
         with self._lock:
             self._document["artifact"] = asdict(artifact)
+
+
+def _known(value: object) -> object:
+    """Return a value as the document holds it: what is no finite number would be no JSON."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fit_termination_log(document: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from mizzen.runtime.train.bucket import upload
 from mizzen.runtime.train.card import CARD_FILE, Provenance, build_card
 from mizzen.runtime.train.config import TrainConfig
+from mizzen.runtime.train.curve import CURVE_FILE
 from mizzen.runtime.train.digest import ARTIFACT_FILE, digest_of, hash_files
 from mizzen.runtime.train.durable import storage_faults_of, sync_path
 from mizzen.runtime.train.oci_layout import write_oci_layout
@@ -45,6 +46,9 @@ def publish(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write(partial)
+        curve = config.checkpoint.directory / CURVE_FILE
+        if curve.exists():  # nothing was learned where not
+            shutil.copyfile(curve, partial / CURVE_FILE)
         card = build_card(config, made_from, step=step, verdicts=verdicts)
         (partial / CARD_FILE).write_text(card)
         hashes = hash_files(partial)

@@ -1,22 +1,23 @@
 """One JSON object of a dataset becomes a conversation. Knows nothing of files or tokens.
 
-A method reads one of three shapes. `conversation`: `{"messages": [...]}` or `{"prompt",
+A method reads one of four shapes. `conversation`: `{"messages": [...]}` or `{"prompt",
 "completion"}`. `preference`: `{"prompt", "chosen", "rejected"}`, or the last two as whole
-conversations. `prompt`: `{"prompt"}` or `{"messages"}`, with an `"answer"` where a rule needs one.
+conversations. `judgement`: a preference, or a conversation with `"label"`, true where its answer
+was liked. `prompt`: `{"prompt"}` or `{"messages"}`, with an `"answer"` where a rule needs one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mizzen.runtime.train.errors import DatasetFormatUnknownError
 
 Message = dict[str, Any]
 Messages = tuple[Message, ...]
-Shape = Literal["conversation", "preference", "prompt"]
+Shape = Literal["conversation", "preference", "judgement", "prompt"]
 Format = Literal["auto", "messages", "promptCompletion"]
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -31,6 +32,7 @@ class Conversation:
     place: str  # in its file, as people count
     rejected: Messages | None = None
     answer: str | None = None
+    is_liked: bool | None = None  # of a judgement that is no preference
 
 
 class RecordReader:
@@ -48,10 +50,15 @@ class RecordReader:
         """Return the sample an object means."""
         if not isinstance(value, dict):
             raise self._fault(f"{place} is not a JSON object.")
-        if self._shape == "preference":
+        if self._shape == "judgement" and "label" in value:
+            return self._rating(place, value)
+        if self._shape in ("preference", "judgement"):
             return self._preference(place, value)
         if self._shape == "prompt":
             return self._prompt(place, value)
+        return self._conversation(place, value)
+
+    def _conversation(self, place: str, value: dict[str, object]) -> Conversation:
         if self._form != "promptCompletion" and "messages" in value:
             messages = self._messages(place, "messages", value["messages"])
         elif self._form != "messages" and {"prompt", "completion"} <= value.keys():
@@ -65,9 +72,18 @@ class RecordReader:
             raise self._lacks(place, value, wanted)
         return Conversation(messages=messages, key=_key(messages), place=place)
 
+    def _rating(self, place: str, value: dict[str, object]) -> Conversation:
+        conversation = self._conversation(place, value)
+        if not isinstance(value["label"], bool):
+            raise self._fault(f"{place}: label must be true or false.")
+        if conversation.messages[-1]["role"] != "assistant":
+            raise self._fault(f"{place}: what has a label must end with an assistant turn.")
+        return replace(conversation, is_liked=value["label"])
+
     def _preference(self, place: str, value: dict[str, object]) -> Conversation:
         if not {"chosen", "rejected"} <= value.keys():
-            raise self._lacks(place, value, 'no "chosen" and "rejected"')
+            label = ' and no "label"' if self._shape == "judgement" else ""
+            raise self._lacks(place, value, f'no "chosen" and "rejected"{label}')
         before = self._turns(place, "prompt", value["prompt"], "user") if "prompt" in value else ()
         chosen, rejected = (
             before + self._turns(place, side, value[side], "assistant")

@@ -17,7 +17,7 @@ from mizzen.runtime.train.errors import (
     DatasetRefusedByTemplateError,
 )
 from mizzen.runtime.train.records import Conversation, Messages
-from mizzen.runtime.train.samples import Item, Pair, Prompt, Sample
+from mizzen.runtime.train.samples import Item, Pair, Prompt, Rating, Sample
 from mizzen.runtime.train.sources import Source
 
 
@@ -64,16 +64,16 @@ class SourceRenderer:
         """
         if source.shape == "prompt":
             return self._prompts(source)
-        rendered = [(c.key, self._versions(source, c)) for c in source.conversations]
+        rendered = [(c, self._versions(source, c)) for c in source.conversations]
         if not any(sample.labels for _, (sample, *_) in rendered):
             raise DatasetNoAssistantTurnsError(
                 source.dataset.name,
                 f"none of its {len(rendered)} samples has an assistant turn to learn from.",
             )
-        kept = [(key, item) for key, samples in rendered if (item := self._fit(samples))]
+        kept = [(c.key, item) for c, samples in rendered if (item := self._fit(c, samples))]
         if not kept:
             raise self._all_too_long(source, self._rules.max_seq_len)
-        self._check_stops(source, (i.chosen if isinstance(i, Pair) else i for _, i in kept))
+        self._check_stops(source, (_telling(item) for _, item in kept))
         return list(kept)
 
     def _versions(self, source: Source, conversation: Conversation) -> list[Sample]:
@@ -94,7 +94,9 @@ class SourceRenderer:
         is_label_T[:1] = False
         return Sample(np.asarray(token_ids, dtype=np.int32), is_label_T)
 
-    def _fit(self, samples: list[Sample]) -> Sample | Pair | None:
+    def _fit(
+        self, conversation: Conversation, samples: list[Sample]
+    ) -> Sample | Pair | Rating | None:
         """Return what fits of an item; None when that would teach nothing."""
         limit = self._rules.max_seq_len
         fitting = [Sample(s.token_ids_T[:limit], s.is_label_T[:limit]) for s in samples]
@@ -104,6 +106,8 @@ class SourceRenderer:
             self.cuts.dropped += 1
             return None
         self.cuts.truncated += is_cut
+        if conversation.is_liked is not None:
+            return Rating(fitting[0], conversation.is_liked)
         return fitting[0] if len(fitting) == 1 else Pair(*fitting)
 
     def _prompts(self, source: Source) -> list[tuple[bytes, Item]]:
@@ -144,6 +148,14 @@ class SourceRenderer:
             f"all {len(source.conversations)} samples are longer than {limit} tokens. "
             "Raise processing.maxSeqLen.",
         )
+
+
+def _telling(item: Sample | Pair | Rating) -> Sample:
+    """Return the version whose end tells whether turns end at all."""
+    match item:
+        case Pair(chosen=sample) | Rating(sample=sample):
+            return sample
+    return item
 
 
 def _are_equal(samples: Sequence[Sample]) -> bool:

@@ -18,9 +18,9 @@ from mizzen.runtime.model.lora import LoraSlots, load_adapter
 from mizzen.runtime.model.lora.files import CONFIG_FILE
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.adaptation import load_dtype
-from mizzen.runtime.train.batches import split_micro
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.errors import JobConfigError
+from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.methods.reward import HEAD_FILE, HEAD_NAME, rewards_of
 from mizzen.runtime.train.options import Rule
 from mizzen.runtime.train.samples import Prompt, Sample, joined
@@ -125,6 +125,7 @@ class Rewards:
         self._ends = tokenizer.eos_token_ids
         self._by_rules = RuleRewards(self._rules.rewards, tokenizer)
         self._model: RewardModel | None = None
+        self._at_once = AtOnce(config.hyperparameters.micro_batch)
 
     def of(
         self,
@@ -150,10 +151,13 @@ class Rewards:
                     device=self._device,
                     group=group,
                 )
-            samples = [joined(*pair) for pair in pairs]
-            at_once = self._config.hyperparameters.micro_batch
-            parts = [self._model.of(part) for part in split_micro(samples, at_once)]
-            rewards = [r + m for r, m in zip(rewards, torch.cat(parts).tolist(), strict=True)]
+            model = self._model
+            found = self._at_once.in_parts(
+                [joined(*pair) for pair in pairs],
+                lambda part, _: model.of(part).tolist(),
+                ranks=group.size,
+            )
+            rewards = [r + m for r, m in zip(rewards, found, strict=True)]
         penalty = self._rules.missing_eos_penalty
         worth = [
             reward - penalty * (answer[-1] not in self._ends)

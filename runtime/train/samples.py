@@ -75,6 +75,22 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class Rating:
+    """A conversation by itself, whose answer people liked or did not."""
+
+    sample: Sample
+    is_liked: bool
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    @property
+    def labels(self) -> int:
+        """One, as a preference."""
+        return 1
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A conversation that the model shall continue; `answer` is what a rule may compare with."""
 

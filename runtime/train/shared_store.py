@@ -14,8 +14,8 @@ from mizzen.runtime.train.checkpoint import (
     TrainState,
     bytes_of,
 )
+from mizzen.runtime.train.curve import StepRecord
 from mizzen.runtime.train.durable import sha256_of, storage_faults_of, sync_path
-from mizzen.runtime.train.history import StepRecord
 from mizzen.runtime.train.parts import write_tensors
 from mizzen.runtime.train.together import Together
 from mizzen.runtime.train.trainable import Trainable
@@ -68,7 +68,7 @@ class FollowingLedger:
     def append(self, record: StepRecord) -> None:
         """Do nothing."""
 
-    def commit(self, counters: Counters, trainable: Trainable) -> None:
+    def commit(self, counters: Counters, trainable: Trainable, *, can_wait: bool = False) -> None:
         """Write this rank's part where the leader says.
 
         Raises:

@@ -25,7 +25,8 @@ from mizzen.runtime.train.digest import mark_model
 from mizzen.runtime.train.errors import RoleLostError
 from mizzen.runtime.train.evaluate import Examination, TallyStore
 from mizzen.runtime.train.giving_way import GivingWay
-from mizzen.runtime.train.history import LossHistory
+from mizzen.runtime.train.halving import AtOnce
+from mizzen.runtime.train.history import LossHistory, note_holdout
 from mizzen.runtime.train.ledger import DiskLedger, Ledger, NoLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
 from mizzen.runtime.train.methods.distill import Distill
@@ -93,7 +94,8 @@ class Training:
                 method,
                 SharedNotes(notes, ranks) if is_asked_together else notes,
                 ask=lambda: _asker(around, method, self._decoder, self._adapted, ranks.group),
-                at_once=config.hyperparameters.micro_batch,
+                at_once=AtOnce(config.hyperparameters.micro_batch),
+                ranks=ranks.group.size,
             )
         tallies = TallyStore(directory, fingerprint=fingerprint)
         self._examination = Examination(
@@ -101,6 +103,7 @@ class Training:
             micro_batch=config.hyperparameters.micro_batch,
             store=SharedTallies(tallies, ranks) if ranks.group.size > 1 else tallies,
             stop=self._stop,
+            ranks=ranks.group.size,
         )
         self._store = CheckpointStore(
             directory,
@@ -188,7 +191,8 @@ class Training:
     def _validate(self, step: int) -> None:
         assert self._validation is not None, "the loop asks only where there is one"
         self._adapted.set_training(False)
-        self._validation.measure(step)
+        figures = self._validation.measure(step)
+        note_holdout(self._config.checkpoint.directory, step, figures)
         self._adapted.set_training(True)
 
     def _giving_way(self, lora: LoraDelta | None) -> LoraDelta | None:
@@ -280,7 +284,9 @@ class Training:
         if not self._workers.is_leader:
             return FollowingLedger(self._store, self._ranks)
         history = LossHistory(self._config.checkpoint.directory, resumed_step=resumed_step)
-        return DiskLedger(self._leading_store(), history, self._board)
+        # Ranks of one copy write together, and a replica that lends has other things to do.
+        is_alone = self._ranks.group.size == 1 and self._resident is None
+        return DiskLedger(self._leading_store(), history, self._board, writes_beside=is_alone)
 
 
 def _asker(

@@ -32,8 +32,11 @@ class Validation:
         self._subject = subject
         self._protect()
 
-    def measure(self, step: int) -> None:
+    def measure(self, step: int) -> dict[str, float]:
         """Put the holdout to the weights as they are after `step`, which is committed.
+
+        Returns:
+            The mean by its name in the curve: `loss`, or `reward` where more is better.
 
         Raises:
             YieldRequested: somebody asked to stop; what was counted is kept.
@@ -42,6 +45,9 @@ class Validation:
             self._examination.tally(_name(step), self._exam, self._subject(), base=None)
         self._protect()
         self._checkpoints.prune()
+        measure = self._exam.measure
+        name = measure.type if measure.is_higher_better else "loss"
+        return {name: self._examination.store.get(_name(step)).mean}
 
     def best_first(self) -> list[int]:
         """Return the measured steps that are still there, best first; of equals the earlier."""

@@ -339,6 +339,10 @@ REFUSED: dict[str, tuple[Document, str]] = {
             budget={"maxHours": 1}),
         "budget is for methods that train, not for merge, quantize, prune.",
     ),
+    "a number of a trainer's devices without their name": (
+        job(resources={"accelerator": {"count": 2}}),
+        "resources.accelerator.count needs resources.accelerator.resource, such as nvidia.com/gpu.",
+    ),
     "a result with no place to go": (
         job(baseModel={"source": "file:///models/smollm2"}),
         "Set output.uri",

@@ -128,6 +128,9 @@ def test_a_job_cannot_change_but_for_suspend(cluster: ApiCluster, namespace: str
         apply(cluster, namespace, job(roles="Ray"))
     with pytest.raises(ClusterError, match=r"spec.output cannot change"):
         apply(cluster, namespace, job(output={"uri": "pvc://models/elsewhere"}))
+    with pytest.raises(ClusterError, match=r"merge, quantize, prune, rl cannot change") as refusal:
+        apply(cluster, namespace, job(rl={"rewards": [{"type": "exactAnswer"}]}))
+    assert "no such key" not in str(refusal.value)
 
 
 def test_kubectl_scale_and_the_scale_subresource(cluster: ApiCluster, namespace: str) -> None:

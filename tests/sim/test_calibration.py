@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.calibration import NoisyMachineError, compare, draw_requests, full_rate
+from benchmarks.calibration import NoisyMachineError, between, compare, draw_requests, full_rate
 from benchmarks.load_generator import Stream
 from mizzen.operator.simulator.replica_profile import Profile
 from mizzen.operator.simulator.traces import Request
@@ -42,6 +42,14 @@ def test_requests_come_at_the_rate_asked_for() -> None:
     drawn = draw_requests(rate, 1000, seed=0)
     assert 0.9 <= len(drawn) / 1000 / rate <= 1.1
     assert [request.arrival_s for request in drawn] == sorted(r.arrival_s for r in drawn)
+
+
+def test_a_run_is_held_against_the_mean_of_what_steps_cost_before_and_after_it() -> None:
+    slower = replace(PROFILE, step_s=0.04, step_per_sequence_s=0.003)
+    mean = between(PROFILE, slower)
+    assert (mean.step_s, mean.step_per_sequence_s) == pytest.approx((0.03, 0.002))
+    assert mean.step_per_prompt_token_s == PROFILE.step_per_prompt_token_s
+    assert mean.budget_tokens == PROFILE.budget_tokens
 
 
 @pytest.mark.parametrize("free_part", ["step_per_sequence_s", "step_per_prompt_token_s"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gateway_latency
+from benchmarks import gateway_latency, train_rl
 from benchmarks.checkpoint import kv_token_bytes, step_weight_bytes, weight_bytes
 from benchmarks.peers import wanted_requirements
 from benchmarks.random_models import SHAPES, write_random_model
@@ -65,6 +65,20 @@ def test_a_script_prints_a_json_line_per_row_and_a_table(
     rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     assert rows[-1][column]
     assert column in printed.splitlines()[-len(rows) - 1]  # the table's first line
+
+
+def test_a_benchmark_that_trains_draws_its_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["train_rl", "--methods=grpo", "--seeds=1", "--steps=2", "--plot"]
+    monkeypatch.setattr(sys, "argv", [*asked, str(tmp_path / "rl.svg")])
+    train_rl.main()
+    assert "of 1 runs" in capsys.readouterr().out
+    assert ">reward</text>" in (tmp_path / "rl.svg").read_text()
+    monkeypatch.setattr(sys, "argv", [*asked, str(tmp_path / "rl.pdf")])
+    with pytest.raises(SystemExit):
+        train_rl.main()
+    assert "rl.pdf ends in neither .svg nor .png" in capsys.readouterr().err
 
 
 def test_the_gateway_is_measured_before_a_dummy_backend_also_without_its_peers(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -142,16 +143,25 @@ class MuteProcess:
         self.is_killed = True
 
 
-async def test_a_request_that_cannot_be_sent_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("wrong", "refusal"),
+    [
+        ({"sampling": SamplingParams(seed=2**70)}, OverflowError),
+        ({"priority": True}, msgspec.ValidationError),  # which would end the engine
+    ],
+)
+async def test_a_request_that_the_engine_could_not_read_is_neither_sent_nor_waited_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: dict[str, Any],
+    refusal: type[Exception],
 ) -> None:
     monkeypatch.setattr(Tokenizer, "load", lambda path: None)
     process = MuteProcess()
     muted = asyncio.create_task(process.start())
     engine = await remote.RemoteEngine.start(process, EngineConfig(model=tmp_path), NullRecorder())
-    unsendable = replace(REQUEST, sampling=SamplingParams(seed=2**70))
-    with pytest.raises(OverflowError):
-        await anext(engine.generate(unsendable))
+    with pytest.raises(refusal):
+        await anext(engine.generate(replace(REQUEST, **wrong)))
     assert engine.in_flight() == 0
     process.is_killed = True
     await engine.stop()

@@ -1,5 +1,6 @@
 """The status of a job through its life, read as a table of phases and conditions."""
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -228,6 +229,11 @@ def test_a_trainer_that_is_silent_for_a_moment_is_still_at_it() -> None:
 
 def test_unknown_numbers_are_absent_not_zero() -> None:
     assert parse_progress({"phase": "Running", "loss": None}) == Progress(phase="Running")
+
+
+def test_a_number_that_no_status_can_hold_is_unknown_too() -> None:
+    document = json.loads('{"phase": "Running", "step": 4, "loss": NaN, "kl": Infinity}')
+    assert parse_progress(document).numbers == {"step": 4}
 
 
 @pytest.mark.parametrize(

@@ -350,6 +350,49 @@ def test_when_to_come_back_follows_from_measured_starts() -> None:
     assert starts.left_s(key) == 75
 
 
+def test_a_start_that_nobody_waits_for_any_more_is_not_measured() -> None:
+    clock = Clock()
+    starts = Starts(clock)
+    key: ObjectKey = ("team", "tiny")
+    starts.note_wanted(key)
+    clock.now += 1200
+    starts.note_wanted(key)  # they come back for a slow one
+    clock.now += 1200
+    assert starts.running() == [key]
+    assert starts.left_s(key) == 900  # and are not sent away for longer and longer
+    clock.now += 80_000
+    assert starts.running() == []
+    starts.note_ready(key)
+    assert starts.longest_s(key) is None
+
+
+def test_a_gateway_that_has_seen_no_start_goes_by_those_the_operator_measured() -> None:
+    clock = Clock()
+    starts = Starts(clock)
+    key: ObjectKey = ("team", "tiny")
+    starts.note_wanted(key)
+    clock.now += 50
+    assert starts.left_s(key, told_s=290.5) == 241
+    starts.note_ready(key)
+    assert starts.left_s(key, told_s=290.5) == 50  # its own are of the whole way, wake included
+
+
+async def test_when_to_come_back_is_said_from_what_the_status_tells_of_earlier_starts(
+    make_house: MakeHouse,
+) -> None:
+    learned = {"learned": {"startSeconds": [120, 290.5, "soon"]}}
+    item = {
+        "metadata": {"namespace": "team", "name": "tiny"},
+        "spec": {"scaling": {"min": 0, "max": 3}},
+        "status": {"scaling": learned},
+    }
+    house = await make_house([], hold_timeout_s=0.1)
+    house.serve(model=parse_model(item))
+    status, _, headers = await house.ask()
+    assert status == 503
+    assert 230 <= int(headers["Retry-After"]) <= 291
+
+
 SIZES: dict[str, tuple[dict[str, Any], tuple[bool, bool]]] = {
     "scaling": ({"scaling": {"min": 0, "max": 3}}, (True, False)),
     "a fixed size": ({"replicas": 2}, (False, False)),

@@ -144,7 +144,7 @@ async def test_all_busy_is_said_with_the_replicas_own_words(make_house: MakeHous
     assert [len(replica.seen) for replica in house.replicas] == [1, 1]
 
 
-@pytest.mark.parametrize("act", ["die_mid_stream", "end_early"])
+@pytest.mark.parametrize("act", ["die_mid_stream", "end_early", "end_after_the_word_error"])
 async def test_a_stream_cut_in_the_middle_ends_with_an_error_event(
     make_house: MakeHouse, act: str
 ) -> None:

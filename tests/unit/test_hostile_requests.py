@@ -142,6 +142,7 @@ HTTP: dict[str, tuple[str, bytes, dict[str, str]]] = {
     "a length that is a digit and no number": infer(length="²"),
     "a length of thousands of digits": infer(length="9" * 5000),
     "a timeout before now": infer(parameters={"timeout": -1}),
+    "a priority that is true": infer(parameters={"priority": True}),
     "an id that is no text": infer(id=[1]),
     "a NUL in a path": load("/mnt/pvc/\0"),
     "a path longer than there can be": load("/mnt/pvc/" + "x" * 3000),

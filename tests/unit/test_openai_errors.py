@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from mizzen.runtime.engine.errors import EngineBusyError, EngineDeadError
+from mizzen.runtime.engine.errors import EngineBusyError, EngineDeadError, GenerationFailedError
 from tests.fixtures.fake_engine import FakeEngine
 from tests.fixtures.openai_calls import CHAT, COMPLETIONS, chat, events
 from tests.fixtures.runtime_server import Running, eventually, running_server
@@ -160,6 +160,15 @@ async def test_a_bug_is_a_500_without_its_details(running: Running, fake: FakeEn
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert answer.json()["error"]["type"] == "server_error"
+
+
+async def test_numbers_that_overflow_are_told_apart_from_bugs(
+    running: Running, fake: FakeEngine
+) -> None:
+    fake.refuse = GenerationFailedError("The model's numbers overflowed on this input.")
+    answer = await running.http.post(CHAT, json=chat())
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "generation_failed"
 
 
 async def test_one_failing_answer_of_n_ends_the_others(running: Running, fake: FakeEngine) -> None:

@@ -8,7 +8,7 @@ import pytest
 from mizzen.runtime.train.budget import Spent, find_spent
 from mizzen.runtime.train.checkpoint import Counters
 from mizzen.runtime.train.config import Budget
-from mizzen.runtime.train.history import read_history
+from mizzen.runtime.train.curve import read_history
 from tests.fixtures.train_runs import Job, exit_codes, run, start_workers, write_job
 
 HOUR_MS = 3_600_000

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hack.tiny_model import write_tiny_model
 from mizzen.runtime.train import checkpoint
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
 from mizzen.runtime.train.config import Checkpointing
+from mizzen.runtime.train.curve import StepRecord, read_history
 from mizzen.runtime.train.digest import mark_model, mark_weights
 from mizzen.runtime.train.errors import (
     BaseModelChangedError,
@@ -20,7 +22,7 @@ from mizzen.runtime.train.errors import (
     StorageFullError,
     StorageNotWritableError,
 )
-from mizzen.runtime.train.history import LossHistory, StepRecord, read_history
+from mizzen.runtime.train.history import LossHistory, note_holdout
 
 
 def store_in(
@@ -185,6 +187,24 @@ def test_the_curve_is_cut_where_a_resumed_job_goes_on(tmp_path: Path) -> None:
     assert resumed.last == record(2)
     resumed.append(record(3))
     assert resumed.path.read_text() == whole
+
+
+def test_what_is_noted_of_the_holdout_stays_and_noting_it_again_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    note_holdout(tmp_path, 1, {"loss": 0.5})  # of a curve that somebody has removed
+    history = LossHistory(tmp_path, resumed_step=0)
+    assert not history.path.exists()
+    for step in (1, 2):
+        history.append(record(step))
+    note_holdout(tmp_path, 1, {"loss": 0.5})
+    history.append(record(3))
+    whole = history.path.read_text()
+    note_holdout(tmp_path, 1, {"loss": 0.5})
+    assert history.path.read_text() == whole
+    noted = replace(record(1), holdout={"loss": 0.5})
+    assert read_history(history.path) == [noted, record(2), record(3)]
+    assert LossHistory(tmp_path, resumed_step=1).last == noted
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:

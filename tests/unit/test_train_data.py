@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hack.datasets import write_chatterbot
 from mizzen.runtime.train import sources
-from mizzen.runtime.train.batches import SampleOrder, pack, split_micro, total_steps
+from mizzen.runtime.train.batches import SampleOrder, pack, total_steps
 from mizzen.runtime.train.config import Dataset, Processing
 from mizzen.runtime.train.data import Prepared, choose_holdout, prepare
 from mizzen.runtime.train.errors import DatasetError, DatasetUnreachableError
@@ -350,8 +350,3 @@ def test_packing_predicts_each_label_from_the_token_before_it_in_its_own_sample(
         (1, 3),
         (3, 5),
     ]
-
-
-def test_a_step_is_split_into_groups_that_run_at_once() -> None:
-    samples = numbered(5).train[0]
-    assert [len(group) for group in split_micro(samples, 2)] == [2, 2, 1]

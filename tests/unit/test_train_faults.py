@@ -21,15 +21,17 @@ from mizzen.runtime.train import loop as loop_module
 from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters
 from mizzen.runtime.train.config import Budget, Checkpointing, Hyperparameters
+from mizzen.runtime.train.curve import read_history
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.errors import (
     LossNotFiniteError,
     MemoryTooSmallError,
     MicroBatchTooLargeError,
 )
-from mizzen.runtime.train.history import LossHistory, read_history
+from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.ledger import DiskLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
+from mizzen.runtime.train.methods.method import StepNotFiniteError
 from mizzen.runtime.train.methods.sft import Sft
 from mizzen.runtime.train.progress import ProgressBoard
 from mizzen.runtime.train.samples import Sample
@@ -121,7 +123,7 @@ def test_the_time_of_a_commit_is_not_training(
     monkeypatch.setattr(loop_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
     ledger, count = loop._parts.ledger, Fragile.loss_sum
 
-    def commit(*args: Any) -> None:
+    def commit(*_: Any, can_wait: bool = False) -> None:
         now_s[0] += 3600
 
     def loss_sum(*args: Any) -> Tensor:
@@ -171,6 +173,34 @@ def test_a_job_that_goes_astray_again_ends(tmp_path: Path) -> None:
     with pytest.raises(LossNotFiniteError, match=r"Lower hyperparameters.learningRate"):
         loop.run()
     assert loop.counters.skipped == 6 * 2
+
+
+def test_a_step_that_cannot_even_be_begun_with_the_weights_is_taken_back_too(
+    tmp_path: Path,
+) -> None:
+    class Mute(Sft):
+        refused = 0
+
+        def updates(self, *args: Any, seed: int) -> Any:
+            if loop.counters.step == 2 and self.refused < 3:
+                self.refused += 1
+                raise StepNotFiniteError("nobody can answer with this policy")
+            return super().updates(*args, seed=seed)
+
+    method = Mute()
+    loop = loop_of(tmp_path, samples(40), method, max_steps=4)
+    loop.run()
+    assert (loop.counters.step, loop.counters.skipped) == (4, 3 * 2)
+    assert method.refused == 3
+
+
+def test_a_policy_that_never_answers_ends_the_job_and_is_told_why(tmp_path: Path) -> None:
+    class Mute(Sft):
+        def updates(self, *args: Any, seed: int) -> Any:
+            raise StepNotFiniteError("nobody can answer with this policy")
+
+    with pytest.raises(LossNotFiniteError, match=r"step 1: nobody can answer with this policy\. L"):
+        loop_of(tmp_path, samples(40), Mute()).run()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])

@@ -70,6 +70,17 @@ def test_votes_on_one_conversation_make_a_preference_and_single_ones_none(tmp_pa
         load(write(tmp_path / "single", UP, other), "preference")
 
 
+def test_a_reward_is_learned_from_every_vote_and_from_regenerated_answers(tmp_path: Path) -> None:
+    source = load(write(tmp_path / "log", UP, KEPT, DOWN, REVIEWED), "judgement")
+    assert said(source) == [
+        ("Hello!", "What?"), ("Hello!", "Hm."), ("Hello!", None), ("What?", None),
+    ]  # fmt: skip
+    assert [c.is_liked for c in source.conversations] == [None, None, True, False]
+    assert source.conversations[3].place == "a.jsonl line 3"
+    with pytest.raises(DatasetEmptyError, match=r"hold not once a vote or a regenerated answer"):
+        load(write(tmp_path / "reviewed", REVIEWED), "judgement")
+
+
 def test_every_record_is_a_prompt(tmp_path: Path) -> None:
     source = load(write(tmp_path / "log", UP, KEPT, REVIEWED), "prompt")
     assert [conversation.messages for conversation in source.conversations] == [tuple(HI)] * 3

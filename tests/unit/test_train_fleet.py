@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from mizzen.runtime.train.errors import RolloutRefusedError, RolloutUnavailableError
+from mizzen.runtime.train.methods.method import StepNotFiniteError
 from mizzen.runtime.train.roles.fleet import Fleet, Policy
 from mizzen.runtime.train.stop import StopFlag, YieldRequested
 
@@ -24,13 +25,16 @@ def fleet_of(url: str, **options: Any) -> Fleet:
 class Replica(BaseHTTPRequestHandler):
     """Says a status to everybody; where it is 200, an answer to each prompt."""
 
-    status, policy = 200, "policy:1"
+    status, policy, code = 200, "policy:1", ""
     goodbyes: ClassVar[list[tuple[str, str]]]
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         answers = [{"token_ids": prompt, "log_probs": []} for prompt in asked["prompts"]]
-        body = json.dumps({"policy": self.policy, "answers": answers}).encode()
+        said: dict[str, Any] = {"policy": self.policy, "answers": answers}
+        if self.code:
+            said = {"error": {"code": self.code, "message": "It failed."}}
+        body = json.dumps(said).encode()
         self.send_response(self.status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -87,6 +91,19 @@ def test_busy_replicas_are_not_waited_for_for_ever(fake: type[Replica]) -> None:
     fake.status = 503
     fleet = fleet_of("http://chat:8000", patience_s=0.0)
     with pytest.raises(RolloutUnavailableError, match=r"No replica at http://chat:8000"):
+        fleet.draw(Policy("policy:1", b""), ASKED, RULES)
+
+
+def test_a_policy_without_finite_numbers_is_not_asked_for_again(fake: type[Replica]) -> None:
+    fake.status, fake.code = 500, "generation_failed"
+    with pytest.raises(StepNotFiniteError, match="no finite numbers for this policy"):
+        fleet_of("http://chat:8000").draw(Policy("policy:1", b""), ASKED, RULES)
+
+
+def test_another_failure_of_a_replica_is_one_that_may_pass(fake: type[Replica]) -> None:
+    fake.status, fake.code = 500, "internal_error"
+    fleet = fleet_of("http://chat:8000", patience_s=0.0)
+    with pytest.raises(RolloutUnavailableError, match="it answered 500"):
         fleet.draw(Policy("policy:1", b""), ASKED, RULES)
 
 

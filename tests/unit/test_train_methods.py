@@ -1,5 +1,6 @@
 """The mathematics of a step: its loss, its gradients, its optimizer and its rate."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import LoraConfig, TrainableLora
 from mizzen.runtime.parallel.group import RankGroup
-from mizzen.runtime.train.batches import PackedBatch, pack, split_micro
+from mizzen.runtime.train.batches import PackedBatch, pack
 from mizzen.runtime.train.clip import clip_gradients
 from mizzen.runtime.train.config import Suite
 from mizzen.runtime.train.device import read_cpu_quota
 from mizzen.runtime.train.evaluate import Tally, decide_verdict
-from mizzen.runtime.train.measures import PERPLEXITY
+from mizzen.runtime.train.measures import PERPLEXITY, REWARD
 from mizzen.runtime.train.methods import token_loss
 from mizzen.runtime.train.methods.token_loss import token_losses_sum
 from mizzen.runtime.train.samples import Sample
@@ -104,7 +105,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(decoder: Decoder, micro_batch
     labels = sum(sample.labels for sample in data)
 
     def step(size: int) -> tuple[float, dict[str, Tensor]]:
-        micros = [pack(part, CPU) for part in split_micro(data, size)]
+        micros = [pack(data[at : at + size], CPU) for at in range(0, len(data), size)]
         losses = [token_losses_sum(decoder, batch, None) / labels for batch in micros]
         total = torch.stack(losses).sum()
         return total.item(), gradients(decoder, total)
@@ -269,6 +270,9 @@ VERDICTS = {
     "worse than the allowance fails": (2.0, 2.05, 0.02, False),
     "better than the base, but less than demanded, fails": (2.0, 1.99, -0.02, False),
     "a candidate that is no number any more fails": (2.0, float("inf"), 0.02, False),
+    "one that has no numbers at all fails": (2.0, float("nan"), 0.02, False),
+    "also where its base had none": (float("nan"), float("nan"), 0.02, False),
+    "a candidate is better than a base without numbers": (float("nan"), 2.0, 0.0, True),
 }
 
 
@@ -284,6 +288,11 @@ def test_verdict(base: float, candidate: float, allowed: float, passed: bool) ->
     )
     assert verdict.passed is passed
     assert verdict.regression_ratio == verdict.candidate / verdict.base - 1
+    assert json.loads(json.dumps(verdict.candidate, allow_nan=False)) > 0
+
+
+def test_no_reward_at_all_is_the_worst_there_is() -> None:
+    assert REWARD.value(float("nan"), 3.0) < -100
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1.0, 1.0), (0.0, 5.0), (9.0, 5.0)])

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from mizzen.runtime.train.methods.dpo import Dpo
 from mizzen.runtime.train.methods.reward import HEAD_FILE, HEAD_NAME, Reward, rewards_of
 from mizzen.runtime.train.methods.token_loss import token_log_probs
 from mizzen.runtime.train.options import Dpo as DpoOptions
-from mizzen.runtime.train.samples import Pair, Sample
+from mizzen.runtime.train.samples import Pair, Rating, Sample
 from mizzen.runtime.train.sources import Source, load_source
 from tests.fixtures.train_runs import run, write_job, write_preferences
 
@@ -113,6 +114,43 @@ def test_refuses_as_a_preference(tmp_path: Path, row: dict[str, Any], text: str)
     assert text in str(caught.value)
 
 
+RATED = {
+    "turns": {"messages": TURNS, "label": True},
+    "texts": {"prompt": ASK, "completion": GOOD, "label": True},
+}
+
+
+@pytest.mark.parametrize("row", RATED.values(), ids=RATED)
+def test_reads_an_answer_that_was_liked_given_as(tmp_path: Path, row: dict[str, Any]) -> None:
+    (rated,) = read(tmp_path / "d", row, "judgement").conversations
+    assert ([m["content"] for m in rated.messages], rated.is_liked) == ([ASK, GOOD], True)
+    assert rated.rejected is None
+    (pair,) = read(tmp_path / "d", READABLE["texts"], "judgement").conversations
+    assert (pair.is_liked, pair.rejected is None) == (None, False)
+
+
+UNRATED = {
+    "neither of the two": ({"prompt": ASK}, 'has no "chosen" and "rejected" and no "label"'),
+    "a number for a label": ({"messages": TURNS, "label": 1}, "label must be true or false"),
+    "a question with a label": (
+        {"messages": TURNS[:1], "label": True},
+        "what has a label must end with an assistant turn",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "text"), UNRATED.values(), ids=UNRATED)
+def test_refuses_as_a_judgement(tmp_path: Path, row: dict[str, Any], text: str) -> None:
+    with pytest.raises(DatasetError, match="line 1") as caught:
+        read(tmp_path / "d", row, "judgement")
+    assert text in str(caught.value)
+
+
+def test_dpo_has_no_use_for_an_answer_that_stands_alone(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r'has no "chosen" and "rejected"; its keys'):
+        read(tmp_path / "d", RATED["texts"])
+
+
 def test_log_probabilities_of_packed_samples_are_the_samples_own(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,13 +225,26 @@ def test_dpo_killed_while_it_asks_its_base_repeats_the_undisturbed_run(tmp_path:
     assert job.weights_digest == reference.weights_digest
 
 
+def write_ratings(path: Path) -> Path:
+    """Write the answers of preferences by themselves."""
+    pairs = map(json.loads, write_preferences(path).read_text().splitlines())
+    rows = [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in pairs
+        for side in ("chosen", "rejected")
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("write", [write_preferences, write_ratings])
 def test_a_reward_model_is_published_with_its_head_and_ranks_what_it_has_not_seen(
-    tmp_path: Path,
+    tmp_path: Path, write: Callable[[Path], Path]
 ) -> None:
     job = write_job(
         tmp_path,
         method="reward",
-        datasets=[{"name": "votes", "path": str(write_preferences(tmp_path / "votes.jsonl"))}],
+        datasets=[{"name": "votes", "path": str(write(tmp_path / "votes.jsonl"))}],
         hyperparameters={"max_steps": 12},
         evaluation=VOTES,
     )
@@ -227,6 +278,23 @@ def test_a_reward_is_read_off_the_last_token_of_each_sample(decoder: Decoder) ->
     together = rewards_of(decoder, [one, two], None, head_1D)
     alone = [rewards_of(decoder, [each], None, head_1D).item() for each in (one, two)]
     assert together.tolist() == pytest.approx(alone, rel=1e-4)
+
+
+def test_the_reward_loss_is_the_sources_for_pairs_and_beside_zero_for_single_answers(
+    decoder: Decoder,
+) -> None:
+    around = SimpleNamespace(spec=decoder.spec, device=torch.device("cpu"))
+    method = Reward(around)  # type: ignore[arg-type]
+    (view,) = method.heads()
+    with torch.no_grad():
+        view.parameter.normal_()
+    (one, other), alone = pairs(), sample(8, 5)
+    items = [one, Rating(alone, is_liked=True), other, Rating(alone, is_liked=False)]
+    told = [one.chosen, one.rejected, other.chosen, other.rejected, alone]
+    a, b, c, d, e = rewards_of(decoder, told, None, view.parameter).unbind()
+    wanted = -F.logsigmoid(torch.stack([a - b, e, c - d, -e])).sum()
+    torch.testing.assert_close(method.loss_sum(decoder, items, None), wanted)
+    assert method.count(decoder, items, None)[1] == 4
 
 
 def test_pairs_that_a_cut_makes_equal_are_dropped(tmp_path: Path) -> None:

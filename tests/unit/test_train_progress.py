@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import math
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -13,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mizzen.runtime.train.admin import AdminServer
 from mizzen.runtime.train.checkpoint import Committed, Counters
-from mizzen.runtime.train.history import StepRecord
+from mizzen.runtime.train.curve import StepRecord
 from mizzen.runtime.train.progress import (
     TERMINATION_LOG_BYTES,
     Artifact,
@@ -67,6 +69,16 @@ def test_the_time_left_follows_from_the_steps_of_this_generation() -> None:
     assert (document["step"], document["totalSteps"]) == (12, 40)
     assert document["tokensPerSecond"] == 20.0
     assert document["etaSeconds"] == 84
+
+
+def test_what_is_no_finite_number_is_not_known() -> None:
+    board = ProgressBoard(generation=1)
+    board.plan(counters=Counters(), total_steps=4, epoch=0.0, last=None)
+    board.advance(replace(record(1, 60), measured={"kl": math.inf, "reward": 0.5}), epoch=0.2)
+    board.evaluated(eval_loss=math.nan, verdicts=[])
+    document = board.document()
+    assert (document["kl"], document["reward"], document["evalLoss"]) == (None, 0.5, None)
+    assert json.dumps(document, allow_nan=False)
 
 
 @pytest.mark.parametrize(("peak", "ratio"), [(80.0, 0.25), (None, None)])
@@ -157,7 +169,7 @@ async def test_health_and_metrics_are_open(admin: tuple[str, StopFlag]) -> None:
     names = {family.name for family in text_string_to_metric_families(text)}
     assert status == 200
     # Only what is known: this job has an end, but no step was measured.
-    assert names == {"mizzen_train_eta_seconds"}
+    assert names == {"mizzen_train_eta_seconds", "mizzen_train_eval_loss"}
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": ""}])

@@ -45,6 +45,27 @@ def test_the_card_says_what_the_result_was_made_from_and_how_it_scored(tmp_path:
     assert "README.md" in json.loads((folder / "artifact.json").read_text())["files"]
 
 
+def test_a_result_has_the_curve_of_all_steps_beside_it_and_a_computed_one_none(
+    tmp_path: Path,
+) -> None:
+    learned = write_job(tmp_path / "learned")
+    assert run(learned) == 0
+    (folder,) = learned.artifacts
+    assert (folder / "metrics.jsonl").read_text() == learned.curve
+    assert "metrics.jsonl" in json.loads((folder / "artifact.json").read_text())["files"]
+    computed = write_job(
+        tmp_path / "computed",
+        method="quantize",
+        quantize={"scheme": "int8"},
+        datasets=[],
+        evaluation={"suites": []},
+        output={"kind": "model"},
+    )
+    assert run(computed) == 0
+    (folder,) = computed.artifacts
+    assert not (folder / "metrics.jsonl").exists()
+
+
 def artifact_in(folder: Path, content: str = "weights") -> Path:
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_text(content)

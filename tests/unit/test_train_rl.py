@@ -22,9 +22,9 @@ from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.batches import pack
 from mizzen.runtime.train.config import TrainConfig, load_config
 from mizzen.runtime.train.copies import pack_rows, unpack_rows
+from mizzen.runtime.train.curve import read_history
 from mizzen.runtime.train.errors import DatasetError, JobConfigError
 from mizzen.runtime.train.generate import Drawing, _choose, draw_answers
-from mizzen.runtime.train.history import read_history
 from mizzen.runtime.train.methods.grpo import Grpo, judge_group
 from mizzen.runtime.train.methods.policy import Rollout, importance
 from mizzen.runtime.train.methods.ppo import Ppo, gae, token_rewards

@@ -22,8 +22,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from hack.ports import free_port
 from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.train.config import load_config
+from mizzen.runtime.train.curve import read_history
 from mizzen.runtime.train.errors import JobConfigError, RoleLostError, TrainerHangsError
-from mizzen.runtime.train.history import read_history
 from mizzen.runtime.train.roles import node
 from mizzen.runtime.train.roles.actors import (
     ReferenceRole,
@@ -186,6 +186,20 @@ def test_roles_take_the_devices_in_turn(trainer: str, gpus: int, expected: list[
 def test_roles_on_ray_are_refused_where_nothing_is_drawn(tmp_path: Path) -> None:
     with pytest.raises(JobConfigError, match="roles Ray are for methods grpo and ppo, not sft"):
         load_config(write_job(tmp_path, roles="Ray").config_path)
+
+
+IMPOSSIBLE = {
+    "every weight moves": (FULL, "set adaptation.type to lora or qlora"),
+    "roles are on Ray": ({"roles": "Ray"}, "set roles to InProcess"),
+}
+
+
+@pytest.mark.parametrize(("fields", "said"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_replicas_cannot_draw_where(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    rl = {"rewards": LETTERS, "rollout": {"url": "http://chat:8000"}}
+    job = write_job(tmp_path, method="grpo", rl=rl, evaluation=WORTH, **fields)
+    with pytest.raises(JobConfigError, match=said):
+        load_config(job.config_path)
 
 
 def test_a_yield_in_the_midst_ends_ray_too_and_changes_no_number(

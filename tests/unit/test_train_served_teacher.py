@@ -22,6 +22,7 @@ from hack.tiny_model import write_tiny_model
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.errors import JobConfigError, TeacherUnavailableError
+from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.methods.policy import log_probs_by_sample
 from mizzen.runtime.train.options import ServedModel
 from mizzen.runtime.train.samples import Sample
@@ -62,7 +63,7 @@ async def test_its_log_probs_are_those_of_the_same_model_here(teacher: Running) 
     asked = ServedTeacher(where, around(model_of(teacher), teacher_api_key="mz-1"))
     (found_N,) = await asyncio.to_thread(asked.log_probs, [SAMPLE])
     decoder = load_decoder(model_of(teacher), dtype=torch.float32)
-    (wanted_N,) = log_probs_by_sample(decoder, [SAMPLE], None, at_once=1)
+    (wanted_N,) = log_probs_by_sample(decoder, [SAMPLE], None, at_once=AtOnce(1))
     np.testing.assert_allclose(found_N, wanted_N, atol=1e-4)
 
 

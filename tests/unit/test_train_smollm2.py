@@ -11,8 +11,8 @@ from mizzen.runtime.attention.causal import CausalAttention
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.loader import load_decoder
+from mizzen.runtime.train.curve import read_history
 from mizzen.runtime.train.export import write_model
-from mizzen.runtime.train.history import read_history
 from mizzen.runtime.train.trainable import Trainable, full_views
 from tests.fixtures.train_runs import run, write_job
 

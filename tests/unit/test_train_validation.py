@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
 from mizzen.runtime.train.trainable import WEIGHTS
-from tests.fixtures.train_runs import Job, run, write_job
+from tests.fixtures.train_runs import Job, read_curve, run, write_job, write_prompts
 
 KEEP = {"keep_best": 1, "keep_last": 1}
 
@@ -30,6 +30,11 @@ def losses(job: Job) -> dict[int, float]:
         for name, tally in tallies.items()
         if name.endswith("/validation") and tally["samples"] == samples
     }
+
+
+def held_out(job: Job) -> dict[int, dict[str, float]]:
+    """What the curve says of the holdout, by step."""
+    return {record.step: record.holdout for record in read_curve(job) if record.holdout}
 
 
 def make_best(job: Job, *steps: int) -> None:
@@ -57,8 +62,25 @@ def test_the_best_are_kept_beside_the_last_and_the_best_is_published(tmp_path: P
     measured = losses(job)
     assert list(measured) == [2, 4, 6, 8]
     best = sorted(measured, key=lambda step: measured[step])
+    assert held_out(job) == {step: {"loss": loss} for step, loss in measured.items()}
     assert kept(job) == sorted(f"step-{step:08d}" for step in {*best[:2], 8})
     assert published_step(job) == best[0]
+
+
+def test_where_more_is_better_the_curve_has_the_holdouts_reward(tmp_path: Path) -> None:
+    job = write_job(
+        tmp_path,
+        method="grpo",
+        datasets=[{"name": "p", "path": str(write_prompts(tmp_path / "prompts.jsonl"))}],
+        rl={"rewards": [{"type": "regex", "pattern": "[a-m]"}], "max_new_tokens": 4},
+        hyperparameters={"max_steps": 2},
+        checkpoint=KEEP,
+        evaluation={"suites": []},
+    )
+    assert run(job) == 0
+    ((step, figures),) = held_out(job).items()
+    assert (step, list(figures)) == (2, ["reward"])
+    assert 0 <= figures["reward"] <= 1
 
 
 def test_a_better_earlier_step_is_the_result_though_training_went_on(tmp_path: Path) -> None:
@@ -103,6 +125,7 @@ def test_a_run_killed_over_and_over_keeps_and_publishes_what_the_undisturbed_one
     assert set(codes) == {-signal.SIGKILL}
     assert losses(job) == losses(reference)
     assert kept(job) == kept(reference)
+    assert job.curve == reference.curve
     assert job.weights_digest == reference.weights_digest
 
 

@@ -19,6 +19,7 @@ from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.digest import mark_model
 from mizzen.runtime.train.errors import MicroBatchTooLargeError
 from mizzen.runtime.train.evaluate import Examination, TallyStore
+from mizzen.runtime.train.halving import is_out_of_memory
 from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.hugging_face.gate import HuggingFaceSubject, build_exams
 from mizzen.runtime.train.hugging_face.model import (
@@ -35,7 +36,6 @@ from mizzen.runtime.train.hugging_face.trainer import (
     rows_at_once,
 )
 from mizzen.runtime.train.hugging_face.watch import JobCallback
-from mizzen.runtime.train.loop import is_out_of_memory
 from mizzen.runtime.train.memory import need_of
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
 from mizzen.runtime.train.stop import StopFlag, YieldRequested

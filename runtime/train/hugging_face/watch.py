@@ -15,8 +15,9 @@ from mizzen.runtime.train.batches import SampleOrder
 from mizzen.runtime.train.budget import Spent, find_spent
 from mizzen.runtime.train.checkpoint import Counters
 from mizzen.runtime.train.config import TrainConfig
+from mizzen.runtime.train.curve import StepRecord
 from mizzen.runtime.train.errors import LossNotFiniteError
-from mizzen.runtime.train.history import LossHistory, StepRecord
+from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.loop import random_seed
 from mizzen.runtime.train.progress import ProgressBoard
 from mizzen.runtime.train.stop import StopFlag

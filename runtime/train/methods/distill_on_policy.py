@@ -24,6 +24,7 @@ from mizzen.runtime.train.copies import Row, share_out
 from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.generate import Drawing, draw_answers
+from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.methods.policy import concatenated, without_dropout
 from mizzen.runtime.train.methods.token_loss import (
@@ -66,7 +67,7 @@ class OnPolicyDistill(Method):
             )
         self._around = around
         self._rules = rules
-        self._micro_batch = around.config.hyperparameters.micro_batch
+        self._at_once = AtOnce(around.config.hyperparameters.micro_batch)
         self._served = ServedTeacher(rules.served, around) if rules.served else None
         self._resident: Decoder | None = None
         self._drawing = Drawing(
@@ -108,7 +109,7 @@ class OnPolicyDistill(Method):
         stop = self._around.stop
         answers = draw_answers(decoder, prompts, lora, self._drawing, seed=seed, stop=stop)
         samples = [joined(p, answer) for p, answer in zip(prompts, answers, strict=True)]
-        old = log_probs_by_sample(decoder, samples, lora, at_once=self._micro_batch)
+        old = log_probs_by_sample(decoder, samples, lora, at_once=self._at_once)
         teacher = self._teacher_log_probs(decoder, samples)
         return [
             {
@@ -151,7 +152,7 @@ class OnPolicyDistill(Method):
             self._resident = load_decoder(
                 self._rules.teacher, dtype=dtype, device=place.device, group=place.group
             )
-        return log_probs_by_sample(self._resident, samples, None, at_once=self._micro_batch)
+        return log_probs_by_sample(self._resident, samples, None, at_once=self._at_once)
 
 
 def _prompt_of(item: Sample) -> Prompt:

@@ -16,6 +16,10 @@ from mizzen.runtime.train.samples import Item
 from mizzen.runtime.train.trainable import NamedView
 
 
+class StepNotFiniteError(Exception):
+    """A step whose numbers are none, says the text; no weight has moved yet."""
+
+
 class Method(ABC):
     """One way to learn. Its items are those of its shape, with what was noted about them.
 
@@ -42,7 +46,11 @@ class Method(ABC):
     def updates(
         self, decoder: Decoder, items: Sequence[Any], lora: LoraDelta | None, *, seed: int
     ) -> Sequence[Sequence[Item]]:
-        """Return what each optimizer update of one step learns from; most methods make one."""
+        """Return what each optimizer update of one step learns from; most methods make one.
+
+        Raises:
+            StepNotFiniteError: the weights as they are do not answer with numbers.
+        """
         return [items]
 
     def measured(self) -> Mapping[str, float]:

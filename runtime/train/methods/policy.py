@@ -27,6 +27,7 @@ from mizzen.runtime.train.batches import pack
 from mizzen.runtime.train.copies import Row, share_out
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.generate import draw_answers, drawing_of
+from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.measures import REWARD
 from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.methods.token_loss import log_probs_by_sample, token_log_probs
@@ -104,7 +105,7 @@ class PolicyMethod(Method):
             )
         self._rules = config.rl
         self._around = around
-        self._micro_batch = config.hyperparameters.micro_batch
+        self._at_once = AtOnce(config.hyperparameters.micro_batch)
         self._drawing = drawing_of(self._rules, around.tokenizer)
         self._roles = cast_roles(around)
         self._measured: dict[str, float] = {}
@@ -159,7 +160,7 @@ class PolicyMethod(Method):
         judged = self._roles.judge(decoder, prompts, answers)
         compared = self._roles.compare(decoder, samples)
         old = log_probs_by_sample(
-            decoder, samples, lora, at_once=self._micro_batch, temperature=self._rules.temperature
+            decoder, samples, lora, at_once=self._at_once, temperature=self._rules.temperature
         )
         weights = importance(old, drawn.log_probs)
         told = zip(samples, judged(), old, compared(), weights, strict=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
-from mizzen.runtime.train.batches import PackedBatch, pack, split_micro
+from mizzen.runtime.train.batches import pack
 from mizzen.runtime.train.methods.policy import PolicyMethod, Rollout, concatenated
 from mizzen.runtime.train.methods.token_loss import head_log_probs, hidden_states
 from mizzen.runtime.train.samples import Floats, Item, Prompt
@@ -106,16 +106,16 @@ class Ppo(PolicyMethod):
     def _with_values(
         self, decoder: Decoder, rollouts: Sequence[Rollout], lora: LoraDelta | None
     ) -> list[Rollout]:
-        found: list[Rollout] = []
-        for part in split_micro(rollouts, self._micro_batch):
-            batch: PackedBatch = pack([r.sample for r in part], decoder.place.device)
+        def valued(part: Sequence[Rollout], _: int) -> list[Rollout]:
+            batch = pack([rollout.sample for rollout in part], decoder.place.device)
             values_N = self._values(hidden_states(decoder, batch, lora)[batch.source_N])
             by_sample = values_N.split(list(batch.label_counts))
-            found += [
+            return [
                 replace(rollout, value_N=value_N.cpu().numpy())
                 for rollout, value_N in zip(part, by_sample, strict=True)
             ]
-        return found
+
+        return self._at_once.in_parts(rollouts, valued, ranks=decoder.group.size)
 
 
 def token_rewards(rollout: Rollout, *, kl_coef: float) -> Floats:

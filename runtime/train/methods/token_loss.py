@@ -18,7 +18,8 @@ from mizzen.runtime.attention.causal import CausalAttention
 from mizzen.runtime.model.block import Attend
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
-from mizzen.runtime.train.batches import PackedBatch, pack, split_micro
+from mizzen.runtime.train.batches import PackedBatch, pack
+from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.samples import Floats, Sample
 
 LOGIT_ROWS = 256
@@ -88,16 +89,17 @@ def log_probs_by_sample(
     samples: Sequence[Sample],
     lora: LoraDelta | None,
     *,
-    at_once: int,
+    at_once: AtOnce,
     temperature: float = 1.0,
 ) -> list[Floats]:
-    """Return the log-probability of each sample's labels."""
-    found: list[Floats] = []
-    for part in split_micro(samples, at_once):
+    """Return the log-probability of each sample's labels; raises as `AtOnce` where none fits."""
+
+    def log_probs(part: Sequence[Sample], _: int) -> list[Floats]:
         batch = pack(part, decoder.place.device)
         values_N = token_log_probs(decoder, batch, lora, temperature=temperature)
-        found += [x.cpu().numpy() for x in values_N.split(list(batch.label_counts))]
-    return found
+        return [x.cpu().numpy() for x in values_N.split(list(batch.label_counts))]
+
+    return at_once.in_parts(samples, log_probs, ranks=decoder.group.size)
 
 
 class _FastOnCpu:

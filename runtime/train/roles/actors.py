@@ -23,6 +23,7 @@ from mizzen.runtime.train.adaptation import build_lora, load_base
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.device import choose_dtype, products_in
 from mizzen.runtime.train.generate import draw_answers, drawing_of
+from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.rewards import Rewards
 from mizzen.runtime.train.roles.roles import reference_log_probs
 from mizzen.runtime.train.samples import Floats, Prompt, Sample
@@ -128,11 +129,12 @@ class ReferenceRole:
     def __init__(self, seat: Seat) -> None:
         self._seat = seat
         self._decoder = load_base(seat.config, seat.take())
+        self._at_once = AtOnce(seat.config.hyperparameters.micro_batch)
 
     def log_probs(self, samples: Sequence[Sample]) -> list[Floats]:
         """Return log_probs_N of each answer."""
         with self._seat.precision():
-            return reference_log_probs(self._decoder, samples, self._seat.config)
+            return reference_log_probs(self._decoder, samples, self._seat.config, self._at_once)
 
 
 class RewardRole:

@@ -21,6 +21,7 @@ import urllib3
 
 from mizzen.runtime.train.asking import BUSY
 from mizzen.runtime.train.errors import RolloutRefusedError, RolloutUnavailableError
+from mizzen.runtime.train.methods.method import StepNotFiniteError
 from mizzen.runtime.train.stop import Stop
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ _PAUSE_S = 2.0
 _POLL_S = 0.2
 _MOST_REPLICAS = 64  # that are asked at the same time
 _UNKNOWN = 404
+_NOT_FINITE = "generation_failed"  # the code of an answer with status 500
 _GOODBYE_S = 5.0  # a trainer that leaves does not wait for long; replicas forget by themselves
 
 
@@ -86,6 +88,7 @@ class Fleet:
 
         Raises:
             YieldRequested: somebody asked to stop; no answer is waited for.
+            StepNotFiniteError: the policy gives a replica no finite numbers.
             RolloutRefusedError: a replica refuses the policy or the questions.
             RolloutUnavailableError: none answered for as long as there is patience.
         """
@@ -185,10 +188,13 @@ def _checked(answer: urllib3.BaseHTTPResponse) -> urllib3.BaseHTTPResponse:
     """Return an answer that is one.
 
     Raises:
+        StepNotFiniteError: this policy does not answer with numbers, whichever replica is asked.
         RolloutRefusedError: it would be the same for any replica, at any time.
     """
     if answer.status == 200:
         return answer
+    if _code(answer) == _NOT_FINITE:
+        raise StepNotFiniteError("a replica of rl.rollout has no finite numbers for this policy")
     if answer.status in BUSY:
         raise _AwayError(f"it answered {answer.status}")
     raise RolloutRefusedError(_words(answer))
@@ -208,6 +214,13 @@ def _read_answers(answer: urllib3.BaseHTTPResponse, policy: str, count: int) -> 
     except (ValueError, LookupError, TypeError):
         pass
     raise RolloutRefusedError("it is no replica of this version: its answers make no sense.")
+
+
+def _code(answer: urllib3.BaseHTTPResponse) -> str | None:
+    try:
+        return str(answer.json()["error"]["code"])
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def _words(answer: urllib3.BaseHTTPResponse) -> str:

@@ -17,6 +17,7 @@ from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.train.adaptation import load_base
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.generate import draw_answers, drawing_of
+from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.methods.token_loss import log_probs_by_sample
 from mizzen.runtime.train.rewards import Rewards
 from mizzen.runtime.train.samples import Floats, Prompt, Sample
@@ -73,6 +74,7 @@ class OwnRoles:
         self._drawing = drawing_of(around.config.rl, around.tokenizer)
         self._rewards = Rewards(around.config, around.tokenizer, around.device)
         self._reference: Decoder | None = None
+        self._at_once = AtOnce(around.config.hyperparameters.micro_batch)
 
     def draw(
         self, decoder: Decoder, prompts: Sequence[Prompt], lora: LoraDelta | None, *, seed: int
@@ -91,7 +93,9 @@ class OwnRoles:
 
     def compare(self, decoder: Decoder, samples: Sequence[Sample]) -> Pending[list[Floats]]:
         """Return what computes the log-probabilities."""
-        return lambda: reference_log_probs(self._reference_of(decoder), samples, self._config)
+        return lambda: reference_log_probs(
+            self._reference_of(decoder), samples, self._config, self._at_once
+        )
 
     def close(self) -> None:
         """Do nothing: nobody else keeps anything."""
@@ -106,7 +110,7 @@ class OwnRoles:
 
 
 def reference_log_probs(
-    reference: Decoder, samples: Sequence[Sample], config: TrainConfig
+    reference: Decoder, samples: Sequence[Sample], config: TrainConfig, at_once: AtOnce
 ) -> list[Floats]:
     """Return the reference's log-probability of each answer's tokens."""
     assert config.rl is not None, "checked by the job's configuration"
@@ -114,6 +118,6 @@ def reference_log_probs(
         reference,
         samples,
         None,
-        at_once=config.hyperparameters.micro_batch,
+        at_once=at_once,
         temperature=config.rl.temperature,
     )

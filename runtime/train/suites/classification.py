@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
-from mizzen.runtime.train.batches import pack, split_micro, sum_by_sample
+from mizzen.runtime.train.batches import pack, sum_by_sample
 from mizzen.runtime.train.config import Suite
 from mizzen.runtime.train.errors import JobConfigError
+from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.measures import ACCURACY
 from mizzen.runtime.train.methods.token_loss import token_log_probs
 from mizzen.runtime.train.samples import Sample
@@ -37,7 +38,7 @@ class Classification(Exam):
         super().__init__(suite, ACCURACY)
         self._labels = choose_labels(suite, questions)
         self._tokenizer = tokenizer
-        self._at_once = at_once
+        self._at_once = AtOnce(at_once)
         rendered = ((q, [self._sample(q, label) for label in self._labels]) for q in questions)
         self._asked = [
             (question, samples)
@@ -57,12 +58,14 @@ class Classification(Exam):
         """Return how many of these questions got their true label."""
         asked = self._asked[span]
         samples = [sample for _, versions in asked for sample in versions]
-        scores: list[float] = []
-        for part in split_micro(samples, self._at_once):
+
+        def score(part: Sequence[Sample], _: int) -> list[float]:
             batch = pack(part, subject.decoder.place.device)
             with subject.precision():
                 log_probs_N = token_log_probs(subject.decoder, batch, subject.lora)
-            scores += sum_by_sample(batch, log_probs_N).tolist()
+            return [*sum_by_sample(batch, log_probs_N).tolist()]
+
+        scores = self._at_once.in_parts(samples, score, ranks=subject.decoder.group.size)
         chosen = np.asarray(scores).reshape(len(asked), len(self._labels)).argmax(axis=1)
         hits = sum(
             self._labels[label] == question.answer

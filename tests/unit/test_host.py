@@ -8,9 +8,9 @@ import torch
 
 from mizzen.runtime.engine.batch import StepInput, dummy_step
 from mizzen.runtime.engine.heap import Rest, give_back_freed
-from mizzen.runtime.engine.host import cpu_count, memory_available_bytes
 from mizzen.runtime.engine.memory import untouched_bytes, zeros_when_touched
 from mizzen.runtime.engine.wire import Allocate, Clear, Load, decode, encode
+from mizzen.runtime.host import cpu_count, memory_available_bytes
 
 
 def test_messages_arrive_as_they_were_sent() -> None:
