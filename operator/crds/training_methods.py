@@ -44,6 +44,10 @@ class Distill(ApiModel):
             "self.dataWeight == 0.0",
             "distill.onPolicy learns from no token of the data: leave dataWeight out.",
         ),
+        cel(
+            "!self.teacherAnswers || has(self.teacher) && !self.onPolicy && self.dataWeight == 0.0",
+            "distill.teacherAnswers needs distill.teacher, and neither onPolicy nor dataWeight.",
+        ),
     )
 
     teacher: Annotated[
@@ -60,8 +64,11 @@ class Distill(ApiModel):
     on_policy: Annotated[
         bool, Field(description="The student answers the prompts and the teacher scores that.")
     ] = False
+    teacher_answers: Annotated[
+        bool, Field(description="The teacher answers the prompts, and these texts are learned.")
+    ] = False
     max_new_tokens: Annotated[
-        int, Field(ge=1, le=8192, description="Longest answer of the student.")
+        int, Field(ge=1, le=8192, description="Longest answer of the student, or the teacher's.")
     ] = 64
     samples: Annotated[
         int,

@@ -266,6 +266,9 @@ def fingerprint(config: TrainConfig, data: Prepared | None) -> str:
         document["backend"] = config.backend
     # Where answers are drawn may change; and checkpoints of versions that knew of one place only.
     (document.get("rl") or {}).pop("rollout", None)
+    # Nor what says nothing: checkpoints of versions that did not know it stay valid.
+    if config.distill is not None and not config.distill.teacher_answers:
+        (document.get("distill") or {}).pop("teacher_answers", None)
     document["hyperparameters"] = config.hyperparameters.model_dump(exclude={"micro_batch"})
     document["weights"] = data.weights if data else []
     document["data"] = data.digest if data else ""

@@ -33,7 +33,7 @@ class Distill(Part):
     """`samples` ids are drawn from the teacher at each position; `data_weight` is the data's.
 
     `on_policy`: the student answers the data's prompts, and the teacher says how likely it finds
-    that.
+    that. `teacher_answers`: the teacher answers them once, and the student learns these texts.
     """
 
     teacher: Path | None = None
@@ -41,7 +41,8 @@ class Distill(Part):
     samples: int = Field(default=32, ge=1, le=1024)
     data_weight: float = Field(default=0.0, ge=0.0, le=1.0)
     on_policy: bool = False
-    max_new_tokens: int = Field(default=64, ge=1)  # of an answer of the student
+    teacher_answers: bool = False
+    max_new_tokens: int = Field(default=64, ge=1)  # of an answer that is drawn
 
     @model_validator(mode="after")
     def _has_one_teacher(self) -> Distill:
@@ -49,7 +50,19 @@ class Distill(Part):
             raise ValueError("set teacher, a model's path, or served, a deployment's model")
         if self.on_policy and self.data_weight:
             raise ValueError("on_policy learns from no token of the data: leave data_weight out")
+        if self.teacher_answers:
+            self._check_teacher_answers()
         return self
+
+    def _check_teacher_answers(self) -> None:
+        if self.teacher is None:
+            raise ValueError("teacher_answers needs teacher, a model's path")
+        if self.on_policy:
+            raise ValueError("set one of teacher_answers and on_policy")
+        if self.data_weight:
+            raise ValueError(
+                "teacher_answers learns from no token of the data: leave data_weight out"
+            )
 
 
 class MergePart(Part):

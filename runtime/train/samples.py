@@ -106,6 +106,12 @@ class Prompt:
         return 1
 
 
+def prompt_of(sample: Sample) -> Prompt:
+    """Return what comes before the sample's first label."""
+    start = int(np.argmax(sample.is_label_T))
+    return Prompt(sample.token_ids_T[:start])
+
+
 def joined(prompt: Prompt, answer: Sequence[int]) -> Sample:
     """Return a prompt with an answer, whose tokens are the labels."""
     token_ids_T = np.concatenate([prompt.token_ids_T, np.asarray(answer, np.int32)])

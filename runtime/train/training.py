@@ -30,6 +30,7 @@ from mizzen.runtime.train.history import LossHistory, note_holdout
 from mizzen.runtime.train.ledger import DiskLedger, Ledger, NoLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
 from mizzen.runtime.train.methods.distill import Distill
+from mizzen.runtime.train.methods.distill_sequence import SequenceDistill
 from mizzen.runtime.train.methods.method import Method, NotedMethod
 from mizzen.runtime.train.notes import Ask, NoteStore, take_notes
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
@@ -94,7 +95,7 @@ class Training:
                 method,
                 SharedNotes(notes, ranks) if is_asked_together else notes,
                 ask=lambda: _asker(around, method, self._decoder, self._adapted, ranks.group),
-                at_once=AtOnce(config.hyperparameters.micro_batch),
+                at_once=AtOnce(method.asked_at_once or config.hyperparameters.micro_batch),
                 ranks=ranks.group.size,
             )
         tallies = TallyStore(directory, fingerprint=fingerprint)
@@ -298,8 +299,8 @@ def _asker(
 ) -> Ask:
     """Return what asks a teacher, or the base: a decoder is it until its state is restored."""
     asked, rules = decoder, around.config.distill
-    if isinstance(method, Distill) and rules is not None:
-        if rules.served is not None:
+    if isinstance(method, Distill | SequenceDistill) and rules is not None:
+        if isinstance(method, Distill) and rules.served is not None:
             served = ServedTeacher(rules.served, around)
             return lambda items, first: method.ask_served(served, items, first=first)
         assert rules.teacher is not None, "there is one of the two"

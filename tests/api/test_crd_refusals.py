@@ -315,6 +315,10 @@ REFUSED: dict[str, tuple[Document, str]] = {
             parallelism={"tensor": 2}, workers={"min": 2, "max": 2}),
         "parallelism.tensor above 1 needs distill.teacher, not distill.deployment.",
     ),
+    "texts of a teacher that a deployment serves": (
+        job(method="distill", distill={"deployment": "teacher", "teacherAnswers": True}),
+        "distill.teacherAnswers needs distill.teacher, and neither onPolicy nor dataWeight.",
+    ),
     "copies shared before a judge": (
         job(parallelism={"tensor": 2}, workers={"min": 2, "max": 2},
             evaluation={"suites": [{"name": "s", "type": "winRate"}],

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,14 @@ from tokenizers import Tokenizer as RustTokenizer
 from hack.tiny_model import write_tiny_model
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.batches import pack
+from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.methods.distill import Distill
 from mizzen.runtime.train.methods.distill_on_policy import OnPolicyDistill, ScoredAnswer
+from mizzen.runtime.train.methods.distill_sequence import SequenceDistill
 from mizzen.runtime.train.methods.token_loss import hidden_states, token_losses_sum
 from mizzen.runtime.train.options import Distill as DistillOptions
 from mizzen.runtime.train.samples import Sample, TaughtSample
-from tests.fixtures.train_runs import run, write_job
+from tests.fixtures.train_runs import read_curve, run, write_job
 
 CPU = torch.device("cpu")
 
@@ -100,6 +103,65 @@ def test_a_student_comes_nearer_to_its_teacher(tmp_path: Path) -> None:
     assert [path.stat().st_mtime_ns for path in notes] == times
 
 
+def test_a_teachers_text_takes_the_place_of_the_datas_but_not_in_the_gate(tmp_path: Path) -> None:
+    teacher = load_decoder(write_tiny_model(tmp_path), dtype=torch.float32)
+    around: Any = SimpleNamespace(
+        config=SimpleNamespace(
+            distill=DistillOptions(teacher=tmp_path, teacher_answers=True, max_new_tokens=9),
+            processing=SimpleNamespace(max_seq_len=16),
+        ),
+        spec=teacher.spec,
+        tokenizer=SimpleNamespace(eos_token_ids=()),
+    )
+    method, items = SequenceDistill(around), [sample(20, seed=1), sample(12, seed=2)]
+    items = [Sample(one.token_ids_T[:16], one.is_label_T[:16]) for one in items]
+    answers = method.ask(teacher, items, first=0)
+    noted = [method.note(one, answer) for one, answer in zip(items, answers, strict=True)]
+    assert [(len(one), one.labels) for one in noted] == [(16, 6), (15, 9)]
+    for one, item in zip(noted, items, strict=True):
+        start = int(item.is_label_T.argmax())
+        assert one.own is item
+        assert one.taught.token_ids_T[:start].tolist() == item.token_ids_T[:start].tolist()
+        with torch.no_grad():
+            hidden_TD = hidden_states(teacher, pack([one.taught], CPU), None)
+        likeliest = teacher.logits(hidden_TD[start - 1 : -1]).argmax(-1)
+        assert likeliest.tolist() == one.taught.token_ids_T[start:].tolist()
+    with torch.no_grad():
+        own = token_losses_sum(teacher, pack(items, CPU), None).item()
+    assert method.count(teacher, noted, None) == (pytest.approx(own), 6 + 6)
+
+
+def test_a_student_learns_the_texts_of_its_teacher(tmp_path: Path) -> None:
+    job = write_job(
+        tmp_path,
+        method="distill",
+        distill={
+            "teacher": str(write_tiny_model(tmp_path / "teacher", layers=3)),
+            "teacher_answers": True,
+            "max_new_tokens": 6,
+        },
+        adaptation={"type": "full"},
+        output={"kind": "model"},
+        hyperparameters={"max_steps": 30, "learning_rate": 0.01},
+        evaluation={"suites": []},
+    )
+    # Killed after the teacher has answered, it goes on with what was answered.
+    assert run(job, kill_at_sync=4) == -signal.SIGKILL
+    (notes,) = (job.checkpoints / "notes").iterdir()
+    answered_at = notes.stat().st_mtime_ns
+    assert run(job) == 0
+    assert notes.stat().st_mtime_ns == answered_at
+    losses = [record.loss for record in read_curve(job)]
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+
+
+def test_a_teacher_that_is_no_plain_decoder_answers_nothing(tmp_path: Path) -> None:
+    method: Any = SequenceDistill.__new__(SequenceDistill)
+    teacher: Any = SimpleNamespace(spec=SimpleNamespace(is_plain_causal=False, family="bloom"))
+    with pytest.raises(JobConfigError, match=r"the teacher is bloom. Choose another teacher"):
+        method.ask(teacher, [sample()], first=0)
+
+
 def test_a_teacher_with_other_tokens_is_refused_with_both_digests(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "other")
     tokenizer = RustTokenizer.from_file(str(path / "tokenizer.json"))
@@ -166,6 +228,18 @@ BAD_RULES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "the data's tokens, of which on_policy learns none": (
         {"teacher": "/t", "on_policy": True, "data_weight": 0.5},
+        "leave data_weight out",
+    ),
+    "texts of a teacher that is served": (
+        {"served": {"url": "http://x", "model": "m"}, "teacher_answers": True},
+        "teacher_answers needs teacher, a model's path",
+    ),
+    "texts of both": (
+        {"teacher": "/t", "on_policy": True, "teacher_answers": True},
+        "set one of teacher_answers and on_policy",
+    ),
+    "the data's tokens, of which teacher_answers learns none": (
+        {"teacher": "/t", "teacher_answers": True, "data_weight": 0.5},
         "leave data_weight out",
     ),
 }

@@ -381,3 +381,19 @@ async def test_a_job_with_another_base_model_says_so_and_is_not_tried_again(
     assert await asyncio.to_thread(run, job) == 42
     assert job.last_word["reason"] == "RolloutRefused"
     assert len(set(re.findall(r"[0-9a-f]{64}", job.last_word["message"]))) == 2
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_policy_that_went_astray_ends_the_job_at_once_and_harms_nobody_else(
+    replica: Running, tmp_path: Path
+) -> None:
+    wild = {"learning_rate": 1e30, "warmup_ratio": 0.0, "max_steps": 3}
+    job = rl_job(tmp_path, "grpo", replica.url, hyperparameters=wild)
+    (tmp_path / "token").write_text("secret")
+    assert await asyncio.to_thread(run, job) == 42
+    assert job.last_word["reason"] == "LossNotFinite"
+    said = job.last_word["message"]
+    assert "a replica of rl.rollout has no finite numbers for this policy. Lower hyper" in said
+    policy, fleet = Learner(replica).step(), fleet_of(replica.url)
+    answers = await asyncio.to_thread(fleet.draw, policy, ASKED, RULES)
+    assert np.isfinite(told(answers)).all()

@@ -32,7 +32,7 @@ from mizzen.runtime.train.methods.token_loss import (
     token_log_probs,
     token_losses_sum,
 )
-from mizzen.runtime.train.samples import Floats, Item, Prompt, Sample, joined
+from mizzen.runtime.train.samples import Floats, Item, Sample, joined, prompt_of
 from mizzen.runtime.train.surroundings import Surroundings
 from mizzen.runtime.train.teacher import ServedTeacher
 
@@ -105,7 +105,7 @@ class OnPolicyDistill(Method):
         self, decoder: Decoder, items: Sequence[Sample], lora: LoraDelta | None, *, seed: int
     ) -> list[Row]:
         """Return answers of this copy, and how likely student and teacher find their tokens."""
-        prompts = [_prompt_of(item) for item in items]
+        prompts = [prompt_of(item) for item in items]
         stop = self._around.stop
         answers = draw_answers(decoder, prompts, lora, self._drawing, seed=seed, stop=stop)
         samples = [joined(p, answer) for p, answer in zip(prompts, answers, strict=True)]
@@ -153,9 +153,3 @@ class OnPolicyDistill(Method):
                 self._rules.teacher, dtype=dtype, device=place.device, group=place.group
             )
         return log_probs_by_sample(self._resident, samples, None, at_once=self._at_once)
-
-
-def _prompt_of(item: Sample) -> Prompt:
-    """Return what comes before the sample's first label."""
-    start = int(np.argmax(item.is_label_T))
-    return Prompt(item.token_ids_T[:start])

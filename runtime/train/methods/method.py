@@ -69,6 +69,8 @@ class Method(ABC):
 class NotedMethod(Method):
     """A method whose items bear what a frozen model thinks of them, asked before the first step."""
 
+    asked_at_once: ClassVar[int | None] = None  # items; None: as many as run at once in a step
+
     @abstractmethod
     def ask(self, decoder: Decoder, items: Sequence[Any], *, first: int) -> list[Tensor]:
         """Return a frozen model's note on each item; `first` is the first one's number."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from mizzen.runtime.train.methods.distill import Distill
 from mizzen.runtime.train.methods.distill_on_policy import OnPolicyDistill
+from mizzen.runtime.train.methods.distill_sequence import SequenceDistill
 from mizzen.runtime.train.methods.dpo import Dpo
 from mizzen.runtime.train.methods.grpo import Grpo
 from mizzen.runtime.train.methods.method import Method
@@ -17,6 +18,8 @@ from mizzen.runtime.train.surroundings import Surroundings
 
 def _distill(around: Surroundings) -> Method:
     rules = around.config.distill
+    if rules is not None and rules.teacher_answers:
+        return SequenceDistill(around)
     return OnPolicyDistill(around) if rules and rules.on_policy else Distill(around)
 
 
