@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -183,7 +184,11 @@ def draw_prompts(count: int, *, seed: int) -> list[list[int]]:
 
 
 async def run(options: argparse.Namespace) -> list[Leg]:
-    """Do all legs in turns, and print a line of each."""
+    """Do all legs in turns, and print a line of each; a signal ends it as an error would."""
+    task = asyncio.current_task()
+    assert task is not None
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(sent, task.cancel)
     limits = Limits(options.ttft_ms / 1e3, options.itl_ms / 1e3)
     url = options.url or await gateway_url(Deployment("", options.namespace))
     legs: list[Leg] = []

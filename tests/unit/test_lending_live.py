@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +294,33 @@ async def test_a_leg_that_ends_early_leaves_nothing(
         with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError, match="apply refused")):
             await task
     assert removed == [mine.name]
+
+
+async def test_a_signal_ends_a_run_as_an_error_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[str] = []
+    applied = asyncio.Event()
+
+    async def apply(*_: object) -> None:
+        applied.set()
+        await asyncio.Event().wait()
+
+    async def remove(cluster: lending_live.Deployment) -> None:
+        removed.append(cluster.name)
+
+    async def open_client() -> nullcontext[None]:
+        return nullcontext()
+
+    replaced = {"apply": apply, "remove": remove, "open_client": open_client}
+    for name, replacement in replaced.items():
+        monkeypatch.setattr(lending_live, name, replacement)
+    monkeypatch.setattr(lending_live, "Api", lambda _: QuietApi())
+    options = argparse.Namespace(
+        **{"namespace": "team", "api_key": "", "concurrency": 2, "rounds": 1},
+        **{"url": "http://127.0.0.1:1", "ttft_ms": 1000, "itl_ms": 100},
+    )
+    task = asyncio.create_task(lending_live.run(options))
+    await applied.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert removed == [Leg(1, lends=False).name]
