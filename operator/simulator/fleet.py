@@ -14,8 +14,9 @@ from mizzen.operator.planning.placement import place
 from mizzen.operator.simulator.pool import Pool
 from mizzen.operator.simulator.replica import Replica
 from mizzen.operator.simulator.replica_profile import Profile
-from mizzen.operator.simulator.routing import affinity_key, choose
+from mizzen.operator.simulator.routing import LOAD_FACTOR, affinity_key
 from mizzen.operator.simulator.traces import Request
+from mizzen.runtime.gateway.placement import Load, choose_replica
 
 
 @dataclass(slots=True, eq=False)
@@ -139,8 +140,9 @@ class Fleet:
         key = affinity_key(request)
         if key is not None and len(self.ready) > 1:
             by_name = {str(member.replica.number): member for member in self.ready}
-            loads = [(name, member.replica.in_flight) for name, member in by_name.items()]
-            return by_name[choose(loads, key=key)]
+            loads = [Load(name, member.replica.in_flight) for name, member in by_name.items()]
+            chosen = choose_replica(loads, key=key, load_factor=LOAD_FACTOR)
+            return by_name[chosen.url] if chosen else None
         best: Member | None = None
         least = 1 << 60
         for member in self.ready:

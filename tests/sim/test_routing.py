@@ -5,27 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from hypothesis import given
-from hypothesis import strategies as st
-
-from mizzen.operator.simulator.routing import LOAD_FACTOR, affinity_key, choose
+from mizzen.operator.simulator.routing import LOAD_FACTOR, affinity_key
 from mizzen.operator.simulator.signals import View
 from mizzen.operator.simulator.simulation import Setting, simulate
 from mizzen.operator.simulator.traces import PREFIX_BLOCK_TOKENS, Request
 from mizzen.runtime.gateway.config import GatewayConfig
-from mizzen.runtime.gateway.placement import Load, choose_replica
 from tests.fixtures.scripted_policy import Script
 
 TURNS = 6
-
-
-@given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 300), min_size=2, max_size=12))
-def test_a_prompt_goes_to_the_replica_that_the_gateway_chooses(
-    key: int, in_flight: list[int]
-) -> None:
-    loads = [(str(number), load) for number, load in enumerate(in_flight)]
-    chosen = choose_replica([Load(*load) for load in loads], key=key, load_factor=LOAD_FACTOR)
-    assert chosen is not None and choose(loads, key=key) == chosen.url
 
 
 def test_the_bound_is_the_gateways_default() -> None:
