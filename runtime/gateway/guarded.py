@@ -125,7 +125,8 @@ class GuardedStream(Opened):
             chunk = await self._opened.next_chunk()
             if not chunk:
                 self._is_over = True
-                return self._rest
+                # A client may take an event that nobody ended for one all the same.
+                return self._passed(b"\n\n") if self._rest else b""
             if passed := self._passed(chunk):
                 return passed
         return b""

@@ -38,6 +38,13 @@ async def test_a_stream_ends_where_a_guardrail_is_hit_and_the_replica_stops(
     await asyncio.wait_for(house.replicas[0].cancelled.wait(), 60)
 
 
+async def test_an_event_that_nobody_ended_is_checked_too(make_house: MakeHouse) -> None:
+    house = await make_house("says_secret_at_the_end")
+    house.serve(*house.replicas, model=model(guardrails=[OUT]))
+    said = await house.stream()
+    assert b"sk-123" not in said and b"content_filter" in said
+
+
 async def test_a_whole_answer_is_cut_off_where_a_guardrail_is_hit(make_house: MakeHouse) -> None:
     house = await make_house("says_secret")
     house.serve(*house.replicas, model=model(guardrails=[OUT]))
