@@ -16,6 +16,7 @@ from mizzen.runtime.gateway.directory import (
     ServedModel,
 )
 from mizzen.runtime.gateway.sinks import ModelSink, SliceSink, parse_model, parse_slice
+from tests.fixtures.clock import Clock
 
 OLD = ServedModel("team", "tiny", "tiny", created_at_s=1, adapters=("support",))
 NEW = ServedModel("other", "small", "tiny", created_at_s=2)
@@ -218,13 +219,6 @@ async def test_waiting_ends_with_a_change_and_not_with_a_repeat() -> None:
 # Choosing.
 
 A, B, C = (Endpoint(f"http://{name}") for name in "abc")
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_the_replica_with_the_fewest_requests_is_next() -> None:

@@ -28,6 +28,7 @@ from mizzen.runtime.gateway.keys import (
 from mizzen.runtime.gateway.limits import Account, Bucket, Limits, parse_limits
 from mizzen.runtime.gateway.sinks import KeySink
 from mizzen.runtime.gateway.tokens import TokenMeter, expected_tokens
+from tests.fixtures.clock import Clock
 from tests.fixtures.gateway_house import CHAT, TOKENS, House, MakeHouse, open_houses, until
 
 
@@ -283,13 +284,6 @@ def test_a_limit_that_cannot_be_read_is_named_and_lets_nobody_in(
 
 
 # Counting.
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @given(st.integers(1, 1000), st.lists(st.tuples(st.floats(0, 30), st.integers(1, 50))))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mizzen.runtime.gateway.affinity import affinity_key
 from mizzen.runtime.gateway.outliers import Outliers
 from mizzen.runtime.gateway.placement import Load, choose_replica, most_in_flight
+from tests.fixtures.clock import Clock
 
 URLS = [f"http://10.0.0.{n}:8000" for n in range(4)]
 
@@ -145,13 +146,6 @@ def test_keys_spread_evenly_and_a_full_replicas_overflow_does_too() -> None:
             spilled[place(key, full)] += 1
     assert spilled[URLS[0]] == 0
     assert all(spilled[url] > sum(spilled.values()) / 5 for url in URLS[1:])
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def outliers(clock: Clock) -> Outliers:

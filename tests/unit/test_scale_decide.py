@@ -17,15 +17,15 @@ from mizzen.operator.planning.signals import (
     Traffic,
 )
 from mizzen.operator.planning.throughput import CostFit, Shape, StepCosts
-from tests.fixtures.scaled_fleet import ITL, PROMPT_TOKEN_S, SEQUENCE_S, STEP_S, Fleet, fleet
-
-
-def warm(**fields: object) -> Fleet:
-    """Return a fleet that has learned its costs under a load that moved, at 3 replicas."""
-    found = fleet(**fields)
-    found.run(300, per_s=2.0)
-    found.run(600, per_s=6.0)
-    return found
+from tests.fixtures.scaled_fleet import (
+    ITL,
+    PROMPT_TOKEN_S,
+    SEQUENCE_S,
+    STEP_S,
+    Fleet,
+    fleet,
+    learned_fleet,
+)
 
 
 def signals(
@@ -76,7 +76,7 @@ def test_plain_targets(targets: Targets, seen: Observation, expected: int) -> No
 
 
 def test_costs_are_learned_from_rates_and_give_the_capacity() -> None:
-    found = warm()
+    found = learned_fleet()
     costs = found.history.fit.costs
     assert costs is not None
     assert costs.per_step_s == pytest.approx(STEP_S, rel=0.02)
@@ -89,7 +89,7 @@ def test_costs_are_learned_from_rates_and_give_the_capacity() -> None:
 
 
 def test_load_that_rises_is_followed_in_one_step() -> None:
-    found = warm()
+    found = learned_fleet()
     before = found.decisions[-1].replicas
     rise = found.tick(25.0)
     assert rise.replicas >= 7 > before
@@ -98,14 +98,14 @@ def test_load_that_rises_is_followed_in_one_step() -> None:
 
 
 def test_replicas_on_their_way_are_not_asked_for_again() -> None:
-    found = warm()
+    found = learned_fleet()
     wanted = found.run(55, per_s=20.0)  # none of the new ones serves yet
     assert wanted[0] >= 5
     assert max(wanted[1:]) - wanted[0] <= 1  # the mean of two minutes catches up, no more
 
 
 def test_less_load_takes_replicas_away_late_and_by_half() -> None:
-    found = warm()
+    found = learned_fleet()
     found.run(600, per_s=24.0)
     top = found.decisions[-1].replicas
     assert top >= 6
@@ -137,7 +137,7 @@ def test_a_step_down_that_would_break_the_limit_is_not_made() -> None:
 
 
 def test_unknown_signals_hold_and_then_fall_back() -> None:
-    found = warm(fallback=Fallback(replicas=5, after_s=300))
+    found = learned_fleet(fallback=Fallback(replicas=5, after_s=300))
     found.is_gateway_known = found.are_engines_known = False
     held = found.run(295, per_s=0.0)
     assert set(held) == {found.decisions[len(found.decisions) - len(held) - 1].replicas}
@@ -191,7 +191,7 @@ def test_replicas_that_stay_unscraped_end_at_the_fallback() -> None:
 
 
 def test_a_gap_in_the_signals_restarts_the_window() -> None:
-    found = warm()
+    found = learned_fleet()
     found.run(300, per_s=24.0)
     top = found.decisions[-1].replicas
     found.run(150, per_s=1.0)
@@ -209,14 +209,14 @@ def test_old_signals_are_unknown() -> None:
 
 
 def test_live_arrivals_may_raise_while_engines_are_silent() -> None:
-    found = warm()
+    found = learned_fleet()
     found.are_engines_known = False
     decision = found.tick(20.0)
     assert (decision.reason, decision.is_blind) == (Why.LOAD_ROSE, True)
 
 
 def test_a_queue_of_prompts_is_worked_off() -> None:
-    found = warm()
+    found = learned_fleet()
     seen = found.observe(6.0)
     queued = replace(seen, engines=replace(seen.engines, waiting=Signal(1000.0)))
     decision = decide(found.history, queued, found.rules)
@@ -265,7 +265,7 @@ def test_a_burst_that_lasts_is_followed_whatever_the_promise() -> None:
 
 
 def test_a_replica_that_never_starts_is_named_and_made_up_for_once() -> None:
-    found = warm()
+    found = learned_fleet()
     at, serving = found.now_s, found.ready
     found.tick(20.0)
     asked = found.decisions[-1].replicas
@@ -279,17 +279,17 @@ def test_a_replica_that_never_starts_is_named_and_made_up_for_once() -> None:
 
 
 def test_an_slo_that_no_number_can_keep_is_told_with_its_numbers() -> None:
-    found = warm(slo=Slo(itl_s=0.02))
+    found = learned_fleet(slo=Slo(itl_s=0.02))
     problem = found.decisions[-1].slo_problem
     assert problem is not None
     assert "slo.itlMs is 20 and a step of an empty replica takes 30 ms" in problem
-    late = warm(slo=Slo(ttft_s=0.05)).decisions[-1].slo_problem
+    late = learned_fleet(slo=Slo(ttft_s=0.05)).decisions[-1].slo_problem
     assert late is not None
     assert "slo.ttftMs is 50" in late
 
 
 def test_the_need_above_the_maximum_is_told() -> None:
-    found = warm(max_replicas=3)
+    found = learned_fleet(max_replicas=3)
     found.run(60, per_s=40.0)
     decision = found.decisions[-1]
     assert decision.replicas == 3
@@ -297,7 +297,7 @@ def test_the_need_above_the_maximum_is_told() -> None:
 
 
 def test_a_budget_caps_the_number() -> None:
-    found = warm(budget_replicas=2)
+    found = learned_fleet(budget_replicas=2)
     decision = found.tick(40.0)
     assert decision.replicas == 2
     assert decision.limited is not None
@@ -317,7 +317,7 @@ def test_a_budget_for_fewer_than_are_asked_for_is_told(least: int, paid: int, ru
 
 def test_a_missed_promise_lowers_the_load_ratio_and_a_kept_one_raises_it() -> None:
     def trimmed(ok: float) -> float | None:
-        found = warm()
+        found = learned_fleet()
         for _ in range(100):
             seen = found.observe(6.0)
             seen = replace(seen, traffic=replace(seen.traffic, itl_ok_ratio=Signal(ok)))
@@ -335,7 +335,7 @@ def explained(decision: Decision) -> bool:
 
 
 def test_every_decision_explains_itself() -> None:
-    found = warm(min_replicas=0, to_zero_after_s=600.0)
+    found = learned_fleet(min_replicas=0, to_zero_after_s=600.0)
     found.run(1800, per_s=0.0)
     assert all(map(explained, found.decisions))
     assert len({decision.reason for decision in found.decisions}) >= 5

@@ -16,15 +16,7 @@ from mizzen.operator.status.scaling import (
     scaling_seen,
     state_of,
 )
-from tests.fixtures.scaled_fleet import Fleet, fleet
-
-
-def learned(**fields: object) -> Fleet:
-    """Return a fleet that knows what its replicas can do, at 3 of them."""
-    found = fleet(**fields)
-    found.run(300, per_s=2.0)
-    found.run(600, per_s=6.0)
-    return found
+from tests.fixtures.scaled_fleet import Fleet, learned_fleet
 
 
 def document_of(decision: Decision) -> dict[str, Any]:
@@ -37,19 +29,19 @@ def seen(found: Fleet) -> ScalingSeen:
 
 
 def test_a_promise_that_no_number_of_replicas_keeps_is_said_with_the_numbers() -> None:
-    step = seen(learned(slo=Slo(itl_s=0.02)))
+    step = seen(learned_fleet(slo=Slo(itl_s=0.02)))
     assert (step.is_active, step.reason) == (True, Reason.SLO_UNREACHABLE)
     assert step.message == (
         "slo.itlMs is 20 and a step of an empty replica takes 30 ms. Raise slo.itlMs above that, "
         "or give each replica more or faster devices."
     )
-    prompt = seen(learned(slo=Slo(ttft_s=0.05)))
+    prompt = seen(learned_fleet(slo=Slo(ttft_s=0.05)))
     assert prompt.reason is Reason.SLO_UNREACHABLE
     assert "slo.ttftMs is 50 and a mean prompt of 500 tokens alone takes 105 ms" in prompt.message
 
 
 def test_a_bound_that_the_load_exceeds_is_named() -> None:
-    found = learned(max_replicas=3)
+    found = learned_fleet(max_replicas=3)
     found.run(60, per_s=40.0)
     told = seen(found)
     assert (told.is_active, told.reason) == (True, Reason.SCALING_LIMITED)
@@ -57,7 +49,7 @@ def test_a_bound_that_the_load_exceeds_is_named() -> None:
 
 
 def test_a_replica_that_does_not_start_is_named() -> None:
-    found = learned()
+    found = learned_fleet()
     found.never_start = {found.now_s}
     found.run(130, per_s=20.0)
     told = seen(found)
@@ -75,7 +67,7 @@ AGAIN = {
 
 @pytest.mark.parametrize(("change", "after_s", "is_written"), AGAIN.values(), ids=AGAIN)
 def test_this_is_written(change: dict[str, str], after_s: float, is_written: bool) -> None:
-    decision = learned(slo=Slo(itl_s=0.02)).decisions[-1]
+    decision = learned_fleet(slo=Slo(itl_s=0.02)).decisions[-1]
     before = document_of(decision)
     now_s = decision.at_s + after_s
     assert is_worth_writing(before, {**before, **change}, now_s=now_s) is is_written
