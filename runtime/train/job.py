@@ -76,8 +76,7 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
     board = ProgressBoard(generation=config.generation)
     AdminServer(board, stop, token_file=environment.admin_token_file).start(config.admin_port)
     with stop.nothing_to_lose():
-        workers = meet(config, environment, choose_device(environment.device))
-        workers.watch(stop)
+        workers = meet(config, environment, choose_device(environment.device), stop)
         stage = open_stage(config, environment, workers, stop)
     if stage is not None and not workers.is_leader:
         board.enter("Running")

@@ -30,7 +30,7 @@ from mizzen.runtime.train.stop import StopFlag, leave
 
 log = logging.getLogger(__name__)
 
-_BEGIN, _STOP = b"begin", b"stop"
+_JOINED, _BEGIN, _STOP = b"joined", b"begin", b"stop"
 _LOOK_S = 0.2
 # For a leader that is busy writing the last whole step when it hears of the loss.
 _LAST_COMMIT_S = 60.0
@@ -53,6 +53,7 @@ class Workers:
     ) -> None:
         self.tensor = tensor or RankGroup()
         self.data = data or RankGroup()
+        self._has_joined = tensor is not None or data is not None
         self._lines = lines
         self._heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._has_ended = threading.Event()
@@ -88,6 +89,16 @@ class Workers:
         if self._lines:
             threading.Thread(target=self._pass_on, args=(stop,), daemon=True).start()
 
+    def join(self, *, tensor: RankGroup, data: RankGroup) -> None:
+        """Take the groups; as the leader, return only when the others are in theirs as well."""
+        self.tensor, self.data = tensor, data
+        if self.is_leader:
+            for _ in self._lines:
+                self.hear()
+        else:
+            self.tell(_JOINED)
+        self._has_joined = True
+
     @property
     def own_address(self) -> str | None:
         """The address by which the others know this worker; None where there are none."""
@@ -101,12 +112,12 @@ class Workers:
             self.hear()
 
     def tell(self, message: bytes) -> None:
-        """As the leader, say something to all others."""
+        """As the leader, say something to all others; as another, to the leader."""
         for line in self._lines:
             line.send(message)
 
     def hear(self) -> bytes:
-        """Wait for the next thing that the leader says."""
+        """Wait for the next thing that another says."""
         while True:
             try:
                 # Not for ever: a signal is handled only between two calls.
@@ -193,7 +204,7 @@ class Workers:
         if self._is_over:
             return
         log.error("%s The generation ends.", error)
-        if self.is_leader:
+        if self._has_joined and self.is_leader:
             # A collective ends with the other's connections, and what follows it is a commit.
             # Only where these stay, as those of a stopped process do, it would wait on.
             for group in (self.tensor, self.data):
@@ -202,8 +213,10 @@ class Workers:
         leave(report_fatal(error))
 
 
-def meet(config: TrainConfig, environment: TrainerEnvironment, device: torch.device) -> Workers:
-    """Find the other workers of this generation.
+def meet(
+    config: TrainConfig, environment: TrainerEnvironment, device: torch.device, stop: StopFlag
+) -> Workers:
+    """Find the other workers of this generation, and listen to them from then on.
 
     Raises:
         RankLostError: not all of them came in time.
@@ -226,7 +239,9 @@ def meet(config: TrainConfig, environment: TrainerEnvironment, device: torch.dev
         # Nothing is summed with those that only play roles.
         leads = nodes.index == 0
         lines = meet_followers(nodes, agreement) if leads else [reach_leader(nodes, agreement)]
-        return Workers(data=RankGroup(rank=nodes.index), lines=lines)
+        workers = Workers(data=RankGroup(rank=nodes.index), lines=lines)
+        workers.watch(stop)
+        return workers
     # Between two collectives lies at most what the watchdog allows for.
     timeout_s = config.failure.hang_timeout_s
     if nodes.index == 0:
@@ -240,6 +255,9 @@ def meet(config: TrainConfig, environment: TrainerEnvironment, device: torch.dev
         lines = [reach_leader(nodes, agreement)]
         host, port = json.loads(lines[0].receive()[1])
         own, place = lines[0].own_address, (host, port)
+    workers = Workers(lines=lines)
+    # Whoever joins a group would wait that long for a worker which is gone.
+    workers.watch(stop)
     copy, part = divmod(nodes.index, config.parallelism.tensor)
 
     def join(name: str, *, rank: int, size: int) -> RankGroup:
@@ -256,9 +274,12 @@ def meet(config: TrainConfig, environment: TrainerEnvironment, device: torch.dev
         )
         return connect(rank, meeting)
 
-    tensor = join(f"copy-{copy}", rank=part, size=config.parallelism.tensor)
-    data = join(f"part-{part}", rank=copy, size=config.workers // config.parallelism.tensor)
-    return Workers(tensor=tensor, data=data, lines=lines)
+    # The leader's store ends when it returns, and until then somebody may look there.
+    workers.join(
+        tensor=join(f"copy-{copy}", rank=part, size=config.parallelism.tensor),
+        data=join(f"part-{part}", rank=copy, size=config.workers // config.parallelism.tensor),
+    )
+    return workers
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,29 @@ def test_two_copies_of_two_ranks_learn_what_one_worker_learns(tmp_path: Path, ca
     spread = shared(tmp_path, 4, tensor=2, **LORA, **RARELY)
     assert exit_codes(start_workers(spread, 4)) == [0, 0, 0, 0]
     assert_same_result(spread, calm)
+
+
+def start_four(job: Job, **fault_of_last: str) -> list[ForkServerProcess]:
+    """Start two copies of two ranks; the last rank of the second is the only one with a fault."""
+    job.root.joinpath("token").write_text("secret")
+    port = free_port()
+    well = [start(job, node_rank=rank, port=port) for rank in range(3)]
+    return [*well, start(job, node_rank=3, port=port, **fault_of_last)]
+
+
+def test_the_leader_keeps_where_all_meet_until_the_last_has_come(tmp_path: Path, calm: Job) -> None:
+    spread = shared(tmp_path, 4, tensor=2, **LORA, **RARELY)
+    # Only this rank and its neighbour of the other copy are in that group, the leader is not.
+    assert exit_codes(start_four(spread, late_for="part-1")) == [0, 0, 0, 0]
+    assert_same_result(spread, calm)
+
+
+@pytest.mark.parametrize("group", ["copy-1", "part-1"])
+def test_a_rank_lost_while_groups_form_ends_the_generation_at_once(
+    tmp_path: Path, group: str
+) -> None:
+    job = shared(tmp_path, 4, tensor=2, **LORA, **RARELY)
+    assert exit_codes(start_four(job, kill_at_join=group)) == [76, 76, 76, -signal.SIGKILL]
 
 
 def test_a_checkpoint_goes_on_at_any_number_of_copies_and_ranks(tmp_path: Path, calm: Job) -> None:
