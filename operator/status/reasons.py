@@ -150,6 +150,7 @@ class Reason(StrEnum):
     LOSS_NOT_FINITE = "LossNotFinite"
     TEACHER_TOKENIZER_DIFFERS = "TeacherTokenizerDiffers"
     TEACHER_NOT_FOUND = "TeacherNotFound"
+    TEACHER_NOT_FINITE = "TeacherNotFinite"
     TEACHER_UNAVAILABLE = "TeacherUnavailable"
     ROLLOUT_NOT_FOUND = "RolloutNotFound"
     ROLLOUT_REFUSED = "RolloutRefused"

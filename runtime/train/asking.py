@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import urllib3
 
@@ -18,10 +18,41 @@ from mizzen.runtime.train.stop import Stop
 T = TypeVar("T")
 
 BUSY = frozenset({429, 500, 502, 503, 504})  # statuses that may be others a little later
+_NOT_FINITE = "generation_failed"  # the code beside status 500
 
 _AT_ONCE = 4  # a replica computes one after the other; more would only wait there
 _LONGEST_PAUSE_S = 30.0
 _POLL_S = 0.2
+
+
+def has_no_numbers(answer: urllib3.BaseHTTPResponse) -> bool:
+    """Return whether the model's numbers overflowed, as they will however often it is asked."""
+    return error_of(answer, "code") == _NOT_FINITE
+
+
+def error_of(answer: urllib3.BaseHTTPResponse, name: str) -> str | None:
+    """Return a field of an error in OpenAI's shape, None where the answer is something else."""
+    try:
+        return str(answer.json()["error"][name])
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+class _Patience(urllib3.Retry):
+    """Asks again, but not for an answer that would be the same."""
+
+    def increment(
+        self,
+        method: str | None = None,
+        url: str | None = None,
+        response: urllib3.BaseHTTPResponse | None = None,
+        *args: Any,
+        **more: Any,
+    ) -> Self:
+        """Return what is left; nothing is where the model has no numbers."""
+        is_final = response is not None and has_no_numbers(response)
+        left = self.new(total=0) if is_final else self
+        return super(_Patience, left).increment(method, url, response, *args, **more)
 
 
 class Asker:
@@ -38,7 +69,7 @@ class Asker:
         self._http = urllib3.PoolManager(
             maxsize=_AT_ONCE,
             timeout=urllib3.Timeout(connect=10.0, read=answer_s),
-            retries=urllib3.Retry(
+            retries=_Patience(
                 total=retries,
                 backoff_factor=0.5,
                 backoff_max=_LONGEST_PAUSE_S,

@@ -125,6 +125,19 @@ class TeacherUnavailableError(MizzenError):
     reason = "TeacherUnavailable"
 
 
+class TeacherNotFiniteError(JobError):
+    """The deployment that teaches overflows on a text, and would do so again."""
+
+    reason = "TeacherNotFinite"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"The teacher {model} has no finite numbers for a text of this job. Check that its "
+            "weights are whole and its precision the one they were made for, or name another "
+            "teacher."
+        )
+
+
 class RolloutRefusedError(JobError):
     """The replicas that should draw the answers will not answer with this policy."""
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import find_checkpoint
-from mizzen.runtime.train.asking import BUSY, Asker
+from mizzen.runtime.train.asking import BUSY, Asker, has_no_numbers
 from mizzen.runtime.train.errors import (
     JobConfigError,
+    TeacherNotFiniteError,
     TeacherTokenizerError,
     TeacherUnavailableError,
 )
@@ -87,6 +88,7 @@ class ServedTeacher:
             YieldRequested: somebody wants this job to stop.
             TeacherTokenizerError: the teacher's ids mean other tokens.
             JobConfigError: the deployment refuses the question.
+            TeacherNotFiniteError: the teacher's numbers overflow on a sample.
             TeacherUnavailableError: it was busy or away for too long.
         """
         asked = [{"prompt": s.token_ids_T.tolist(), "prompt_logprobs": 0} for s in samples]
@@ -113,6 +115,8 @@ class ServedTeacher:
 
     def _read(self, answer: urllib3.BaseHTTPResponse) -> dict[str, Any]:
         where = self._where
+        if has_no_numbers(answer):
+            raise TeacherNotFiniteError(where.model)
         if answer.status in BUSY:
             raise TeacherUnavailableError(
                 f"The teacher {where.model} had no idle moment: it last answered "

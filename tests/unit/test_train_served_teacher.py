@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
 from hack.tiny_model import write_tiny_model
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.loader import load_decoder
-from mizzen.runtime.train.errors import JobConfigError, TeacherUnavailableError
+from mizzen.runtime.train.errors import (
+    JobConfigError,
+    TeacherNotFiniteError,
+    TeacherUnavailableError,
+)
 from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.methods.policy import log_probs_by_sample
 from mizzen.runtime.train.options import ServedModel
@@ -113,6 +117,28 @@ async def test_one_with_other_tokens_is_refused_with_both_digests(
     assert len(set(re.findall(r"[0-9a-f]{64}", job.last_word["message"]))) == 2
 
 
+@pytest.mark.asyncio(loop_scope="module")
+async def test_one_without_finite_numbers_ends_the_job_at_once(
+    teacher: Running, tmp_path: Path
+) -> None:
+    served = {"url": teacher.url, "model": "tiny"}
+    job = write_job(tmp_path, method="distill", distill={"served": served})
+    sane = Path(teacher.service.config.model_path)
+    await teacher.service.load_weights(overflowing(tmp_path / "wild"))
+    assert await asyncio.to_thread(run, job, teacher_api_key="mz-1") == 42
+    await teacher.service.load_weights(sane)
+    assert job.last_word["reason"] == "TeacherNotFinite"
+    assert "The teacher tiny has no finite numbers for a text" in job.last_word["message"]
+
+
+def overflowing(folder: Path) -> Path:
+    """Write the same model with scales that are too large for their products."""
+    path = write_tiny_model(folder) / "model.safetensors"
+    tensors = load_file(path)
+    save_file({n: t * (1e38 if "norm" in n else 1.0) for n, t in tensors.items()}, path)
+    return folder
+
+
 class Answers(BaseHTTPRequestHandler):
     """Says the same to everybody, and counts."""
 
@@ -156,6 +182,17 @@ def test_a_busy_teacher_is_asked_again_and_then_named(
     with pytest.raises(TeacherUnavailableError, match="big had no idle moment"):
         asked.log_probs([SAMPLE])
     assert kind.asked == 2
+
+
+def test_one_that_has_no_numbers_for_a_text_is_not_asked_for_it_again(
+    answers: tuple[type[Answers], str], tiny: Path
+) -> None:
+    kind, url = answers
+    kind.status, kind.body = 500, b'{"error": {"code": "generation_failed"}}'
+    asked = ServedTeacher(ServedModel(url=url, model="big"), around(tiny), retries=1)
+    with pytest.raises(TeacherNotFiniteError, match="big has no finite numbers"):
+        asked.log_probs([SAMPLE])
+    assert kind.asked == 1
 
 
 @pytest.mark.parametrize("body", [b"{}", b"[]", b"<html>", b'{"vocabulary": "a", "choices": []}'])

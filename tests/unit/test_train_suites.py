@@ -193,7 +193,8 @@ def running_judge(*replies: tuple[int, str]) -> Iterator[tuple[ServedModel, list
             body = self.rfile.read(int(self.headers["Content-Length"]))
             requests.append({**json.loads(body), "key": self.headers.get("Authorization")})
             status, text = left.pop(0) if len(left) > 1 else left[0]
-            content = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+            said = {"choices": [{"message": {"content": text}}]}
+            content = json.dumps(said if status == 200 else {"error": {"code": text}}).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -228,12 +229,16 @@ def test_a_judge_is_asked_through_its_address_with_its_key_and_a_schema() -> Non
     assert text.index("left") < text.index("right") and "Which colour?" in text
 
 
-@pytest.mark.parametrize("reply", [(404, "no such model"), (200, "I like both")])
+@pytest.mark.parametrize(
+    "reply", [(404, "no such model"), (200, "I like both"), (500, "generation_failed")]
+)
 def test_a_judge_that_gives_no_verdict_ends_the_job_with_what_it_said(
     reply: tuple[int, str],
 ) -> None:
-    with running_judge(reply) as (config, _), pytest.raises(JudgeFailedError, match=reply[1]):
-        HttpJudge(config, api_key=None).compare(ASKED, [("a", "b")], StopFlag())
+    with running_judge(reply) as (config, requests):
+        with pytest.raises(JudgeFailedError, match=reply[1]):
+            HttpJudge(config, api_key=None).compare(ASKED, [("a", "b")], StopFlag())
+        assert len(requests) == 1  # it would say the same again
 
 
 def test_a_judge_that_stays_away_is_tried_again_by_a_later_generation() -> None:

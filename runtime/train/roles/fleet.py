@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import urllib3
 
-from mizzen.runtime.train.asking import BUSY
+from mizzen.runtime.train.asking import BUSY, error_of, has_no_numbers
 from mizzen.runtime.train.errors import RolloutRefusedError, RolloutUnavailableError
 from mizzen.runtime.train.methods.method import StepNotFiniteError
 from mizzen.runtime.train.stop import Stop
@@ -33,7 +33,6 @@ _PAUSE_S = 2.0
 _POLL_S = 0.2
 _MOST_REPLICAS = 64  # that are asked at the same time
 _UNKNOWN = 404
-_NOT_FINITE = "generation_failed"  # the code of an answer with status 500
 _GOODBYE_S = 5.0  # a trainer that leaves does not wait for long; replicas forget by themselves
 
 
@@ -193,11 +192,12 @@ def _checked(answer: urllib3.BaseHTTPResponse) -> urllib3.BaseHTTPResponse:
     """
     if answer.status == 200:
         return answer
-    if _code(answer) == _NOT_FINITE:
+    if has_no_numbers(answer):
         raise StepNotFiniteError("a replica of rl.rollout has no finite numbers for this policy")
     if answer.status in BUSY:
         raise _AwayError(f"it answered {answer.status}")
-    raise RolloutRefusedError(_words(answer))
+    words = f"it answered {answer.status} and is no replica of this version."
+    raise RolloutRefusedError(error_of(answer, "message") or words)
 
 
 def _read_answers(answer: urllib3.BaseHTTPResponse, policy: str, count: int) -> list[Any]:
@@ -214,20 +214,6 @@ def _read_answers(answer: urllib3.BaseHTTPResponse, policy: str, count: int) -> 
     except (ValueError, LookupError, TypeError):
         pass
     raise RolloutRefusedError("it is no replica of this version: its answers make no sense.")
-
-
-def _code(answer: urllib3.BaseHTTPResponse) -> str | None:
-    try:
-        return str(answer.json()["error"]["code"])
-    except (ValueError, LookupError, TypeError):
-        return None
-
-
-def _words(answer: urllib3.BaseHTTPResponse) -> str:
-    try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return f"it answered {answer.status} and is no replica of this version."
 
 
 def _addresses(url: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import urllib3
 
-from mizzen.runtime.train.asking import BUSY, Asker
+from mizzen.runtime.train.asking import BUSY, Asker, has_no_numbers
 from mizzen.runtime.train.errors import JudgeFailedError, JudgeUnreachableError
 from mizzen.runtime.train.options import ServedModel
 from mizzen.runtime.train.records import Messages
@@ -54,7 +54,7 @@ class HttpJudge:
 
     def _read(self, answer: urllib3.BaseHTTPResponse) -> Preference:
         said = answer.data.decode(errors="replace")[:300]
-        if answer.status in BUSY:
+        if answer.status in BUSY and not has_no_numbers(answer):
             raise JudgeUnreachableError(f"{self._asker.url} answers {answer.status}")
         if answer.status != 200:
             raise JudgeFailedError(self._model, f"answers {answer.status}: {said}.")
