@@ -17,10 +17,11 @@ import yaml
 from hack.cluster import fake_nodes
 from hack.cluster.api_only import ApiCluster
 from mizzen.operator.desired import labels
-from mizzen.operator.planning import generations
+from mizzen.operator.planning import generations, preemption
 from tests.fixtures.played_trainers import (
     PlayedTrainers,
     claim_with_volume,
+    ended,
     wait_until,
     yielded,
 )
@@ -35,6 +36,11 @@ NODE = "lender"
 DEVICES = 4
 TAINT = {"key": "lending", "value": "only", "effect": "NoSchedule"}
 Json = dict[str, Any]
+DONE: Json = {
+    "phase": "Succeeded", "step": 40, "totalSteps": 40,
+    "artifact": {"kind": "adapter", "path": "/mnt/pvc/models/adapters/urgent/0123",
+                 "digest": "sha256:0123", "bytes": 99},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +84,11 @@ class Team:
         }
         self.apply(_resource("LLMDeployment", "chat", spec))
 
-    def train(self, count: int, **spec: Any) -> None:
+    def train(self, count: int, *, job: str = "tune", **spec: Any) -> None:
         self.apply(
             _resource(
                 "FineTuneJob",
-                "tune",
+                job,
                 {
                     "baseModel": {"source": "pvc://models/smollm2"},
                     "dataset": [{"name": "tickets", "uri": "pvc://models/data.jsonl"}],
@@ -103,8 +109,8 @@ class Team:
     def serving_reason(self) -> str:
         return self._condition("llmd", "chat", "Ready")[1]
 
-    def admitted(self) -> tuple[str, str]:
-        return self._condition("ftj", "tune", "Admitted")
+    def admitted(self, job: str = "tune") -> tuple[str, str]:
+        return self._condition("ftj", job, "Admitted")
 
     def _condition(self, kind: str, name: str, type_: str) -> tuple[str, str]:
         for condition in self.status(kind, name).get("conditions", []):
@@ -130,14 +136,19 @@ class Team:
 
     def is_asked(self, pod: str) -> bool:
         """Whether the trainer in this pod was asked to yield."""
-        return (
-            self.pods(labels.ROLE_TRAINER)[pod]["status"]["podIP"] in self.trainers.asked_to_yield
-        )
+        return self.trainers.is_asked(self.pods(labels.ROLE_TRAINER)[pod])
 
     def yield_now(self, pod: str) -> None:
         """Have the trainer commit a checkpoint and leave."""
+        self._play(pod, yielded())
+
+    def finish_now(self, pod: str) -> None:
+        """Have the trainer publish its result and end."""
+        self._play(pod, ended("Succeeded", exit_code=0, words=DONE))
+
+    def _play(self, pod: str, status: Json) -> None:
         self.kubectl("patch", "pod", pod, "--subresource=status", "--type=merge",
-                     "-p", json.dumps({"status": yielded()}))  # fmt: skip
+                     "-p", json.dumps({"status": status}))  # fmt: skip
 
 
 @pytest.fixture
@@ -232,6 +243,39 @@ def test_an_elastic_gang_starts_with_what_there_is_shrinks_for_a_replica_and_gro
     team.yield_now("tune-g2-0")
     wait_until(lambda: all(team.is_training(f"tune-g3-{rank}") for rank in range(4)))
     assert team.status("ftj", "tune")["lending"]["preemptions"] == 1
+
+
+STRONGER: dict[str, Json] = {
+    "keeps what it gets": {},
+    "borrows with a higher priority": {"spareCapacity": {"enabled": True}, "priority": 5},
+}
+
+
+@pytest.mark.parametrize("stronger", STRONGER.values(), ids=STRONGER)
+def test_a_borrower_leaves_for_a_job_that(
+    team: Team, monkeypatch: pytest.MonkeyPatch, stronger: Json
+) -> None:
+    team.train(3, spareCapacity={"enabled": True, "yieldWithinSeconds": 300})
+    wait_until(lambda: team.is_training("tune-g1-0"))
+    team.train(3, job="urgent", **stronger)
+    wait_until(lambda: team.admitted("urgent") == ("False", "NoSpareCapacity"))
+    assert not team.is_asked("tune-g1-0"), "no job is ended for another as soon as it has begun"
+
+    monkeypatch.setattr(preemption, "MIN_RUN", timedelta(0))
+    wait_until(lambda: team.is_asked("tune-g1-0"))
+    wait_until(lambda: team.admitted("urgent") == ("False", "WaitsForDevices"))
+    assert "urgent-g1-0" not in team.pods(labels.ROLE_TRAINER), "the other one still commits"
+    team.yield_now("tune-g1-0")
+    wait_until(lambda: team.is_training("urgent-g1-0"))
+    wait_until(lambda: team.admitted() == ("False", "NoSpareCapacity"))
+    assert team.status("ftj", "tune")["lending"]["preemptions"] == 1
+    assert team.status("ftj", "tune")["checkpoint"]["step"] == 7
+    assert not team.is_asked("urgent-g1-0"), "who had to leave does not have the other leave"
+
+    team.finish_now("urgent-g1-0")
+    wait_until(lambda: team.is_training("tune-g2-0"))
+    wait_until(lambda: team.admitted()[0] == "True")
+    assert team.status("ftj", "urgent")["phase"] == "Succeeded"
 
 
 def test_a_borrower_that_does_not_leave_is_ended_and_borrows_no_more(team: Team) -> None:
