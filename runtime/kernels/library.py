@@ -101,7 +101,7 @@ def kernels() -> ctypes.CDLL | None:
     return None
 
 
-def has_matrix_unit() -> bool:
+def has_linear() -> bool:
     """Can `linear` be called?"""
     loaded = kernels()
     return loaded is not None and bool(loaded.has_linear())

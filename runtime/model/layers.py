@@ -81,6 +81,8 @@ class Linear(nn.Module):
         if self._packed is not None:
             return
         self._packed = pack(self.weight, quantization)
+        if self._packed is None:
+            return
         if self._readable is not None or not is_read_by_row:
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
@@ -103,7 +105,7 @@ class Linear(nn.Module):
 
     @property
     def panels(self) -> PanelWeight | None:
-        """The weight, if it is packed for the matrix unit."""
+        """The weight, if it is packed in panels."""
         return self._packed if isinstance(self._packed, PanelWeight) else None
 
     @property

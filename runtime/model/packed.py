@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mizzen.runtime.errors import QuantizationUnsupportedError
+from mizzen.runtime.kernels import library
 from mizzen.runtime.model.panels import PanelWeight
 from mizzen.runtime.model.rounding import GROUP, TINY, round_to_4_bits, scales_for_8_bits
 
@@ -32,18 +33,27 @@ class PackedWeight(Protocol):
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Is oneDNN's prepacked linear (a private operator of torch) here and does it know the type?"""
-    return (
-        device.type == "cpu"
-        and dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    """Is there a faster form for weights of this type that are not quantized?"""
+    if device.type != "cpu":
+        return False
+    return OneDnnWeight.suits(dtype) or (dtype == torch.bfloat16 and library.has_linear())
 
 
 class OneDnnWeight:
     """The weight as it was, reordered as oneDNN wants it: up to 2x for few tokens."""
+
+    @staticmethod
+    def suits(dtype: torch.dtype) -> bool:
+        """Is the operator (a private one of torch) here, and does it know the type?
+
+        Without AVX-512 or AVX-NE-CONVERT oneDNN has nothing for bfloat16.
+        """
+        return (
+            torch.backends.mkldnn.is_available()
+            and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+            and (dtype == torch.float32 or (dtype == torch.bfloat16 and _knows_bfloat16()))
+        )
 
     def __init__(self, weight_OI: Tensor) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), None)
@@ -55,6 +65,11 @@ class OneDnnWeight:
     def recover(self) -> Tensor:
         """Return the weight_OI as it was."""
         return self._packed.to_dense()
+
+
+def _knows_bfloat16() -> bool:
+    knows = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return knows is not None and knows()
 
 
 class Int8Weight:
@@ -74,7 +89,7 @@ class Int8Weight:
             whole = torch.quantize_per_channel(weight, scales_O.double(), zeros_O, 0, torch.qint8)
             self._packed: Any = torch.ops.quantized.linear_prepack(whole, None)
         # Without VNNI the sum of two products may overflow 16 bits, unless inputs have 7.
-        self._has_7_bits = not torch.cpu._is_vnni_supported()
+        self._has_7_bits = not _multiplies_8_bits()
 
     def __call__(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
         """Return out_TO."""
@@ -87,6 +102,31 @@ class Int8Weight:
         out = torch.ops.quantized.linear_dynamic(even, self._packed, self._has_7_bits)
         out.mul_(size_T1)
         return (out if bias_O is None else out.add_(bias_O)).to(x_TI.dtype)
+
+
+class RoundedInputs:
+    """8-bit weights in panels for inputs that are not bfloat16, and become so on the way in.
+
+    Where integers of 8 bits cannot be multiplied by each other without loss, this keeps more of the
+    inputs than the 7 bits that `Int8Weight` could.
+    """
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self._panels = PanelWeight(weight_OI, has_8_bits=True)
+
+    @staticmethod
+    def suits(weight_OI: Tensor) -> bool:
+        """Would inputs lose less so, and does the matrix divide into panels?"""
+        return not _multiplies_8_bits() and PanelWeight.divides(weight_OI)
+
+    def __call__(self, x_TI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """Return out_TO."""
+        out = self._panels(x_TI.bfloat16(), None, dtype=torch.float32)
+        return (out if bias_O is None else out.add_(bias_O)).to(x_TI.dtype)
+
+
+def _multiplies_8_bits() -> bool:
+    return torch.cpu._is_vnni_supported()
 
 
 class Int4Weight:
@@ -136,8 +176,11 @@ def check_fp8(capability: tuple[int, int] | None) -> None:
         )
 
 
-def pack(weight_OI: Tensor, quantization: Quantization) -> PackedWeight:
+def pack(weight_OI: Tensor, quantization: Quantization) -> PackedWeight | None:
     """Return the weight in the form asked for, which `check_device` has let pass.
+
+    None where it is fastest as it is: not quantized, and of a type or a shape that no kernel here
+    has a form for.
 
     Raises:
         QuantizationUnsupportedError: the matrix does not divide as that form needs.
@@ -150,9 +193,9 @@ def pack(weight_OI: Tensor, quantization: Quantization) -> PackedWeight:
     if quantization != "int4" and PanelWeight.suits(weight_OI):
         return PanelWeight(weight_OI, has_8_bits=quantization == "int8")
     if quantization == "none":
-        return OneDnnWeight(weight_OI)
+        return OneDnnWeight(weight_OI) if OneDnnWeight.suits(weight_OI.dtype) else None
     if quantization == "int8":
-        return Int8Weight(weight_OI)
+        return (RoundedInputs if RoundedInputs.suits(weight_OI) else Int8Weight)(weight_OI)
     if not Int4Weight.suits(weight_OI):
         rows, columns = weight_OI.shape
         raise QuantizationUnsupportedError(

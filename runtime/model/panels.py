@@ -1,6 +1,7 @@
-"""Weights laid out for Intel's matrix unit (AMX), in bfloat16 or rounded to 8 bits.
+"""Weights laid out for our own kernels, in bfloat16 or rounded to 8 bits.
 
-One layout serves a single token, where reading the weights is all the time, and prompts.
+Intel's matrix unit (AMX) reads them so, and so do vectors where a processor has no instruction for
+bfloat16. One layout serves a single token, where reading the weights is all the time, and prompts.
 """
 
 # Shapes: T packed tokens, I and O a linear's input and output width on this rank, P panels.
@@ -45,15 +46,15 @@ class PanelWeight:
 
     @staticmethod
     def suits(weight_OI: Tensor) -> bool:
-        """Is the unit here, and does the matrix divide into panels?"""
+        """Is the kernel here for inputs of the weight's type, and does the matrix divide?"""
+        return weight_OI.dtype == torch.bfloat16 and PanelWeight.divides(weight_OI)
+
+    @staticmethod
+    def divides(weight_OI: Tensor) -> bool:
+        """Is the kernel here, and does the matrix divide into panels?"""
         outputs, inputs = weight_OI.shape
-        return (
-            weight_OI.dtype == torch.bfloat16
-            and weight_OI.device.type == "cpu"
-            and outputs % _PANEL == 0
-            and inputs % _STEP == 0
-            and library.has_matrix_unit()
-        )
+        is_whole = outputs % _PANEL == 0 and inputs % _STEP == 0
+        return is_whole and weight_OI.device.type == "cpu" and library.has_linear()
 
     def __call__(
         self,

@@ -12,6 +12,7 @@ from mizzen.runtime.engine.ranks import load_rank
 from mizzen.runtime.errors import QuantizationUnsupportedError
 from mizzen.runtime.kernels import compile as compiling
 from mizzen.runtime.kernels import library
+from mizzen.runtime.model import packed as packed_module
 from mizzen.runtime.model.beside import is_recoverable, multiply_beside
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import Linear
@@ -21,6 +22,7 @@ from mizzen.runtime.model.packed import (
     Int8Weight,
     OneDnnWeight,
     Quantization,
+    RoundedInputs,
     pack,
 )
 from mizzen.runtime.model.panels import PanelWeight
@@ -79,6 +81,8 @@ def test_products_are_those_of_the_stored_weights(
     packed = kind(WEIGHT)
     stored = packed(torch.eye(64), None).T
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(4))
+    if kind is Int8Weight and not torch.cpu._is_vnni_supported():
+        bound *= 2  # a bit less
     assert error(packed(x, None), x @ stored.T) < bound
 
 
@@ -105,14 +109,18 @@ def test_int4_refuses_what_does_not_divide_into_groups(rows: int, columns: int) 
     pack(torch.randn(rows, columns), "int8")
 
 
-needs_amx = pytest.mark.skipif(
-    not library.runs("amx"), reason="this processor has no matrix unit (AMX)"
-)
+@pytest.fixture(params=["amx", "avx2"])
+def panels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply panels by the matrix unit, then by vectors."""
+    if not library.runs(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    loaded = library.load(compiling.library_path(request.param))
+    monkeypatch.setattr(library, "kernels", lambda: loaded)
 
 
-@needs_amx
+@pytest.mark.usefixtures("panels")
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 32, 33, 70])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 16, 17, 32, 33, 70])
 @pytest.mark.parametrize("has_8_bits", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_panels_multiply_as_the_stored_weights(
@@ -138,7 +146,7 @@ def test_panels_multiply_as_the_stored_weights(
     assert error(found.float(), expected) < (1e-6 if dtype == torch.float32 else 0.003)
 
 
-@needs_amx
+@pytest.mark.usefixtures("panels")
 def test_a_token_that_is_not_finite_spoils_itself_alone_in_panels() -> None:
     x = torch.ones(40, 64).bfloat16()
     x[3, 5], x[20, 0] = torch.nan, torch.inf
@@ -148,16 +156,76 @@ def test_a_token_that_is_not_finite_spoils_itself_alone_in_panels() -> None:
         assert is_bad.nonzero()[:, 0].tolist() == [3, 20]
 
 
+def test_a_token_gets_the_same_products_whoever_is_beside_it() -> None:
+    if not library.runs("avx2"):
+        pytest.skip("this processor has no AVX2")
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    vectors = library.load(compiling.library_path("avx2"))
+    for has_8_bits in (False, True):
+        packed = PanelWeight(WEIGHT.bfloat16(), has_8_bits=has_8_bits)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(library, "kernels", lambda: vectors)
+            together = packed(x, None)
+            for count in range(1, 8):
+                assert torch.equal(packed(x[:count], None), together[:count]), count
+
+
+knows_bfloat16 = pytest.mark.skipif(
+    not OneDnnWeight.suits(torch.bfloat16), reason="oneDNN knows no bfloat16 on this processor"
+)
+
+
+def no_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = library.load(compiling.library_path("plain"))
+    monkeypatch.setattr(library, "kernels", lambda: plain)
+
+
+@knows_bfloat16
 def test_what_does_not_divide_into_panels_is_packed_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for shape in ((48, 64), (64, 48)):
         assert isinstance(pack(torch.randn(shape).bfloat16(), "none"), OneDnnWeight)
+    no_panels(monkeypatch)
+    assert isinstance(pack(WEIGHT.bfloat16(), "none"), OneDnnWeight), "no panels"
+
+
+def test_other_types_are_packed_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(pack(WEIGHT, "none"), OneDnnWeight), "float32"
-    plain = library.load(compiling.library_path("plain"))
-    monkeypatch.setattr(library, "kernels", lambda: plain)
-    assert isinstance(pack(WEIGHT.bfloat16(), "none"), OneDnnWeight), "no matrix unit"
+    no_panels(monkeypatch)
     assert isinstance(pack(WEIGHT.bfloat16(), "int8"), Int8Weight)
+
+
+def test_inputs_keep_16_bits_where_8_cannot_be_multiplied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed_module, "_multiplies_8_bits", lambda: False)
+    if not library.has_linear():
+        pytest.skip("no panels on this processor")
+    packed = pack(WEIGHT, "int8")
+    assert isinstance(packed, RoundedInputs)
+    stored = packed(torch.eye(64), None).T
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(4))
+    bias = torch.arange(96.0)
+    assert error(packed(x, bias) - bias, x @ stored.T) < 0.003
+    assert isinstance(pack(torch.randn(48, 64), "int8"), Int8Weight), "not whole panels"
+
+
+def test_bfloat16_stays_as_it_is_where_nothing_multiplies_it_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor with AVX2 alone: oneDNN refuses the type there, and ended the engine."""
+    monkeypatch.setattr(packed_module, "_knows_bfloat16", lambda: False)
+    for shape in ((48, 64), (64, 48)):
+        assert pack(torch.randn(shape).bfloat16(), "none") is None
+    no_panels(monkeypatch)
+    assert pack(WEIGHT.bfloat16(), "none") is None
+    save_tiny_llama(tmp_path)
+    decoder, plain = (load_decoder(tmp_path, dtype=torch.bfloat16) for _ in range(2))
+    assert not decoder.prepack()
+    assert torch.equal(logits(decoder), logits(plain))
+    mixed = load_decoder(tmp_path, dtype=torch.bfloat16, quantization="int8")
+    assert error(logits(mixed), logits(plain)) < 0.2
 
 
 @torch.no_grad()
@@ -199,7 +267,8 @@ def test_fp8_is_refused_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "form"), [("int8", (Int8Weight, PanelWeight)), ("int4", (Int4Weight,))]
+    ("kind", "form"),
+    [("int8", (Int8Weight, PanelWeight, RoundedInputs)), ("int4", (Int4Weight,))],
 )
 def test_the_flag_reaches_the_weights(
     tmp_path: Path, kind: Quantization, form: tuple[type, ...]
@@ -231,9 +300,12 @@ def test_a_tied_table_is_held_once_where_its_panels_give_rows(tmp_path: Path) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_pass_a_packed_weight_as_they_pass_the_plain_one(dtype: torch.dtype) -> None:
-    """The first form is AMX's where there is one, the second oneDNN's."""
+    """The first form is ours where there is one, the second oneDNN's."""
     bias = torch.arange(96).to(dtype)
-    for packed in (pack(WEIGHT.to(dtype), "none"), OneDnnWeight(WEIGHT.to(dtype))):
+    forms = [pack(WEIGHT.to(dtype), "none")]
+    if OneDnnWeight.suits(dtype):
+        forms.append(OneDnnWeight(WEIGHT.to(dtype)))
+    for packed in forms:
         plain, beside = (
             torch.randn(9, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
             for _ in range(2)
