@@ -185,7 +185,11 @@ class Engine:
         async with self._change_lock:
             self._ranks.check_whole("Loans")
             decoder, path = self._resident(), self._weights_path
-            return await asyncio.to_thread(self._lender.lend, job, decoder, path)
+            state = await asyncio.to_thread(self._lender.lend, job, decoder, path)
+            if self._draining:
+                # Since it was asked, which takes the trainer's imports: it had no job to stop then.
+                self._lender.ask_to_stop()
+            return state
 
     async def stop_loan(self) -> None:
         """Have the job commit its last whole step and end."""

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import os
+import threading
 import weakref
 from collections.abc import AsyncIterator
 from itertools import accumulate
@@ -15,6 +16,7 @@ import pytest
 from torch.profiler import ProfilerActivity, profile
 
 from mizzen.runtime.engine import loan
+from mizzen.runtime.engine.api import LoanState
 from mizzen.runtime.engine.errors import EngineDeadError
 from mizzen.runtime.engine.loan import Loan
 from mizzen.runtime.train import loan_memory
@@ -214,6 +216,26 @@ async def test_whoever_takes_the_weights_away_ends_the_loan_first(
     if how != "/drain":
         gc.collect()
         assert held() is None, "the job holds no weights that are not served"
+
+
+async def test_a_loan_that_a_drain_overtakes_ends_as_well(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lender = running.service.engine._lender
+    has_begun, may_go_on, lend_now = threading.Event(), threading.Event(), lender.lend
+
+    def lend_late(*asked: Any) -> LoanState:
+        has_begun.set()
+        assert may_go_on.wait(WAIT_S)
+        return lend_now(*asked)
+
+    monkeypatch.setattr(lender, "lend", lend_late)
+    lending = asyncio.create_task(lend(running, write_loan(running, hyperparameters=LONG)))
+    await eventually(has_begun.is_set)
+    await running.service.engine.drain(0)
+    may_go_on.set()
+    assert (await lending).status_code == 202
+    assert (await wait_for_end(running))["exitCode"] == 75
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
