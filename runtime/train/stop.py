@@ -57,6 +57,11 @@ class StopFlag:
         """Seconds since the job last looked; nobody need look where nothing can be lost."""
         return 0.0 if self._nothing_to_lose else time.monotonic() - self._seen_at_s
 
+    @property
+    def has_nothing_to_lose(self) -> bool:
+        """Whether a restart would repeat what the job does now."""
+        return self._nothing_to_lose
+
     def ask(self) -> None:
         """Ask the job to stop at its next safe point, which may be now."""
         self._asked.set()

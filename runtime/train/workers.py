@@ -53,7 +53,6 @@ class Workers:
     ) -> None:
         self.tensor = tensor or RankGroup()
         self.data = data or RankGroup()
-        self._has_joined = tensor is not None or data is not None
         self._lines = lines
         self._heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._has_ended = threading.Event()
@@ -97,7 +96,6 @@ class Workers:
                 self.hear()
         else:
             self.tell(_JOINED)
-        self._has_joined = True
 
     @property
     def own_address(self) -> str | None:
@@ -181,7 +179,7 @@ class Workers:
             try:
                 kind, message = line.receive()
             except RankLostError as error:
-                self._lose(error)
+                self._lose(error, stop)
                 return
             if kind == END:
                 self._has_ended.set()
@@ -198,13 +196,13 @@ class Workers:
             try:
                 line.send(_STOP)
             except RankLostError as error:
-                self._lose(error)
+                self._lose(error, stop)
 
-    def _lose(self, error: RankLostError) -> None:
+    def _lose(self, error: RankLostError, stop: StopFlag) -> None:
         if self._is_over:
             return
         log.error("%s The generation ends.", error)
-        if self._has_joined and self.is_leader:
+        if self.is_leader and not stop.has_nothing_to_lose:
             # A collective ends with the other's connections, and what follows it is a commit.
             # Only where these stay, as those of a stopped process do, it would wait on.
             for group in (self.tensor, self.data):
