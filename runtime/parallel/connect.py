@@ -38,6 +38,8 @@ class Meeting:
     address: str = LOOPBACK  # by which the others reach this pod
     device: torch.device
     timeout_s: float
+    # The same in collectives at first: one rank may read its weights for much longer than another.
+    start_timeout_s: float | None = None
 
 
 def connect(rank: int, meeting: Meeting) -> RankGroup:
@@ -55,6 +57,8 @@ def connect(rank: int, meeting: Meeting) -> RankGroup:
     first = torch.cuda.current_device() if meeting.device.type == "cuda" else "cpu"
     group.all_reduce(torch.zeros(1, device=first))
     group.stages.meet(torch.zeros(1, device=first))
+    if meeting.start_timeout_s is not None:
+        group.wait_at_most(meeting.start_timeout_s)
     return group
 
 

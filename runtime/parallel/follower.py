@@ -74,6 +74,7 @@ class Follower:
             address=line.own_address,
             device=self._device,
             timeout_s=self._timeout_s,
+            start_timeout_s=self._start_timeout_s,
         )
         self._processes.start(meeting, self._start_timeout_s)
         threading.Thread(target=self._watch, args=(line,), name="rank-watch", daemon=True).start()

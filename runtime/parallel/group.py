@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mizzen.runtime.parallel.stages import Stages
-from mizzen.runtime.parallel.work import complete
+from mizzen.runtime.parallel.work import complete, limit_waits
 
 
 class RankGroup:
@@ -75,6 +75,12 @@ class RankGroup:
             options.rootRank = source
             self._run(lambda group: group.broadcast([x], options))
         return x
+
+    def wait_at_most(self, timeout_s: float) -> None:
+        """Take a rank for lost that lets the others wait for so long in later collectives."""
+        self.stages.wait_at_most(timeout_s)
+        if self.stages.count > 1:
+            limit_waits(self._process_group, timeout_s)
 
     def abort(self) -> None:
         """Break collectives that wait for a rank which is gone; the group is of no more use."""

@@ -49,8 +49,9 @@ class Ranks:
             arguments: Given to `follow` after the group and the inbox.
             stages: Into how many the model is cut; each has `size / stages` of the ranks.
             device: "cpu" or "cuda"; the n-th rank of a pod uses its GPU n.
-            timeout_s: How long a collective waits for a silent rank.
-            start_timeout_s: How long a new process may take to import what it needs.
+            timeout_s: How long a collective waits for a silent rank once all of them serve.
+            start_timeout_s: How long a new process may take to import what it needs, and then to
+                read its weights while the others wait in a collective.
             nodes: The group's pods, where there are several.
             agreement: What all of them must have been started with.
 
@@ -59,6 +60,7 @@ class Ranks:
         """
         self.size = size
         self.group = RankGroup()  # of rank 0's stage
+        self._timeout_s = timeout_s
         self._lost: RankLostError | None = None
         self._on_lost: Callable[[RankLostError], None] | None = None
         self._state = threading.Lock()
@@ -76,6 +78,7 @@ class Ranks:
                     store=Path(directory) / "store",
                     device=torch.device(device),
                     timeout_s=timeout_s,
+                    start_timeout_s=start_timeout_s,
                 )
                 if nodes:
                     meeting = self._meet(nodes, agreement, meeting)
@@ -112,11 +115,12 @@ class Ranks:
             raise self._lost
 
     def serve(self, on_lost: Callable[[RankLostError], None]) -> None:
-        """Say that all are warm: from now on a pod's silence of seconds is the group's end.
+        """Say that all are warm: from now on a silence of seconds is the group's end.
 
         Args:
             on_lost: Called once, from a watching thread, when a rank is lost.
         """
+        self.group.wait_at_most(self._timeout_s)
         for line in self._lines:
             line.expect_life()
             line.send(b"", SERVING)

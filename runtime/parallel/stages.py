@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mizzen.runtime.errors import PipelineInvalidError
 from mizzen.runtime.parallel.shard import Span, even_span
-from mizzen.runtime.parallel.work import complete
+from mizzen.runtime.parallel.work import complete, limit_waits
 
 
 class Stages:
@@ -99,6 +99,10 @@ class Stages:
             self.give_back(x)
         if self.rank == 0:
             self.take_back(x)
+
+    def wait_at_most(self, timeout_s: float) -> None:
+        """Take a rank for lost that lets the others wait for so long from now on."""
+        limit_waits(self._process_group, timeout_s)
 
     def abort(self) -> None:
         """Break what waits for a rank that is gone; the lines are of no more use."""

@@ -88,12 +88,14 @@ def test_a_dead_rank_breaks_the_collective_and_takes_the_group_down() -> None:
             time.sleep(0.05)
 
 
-def test_a_silent_rank_is_a_lost_rank() -> None:
-    with (
-        started(2, rank_work.fall_silent, timeout_s=15.0) as ranks,
-        pytest.raises(RankLostError, match="in a collective"),
-    ):
-        ranks.group.all_reduce(torch.ones(1))
+@pytest.mark.parametrize("stages", [1, 2], ids=["one stage", "two stages"])
+def test_a_silent_rank_is_a_lost_rank_once_all_have_read_their_weights(stages: int) -> None:
+    times = {"timeout_s": 15.0, "start_timeout_s": 300.0}
+    with started(2 * stages, rank_work.fall_silent, 20.0, stages=stages, **times) as ranks:
+        assert ranks.group.all_reduce(torch.ones(1)).item() == 2
+        ranks.serve(lambda _: None)
+        with pytest.raises(RankLostError, match="in a collective"):
+            ranks.group.all_reduce(torch.ones(1))
 
 
 def test_ranks_end_when_rank_0_is_killed() -> None:
