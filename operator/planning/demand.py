@@ -84,8 +84,8 @@ def covering(work: Sequence[float], share: float) -> float:
 def _with_summaries(log: WorkLog, *, start_s: float, promise: float, tuning: Tuning) -> WorkLog:
     """Return the log with what is worth computing only once per bucket."""
     recent = log.buckets[-int(tuning.burst_window_s / tuning.bucket_s) :]
-    limit = tuning.burst_leave if log.is_bursty else tuning.burst_enter
-    is_bursty = len(recent) >= _FEWEST_FOR_BURSTS and _roughness(recent, tuning) > limit
+    usual = quantile(recent, tuning.rise_quantile)
+    is_bursty = _is_bursty(recent, usual, tuning, was_bursty=log.is_bursty)
     return replace(
         log,
         rise=_usual_rise(
@@ -95,7 +95,7 @@ def _with_summaries(log: WorkLog, *, start_s: float, promise: float, tuning: Tun
             tuning=tuning,
         ),
         is_bursty=is_bursty,
-        burst_floor=quantile(recent, tuning.rise_quantile) if is_bursty else 0.0,
+        burst_floor=usual if is_bursty else 0.0,
         covered=covering(recent, promise) if is_bursty else 0.0,
     )
 
@@ -112,6 +112,20 @@ def _usual_rise(buckets: Sequence[float], *, steps: int, ratio: float, tuning: T
     )
     rare = int((1 - ratio) * tuning.memory_s / tuning.bucket_s)
     return max(0.0, rises[rare]) if len(rises) > rare else 0.0
+
+
+def _is_bursty(buckets: Sequence[float], usual: float, tuning: Tuning, *, was_bursty: bool) -> bool:
+    """Return whether the load comes in bursts, so that a floor is kept for the `usual` one.
+
+    It begins with a burst of that size. Roughness is relative to the mean, which falls as calm
+    follows a wave: what was no burst while it lasted would look like one once it is over.
+    """
+    if len(buckets) < _FEWEST_FOR_BURSTS:
+        return False
+    if was_bursty:
+        return _roughness(buckets, tuning) > tuning.burst_leave
+    newest = max(buckets[-_FEWEST_FOR_BURSTS:])
+    return newest >= usual and _roughness(buckets, tuning) > tuning.burst_enter
 
 
 def _roughness(buckets: Sequence[float], tuning: Tuning) -> float:

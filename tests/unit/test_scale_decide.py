@@ -244,6 +244,18 @@ def test_bursts_make_the_number_a_floor() -> None:
     assert found.decisions[-1].replicas >= 6
 
 
+def test_a_square_wave_that_is_over_raises_nothing() -> None:
+    found = fleet()
+    found.run(300, per_s=2.0)
+    for _ in range(3):
+        found.run(120, per_s=24.0)
+        found.run(420, per_s=4.0)
+    found.run(120, per_s=24.0)
+    found.run(840, per_s=1.0)
+    assert found.decisions[-1].replicas == 1
+    assert set(found.run(1200, per_s=1.0)) == {1}
+
+
 def test_a_low_promise_that_is_kept_keeps_fewer_replicas_for_bursts_and_chases_none_above() -> None:
     low = bursty(0.5)
     kept = low.decisions[-1].replicas
