@@ -104,7 +104,10 @@ class ScalingSchedule(ApiModel):
             description="First minute after it: HH:MM, 24:00 for midnight.",
         ),
     ]
-    min: Annotated[int, Field(ge=0, le=1000, description="Fewest replicas meanwhile.")]
+    min: Annotated[
+        int,
+        Field(ge=0, le=1000, description="Fewest replicas meanwhile. 0 needs idle."),
+    ]
     max: Annotated[int, Field(ge=1, le=1000, description="Most replicas meanwhile.")]
 
 
@@ -148,8 +151,10 @@ class Scaling(ApiModel):
     rules = (
         cel("self.min <= self.max", "scaling.min must not be larger than scaling.max."),
         cel(
-            "self.min > 0 || has(self.idle) || (has(self.schedules) && size(self.schedules) > 0)",
-            "scaling.min 0 needs scaling.idle.toZeroAfterSeconds, which says when to run none.",
+            "has(self.idle) || (self.min > 0 && "
+            "(!has(self.schedules) || self.schedules.all(s, s.min > 0)))",
+            "scaling.min 0 needs scaling.idle.toZeroAfterSeconds, which says when to run none. "
+            "So does a schedule's min 0.",
         ),
         cel(
             "!has(self.idle) || self.min == 0 || "
@@ -179,7 +184,7 @@ class Scaling(ApiModel):
         Field(
             ge=0,
             le=1000,
-            description="Fewest replicas. 0 allows none while nobody asks; see idle.",
+            description="Fewest replicas. 0 allows none while nobody asks, and needs idle.",
         ),
     ] = 1
     max: Annotated[int, Field(ge=1, le=1000, description="Most replicas.")]

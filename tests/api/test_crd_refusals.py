@@ -51,6 +51,14 @@ REFUSED: dict[str, tuple[Document, str]] = {
         deployment(scaling={"min": 0, "max": 2}),
         "scaling.min 0 needs scaling.idle.toZeroAfterSeconds",
     ),
+    "none allowed outside a schedule without saying when": (
+        deployment(scaling={"min": 0, "max": 4, "schedules": [OFFICE]}),
+        "scaling.min 0 needs scaling.idle.toZeroAfterSeconds, which says when to run none.",
+    ),
+    "none allowed by a schedule without saying when": (
+        deployment(scaling={"min": 1, "max": 4, "schedules": [{**OFFICE, "min": 0}]}),
+        "So does a schedule's min 0.",
+    ),
     "a time to zero where one always runs": (
         deployment(scaling={"min": 1, "max": 2, "idle": {"toZeroAfterSeconds": 60}}),
         "scaling.idle needs scaling.min 0",
