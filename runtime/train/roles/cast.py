@@ -70,6 +70,8 @@ def ray_settings(*, token: str, address: str) -> Mapping[str, str]:
         # Named after where Ray does this by itself: 0 keeps it from binding more than loopback.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if address == _LOOPBACK else "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Roles are what the pod is for. By default they give way to everything on the machine.
+        "RAY_worker_niceness": "0",
         # Ray would kill a role when the *node* is nearly full, whoever filled it.
         "RAY_memory_monitor_refresh_ms": "0",
         # A role imports torch first, which on a busy machine takes longer than Ray waits.
