@@ -57,7 +57,7 @@ async def look(running: Running) -> dict[str, Any]:
 async def wait_for_end(running: Running) -> dict[str, Any]:
     async with asyncio.timeout(WAIT_S):
         while (state := await look(running))["exitCode"] is None:  # noqa: ASYNC110 - of another thread
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
     return state
 
 
@@ -73,6 +73,7 @@ async def until_step(running: Running, job: Job, step: int) -> None:
     async with asyncio.timeout(WAIT_S):
         while len(read_curve(job)) < step:
             await look(running)
+            await asyncio.sleep(0.1)  # the job gets only what nobody else wants of the processor
 
 
 async def text(running: Running, **fields: Any) -> str:
