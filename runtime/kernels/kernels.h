@@ -3,6 +3,10 @@
 #include "attention.h"
 #include <stdint.h>
 
+/* A linear layer's weights lie in panels: [outputs / PANEL][inputs / STEP][PANEL / TILE][STEP / 2]
+[TILE][2], as Intel's matrix unit reads them, so a panel is one stream of memory. */
+enum { STEP = 32, PANEL = 32, TILE = 16 };
+
 typedef struct {
     const uint16_t *x;        /* [tokens, inputs] bfloat16 */
     const void *weight;       /* panels: bfloat16, or int8 if there are scales */

@@ -1,9 +1,8 @@
 /* Linear layers on Intel's matrix unit (AMX), for weights in bfloat16 or in 8 bits.
 
-The unit multiplies 16 tokens by 16 outputs over 32 inputs at once. Weights come in panels of 32
-outputs, laid out as it reads them: [outputs / 32][inputs / 32][2][16][16][2], so a panel is one
-stream of memory. An integer of 8 bits is a bfloat16 number without loss: 8-bit weights are widened
-on their way from memory, and inputs keep their precision. */
+The unit multiplies 16 tokens by 16 outputs over 32 inputs at once. An integer of 8 bits is a bfloat16
+number without loss: 8-bit weights are widened on their way from memory, and inputs keep their
+precision. */
 #include "kernels.h"
 #include "team.h"
 #include "tiles.h"
@@ -11,7 +10,7 @@ on their way from memory, and inputs keep their precision. */
 
 #ifdef __AMX_BF16__
 
-enum { STEP = 32, PANEL = 32, TILE = 16, TILE_BYTES = 1024, AHEAD = 4096 };
+enum { TILE_BYTES = 1024, AHEAD = 4096 };
 enum { MOST_TOGETHER = 4, BYTES_TOGETHER = 160 << 10 };
 
 /* Tiles 0 to 3 are sums (tokens by outputs), 4 and 5 inputs, 6 and 7 weights. */

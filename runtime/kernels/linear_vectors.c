@@ -1,6 +1,6 @@
 /* Linear layers on vectors of eight numbers (AVX2), for processors without units for bfloat16.
 
-Weights lie as the matrix unit reads them (linear.c), which suits vectors as well: a bfloat16 number
+Panels, made for the matrix unit, suit vectors as well: a bfloat16 number
 is the upper half of a float32 one, so of sixteen pairs side by side a shift gives the first numbers
 and a mask the second ones. Products and sums are float32. */
 #include "kernels.h"
@@ -10,7 +10,7 @@ and a mask the second ones. Products and sums are float32. */
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #include <immintrin.h>
 
-enum { STEP = 32, PANEL = 32, TILE = 16, PAIRS = 16, AHEAD = 4096 };
+enum { PAIRS = STEP / 2, AHEAD = 4096 };
 enum { MOST_TOKENS = 6 }; /* whose sums of a tile fit into the registers */
 
 typedef struct {

@@ -14,7 +14,7 @@ from mizzen.runtime.kernels import library
 from mizzen.runtime.kernels.library import TYPES, Linear
 from mizzen.runtime.model.rounding import round_to_8_bits
 
-_STEP, _PANEL, _TILE = 32, 32, 16  # inputs, outputs, and outputs of one tile, as linear.c has them
+_STEP, _PANEL, _TILE = 32, 32, 16  # inputs, outputs, and outputs of one tile, as kernels.h has
 
 
 class PanelWeight:

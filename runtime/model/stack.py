@@ -20,7 +20,7 @@ from mizzen.runtime.model.layers import Linear, Norm
 
 
 class LayerStack:
-    """A stage's layers, their weights laid out for the matrix unit.
+    """A stage's layers, their weights laid out in panels.
 
     It keeps addresses of the blocks' weights, which must live as long as it does and stay packed as
     they are.
