@@ -79,10 +79,14 @@ class Loan:
         self._spare_bytes, self._step_tokens = spare_bytes, step_tokens
         self._stop = StopFlag()
         self._board = ProgressBoard(generation=config.generation)
-        self._end: _End | None = None
+        self._outcome: _End | None = None
+        self._end: _End | None = None  # the outcome, once nothing is held any more
         self._ended_at = ""
         self._asked_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="mizzen-loan", daemon=True)
+        self._training = threading.Thread(
+            target=self._train_below_all, name="mizzen-training", daemon=True
+        )
 
     def start(self) -> None:
         """Begin."""
@@ -126,18 +130,25 @@ class Loan:
         )
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError):
-            # Linux has a priority for each thread, and those that this one starts inherit it.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-        end = self._train()
+        self._training.start()
+        self._training.join()
+        # Not by that thread, which cannot raise its priority again: a collection holds the
+        # interpreter's lock throughout, and where the machine is busy the loop would wait for a
+        # thread that gets next to nothing of it.
         self._decoder = None
         gc.collect()  # what hooks hold on to is in circles, and the weights are among it
         give_back_freed()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # else the next job would find it taken
         self._ended_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        self._end = end
-        log.info("The loan to %s has ended: %s", self.config.job, end)
+        self._end = self._outcome
+        log.info("The loan to %s has ended: %s", self.config.job, self._end)
+
+    def _train_below_all(self) -> None:
+        with contextlib.suppress(OSError):
+            # Linux has a priority for each thread, and those that this one starts inherit it.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        self._outcome = self._train()
 
     def _train(self) -> _End:
         assert self._decoder is not None, "it runs once"

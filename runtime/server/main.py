@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,7 @@ from mizzen.runtime.server.stopping import first_of, set_up_logging, stop_signal
 log = logging.getLogger(__name__)
 
 _GRACE_S = 2  # after the drain only answers that a client does not read are left
-
+_LOOKS = 10  # in a row that find the engine's loop standing still, before it counts as dead
 _LAST_WORDS_S = 1.0
 
 StartEngine = Callable[[ServeConfig, Metrics], Awaitable[EngineApi]]
@@ -156,13 +155,14 @@ class Server:
 
     async def _wait_until_dead(self) -> MizzenError:
         # A liveness probe would end the process too, a minute later or, outside a cluster, never.
-        seen_alive_at = time.monotonic()
-        while time.monotonic() - seen_alive_at < self._dead_for_s:
-            await asyncio.sleep(self._dead_for_s / 10)
+        # Looks are counted, not seconds: where all of the process stood still, the first look
+        # comes before the engine had a chance to show itself.
+        looks = 0
+        while looks < _LOOKS:
+            await asyncio.sleep(self._dead_for_s / _LOOKS)
             if death := self.service.engine.death():
                 return death
-            if self.service.is_alive():
-                seen_alive_at = time.monotonic()
+            looks = 0 if self.service.is_alive() else looks + 1
         return EngineDeadError("The engine is dead, and only a new process helps.")
 
     def _enter(self, phase: Phase) -> None:

@@ -154,9 +154,25 @@ async def test_a_step_is_what_it_would_have_been_though_requests_come_in_the_mid
 async def test_a_job_has_the_lowest_priority_and_the_server_its_own(running: Running) -> None:
     own = os.getpriority(os.PRIO_PROCESS, 0)
     await begin(running, write_loan(running, hyperparameters=LONG))
-    thread = running.service.engine._lender._loan._thread
+    thread = running.service.engine._lender._loan._training
     assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == 19
     assert os.getpriority(os.PRIO_PROCESS, 0) == own
+
+
+async def test_what_a_job_held_is_collected_at_the_priority_of_the_server(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collection stops every thread for as long as its own takes, a request's among them."""
+    collect, priorities = gc.collect, []
+
+    def watched() -> int:
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return collect()
+
+    monkeypatch.setattr(loan.gc, "collect", watched)
+    await lend(running, write_loan(running))
+    assert (await wait_for_end(running))["exitCode"] == 0
+    assert priorities == [os.getpriority(os.PRIO_PROCESS, 0)]
 
 
 async def test_a_job_that_is_asked_back_commits_and_goes_on_elsewhere(tmp_path: Path) -> None:

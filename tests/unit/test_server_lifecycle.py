@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +75,46 @@ async def test_an_engine_that_stalls_is_not_alive_although_its_ports_answer() ->
         assert (await running.http.get("/health")).status_code == 503
 
 
-async def test_a_dead_engine_ends_the_process_where_nobody_probes() -> None:
-    engine = FakeEngine()
-
+async def start_server(
+    engine: FakeEngine, *, dead_for_s: float
+) -> tuple[Server, asyncio.Task[None]]:
     async def start(*_: Any) -> FakeEngine:
         return engine
 
     config = ServeConfig(model="/m", host="127.0.0.1", port=0, grpc_port=0, admin_port=0)
-    server = Server(config, start, dead_for_s=0.2)
+    server = Server(config, start, dead_for_s=dead_for_s)
     task = asyncio.create_task(server.run())
     await server.started.wait()
+    return server, task
+
+
+async def test_a_dead_engine_ends_the_process_where_nobody_probes() -> None:
+    engine = FakeEngine()
+    _, task = await start_server(engine, dead_for_s=0.2)
     engine.alive = False
     with pytest.raises(EngineDeadError, match="only a new process helps"):
         await task
     assert engine.stopped
+
+
+async def test_a_process_that_stood_still_as_a_whole_does_not_end_for_it() -> None:
+    class StoodStill(FakeEngine):
+        """Shows itself at the third look after its process has stood still."""
+
+        looks = 3
+
+        def is_alive(self) -> bool:
+            self.looks += 1
+            return self.looks >= 3
+
+    engine = StoodStill()
+    server, task = await start_server(engine, dead_for_s=0.2)
+    await eventually(lambda: engine.looks > 4)  # it is watched
+    engine.looks = 0
+    time.sleep(0.5)  # noqa: ASYNC251 - the event loop is what stands still
+    await eventually(lambda: engine.looks >= 3)
+    server.ask_to_stop()
+    await task
 
 
 async def test_a_cold_engine_is_alive_and_not_ready() -> None:
