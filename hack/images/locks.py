@@ -37,7 +37,8 @@ def main() -> None:
     compile_lock("torch.lock", "-", stdin="torch")
     # PyTorch's closure is a layer of its own, which only its own pin changes.
     torch = set(pins(FOLDER / "torch.lock"))
-    extras = ("--extra=runtime", "--extra=rlhf", "--extra=tracing", "--extra=transformers")
+    names = ("runtime", "rlhf", "data", "tracing", "transformers")
+    extras = [f"--extra={name}" for name in names]
     compile_lock("runtime.lock", PYPROJECT, *extras, leave_out=torch)
     compile_lock("build.lock", "-", stdin="hatchling\nuv")
     compile_lock("uv.lock", "-", stdin="uv")

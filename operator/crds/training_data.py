@@ -116,3 +116,10 @@ class Processing(ApiModel):
         float,
         Field(ge=0, le=0.5, description="Share of the examples kept back for evaluation."),
     ] = 0.05
+    engine: Annotated[
+        Literal["Auto", "InProcess", "Ray"],
+        Field(
+            description="What prepares the data: the trainer by itself, or Ray Data in its pod "
+            "with memory that does not grow with the data. Auto: Ray from 256 MiB on."
+        ),
+    ] = "Auto"

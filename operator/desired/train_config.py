@@ -108,6 +108,7 @@ def build_train_config(job: Job, generation: int, workers: int) -> Json:
             "loss_on": spec.processing.loss_on,
             "max_seq_len": spec.processing.max_seq_len,
             "holdout_ratio": spec.processing.holdout_ratio,
+            "engine": spec.processing.engine,
         },
         "hyperparameters": spec.hyperparameters.model_dump(exclude_none=True),
         **_as_paths(method_options(spec)),

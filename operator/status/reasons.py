@@ -93,6 +93,7 @@ class Reason(StrEnum):
     BAD_ADAPTER = "BadAdapter"
     RANK_LOST = "RankLost"
     ROLE_LOST = "RoleLost"
+    PREPARATION_LOST = "PreparationLost"
     NODES_DISAGREE = "NodesDisagree"
     INTERNAL_ERROR = "InternalError"
 

@@ -4,7 +4,7 @@ The order is a function of the seed and of one counter, the samples seen so far:
 continues with the sample it would have seen next, at any world size.
 """
 
-# Shapes: T packed tokens, S segments (samples), N scored positions.
+# Shapes: T packed tokens, S segments (samples), N scored positions, E samples of an epoch.
 from __future__ import annotations
 
 import math
@@ -71,7 +71,7 @@ class SampleOrder:
         ]
         self.epoch_samples = max(1, sum(self._shares))
         self._epoch = -1
-        self._epoch_order: list[tuple[int, int]] = []
+        self._epoch_order_E2 = np.empty((0, 2), np.int64)
 
     def take(self, counter: int, count: int) -> list[Item]:
         """Return `count` samples, from the one at `counter` on."""
@@ -80,21 +80,23 @@ class SampleOrder:
     def _at(self, counter: int) -> Item:
         epoch, place = divmod(counter, self.epoch_samples)
         if epoch != self._epoch:
-            self._epoch, self._epoch_order = epoch, self._shuffled(epoch)
-        dataset, index = self._epoch_order[place]
+            self._epoch, self._epoch_order_E2 = epoch, self._shuffled(epoch)
+        dataset, index = self._epoch_order_E2[place].tolist()
         return self._data.train[dataset][index]
 
-    def _shuffled(self, epoch: int) -> list[tuple[int, int]]:
+    def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return order_E2: dataset and index of each sample of an epoch."""
         # RandomState's stream is frozen by numpy's compatibility policy; Generator's is not, and
         # a job may be resumed by a newer image.
         random = np.random.RandomState([self._seed, epoch])
-        entries: list[tuple[int, int]] = []
+        parts = []
         for dataset, share in enumerate(self._shares):
             indices = self._repeated(len(self._data.train[dataset]), share, random)
-            entries.extend((dataset, int(index)) for index in indices)
-        if not entries:  # weights so small that every share rounds to nothing
-            entries = [(0, 0)]
-        return [entries[i] for i in random.permutation(len(entries))]
+            parts.append(np.stack([np.full_like(indices, dataset), indices], axis=1))
+        entries_E2 = np.concatenate(parts)
+        if not len(entries_E2):  # weights so small that every share rounds to nothing
+            entries_E2 = np.zeros((1, 2), np.int64)
+        return entries_E2[random.permutation(len(entries_E2))]
 
     @staticmethod
     def _repeated(size: int, share: int, random: np.random.RandomState) -> npt.NDArray[np.int64]:

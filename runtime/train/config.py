@@ -66,6 +66,7 @@ class Processing(Part):
     on_overlong: Literal["truncate", "drop"] = "truncate"
     holdout_ratio: float = Field(default=0.1, ge=0.0, lt=1.0)
     format: Literal["auto", "messages", "promptCompletion"] = "auto"
+    engine: Literal["Auto", "InProcess", "Ray"] = "Auto"  # what prepares it; not what comes of it
 
 
 class Hyperparameters(Part):

@@ -213,6 +213,18 @@ class BackendMissingError(JobError):
         )
 
 
+class EngineMissingError(JobError):
+    """The image lacks what large data is prepared with."""
+
+    reason = "BackendMissing"
+
+    def __init__(self, packages: Sequence[str]) -> None:
+        super().__init__(
+            f"processing.engine Ray needs {' and '.join(packages)}. Install them with "
+            "`pip install 'mizzen[data]'`, or set processing.engine to Auto or InProcess."
+        )
+
+
 class TrainingDoesNotFitError(JobError):
     """Weights, gradients and the optimizer's moments alone are more than the memory there is."""
 
@@ -277,6 +289,18 @@ class RoleLostError(MizzenError):
         super().__init__(
             "A role on Ray is gone, most often because its memory was not enough: each holds a "
             "copy of the base model. Give the trainer more memory, or set spec.roles to InProcess."
+        )
+
+
+class PreparationLostError(MizzenError):
+    """A process that read data is gone."""
+
+    reason = "PreparationLost"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A process that prepared data on Ray is gone, most often because its memory was not "
+            "enough: each needs about 1 GiB. Give the trainer more memory or fewer CPUs."
         )
 
 

@@ -21,7 +21,7 @@ from mizzen.runtime.parallel.nodes import read_secret
 from mizzen.runtime.train.admin import AdminServer
 from mizzen.runtime.train.card import Provenance
 from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
-from mizzen.runtime.train.data import Prepared, prepare
+from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.device import choose_device, use_own_cpus
 from mizzen.runtime.train.digest import model_digest
 from mizzen.runtime.train.errors import JobConfigError
@@ -29,12 +29,12 @@ from mizzen.runtime.train.evaluate import TallyStore
 from mizzen.runtime.train.hugging_face.installed import check_installed
 from mizzen.runtime.train.memory import check_fits, check_memory, memory_limit
 from mizzen.runtime.train.methods.registry import build_method
+from mizzen.runtime.train.preparing import Pod, prepare_data
 from mizzen.runtime.train.progress import ProgressBoard, Verdict, fit_termination_log
 from mizzen.runtime.train.publish import publish
 from mizzen.runtime.train.records import Shape
 from mizzen.runtime.train.render import ChatRenderer
 from mizzen.runtime.train.roles.cast import close_stage, open_stage
-from mizzen.runtime.train.sources import load_source
 from mizzen.runtime.train.stop import EXIT_DONE, EXIT_YIELDED, StopFlag, YieldRequested
 from mizzen.runtime.train.surroundings import Stage, Surroundings
 from mizzen.runtime.train.teacher import check_same_tokens
@@ -139,6 +139,7 @@ def _prepare(
 ) -> Work:
     if config.backend == "Transformers":
         return prepare_transformers(config, environment, board, stop)
+    pod = Pod(stop, stage)
     around = _surround(config, environment, stop, stage)
     if config.is_trained:
         check_memory(around)
@@ -149,12 +150,15 @@ def _prepare(
         check_same_tokens(around.tokenizer, config.distill.teacher)
     if config.is_trained:
         method = build_method(around)
-        data = read_data(config, around.tokenizer, board, method.shape, around.spec.max_len)
+        data = read_data(
+            config, around.tokenizer, board, method.shape, around.spec.max_len, pod=pod
+        )
         mark = fingerprint(config, data)
         return Training(around, method, data, fingerprint=mark, board=board, workers=workers)
     read = None
     if config.datasets:
-        read = read_data(config, around.tokenizer, board, "conversation", around.spec.max_len)
+        longest = around.spec.max_len
+        read = read_data(config, around.tokenizer, board, "conversation", longest, pod=pod)
     directory = config.checkpoint.directory
     return Transform(
         around=around,
@@ -216,7 +220,8 @@ def prepare_transformers(
     described = model.read_config(checkpoint)
     check_fits(model.plan_need(config, described, device), memory_limit(device))
     tokenizer = Tokenizer.load(checkpoint)
-    data = read_data(config, tokenizer, board, "conversation", model.max_len(described))
+    longest = model.max_len(described)
+    data = read_data(config, tokenizer, board, "conversation", longest, pod=Pod(stop))
     around = None
     if questions := [suite.name for suite in config.evaluation.suites if suite.is_question]:
         try:
@@ -238,15 +243,14 @@ def read_data(
     board: ProgressBoard,
     shape: Shape,
     max_len: int | None,
+    *,
+    pod: Pod | None,
 ) -> Prepared:
     """Read what the job learns from, with no sample longer than the model can read."""
-    sources = [
-        load_source(dataset, default_format=config.processing.format, shape=shape)
-        for dataset in config.datasets
-    ]
     wanted = config.processing.max_seq_len
     limits = {"max_seq_len": min(wanted, max_len or wanted)}
-    data = prepare(sources, renderer, config.processing.model_copy(update=limits))
+    rules = config.processing.model_copy(update=limits)
+    data = prepare_data(config.datasets, renderer, rules, shape, pod=pod)
     board.prepared(data.counts)
     return data
 
@@ -265,6 +269,8 @@ def fingerprint(config: TrainConfig, data: Prepared | None) -> str:
         document["backend"] = config.backend
     # Where answers are drawn may change; and checkpoints of versions that knew of one place only.
     (document.get("rl") or {}).pop("rollout", None)
+    # The data is the same by whichever way it was prepared.
+    del document["processing"]["engine"]
     # Nor what says nothing: checkpoints of versions that did not know it stay valid.
     if config.distill is not None and not config.distill.teacher_answers:
         (document.get("distill") or {}).pop("teacher_answers", None)

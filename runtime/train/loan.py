@@ -43,7 +43,7 @@ def run_loan(
     )
     method = build_method(around)
     renderer = GivingWayRenderer(around.tokenizer, resident.give_way)
-    data = read_data(config, renderer, board, method.shape, decoder.spec.max_len)
+    data = read_data(config, renderer, board, method.shape, decoder.spec.max_len, pod=None)
     mark = fingerprint(config, data)
     around = replace(around, config=_running(config, fit_loan(config, resident, method, data)))
     work = Training(around, method, data, fingerprint=mark, board=board, workers=Workers())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,9 +16,8 @@ from mizzen.runtime.train.errors import (
     DatasetNoAssistantTurnsError,
     DatasetRefusedByTemplateError,
 )
-from mizzen.runtime.train.records import Conversation, Messages
+from mizzen.runtime.train.records import Conversation, Messages, Shape
 from mizzen.runtime.train.samples import Item, Pair, Prompt, Rating, Sample
-from mizzen.runtime.train.sources import Source
 
 
 class ChatRenderer(Protocol):
@@ -40,53 +39,103 @@ class ChatRenderer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """What became of a sample; without an item it was too long or taught nothing."""
+
+    key: bytes
+    item: Item | None
+    is_truncated: bool = False
+    has_labels: bool = True  # before it was cut
+    ends_turn: bool = True  # a label ends a turn
+
+
 @dataclass(slots=True)
-class Cuts:
-    """What did not fit."""
+class Tally:
+    """What became of the samples of a dataset, or of a part of it."""
 
+    samples: int = 0
     truncated: int = 0
-    dropped: int = 0
+    kept: int = 0
+    labelled: int = 0
+    ending: int = 0
 
+    def add(self, rendered: Rendered) -> None:
+        """Count one more."""
+        self.samples += 1
+        self.truncated += rendered.is_truncated
+        self.kept += rendered.item is not None
+        self.labelled += rendered.has_labels
+        self.ending += rendered.item is not None and rendered.ends_turn
 
-class SourceRenderer:
-    """Renders one dataset after the other by the same rules, and counts what did not fit."""
+    def __iadd__(self, other: Tally) -> Tally:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        return self
 
-    def __init__(self, renderer: ChatRenderer, rules: Processing) -> None:
-        self._renderer = renderer
-        self._rules = rules
-        self.cuts = Cuts()
+    @property
+    def dropped(self) -> int:
+        """Samples of which nothing is learned."""
+        return self.samples - self.kept
 
-    def render(self, source: Source) -> list[tuple[bytes, Item]]:
-        """Return the items worth learning from, with the keys they are split by.
+    def check(self, dataset: str, limit: int) -> None:
+        """Refuse a dataset from which a model would learn nothing, or never how to stop.
 
         Raises:
-            DatasetError: nothing would be learned, or never how to stop.
+            DatasetError: the text says what to change; `limit` is the longest sample's tokens.
         """
-        if source.shape == "prompt":
-            return self._prompts(source)
-        rendered = [(c, self._versions(source, c)) for c in source.conversations]
-        if not any(sample.labels for _, (sample, *_) in rendered):
+        if not self.labelled:
             raise DatasetNoAssistantTurnsError(
-                source.dataset.name,
-                f"none of its {len(rendered)} samples has an assistant turn to learn from.",
+                dataset, f"none of its {self.samples} samples has an assistant turn to learn from."
             )
-        kept = [(c.key, item) for c, samples in rendered if (item := self._fit(c, samples))]
-        if not kept:
-            raise self._all_too_long(source, self._rules.max_seq_len)
-        self._check_stops(source, (_telling(item) for _, item in kept))
-        return list(kept)
+        if not self.kept:
+            raise DatasetEmptyError(
+                dataset,
+                f"all {self.samples} samples are longer than {limit} tokens. "
+                "Raise processing.maxSeqLen.",
+            )
+        if not self.ending:
+            raise DatasetNeverStopsError(
+                dataset,
+                "no label token ends a turn, so the model would never stop talking. "
+                "Raise processing.maxSeqLen or use a chat template that ends assistant turns.",
+            )
 
-    def _versions(self, source: Source, conversation: Conversation) -> list[Sample]:
+
+class SampleRenderer:
+    """Renders the samples of one dataset."""
+
+    def __init__(
+        self, renderer: ChatRenderer, rules: Processing, *, dataset: str, shape: Shape
+    ) -> None:
+        self._renderer = renderer
+        self._rules = rules
+        self._dataset = dataset
+        self._shape = shape
+        self._end_ids = frozenset(renderer.eos_token_ids)
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """Return what is learned from a sample.
+
+        Raises:
+            DatasetRefusedByTemplateError: the model's template cannot render it.
+        """
+        if self._shape == "prompt":
+            token_ids = self._prompt_tokens(conversation)
+            fits = len(token_ids) <= self._rules.max_seq_len
+            prompt = Prompt(np.asarray(token_ids, dtype=np.int32), conversation.answer)
+            return Rendered(key=conversation.key, item=prompt if fits else None)
         versions = [conversation.messages]
         if conversation.rejected is not None:
             versions.append(conversation.rejected)
-        return [self._sample(source, conversation.place, messages) for messages in versions]
+        samples = [self._sample(conversation.place, messages) for messages in versions]
+        return self._fit(conversation, samples)
 
-    def _sample(self, source: Source, place: str, messages: Messages) -> Sample:
+    def _sample(self, place: str, messages: Messages) -> Sample:
         try:
             token_ids, is_assistant = self._renderer.render_for_training(messages)
         except MizzenError as error:
-            raise DatasetRefusedByTemplateError(source.dataset.name, f"{place}: {error}") from error
+            raise DatasetRefusedByTemplateError(self._dataset, f"{place}: {error}") from error
         is_label_T = np.asarray(is_assistant, dtype=np.bool_)
         if self._rules.loss_on == "all":
             is_label_T = np.ones_like(is_label_T)
@@ -94,68 +143,39 @@ class SourceRenderer:
         is_label_T[:1] = False
         return Sample(np.asarray(token_ids, dtype=np.int32), is_label_T)
 
-    def _fit(
-        self, conversation: Conversation, samples: list[Sample]
-    ) -> Sample | Pair | Rating | None:
-        """Return what fits of an item; None when that would teach nothing."""
+    def _fit(self, conversation: Conversation, samples: list[Sample]) -> Rendered:
+        """Return what fits of a sample, if that would teach anything."""
         limit = self._rules.max_seq_len
         fitting = [Sample(s.token_ids_T[:limit], s.is_label_T[:limit]) for s in samples]
         is_cut = sum(map(len, fitting)) < sum(map(len, samples))
         is_dropped = is_cut and self._rules.on_overlong == "drop"
+        has_labels = samples[0].labels > 0
         if is_dropped or not all(s.labels for s in fitting) or _are_equal(fitting):
-            self.cuts.dropped += 1
-            return None
-        self.cuts.truncated += is_cut
-        if conversation.is_liked is not None:
-            return Rating(fitting[0], conversation.is_liked)
-        return fitting[0] if len(fitting) == 1 else Pair(*fitting)
+            return Rendered(key=conversation.key, item=None, has_labels=has_labels)
+        telling = fitting[0]
+        return Rendered(
+            key=conversation.key,
+            item=_item(conversation, fitting),
+            is_truncated=is_cut,
+            has_labels=has_labels,
+            ends_turn=not self._end_ids.isdisjoint(
+                telling.token_ids_T[telling.is_label_T].tolist()
+            ),
+        )
 
-    def _prompts(self, source: Source) -> list[tuple[bytes, Item]]:
-        limit = self._rules.max_seq_len
-        rendered = [(c, self._prompt_tokens(source, c)) for c in source.conversations]
-        kept: list[tuple[bytes, Item]] = [
-            (c.key, Prompt(np.asarray(token_ids, dtype=np.int32), c.answer))
-            for c, token_ids in rendered
-            if len(token_ids) <= limit
-        ]
-        self.cuts.dropped += len(rendered) - len(kept)
-        if not kept:
-            raise self._all_too_long(source, limit)
-        return kept
-
-    def _prompt_tokens(self, source: Source, conversation: Conversation) -> list[int]:
+    def _prompt_tokens(self, conversation: Conversation) -> list[int]:
         try:
             return self._renderer.apply_chat_template(conversation.messages)
         except MizzenError as error:
             raise DatasetRefusedByTemplateError(
-                source.dataset.name, f"{conversation.place}: {error}"
+                self._dataset, f"{conversation.place}: {error}"
             ) from error
 
-    def _check_stops(self, source: Source, samples: Iterable[Sample]) -> None:
-        """Refuse data from which a model would unlearn to end its turn."""
-        end_ids = np.asarray(self._renderer.eos_token_ids, dtype=np.int32)
-        if not any(np.isin(s.token_ids_T[s.is_label_T], end_ids).any() for s in samples):
-            raise DatasetNeverStopsError(
-                source.dataset.name,
-                "no label token ends a turn, so the model would never stop talking. "
-                "Raise processing.maxSeqLen or use a chat template that ends assistant turns.",
-            )
 
-    @staticmethod
-    def _all_too_long(source: Source, limit: int) -> DatasetEmptyError:
-        return DatasetEmptyError(
-            source.dataset.name,
-            f"all {len(source.conversations)} samples are longer than {limit} tokens. "
-            "Raise processing.maxSeqLen.",
-        )
-
-
-def _telling(item: Sample | Pair | Rating) -> Sample:
-    """Return the version whose end tells whether turns end at all."""
-    match item:
-        case Pair(chosen=sample) | Rating(sample=sample):
-            return sample
-    return item
+def _item(conversation: Conversation, samples: Sequence[Sample]) -> Item:
+    if conversation.is_liked is not None:
+        return Rating(samples[0], conversation.is_liked)
+    return samples[0] if len(samples) == 1 else Pair(*samples)
 
 
 def _are_equal(samples: Sequence[Sample]) -> bool:

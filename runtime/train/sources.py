@@ -6,13 +6,17 @@ Read as JSON lines or as one JSON array; what an object means is `records`' affa
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import shutil
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from mizzen.runtime.train.config import Dataset
 from mizzen.runtime.train.errors import (
@@ -27,6 +31,7 @@ from mizzen.runtime.train.records import Conversation, Format, RecordReader, Sha
 
 FETCH_ATTEMPTS = 4
 FETCH_TIMEOUT_S = 30
+_HEAD_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,50 +55,80 @@ def load_source(
     """
     reader = RecordReader(dataset.name, shape=shape, form=dataset.format or default_format)
     if dataset.feedback is not None:
-        return _load_feedback(dataset, reader, shape)
-    raw = _read_file(dataset) if dataset.path else _fetch(dataset)
-    digest = hashlib.sha256(raw).hexdigest()
+        rows, digest = load_feedback(dataset, shape)
+    else:
+        with open_dataset(dataset) as file:
+            raw = file.read()
+        digest = hashlib.sha256(raw).hexdigest()
+        check_digest(dataset, digest)
+        rows = _parse(dataset.name, raw)
+    conversations = tuple(reader.read(place, value) for place, value in rows)
+    check_not_empty(dataset, len(conversations))
+    return Source(dataset, conversations, digest, shape)
+
+
+def check_digest(dataset: Dataset, digest: str) -> None:
+    """Raise DatasetDigestMismatchError unless the bytes are those that the job expects, if any."""
     if dataset.sha256 and dataset.sha256.removeprefix("sha256:") != digest:
         raise DatasetDigestMismatchError(
             dataset.name,
             f"its sha256 is {digest} and the job expects {dataset.sha256}. "
             "Restore the file or correct dataset.sha256.",
         )
-    conversations = tuple(reader.read(place, value) for place, value in _parse(dataset.name, raw))
-    if not conversations:
+
+
+def check_not_empty(dataset: Dataset, rows: int) -> None:
+    """Raise DatasetEmptyError where there is no row."""
+    if not rows:
         raise DatasetEmptyError(dataset.name, "the file holds no sample.")
-    return Source(dataset, conversations, digest, shape)
 
 
-def _load_feedback(dataset: Dataset, reader: RecordReader, shape: Shape) -> Source:
-    """Read a feedback log; its digest is of the rows, as the log itself goes on growing."""
+def load_feedback(dataset: Dataset, shape: Shape) -> tuple[Iterator[tuple[str, object]], str]:
+    """Read a feedback log's rows; the digest is of those, as the log itself goes on growing."""
     assert dataset.feedback is not None
     rows = read_feedback(dataset.name, dataset.feedback, until=dataset.until, shape=shape)
     digest = hashlib.sha256(json.dumps([row for _, row in rows], sort_keys=True).encode())
-    conversations = tuple(reader.read(place, row) for place, row in rows)
-    return Source(dataset, conversations, digest.hexdigest(), shape)
+    return iter(rows), digest.hexdigest()
 
 
-def _read_file(dataset: Dataset) -> bytes:
-    path = Path(str(dataset.path))
+@contextmanager
+def open_dataset(dataset: Dataset, scratch: Path | None = None) -> Iterator[BinaryIO]:
+    """Yield a dataset's bytes as a file; one behind a URL is first kept in `scratch`, or in memory.
+
+    Raises:
+        DatasetError: there is no such file, or it cannot be read.
+        DatasetUnreachableError: the server did not answer in several attempts.
+    """
+    if dataset.path is None:
+        with io.BytesIO() if scratch is None else scratch.open("w+b") as file:
+            _fetch(dataset, file)
+            file.seek(0)
+            yield file
+        return
     try:
-        return path.read_bytes()
+        with dataset.path.open("rb") as file:
+            yield file
     except OSError as error:
         raise DatasetNotFoundError(
             dataset.name,
-            f"{path} cannot be read ({error.strerror}). "
+            f"{dataset.path} cannot be read ({error.strerror}). "
             "Check dataset.uri and that the volume or ConfigMap holds this file.",
         ) from error
 
 
-def _fetch(dataset: Dataset) -> bytes:
+def _fetch(dataset: Dataset, into: BinaryIO) -> None:
     """Download over HTTP(S), trying again while the fault may pass."""
     for attempt in range(FETCH_ATTEMPTS):
         if attempt:
             time.sleep(2 ** (attempt - 1))
         try:
             with urllib.request.urlopen(str(dataset.url), timeout=FETCH_TIMEOUT_S) as answer:
-                return bytes(answer.read())
+                into.seek(0)
+                into.truncate()
+                shutil.copyfileobj(answer, into)
+                if not answer.length:  # of what is missing; read in pieces, nobody else says so
+                    return
+            fault = "ends before all of the file has come"
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code != 429:
                 raise DatasetNotFoundError(
@@ -109,15 +144,37 @@ def _fetch(dataset: Dataset) -> bytes:
 
 def _parse(name: str, raw: bytes) -> Iterator[tuple[str, object]]:
     """Yield each sample with its place in the file, as people count: `line 7`."""
-    if raw.lstrip().startswith(b"["):
-        yield from _parse_array(name, raw)
-        return
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    return parse_array(name, raw) if is_array(io.BytesIO(raw)) else parse_lines(name, raw)
+
+
+def is_array(file: BinaryIO) -> bool:
+    """Whether a file that stands at its beginning is one JSON array; leaves it standing there."""
+    text = b""
+    while not text and (piece := file.read(_HEAD_BYTES)):
+        text = piece.lstrip()
+    file.seek(0)
+    return text.startswith(b"[")
+
+
+def parse_lines(name: str, raw: bytes, *, first: int = 1) -> Iterator[tuple[str, object]]:
+    """Yield the samples of whole lines, of which the first has this number in its file.
+
+    Raises:
+        DatasetNotJsonError: a line is not JSON.
+    """
+    if first == 1:
+        raw = raw.removeprefix(b"\xef\xbb\xbf")
+    for number, line in enumerate(raw.split(b"\n"), start=first):
         if line.strip():
             yield f"line {number}", _parse_line(name, number, line)
 
 
-def _parse_array(name: str, raw: bytes) -> Iterator[tuple[str, object]]:
+def parse_array(name: str, raw: bytes) -> Iterator[tuple[str, object]]:
+    """Yield the samples of a JSON array.
+
+    Raises:
+        DatasetNotJsonError: it is not JSON.
+    """
     try:
         values = json.loads(raw)
     except json.JSONDecodeError as error:

@@ -248,12 +248,16 @@ def test_data_that_never_ends_a_turn_is_refused(tmp_path: Path) -> None:
     assert caught.value.reason == "DatasetNeverStops"
 
 
+def keys(source: Source) -> list[bytes]:
+    return [conversation.key for conversation in source.conversations]
+
+
 def test_the_holdout_follows_from_content_alone(tmp_path: Path) -> None:
     some, more = chats(tmp_path / "a", 100), chats(tmp_path / "b", 200)
-    held, held_of_more = choose_holdout([some], 0.2), choose_holdout([more], 0.2)
+    held, held_of_more = choose_holdout(keys(some), 0.2), choose_holdout(keys(more), 0.2)
     assert 10 <= len(held) <= 30
     assert held == held_of_more & {c.key for c in some.conversations}
-    assert held_of_more == choose_holdout([more, some], 0.2)
+    assert held_of_more == choose_holdout([*keys(more), *keys(some)], 0.2)
 
 
 def test_no_held_out_sample_is_trained_on_even_from_another_dataset(tmp_path: Path) -> None:

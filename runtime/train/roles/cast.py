@@ -15,7 +15,7 @@ from mizzen.runtime.train.stop import StopFlag
 from mizzen.runtime.train.surroundings import Stage, Surroundings
 from mizzen.runtime.train.workers import Workers
 
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 
 
 def open_stage(
@@ -28,13 +28,14 @@ def open_stage(
     """
     if config.roles == "InProcess":
         return None
-    address = workers.own_address or _LOOPBACK
+    address = workers.own_address or LOOPBACK
     os.environ.update(ray_settings(token=_token(config, environment), address=address))
     # Ray reads its settings when it is imported, takes seconds for that, and few jobs want it.
     from mizzen.runtime.train.roles.node import enter, start_node  # noqa: PLC0415
 
     head = None if workers.is_leader else workers.hear().decode()
-    head = start_node(address=address, place=_place(environment.node_rank), head=head)
+    place = _place(environment.node_rank)
+    head = str(start_node(address=address, place=place, head=head).address)
     if workers.is_leader:
         workers.tell(head.encode())
         enter(head)
@@ -68,7 +69,7 @@ def ray_settings(*, token: str, address: str) -> Mapping[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         # Named after where Ray does this by itself: 0 keeps it from binding more than loopback.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if address == _LOOPBACK else "1",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if address == LOOPBACK else "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         # Roles are what the pod is for. By default they give way to everything on the machine.
         "RAY_worker_niceness": "0",

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import socket
 import tempfile
 from contextlib import suppress
 from errno import EADDRINUSE
+from pathlib import Path
 
 import ray
 from ray._private.node import Node
@@ -41,7 +43,7 @@ _UNUSED_PORTS = (
 )
 
 
-class _PodNode(Node):
+class PodNode(Node):
     """A node whose raylet does not wait for its agents to tell it their ports.
 
     It would wait 15 s, which is too short where processors are busy, and abort.
@@ -54,15 +56,15 @@ class _PodNode(Node):
         super().start_ray_processes()
 
 
-def start_node(*, address: str, place: str, head: str | None = None) -> str:
-    """Start them and return the head's address. They end with this process, however it ends.
+def start_node(*, address: str, place: str, head: str | None = None) -> PodNode:
+    """Start them; `address` of what is returned is the head's. They end with this process.
 
     Args:
         address: This pod's, by which the other pods reach it.
         place: The resource by which a role asks for this pod.
         head: The head's address; where there is none, this pod's is the head.
     """
-    node = _PodNode(
+    node = PodNode(
         RayParams(
             node_ip_address=address,
             gcs_address=head,
@@ -83,12 +85,19 @@ def start_node(*, address: str, place: str, head: str | None = None) -> str:
         spawn_reaper=True,  # the kernel ends them with their parent
     )
     log.info("Ray is at %s; its logs are in %s.", node.address, node.get_session_dir_path())  # type: ignore[no-untyped-call]
-    return str(node.address)
+    return node
 
 
 def enter(head: str) -> None:
     """Become the process that places roles and asks them."""
     ray.init(address=head, log_to_driver=False, configure_logging=False)
+
+
+def end_node(node: PodNode) -> None:
+    """Leave Ray and end all that was started for it in this pod, with what it wrote."""
+    ray.shutdown()
+    node.kill_all_processes(check_alive=False, wait=True)  # type: ignore[no-untyped-call]
+    shutil.rmtree(Path(node.get_session_dir_path()).parent, ignore_errors=True)  # type: ignore[no-untyped-call]
 
 
 def _free_port(address: str) -> int:
