@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from mizzen.runtime.train.errors import StorageFullError, StorageNotWritableError
 
 # A quota and a file-size limit are walls of the same kind as a full disk.
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _READ_BYTES = 4 * 1024 * 1024
 
@@ -60,7 +60,7 @@ def storage_faults_of(what: str, directory: Path, *, need_bytes: int = 0) -> Ite
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise StorageFullError(what, directory=directory, need_mib=need_mib) from error
         if error.errno in _REFUSED:
             raise StorageNotWritableError(
@@ -75,6 +75,6 @@ def storage_faults_of(what: str, directory: Path, *, need_bytes: int = 0) -> Ite
         raise
     except SafetensorError as error:
         # The library reports an I/O fault as text only: "I/O error: ... (os error 28)".
-        if any(f"(os error {number})" in str(error) for number in _FULL):
+        if any(f"(os error {number})" in str(error) for number in FULL):
             raise StorageFullError(what, directory=directory, need_mib=need_mib) from error
         raise

@@ -300,7 +300,7 @@ class PreparationLostError(MizzenError):
     def __init__(self) -> None:
         super().__init__(
             "A process that prepared data on Ray is gone, most often because its memory was not "
-            "enough: each needs about 1 GiB. Give the trainer more memory or fewer CPUs."
+            "enough: each is allowed 1 GiB. Give the trainer more memory or fewer CPUs."
         )
 
 

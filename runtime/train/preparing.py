@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,10 +23,9 @@ from mizzen.runtime.train.surroundings import Stage
 
 log = logging.getLogger(__name__)
 
-# In this process a byte of chat rows was seen to take REPLACE bytes of memory
-# (benchmarks/data_memory.py): at this size REPLACE GiB, and more than Ray's own processes need.
+# Chosen, not measured: benchmarks/data_memory.py prints what each engine takes.
 LARGE_BYTES = 256 << 20
-_WORKER_BYTES = 1 << 30
+_WORKER_BYTES = 1 << 30  # allowed for, with its packages and the objects of a block
 _PACKAGES = ("pandas", "pyarrow", "ray")
 
 
@@ -106,7 +106,14 @@ def measure_files(datasets: Sequence[Dataset]) -> int:
     """Return the bytes of all files there are; what is not there is found missing later."""
     paths = [dataset.path for dataset in datasets if dataset.path is not None]
     paths += [p for d in datasets if d.feedback is not None for p in d.feedback.glob("*.jsonl")]
-    return sum(path.stat().st_size for path in paths if path.exists())
+    return sum(map(_size, paths))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _prepare_on_ray(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mizzen.runtime.train.config import Dataset
+from mizzen.runtime.train.durable import FULL
 from mizzen.runtime.train.errors import (
     DatasetDigestMismatchError,
     DatasetEmptyError,
@@ -136,6 +137,8 @@ def _fetch(dataset: Dataset, into: BinaryIO) -> None:
                 ) from error
             fault = f"answers {error.code}"
         except OSError as error:
+            if error.errno in FULL:
+                raise  # of where it is kept, not of the server
             fault = f"cannot be reached ({getattr(error, 'reason', error)})"
     raise DatasetUnreachableError(
         dataset.name, f"{dataset.url} {fault}, also after {FETCH_ATTEMPTS} attempts."

@@ -247,6 +247,11 @@ def test_copies_are_written_to_a_claim_that_is_mounted_and_to_a_bucket() -> None
     assert artifact_uri("s3://models/adapters/ab") == "s3://models/adapters/ab"
 
 
+def test_the_trainer_is_told_what_prepares_its_data() -> None:
+    large = job(processing={"engine": "Ray"})
+    assert TrainConfig.model_validate(build_train_config(large, 1, 1)).processing.engine == "Ray"
+
+
 def test_feedback_is_read_from_its_deployments_folder_until_the_job_was_made() -> None:
     said = {"name": "said", "feedbackRef": {"deployment": "chat", "folder": "pvc://logs/said"}}
     learner = replace(job(dataset=[said]), created_at="2026-01-01T00:00:00Z")

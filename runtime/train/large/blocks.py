@@ -20,7 +20,7 @@ from mizzen.runtime.train.sources import (
     parse_array,
 )
 
-# As Python objects a block's rows take some ten times as much, in each process.
+# As Python objects a block's rows take several times as much, in each process.
 BLOCK_BYTES = 8 << 20
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 from ray.exceptions import RayActorError
+from ray.util.annotations import RayDeprecationWarning
 
 from mizzen.runtime.train.errors import DatasetError, PreparationLostError
 from mizzen.runtime.train.large.blocks import Block
@@ -54,7 +55,7 @@ def _map_blocks(
     data = ray.data.from_items(list(map(asdict, blocks)), override_num_blocks=len(blocks))
     with warnings.catch_warnings():
         # There is no other way yet to say that a process which dies is not to be tried for ever.
-        warnings.simplefilter("ignore", ray.data.RayDeprecationWarning)
+        warnings.simplefilter("ignore", RayDeprecationWarning)
         data = data.map_batches(
             _Worker,
             batch_size=1,
