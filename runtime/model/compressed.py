@@ -119,6 +119,7 @@ def pack_words(levels_OI: Tensor, *, bits: int) -> Tensor:
     unsigned = levels_OI.to(torch.int64) + 2 ** (bits - 1)
     padding = -unsigned.shape[1] % per_word
     unsigned = torch.nn.functional.pad(unsigned, (0, padding)).unflatten(1, (-1, per_word))
-    words = (unsigned << torch.arange(0, _WORD_BITS, bits)).sum(-1)
+    shifts = torch.arange(0, _WORD_BITS, bits, device=unsigned.device)
+    words = (unsigned << shifts).sum(-1)
     # Two's complement: the sum is an unsigned 32-bit number, the file holds signed ones.
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

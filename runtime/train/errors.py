@@ -243,6 +243,20 @@ class TrainingDoesNotFitError(JobError):
         )
 
 
+class ComputingDoesNotFitError(JobError):
+    """A base in float32 and what is made of it are more than the host's memory."""
+
+    reason = "TrainingDoesNotFit"
+
+    def __init__(self, *, method: str, weights_mib: int, beside_mib: int, limit_mib: int) -> None:
+        super().__init__(
+            f"Method {method} needs {weights_mib} MiB for the base model in float32 + {beside_mib} "
+            f"MiB for what it makes of it = {weights_mib + beside_mib} MiB of the host's memory, "
+            f"on a GPU too, and the trainer has {limit_mib} MiB. Give it more memory "
+            "(spec.podTemplatePatch.resources) or use a smaller base model."
+        )
+
+
 class LoanDoesNotFitError(JobError):
     """A step is more than the memory that the replica has left."""
 

@@ -141,8 +141,7 @@ def _prepare(
         return prepare_transformers(config, environment, board, stop)
     pod = Pod(stop, stage)
     around = _surround(config, environment, stop, stage)
-    if config.is_trained:
-        check_memory(around)
+    check_memory(around)
     around = replace(around, workers=workers)
     if workers.tensor.size > 1:
         around = replace(around, stop=SharedStop(stop, Together(workers.tensor, around.device)))

@@ -1,4 +1,4 @@
-"""Does a job fit, before anything is read? What training holds on to, against the limit.
+"""Does a job fit, before anything is read? What it holds on to, against the limit.
 
 Activations are left out: they follow from the samples, and too many at once are halved later on.
 """
@@ -18,9 +18,10 @@ from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import Placement
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.adaptation import adapt, check_groups, frozen_bits, load_dtype
+from mizzen.runtime.train.compress.need import ComputingNeed, plan_computing
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.device import choose_dtype
-from mizzen.runtime.train.errors import TrainingDoesNotFitError
+from mizzen.runtime.train.errors import ComputingDoesNotFitError, TrainingDoesNotFitError
 from mizzen.runtime.train.rewards import is_reward_adapter
 from mizzen.runtime.train.roles.actors import (
     ReferenceRole,
@@ -54,13 +55,17 @@ def check_memory(around: Surroundings) -> None:
     A method's own head is left out, as it is one row, and so is a reward model's adapter.
 
     Raises:
-        TrainingDoesNotFitError: it needs more than there is.
-        JobConfigError: the base model cannot be trained in the way the job asks for, or its
-            reward model is none.
+        TrainingDoesNotFitError, ComputingDoesNotFitError: it needs more than there is.
+        JobConfigError: the base model cannot be trained or changed in the way the job asks for,
+            or its reward model is none.
         BadModelError: its shapes cannot be spread over the ranks, or stored in so few bits.
     """
-    need = plan_need(around.config, around.spec, around.device)
-    check_fits(need, memory_limit(around.device))
+    config, spec = around.config, around.spec
+    if config.is_trained:
+        check_fits(plan_need(config, spec, around.device), memory_limit(around.device))
+    else:
+        limit = memory_limit(torch.device("cpu"))
+        check_computing_fits(config.method, plan_computing(config, spec), limit)
 
 
 def plan_need(config: TrainConfig, spec: ArchSpec, device: torch.device) -> Need:
@@ -148,6 +153,17 @@ def check_fits(need: Need, limit_bytes: int) -> None:
             weights_mib=_mib(need.weights),
             gradients_mib=_mib(need.gradients),
             moments_mib=_mib(need.moments),
+            limit_mib=limit_bytes >> 20,
+        )
+
+
+def check_computing_fits(method: str, need: ComputingNeed, limit_bytes: int) -> None:
+    """Raise ComputingDoesNotFitError if that is more than the limit."""
+    if need.total > limit_bytes:
+        raise ComputingDoesNotFitError(
+            method=method,
+            weights_mib=_mib(need.weights),
+            beside_mib=_mib(need.beside),
             limit_mib=limit_bytes >> 20,
         )
 

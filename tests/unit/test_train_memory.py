@@ -4,19 +4,35 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hack.tiny_model import write_tiny_model
+from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import ArchSpec
+from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora.files import CONFIG_FILE
 from mizzen.runtime.train.adaptation import adapt, frozen_bits
-from mizzen.runtime.train.config import load_config
-from mizzen.runtime.train.errors import TrainingDoesNotFitError
-from mizzen.runtime.train.memory import Need, check_fits, memory_limit, need_of, plan_need
+from mizzen.runtime.train.compress.candidate import Candidate
+from mizzen.runtime.train.compress.need import ComputingNeed, plan_computing
+from mizzen.runtime.train.compress.prune import prune
+from mizzen.runtime.train.compress.quantize import quantize
+from mizzen.runtime.train.config import TrainConfig, load_config
+from mizzen.runtime.train.errors import ComputingDoesNotFitError, TrainingDoesNotFitError
+from mizzen.runtime.train.export import write_model
+from mizzen.runtime.train.memory import (
+    Need,
+    check_computing_fits,
+    check_fits,
+    memory_limit,
+    need_of,
+    plan_need,
+)
 from mizzen.runtime.train.methods.reward import HEAD_FILE, HEAD_NAME
+from mizzen.runtime.train.samples import Sample
 from mizzen.runtime.train.trainable import full_views
 from tests.fixtures.train_runs import run, write_job
 
@@ -188,6 +204,102 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
         "= 2048 MiB before the first sample, and the trainer has 2047 MiB. Use adaptation.type "
         "lora or qlora, a smaller base model, more memory, or more workers for "
         "one copy (parallelism.tensor)."
+    )
+
+
+COMPUTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "merged": ("merge", {"kind": "adapter", "parts": [{"source": "/adapter"}]}),
+    "quantized to 8 bits": ("quantize", {"scheme": "int8"}),
+    "quantized to 4 bits": ("quantize", {"scheme": "int4", "group_size": 32}),
+    "quantized to fp8": ("quantize", {"scheme": "fp8"}),
+    "of fewer layers": ("prune", {"kind": "depth", "ratio": 0.5}),
+    "of fewer hidden units": ("prune", {"kind": "width", "ratio": 0.5}),
+    "of fewer heads": ("prune", {"kind": "heads", "ratio": 0.5}),
+    "of zeros": ("prune", {"kind": "nm24"}),
+}
+
+
+def computing_job(root: Path, method: str, options: dict[str, Any], dtype: str) -> TrainConfig:
+    job = write_job(root, method=method, **{method: options}, output={"kind": "model"})
+    described = root / "model" / "config.json"
+    described.write_text(json.dumps({**json.loads(described.read_text()), "dtype": dtype}))
+    return load_config(job.config_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("method", "options"), COMPUTED.values(), ids=COMPUTED)
+def test_the_need_of_computing_is_known_before_a_weight_is_read_where_the_result_is(
+    tmp_path: Path, method: str, options: dict[str, Any], dtype: str
+) -> None:
+    config = computing_job(tmp_path, method, options, dtype)
+    need = plan_computing(config, ArchSpec.from_dir(config.base_model))
+    decoder = load_decoder(config.base_model, dtype=torch.float32)
+    assert need.weights == sum(tensor.nbytes for tensor in decoder.parameters())
+    assert need.beside == held_beside(decoder, config, tmp_path)
+
+
+def held_beside(decoder: Decoder, config: TrainConfig, folder: Path) -> int:
+    """Compute and write the result; return the bytes of what stands beside the base by then."""
+    tokenizer = Tokenizer.load(config.base_model)
+    sample = Sample(np.arange(20, dtype=np.int32), np.arange(20) > 0)
+    if config.quantize is not None:
+        candidate = quantize(decoder, config.quantize, [sample])
+    elif config.prune is not None:
+        candidate = prune(decoder, config.prune, [sample])
+    else:
+        tensors = {shard.name: shard.tensor.detach() for shard in decoder.shards()}
+        candidate = Candidate(spec=decoder.spec, tensors=tensors)
+    if config.merge is not None:
+        write_model(
+            folder,
+            candidate.tensors.items(),
+            spec=decoder.spec,
+            base_model=config.base_model,
+            tokenizer=tokenizer,
+        )
+    else:
+        candidate.write(folder, base_model=config.base_model, tokenizer=tokenizer)
+    base = {tensor.untyped_storage().data_ptr() for tensor in decoder.parameters()}
+    made = [t for t in candidate.tensors.values() if t.untyped_storage().data_ptr() not in base]
+    written = load_file(folder / "model.safetensors")
+    turned = [t for name, t in written.items() if t.dtype != candidate.tensors[name].dtype]
+    return sum(tensor.nbytes for tensor in (*made, *turned))
+
+
+def test_gptq_also_holds_what_a_layer_s_inputs_have_in_common(tmp_path: Path) -> None:
+    options = {"scheme": "int8", "algorithm": "gptq"}
+    config = computing_job(tmp_path, "quantize", options, "float32")
+    spec = ArchSpec.from_dir(config.base_model)
+    decoder = load_decoder(config.base_model, dtype=torch.float32)
+    assert config.quantize is not None
+    tensors = quantize(decoder, config.quantize.model_copy(update={"algorithm": "rtn"}), ()).tensors
+    packed = sum(t.nbytes for t in tensors.values() if t.dtype != torch.float32)
+    grams = [width**2 * 4 for width in (64, 64, 64, 128)]
+    assert plan_computing(config, spec).beside == packed + sum(grams) + 3 * max(grams)
+
+
+def test_a_computation_that_cannot_fit_is_refused_before_its_data_is_looked_for(
+    tmp_path: Path,
+) -> None:
+    missing = [{"name": "colours", "path": "/none.jsonl"}]
+    rules = {"prune": {"kind": "depth", "ratio": 0.5}, "output": {"kind": "model"}}
+    job = write_job(tmp_path, method="prune", datasets=missing, **rules)
+    assert run(job, memory_bytes=1 << 10) == 42
+    assert job.last_word["reason"] == "TrainingDoesNotFit"
+    assert "the trainer has 0 MiB" in job.last_word["message"]
+    assert run(job, memory_bytes=1 << 20) == 42
+    assert job.last_word["reason"] == "DatasetNotFound"
+
+
+def test_a_computation_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
+    need = ComputingNeed(weights=512 << 20, beside=256 << 20)
+    check_computing_fits("merge", need, 768 << 20)
+    with pytest.raises(ComputingDoesNotFitError) as caught:
+        check_computing_fits("merge", need, 767 << 20)
+    assert str(caught.value) == (
+        "Method merge needs 512 MiB for the base model in float32 + 256 MiB for what it makes of "
+        "it = 768 MiB of the host's memory, on a GPU too, and the trainer has 767 MiB. Give it "
+        "more memory (spec.podTemplatePatch.resources) or use a smaller base model."
     )
 
 

@@ -48,11 +48,28 @@ def prune(decoder: Decoder, rules: Prune, samples: Sequence[Sample]) -> Candidat
             "went from perplexity 14.7 to 1845. Prefer depth or width, and distill afterwards."
         )
         return _half_of_each_four(decoder)
+    smaller = smaller_spec(decoder.spec, rules)
     flow = Flow(decoder, samples[: rules.calibration_samples])
+    cuts = {"depth": _fewer_layers, "width": _fewer_units, "heads": _fewer_heads}
+    return cuts[rules.kind](decoder, flow, smaller)
+
+
+def smaller_spec(spec: ArchSpec, rules: Prune) -> ArchSpec:
+    """Return what is left of a model, known before its weights are.
+
+    Raises:
+        JobConfigError: nothing would be left, or everything.
+    """
     if rules.kind == "depth":
-        return _fewer_layers(decoder, flow, rules.ratio)
-    cut = _fewer_units if rules.kind == "width" else _fewer_heads
-    return cut(decoder, flow, rules.ratio)
+        return replace(spec, layers=_keep(spec.layers, rules.ratio, of="layers"))
+    if rules.kind == "width":
+        units = spec.intermediate_size
+        size = _keep(units, rules.ratio, of="hidden units", multiple=_UNIT_MULTIPLE)
+        return replace(spec, intermediate_size=size)
+    if rules.kind == "heads":
+        size = _keep(spec.kv_heads, rules.ratio, of="KV heads")
+        return replace(spec, heads=size * (spec.heads // spec.kv_heads), kv_heads=size)
+    return spec  # nm24 leaves zeros in their places
 
 
 @torch.no_grad()
@@ -66,13 +83,12 @@ def _half_of_each_four(decoder: Decoder) -> Candidate:
     return Candidate(spec=decoder.spec, tensors=dict(_tensors(decoder)))
 
 
-def _fewer_layers(decoder: Decoder, flow: Flow, ratio: float) -> Candidate:
+def _fewer_layers(decoder: Decoder, flow: Flow, smaller: ArchSpec) -> Candidate:
     influence = []
     for _, block in flow.layers():
         turns = [1 - F.cosine_similarity(x, y).mean() for x, y in flow.outputs(block)]
         influence.append(torch.stack(turns).mean())
-    spec = decoder.spec
-    kept = _best(torch.stack(influence), _keep(spec.layers, ratio, of="layers"))
+    kept = _best(torch.stack(influence), smaller.layers)
     log.info("Keeping the layers %s.", kept)
     tensors = {}
     for name, tensor in _tensors(decoder):
@@ -83,26 +99,23 @@ def _fewer_layers(decoder: Decoder, flow: Flow, ratio: float) -> Candidate:
         layer, rest = tail.split(".", 1)
         if int(layer) in kept:
             tensors[f"{head}{dot}{kept.index(int(layer))}.{rest}"] = tensor
-    smaller = replace(spec, layers=len(kept))
     changes = {"num_hidden_layers": len(kept), "layer_types": None}
     return Candidate(spec=smaller, tensors=tensors, changes=changes)
 
 
-def _fewer_units(decoder: Decoder, flow: Flow, ratio: float) -> Candidate:
-    spec = decoder.spec
-    size = _keep(spec.intermediate_size, ratio, of="hidden units", multiple=_UNIT_MULTIPLE)
+def _fewer_units(decoder: Decoder, flow: Flow, smaller: ArchSpec) -> Candidate:
+    size = smaller.intermediate_size
     tensors = dict(_tensors(decoder))
     for layer, block in flow.layers():
         kept = torch.tensor(_best(_added_by(flow, block, block.feed_forward.down), size))
         _cut(tensors, f"model.layers.{layer}.mlp", ("gate_proj", "up_proj"), "down_proj", kept)
-    smaller = replace(spec, intermediate_size=size)
     return Candidate(spec=smaller, tensors=tensors, changes={"intermediate_size": size})
 
 
-def _fewer_heads(decoder: Decoder, flow: Flow, ratio: float) -> Candidate:
+def _fewer_heads(decoder: Decoder, flow: Flow, smaller: ArchSpec) -> Candidate:
     """Leave out KV heads, each with the query heads that read it."""
     spec = decoder.spec
-    size, group = _keep(spec.kv_heads, ratio, of="KV heads"), spec.heads // spec.kv_heads
+    size, group = smaller.kv_heads, spec.heads // spec.kv_heads
     tensors = dict(_tensors(decoder))
     for layer, block in flow.layers():
         added = _added_by(flow, block, block.attention.out)
@@ -111,7 +124,6 @@ def _fewer_heads(decoder: Decoder, flow: Flow, ratio: float) -> Candidate:
         of_queries = _spread(kept, group * spec.head_dim)
         _cut(tensors, prefix, ("q_proj",), "o_proj", of_queries)
         _cut(tensors, prefix, ("k_proj", "v_proj"), None, _spread(kept, spec.head_dim))
-    smaller = replace(spec, heads=size * group, kv_heads=size)
     return Candidate(spec=smaller, tensors=tensors, changes=_head_changes(smaller))
 
 
