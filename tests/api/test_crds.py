@@ -119,18 +119,35 @@ def test_the_example_of_every_field_is_accepted(cluster: ApiCluster, namespace: 
     assert apply(cluster, namespace, reports_only)["spec"]["scaling"]["dryRun"] is True
 
 
-def test_a_job_cannot_change_but_for_suspend(cluster: ApiCluster, namespace: str) -> None:
-    apply(cluster, namespace, job())
-    assert apply(cluster, namespace, job(suspend=True))["spec"]["suspend"] is True
-    with pytest.raises(ClusterError, match=r"spec.hyperparameters cannot change"):
-        apply(cluster, namespace, job(hyperparameters={"epochs": 2}))
-    with pytest.raises(ClusterError, match=r"spec.roles cannot change"):
-        apply(cluster, namespace, job(roles="Ray"))
-    with pytest.raises(ClusterError, match=r"spec.output cannot change"):
-        apply(cluster, namespace, job(output={"uri": "pvc://models/elsewhere"}))
-    with pytest.raises(ClusterError, match=r"merge, quantize, prune, rl cannot change") as refusal:
-        apply(cluster, namespace, job(rl={"rewards": [{"type": "exactAnswer"}]}))
-    assert "no such key" not in str(refusal.value)
+MAY_CHANGE = r"\(only suspend, workers, parallelism, spareCapacity and priority can\)"
+
+
+def test_a_job_cannot_change_but_for_what_the_refusal_names(
+    cluster: ApiCluster, namespace: str
+) -> None:
+    changed: dict[str, object] = {"resources": {"accelerator": GPU}}
+    apply(cluster, namespace, job(**changed))
+    may_change = {
+        "suspend": True,
+        "workers": {"min": 2, "max": 4},
+        "parallelism": {"tensor": 2},
+        "spareCapacity": {"enabled": True, "yieldWithinSeconds": 90},
+        "priority": 7,
+    }
+    for field, value in may_change.items():
+        changed[field] = value
+        written = apply(cluster, namespace, job(**changed))["spec"][field]
+        assert written == (written | value if isinstance(value, dict) else value)
+    refused = {
+        "spec.hyperparameters": {"hyperparameters": {"epochs": 2}},
+        "spec.roles": {"roles": "Ray"},
+        "spec.output": {"output": {"uri": "pvc://models/elsewhere"}},
+        "merge, quantize, prune, rl": {"rl": {"rewards": [{"type": "exactAnswer"}]}},
+    }
+    for what, fields in refused.items():
+        with pytest.raises(ClusterError, match=f"{what} cannot change {MAY_CHANGE}") as refusal:
+            apply(cluster, namespace, job(**changed | fields))
+        assert "no such key" not in str(refusal.value)
 
 
 def test_kubectl_scale_and_the_scale_subresource(cluster: ApiCluster, namespace: str) -> None:

@@ -156,3 +156,17 @@ def test_a_field_of_a_newer_crd_does_not_stop_the_operator() -> None:
 def test_a_spec_written_under_looser_rules_is_named_field_by_field() -> None:
     with pytest.raises(ValidationError, match="baseModel"):
         FineTuneJobSpec.parse({"method": "sft"})
+
+
+def test_every_field_of_a_job_is_kept_as_it_was_but_those_that_the_refusal_names() -> None:
+    spec = schema_of(next(crd for crd in ALL if crd.kind == "FineTuneJob"))["properties"]["spec"]
+    refusals = [
+        rule["message"].removesuffix(").").split(" cannot change (only ")
+        for rule in spec["x-kubernetes-validations"]
+        if " cannot change " in rule["message"]
+    ]
+    kept = {name for what, _ in refusals for name in what.removeprefix("spec.").split(", ")}
+    ((*_, may_change),) = {tuple(refusal[1:]) for refusal in refusals}
+    named = set(may_change.removesuffix(" can").replace(" and ", ", ").split(", "))
+    assert kept & named == set()
+    assert kept | named == set(spec["properties"])
