@@ -124,7 +124,7 @@ def assemble(config: OperatorConfig, transport: Transport) -> Parts:
         kube=kube,
         facts=facts,
         autoscaler=autoscaler,
-        arbiter=Arbiter(kube=kube, facts=facts, on_change=queue.add),
+        arbiter=Arbiter(kube=kube, facts=facts, notes=lease, on_change=queue.add),
         metrics=metrics,
         lease=lease,
         health=health,

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Protocol
 
 from mizzen.operator.controllers.capacity_observe import (
     Node,
@@ -25,6 +26,7 @@ from mizzen.operator.controllers.capacity_observe import (
     read_replicas,
     read_returning,
 )
+from mizzen.operator.controllers.capacity_usage import Usage, read_usage
 from mizzen.operator.crds import finetunejob, llmdeployment
 from mizzen.operator.crds.common import Json
 from mizzen.operator.desired import labels
@@ -42,6 +44,7 @@ from mizzen.operator.planning.lending import (
     reserved_blocks,
 )
 from mizzen.operator.planning.placement import Gang
+from mizzen.operator.planning.preemption import Lease
 from mizzen.operator.routing import DEPLOYMENT, JOB
 from mizzen.operator.specs import InvalidSpecError
 from mizzen.operator.status.conditions import rfc3339
@@ -61,19 +64,31 @@ class Look:
     pods: tuple[Json, ...]
     jobs: Mapping[str, Json]  # by NAMESPACE/NAME, those that hold or want devices
     requests: Mapping[Key, Request]
+    leases: Mapping[str, tuple[Lease, ...]]  # by resource
     now: datetime
-    elapsed_s: float  # since the look before
+
+
+class Notes(Protocol):
+    """Texts that the operator's next process finds again."""
+
+    def note(self, key: str, text: str) -> None:
+        """Keep a text."""
+
+    def noted(self, key: str) -> str:
+        """Return what was kept last, by this process or the one before; empty where nothing was."""
 
 
 class Arbiter:
     """The loop, and how much each namespace has used of late."""
 
-    def __init__(self, *, kube: Kube, facts: Facts, on_change: Callable[[Key], None]) -> None:
+    def __init__(
+        self, *, kube: Kube, facts: Facts, notes: Notes, on_change: Callable[[Key], None]
+    ) -> None:
         self._kube = kube
         self._facts = facts
         self._on_change = on_change
-        self._used_s: dict[str, dict[str, float]] = {}
-        self._looked_at: datetime | None = None
+        self._notes = notes
+        self._usage = Usage()
 
     async def run(self, *, every_s: float, clock: Callable[[], datetime]) -> None:
         """Look every few seconds, and soon after a job asked."""
@@ -125,13 +140,17 @@ class Arbiter:
             for pod in gated:
                 await _try(self._kube.let_schedule(pod, labels.CAPACITY_GATE))
             return
-        elapsed_s = (now - self._looked_at).total_seconds() if self._looked_at else 0.0
-        self._looked_at = now
-        seen = Look(nodes, pods, jobs, dict(ledger.requests), now, elapsed_s)
+        resources = shared | _gated_resources(pods)
+        leases = {
+            resource: tuple(read_leases(pods, jobs, nodes, resource, now=now))
+            for resource in resources
+        }
+        seen = Look(nodes, pods, jobs, dict(ledger.requests), leases, now)
+        self._count_usage(seen)
         ledger.sees_nodes, ledger.shared = True, shared
         admitted: dict[Key, tuple[str, ...]] = {}
         waits: dict[Key, Wait] = {}
-        for resource in sorted(shared | _gated_resources(pods)):
+        for resource in sorted(resources):
             decision = await self._settle(resource, seen)
             admitted |= {
                 _key(job): tuple(nodes[name].hostname for name in placed)
@@ -140,6 +159,22 @@ class Arbiter:
             waits |= {_key(job): wait for job, wait in decision.waits.items()}
         for key in ledger.answer(seen.requests, admitted=admitted, waits=waits):
             self._on_change(key)
+
+    def _count_usage(self, seen: Look) -> None:
+        """Count what was held since the last look, by whichever process it was made."""
+        before = (
+            self._usage if self._usage.looked_at else read_usage(self._notes.noted(labels.USAGE))
+        )
+        elapsed_s = before.elapsed_s(seen.now)
+        # Also what nobody holds or wants now lies ever further back.
+        used_s = {
+            resource: next_usage(
+                before.used_s.get(resource, {}), seen.leases.get(resource, ()), elapsed_s=elapsed_s
+            )
+            for resource in before.used_s.keys() | seen.leases.keys()
+        }
+        self._usage = Usage({name: used for name, used in used_s.items() if used}, seen.now)
+        self._notes.note(labels.USAGE, self._usage.to_text())
 
     async def _settle(self, resource: str, seen: Look) -> Decision:
         """Decide for one resource and carry out what is not the jobs' to do."""
@@ -181,11 +216,6 @@ class Arbiter:
                 self._on_change(Key(DEPLOYMENT, metadata["namespace"], name))
 
     def _snapshot(self, resource: str, seen: Look, replicas: list[Replica]) -> Snapshot:
-        everyone = (seen.pods, seen.jobs, seen.nodes, resource)
-        leases = read_leases(*everyone, now=seen.now)
-        before = self._used_s.get(resource, {})
-        used_s = next_usage(before, leases, elapsed_s=seen.elapsed_s)
-        self._used_s[resource] = used_s
         queue = []
         for request in seen.requests.values():
             if request.resource == resource:
@@ -196,12 +226,12 @@ class Arbiter:
             resource=resource,
             capacity={node.name: node.devices.get(resource, 0) for node in seen.nodes.values()},
             held=read_held(seen.pods, seen.nodes, resource),
-            returning=read_returning(*everyone, now=seen.now),
-            leases=tuple(leases),
+            returning=read_returning(seen.pods, seen.jobs, seen.nodes, resource, now=seen.now),
+            leases=seen.leases[resource],
             wants=tuple(replica.want for replica in replicas),
             reserve=self._reserve(resource, seen),
             queue=tuple(queue),
-            used_s=used_s,
+            used_s=self._usage.used_s.get(resource, {}),
         )
 
     def _reserve(self, resource: str, seen: Look) -> tuple[Gang, ...]:

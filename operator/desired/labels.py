@@ -39,6 +39,7 @@ IN_SERVICE_GATE = "mizzen.dev/in-service"
 RECLAIMED_AT = "mizzen.dev/reclaimed-at"  # on a trainer's pod: since when it is to leave
 WAITS_SINCE = "mizzen.dev/waits-since"  # and since when a replica waits for that
 PREEMPTIONS = "mizzen.dev/preemptions"  # how often its job had to leave before it
+USAGE = "mizzen.dev/usage"  # on the leader's Lease, JSON: what each namespace used of late
 HOSTNAME = "kubernetes.io/hostname"  # by which a pod is bound to the node it was given
 # Kueue's contract for plain pods: which queue, which pods are admitted together, how many.
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"

@@ -24,7 +24,9 @@ class LeaseApi(Protocol):
     async def read(self) -> Json | None:
         """Return the Lease, or None where there is none yet."""
 
-    async def write(self, spec: Json, *, previous: Json | None) -> Json | None:
+    async def write(
+        self, spec: Json, *, annotations: dict[str, str], previous: Json | None
+    ) -> Json | None:
         """Write the Lease over `previous`; None when somebody else was quicker."""
 
 
@@ -45,6 +47,7 @@ class Lease:
     identity: str
     times: LeaseTimes = field(default_factory=LeaseTimes)
     wall_clock: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+    _notes: dict[str, str] = field(default_factory=dict)
     _seen: Json | None = None
     _seen_at: float = 0.0
     _renewed_at: float = 0.0
@@ -53,6 +56,14 @@ class Lease:
     def is_held(self) -> bool:
         """Return whether this process leads now, judged by its own clock."""
         return self._is_held and _now() - self._renewed_at < self.times.renew_s
+
+    def note(self, key: str, text: str) -> None:
+        """Have a text go with every renewal, as an annotation, for the leader that follows."""
+        self._notes[key] = text
+
+    def noted(self, key: str) -> str:
+        """Return what this leader, or the one before it, noted; empty where nobody did."""
+        return self._notes.get(key) or _annotations(self._seen).get(key, "")
 
     def age_s(self) -> float:
         """Return the seconds since the last successful renewal."""
@@ -81,7 +92,7 @@ class Lease:
         self._is_held = False
         spec = {**self._seen["spec"], "holderIdentity": "", "leaseDurationSeconds": 1}
         try:
-            await self.api.write(spec, previous=self._seen)
+            await self._write(spec, previous=self._seen)
         except Exception as error:
             logger.warning("could not release the Lease", extra={"error": str(error)})
 
@@ -94,7 +105,7 @@ class Lease:
                 if lease is not None and not self._may_take(lease):
                     self._is_held = False
                     return False
-                written = await self.api.write(self._next_spec(lease), previous=lease)
+                written = await self._write(self._next_spec(lease), previous=lease)
         except Exception as error:
             logger.warning("could not reach the Lease", extra={"error": str(error)})
             return False
@@ -104,6 +115,10 @@ class Lease:
         # Counted from before the request: the server may have stored it at any time since.
         self._renewed_at, self._is_held = asked_at, True
         return True
+
+    async def _write(self, spec: Json, *, previous: Json | None) -> Json | None:
+        annotations = _annotations(previous) | self._notes
+        return await self.api.write(spec, annotations=annotations, previous=previous)
 
     async def _observe(self) -> Json | None:
         lease = await self.api.read()
@@ -129,6 +144,10 @@ class Lease:
             "renewTime": now,
             "leaseTransitions": int(old.get("leaseTransitions") or 0) + int(is_new_holder),
         }
+
+
+def _annotations(lease: Json | None) -> dict[str, str]:
+    return (lease["metadata"].get("annotations") or {}) if lease else {}
 
 
 def _version(lease: Json) -> str:

@@ -24,9 +24,12 @@ class LeaseObject:
         except NotFound:
             return None
 
-    async def write(self, spec: Json, *, previous: Json | None) -> Json | None:
+    async def write(
+        self, spec: Json, *, annotations: dict[str, str], previous: Json | None
+    ) -> Json | None:
         """Write the Lease over `previous`; None when somebody else was quicker."""
         metadata: Json = {"name": self.name, "namespace": self.namespace}
+        metadata["annotations"] = annotations
         method, path = "POST", collection_path(API_VERSION, "Lease", self.namespace)
         if previous is not None:
             metadata["resourceVersion"] = previous["metadata"]["resourceVersion"]

@@ -16,6 +16,7 @@ import yaml
 
 from hack.cluster import fake_nodes
 from hack.cluster.api_only import ApiCluster
+from mizzen.operator.controllers.capacity_usage import read_usage
 from mizzen.operator.desired import labels
 from mizzen.operator.planning import generations, preemption
 from tests.fixtures.played_trainers import (
@@ -56,7 +57,7 @@ def operator(cluster: ApiCluster, trainers: PlayedTrainers) -> Iterator[RunningO
             FakeRuntimes(),
             trainers=trainers,
             namespace=INSTALLATION,
-            lease_name="mizzen-lending",
+            lease_name=INSTALLATION,
             lending_s=1.0,
         ) as running,
     ):
@@ -117,6 +118,13 @@ class Team:
             if condition["type"] == type_:
                 return condition["status"], condition["reason"]
         return "", ""
+
+    def used_s(self) -> float:
+        """Return how many device-seconds this namespace has used, as the Lease tells."""
+        where = ("-n", INSTALLATION, "get", "lease", INSTALLATION, "-o", "json")
+        lease = json.loads(self.cluster.kubectl(*where))
+        text = lease["metadata"].get("annotations", {}).get(labels.USAGE, "")
+        return read_usage(text).used_s.get(GPU, {}).get(self.name, 0.0)
 
     def pods(self, role: str) -> dict[str, Json]:
         found = json.loads(self.kubectl("get", "pods", "-l", f"{labels.ROLE}={role}", "-o", "json"))
@@ -184,6 +192,7 @@ def test_a_borrower_leaves_for_a_replica_and_comes_back_when_it_is_gone(team: Te
     wait_until(lambda: team.is_training("tune-g1-0"))
     wait_until(lambda: team.admitted()[0] == "True")
     assert team.status("ftj", "tune")["lending"]["nodes"] == [NODE]
+    wait_until(lambda: team.used_s() > 0)
 
     team.serve(2)
     wait_until(lambda: team.is_asked("tune-g1-0"))

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from mizzen.operator.controllers import finetunejob
+from mizzen.operator.controllers import capacity, finetunejob
 from mizzen.operator.controllers.capacity import Arbiter
+from mizzen.operator.controllers.capacity_usage import Usage, read_usage
 from mizzen.operator.desired import labels
 from mizzen.operator.engine.key import Key
 from mizzen.operator.kube.client import Kube
 from mizzen.operator.kube.errors import Conflict
 from mizzen.operator.ledger import Ledger
-from mizzen.operator.planning.lending import Hold
+from mizzen.operator.planning.lending import Decision, Hold, Snapshot
 from mizzen.operator.planning.placement import Gang
 from tests.fixtures.shared_cluster import GPU, JOBS, KEY, NOW, PODS, Cluster, admitted
 
@@ -68,7 +69,10 @@ async def test_a_replica_is_let_in_once_the_job_has_left_and_the_job_waits() -> 
     object.__setattr__(cluster.world.facts, "ledger", cluster.facts.ledger)
     cluster.facts = cluster.world.facts
     cluster.arbiter = Arbiter(
-        kube=cluster.world.kube, facts=cluster.facts, on_change=lambda key: None
+        kube=cluster.world.kube,
+        facts=cluster.facts,
+        notes=cluster.notes,
+        on_change=lambda key: None,
     )
     status = await cluster.look()
     let_in = cluster.pod("two")
@@ -388,3 +392,74 @@ async def test_no_borrower_leaves_while_another_replica_is_on_its_way_out() -> N
     cluster.now += timedelta(minutes=3)  # it is stuck, so somebody else has to
     status = await cluster.look()
     assert status["lending"]["preemptions"] == 1
+
+
+async def test_what_a_namespace_used_is_known_to_the_operator_that_comes_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[float] = []
+    lend = capacity.lend
+
+    def note(snapshot: Snapshot, **more: Any) -> Decision:
+        told.append(snapshot.used_s.get("team", 0.0))
+        return lend(snapshot, **more)
+
+    monkeypatch.setattr(capacity, "lend", note)
+    cluster = Cluster()
+    cluster.submit(workers=2)
+    await cluster.look()
+    for name in ("tune-g1-0", "tune-g1-1"):
+        cluster.run(name)
+    cluster.now += timedelta(seconds=100)
+    await cluster.look()
+    assert told[-2:] == [0.0, 200.0]
+    cluster.restart_operator()
+    await cluster.look()
+    assert told[-1] == 200.0
+    # The trainers did not stop for the operator.
+    cluster.restart_operator()
+    cluster.now += timedelta(seconds=100)
+    await cluster.look()
+    assert told[-1] == pytest.approx(400.0, rel=1e-3)
+
+
+async def test_what_was_used_of_a_resource_fades_also_while_only_others_are_in_use() -> None:
+    cluster = Cluster()
+    earlier = Usage({"other.example.com/gpu": {"team": 1000.0}}, NOW - timedelta(days=1))
+    cluster.notes.note(labels.USAGE, earlier.to_text())
+    cluster.submit()
+    await cluster.look()
+    left = read_usage(cluster.notes.noted(labels.USAGE))
+    assert left == Usage({"other.example.com/gpu": {"team": 500.0}}, NOW)
+
+
+@pytest.mark.parametrize("phase", ["Running", "Pending", "Succeeded"])
+async def test_devices_of_a_strangers_pod_are_given_to_nobody_until_it_has_ended(
+    phase: str,
+) -> None:
+    cluster = Cluster()
+    path = "/api/v1/namespaces/strangers/pods/notebook"
+    stranger = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"namespace": "strangers", "name": "notebook"},
+        "spec": {"nodeName": "a", "containers": [{"resources": {"limits": {GPU: "2"}}}]},
+        "status": {"phase": phase},
+    }
+    cluster.api.put(path, stranger)
+    cluster.submit()
+    status = await cluster.look()
+    if phase != "Succeeded":
+        assert cluster.pod("tune-g1-0") is None
+        assert admitted(status) == ("False", "NoSpareCapacity")
+        cluster.replica("two", is_gated=True)
+        await cluster.look()
+        replica = cluster.pod("two")
+        assert replica is not None
+        assert "nodeSelector" not in replica["spec"], "it is bound to no node: none has room"
+        cluster.api.drop(f"{PODS}/two")
+        cluster.api.put(path, stranger | {"status": {"phase": "Failed"}})
+        await cluster.look()
+    assert cluster.pod("tune-g1-0") is not None
+    untouched = cluster.api.objects[path]
+    assert "annotations" not in untouched["metadata"]

@@ -34,13 +34,16 @@ class Client:
         await self._travel()
         return self.server.lease
 
-    async def write(self, spec: Json, *, previous: Json | None) -> Json | None:
+    async def write(
+        self, spec: Json, *, annotations: dict[str, str], previous: Json | None
+    ) -> Json | None:
         await self._travel()
         now = self.server.lease
         if now != previous:
             return None
         version = int(now["metadata"]["resourceVersion"]) if now else 0
-        self.server.lease = {"metadata": {"resourceVersion": str(version + 1)}, "spec": spec}
+        metadata = {"resourceVersion": str(version + 1), "annotations": annotations}
+        self.server.lease = {"metadata": metadata, "spec": spec}
         return self.server.lease
 
     async def _travel(self) -> None:
@@ -162,3 +165,45 @@ async def test_a_takeover_counts_a_transition_and_a_renewal_does_not() -> None:
     keeping.cancel()
     await candidate(server, "b").acquire()
     assert server.lease["spec"]["leaseTransitions"] == 2
+
+
+@pytest.mark.parametrize("does_release", [True, False])
+async def test_what_a_leader_noted_is_read_by_its_followers_and_costs_no_write(
+    does_release: bool,
+) -> None:
+    server = Server()
+    first, second, third = (candidate(server, name) for name in "abc")
+    await first.acquire()
+    assert first.noted("used") == ""
+    keeping = asyncio.create_task(first.keep())
+    await asyncio.sleep(60)
+    assert server.lease is not None
+    before = int(server.lease["metadata"]["resourceVersion"])
+    for number in range(60):
+        first.note("used", str(number))
+        await asyncio.sleep(1)
+    assert int(server.lease["metadata"]["resourceVersion"]) - before <= 60 / TIMES.retry_s + 1
+    await asyncio.sleep(5)
+    keeping.cancel()
+    if does_release:
+        first.note("used", "last")  # since its last renewal
+        await first.release()
+    await second.acquire()
+    assert second.noted("used") == ("last" if does_release else "59")
+    await second.release()  # it has nothing to say
+    await third.acquire()
+    assert third.noted("used") == second.noted("used")
+    third.note("used", "own")
+    assert third.noted("used") == "own"
+
+
+async def test_annotations_of_others_on_the_lease_stay() -> None:
+    server = Server()
+    await (first := candidate(server, "a")).acquire()
+    assert server.lease is not None
+    server.lease["metadata"]["annotations"]["theirs"] = "kept"
+    first.note("ours", "too")
+    keeping = asyncio.create_task(first.keep())
+    await asyncio.sleep(5)
+    keeping.cancel()
+    assert server.lease["metadata"]["annotations"] == {"theirs": "kept", "ours": "too"}
