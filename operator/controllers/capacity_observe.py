@@ -75,7 +75,13 @@ def read_nodes(documents: Iterable[Json]) -> dict[str, Node]:
 
 
 def devices_of(pod: Json, resource: str) -> int:
-    """Return how many devices the pod holds; the largest init container may ask for more."""
+    """Return how many devices the pod holds, as the scheduler counts them.
+
+    All containers together, or an init container where that needs more; a sidecar, which is an
+    init container that is restarted, stays beside all that start after it.
+
+    Source: Kubernetes, "Sidecar containers", resource sharing within containers.
+    """
     spec = pod.get("spec") or {}
 
     def asked(container: Json) -> int:
@@ -83,8 +89,12 @@ def devices_of(pod: Json, resource: str) -> int:
         amount = (resources.get("limits") or resources.get("requests") or {}).get(resource, 0)
         return _count(amount)
 
-    first = max(map(asked, spec.get("initContainers") or []), default=0)
-    return max(first, sum(map(asked, spec.get("containers") or [])))
+    first = sidecars = 0
+    for container in spec.get("initContainers") or []:
+        first = max(first, sidecars + asked(container))
+        if container.get("restartPolicy") == "Always":
+            sidecars += asked(container)
+    return max(first, sidecars + sum(map(asked, spec.get("containers") or [])))
 
 
 def node_of(pod: Json, nodes: Mapping[str, Node]) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mizzen.operator.controllers.capacity_observe import (
+    read_held,
     read_leases,
     read_nodes,
     read_replicas,
@@ -81,3 +82,76 @@ def test_pods_that_kueue_admits_are_no_lease_of_ours() -> None:
     assert [lease.job for lease in read_leases([pod], jobs, nodes, GPU, now=NOW)] == ["team/tune"]
     pod["metadata"]["labels"][labels.KUEUE_QUEUE] = "research"
     assert read_leases([pod], jobs, nodes, GPU, now=NOW) == []
+
+
+def asks(*devices: int, resource: str = GPU, **more: Any) -> list[dict[str, Any]]:
+    return [{"resources": {"limits": {resource: str(count)}}} | more for count in devices]
+
+
+def foreign_pod(phase: str = "Running", **spec: Any) -> dict[str, Any]:
+    """A pod that has nothing of ours about it."""
+    return {
+        "metadata": {"namespace": "strangers", "name": "notebook",
+                     "creationTimestamp": "2026-09-01T12:00:00Z"},
+        "spec": {"nodeName": "a", "containers": asks(1)} | spec,
+        "status": {"phase": phase},
+    }  # fmt: skip
+
+
+HELD = {
+    "a pod that runs": (foreign_pod(), {"a": 1}),
+    "one that is bound and does not run yet": (foreign_pod("Pending"), {"a": 1}),
+    "not one that succeeded": (foreign_pod("Succeeded"), {}),
+    "not one that failed": (foreign_pod("Failed"), {}),
+    "one whose node does not answer": (foreign_pod("Unknown"), {"a": 1}),
+    "not one that no node was found for": (foreign_pod("Pending", nodeName=None), {}),
+    "one that waits for its node by name": (
+        foreign_pod("Pending", nodeName=None, nodeSelector={labels.HOSTNAME: "host-b"}),
+        {"b": 1},
+    ),
+    "a pod on another node": (foreign_pod(nodeName="b"), {"b": 1}),
+    "all containers together": (foreign_pod(containers=asks(1, 2)), {"a": 3}),
+    "the largest init container where that asks for more": (
+        foreign_pod(initContainers=asks(1, 4), containers=asks(2)),
+        {"a": 4},
+    ),
+    "the containers where those ask for more": (
+        foreign_pod(initContainers=asks(1, 1), containers=asks(2)),
+        {"a": 2},
+    ),
+    "sidecars beside the containers": (
+        foreign_pod(initContainers=asks(1, 2, restartPolicy="Always"), containers=asks(2)),
+        {"a": 5},
+    ),
+    "sidecars beside the init containers that start after them": (
+        foreign_pod(
+            initContainers=[*asks(1, restartPolicy="Always"), *asks(4)], containers=asks(2)
+        ),
+        {"a": 5},
+    ),
+    "not sidecars beside the init containers before them": (
+        foreign_pod(
+            initContainers=[*asks(4), *asks(1, restartPolicy="Always")], containers=asks(2)
+        ),
+        {"a": 4},
+    ),
+    "what is requested where no limit is named": (
+        foreign_pod(containers=[{"resources": {"requests": {GPU: "2"}}}]),
+        {"a": 2},
+    ),
+    "nothing of another resource": (
+        foreign_pod(containers=[*asks(3, resource="example.com/other"), {}]),
+        {"a": 0},
+    ),
+}
+
+
+@pytest.mark.parametrize(("pod", "expected"), HELD.values(), ids=HELD)
+def test_devices_that_a_stranger_holds_are_those_of(
+    pod: dict[str, Any], expected: dict[str, int]
+) -> None:
+    cluster = Cluster()
+    cluster.node("b")
+    nodes = read_nodes([cluster.api.objects[f"/api/v1/nodes/{name}"] for name in "ab"])
+    assert read_held([pod], nodes, GPU) == expected
+    assert read_leases([pod], {"strangers/notebook": {}}, nodes, GPU, now=NOW) == []
