@@ -12,7 +12,7 @@ from mizzen.runtime.engine.errors import AdapterLoadError, EngineDeadError
 from mizzen.runtime.errors import MizzenError
 from mizzen.runtime.server.errors import ApiError, invalid, to_api_error
 from mizzen.runtime.server.service import Service
-from mizzen.runtime.train.digest import digest_of, hash_files
+from mizzen.runtime.train.digest import base_weights_of, digest_of, hash_files
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,7 @@ async def load_adapter(service: Service, name: str, source: AdapterSource) -> No
         try:
             if source.digest:
                 await asyncio.to_thread(_check_digest, path, source.digest)
+            await _check_base(service, path)
             await engine.load_adapter(name, path, source.digest)
         except EngineDeadError as error:
             raise to_api_error(error) from error
@@ -137,6 +138,27 @@ def _check_digest(path: Path, wanted: str) -> None:
         raise AdapterLoadError(
             f"The files in {path} have the digest {found} and not {wanted}. Publish the adapter "
             "again, or ask for the digest it has."
+        )
+
+
+async def _check_base(service: Service, path: Path) -> None:
+    """Raise AdapterLoadError if an adapter says that it was trained beside other weights."""
+    trained = await asyncio.to_thread(base_weights_of, path)
+    if trained is None:
+        return
+    try:
+        served = await service.weights_mark()
+    except OSError as error:
+        raise AdapterLoadError(
+            f"Whether the adapter was trained beside the served weights cannot be seen: their "
+            f"files in {service.weights} cannot be read ({type(error).__name__}). Put them back."
+        ) from error
+    if trained != served:
+        raise AdapterLoadError(
+            f"The adapter was trained beside weights with the digest {trained}, and those that "
+            f"are served have {served}. Serve the base model that it was trained on, or train it "
+            "again on this one. Without its artifact.json, in a folder of its own, it is loaded "
+            "beside any."
         )
 
 

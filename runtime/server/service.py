@@ -27,7 +27,7 @@ from mizzen.runtime.server.files import ModelFiles
 from mizzen.runtime.server.metrics import Metrics
 from mizzen.runtime.server.traces import trace_asked, trace_finished
 from mizzen.runtime.tracing import Tracing, current_span, start_tracing
-from mizzen.runtime.train.digest import POLICY_PREFIX
+from mizzen.runtime.train.digest import POLICY_PREFIX, mark_weights
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class Service:
     adapter_digests: dict[str, str | None] = field(default_factory=dict)
     weights: Path = Path()  # where those lie that are served
     swaps: int = 0  # how often they were changed, perhaps in the same place
+    _mark: tuple[int, str] | None = None  # of the weights, after so many swaps
     _engine: EngineApi | None = None
     _open: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -106,6 +107,17 @@ class Service:
         """Serve other weights of the same model; raises as `EngineApi.load_weights` does."""
         await self.engine.load_weights(path)
         self.weights, self.swaps = path, self.swaps + 1
+
+    async def weights_mark(self) -> str:
+        """Return what the served weights are told apart by, read once for each swap.
+
+        Raises:
+            OSError: their files are gone.
+        """
+        swaps = self.swaps
+        if self._mark is None or self._mark[0] != swaps:
+            self._mark = swaps, await asyncio.to_thread(mark_weights, self.weights)
+        return self._mark[1]
 
     def is_alive(self) -> bool:
         """Whether a restart would not help: the loop moves, or the model is still loading."""

@@ -23,6 +23,7 @@ class Provenance:
     """What a result was made from."""
 
     base_digest: str
+    base_weights: str  # their mark: what a server can tell them apart by
     data_digest: str | None  # None where no data was read
     counts: Mapping[str, int]  # of samples
 

@@ -1,12 +1,14 @@
 """What an artifact's content is called. Imports no torch: servers check what trainers wrote."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from mizzen.runtime.train.durable import sha256_of
 
 ARTIFACT_FILE = "artifact.json"
+BASE_WEIGHTS = "baseWeights"  # in it, of an adapter: the mark of what it was trained beside
 # So many parts, evenly spread over a file, tell two trainings apart: they differ nearly everywhere.
 _PARTS = 64
 _PART_BYTES = 64 * 1024
@@ -56,10 +58,28 @@ def mark_weights(model: Path) -> str:
     """Return the same of a model's weights alone, whatever their files and folder are called.
 
     Copies of one model have different notes and configurations beside their weights.
+
+    Raises:
+        OSError: there are none, or they cannot be read.
     """
     files = model.iterdir() if model.is_dir() else [model]
-    weights = (path for path in files if path.suffix in _WEIGHTS)
+    weights = [path for path in files if path.suffix in _WEIGHTS]
+    if not weights:
+        raise FileNotFoundError(f"There are no weights in {model}.")
     return _mark(("", path) for path in sorted(weights))
+
+
+def base_weights_of(adapter: Path) -> str | None:
+    """Return the mark of the weights that an adapter was trained beside; None if it does not say.
+
+    Those of others do not, nor do those of earlier versions.
+    """
+    try:
+        document = json.loads((adapter / ARTIFACT_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    mark = document.get(BASE_WEIGHTS) if isinstance(document, dict) else None
+    return mark if isinstance(mark, str) else None
 
 
 def _mark(files: Iterable[tuple[str, Path]]) -> str:

@@ -23,7 +23,7 @@ from mizzen.runtime.train.card import Provenance
 from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.device import choose_device, use_own_cpus
-from mizzen.runtime.train.digest import model_digest
+from mizzen.runtime.train.digest import mark_weights, model_digest
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.evaluate import TallyStore
 from mizzen.runtime.train.hugging_face.installed import check_installed
@@ -118,6 +118,7 @@ def conclude(
         board.enter("Publishing")
         made_from = Provenance(
             base_digest=model_digest(find_checkpoint(config.base_model)),
+            base_weights=mark_weights(config.base_model),
             data_digest=work.data.digest if work.data else None,
             counts=work.data.counts if work.data else {},
         )

@@ -16,7 +16,7 @@ from mizzen.runtime.train.bucket import upload
 from mizzen.runtime.train.card import CARD_FILE, Provenance, build_card
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.curve import CURVE_FILE
-from mizzen.runtime.train.digest import ARTIFACT_FILE, digest_of, hash_files
+from mizzen.runtime.train.digest import ARTIFACT_FILE, BASE_WEIGHTS, digest_of, hash_files
 from mizzen.runtime.train.durable import storage_faults_of, sync_path
 from mizzen.runtime.train.oci_layout import write_oci_layout
 from mizzen.runtime.train.progress import Artifact, Verdict
@@ -68,6 +68,8 @@ def publish(
             "step": step,
             "evaluation": [asdict(verdict) for verdict in verdicts],
         }
+        if config.output.kind == "adapter":
+            document[BASE_WEIGHTS] = made_from.base_weights
         (partial / ARTIFACT_FILE).write_text(json.dumps(document, indent=2) + "\n")
         _install(partial, final, digest)
     return replace(artifact, copies=_copy(config, final, artifact.digest, hashes))

@@ -14,9 +14,10 @@ from mizzen.operator.controllers.job_inputs import find_base_model
 from mizzen.operator.crds.finetunejob import FineTuneJobSpec
 from mizzen.operator.engine.key import Key
 from mizzen.operator.planning.promotions import MODEL, choose_holders, promoted_at
-from mizzen.operator.status.job_facts import Approval, Promotion
+from mizzen.operator.status.job_facts import Approval, Problem, Promotion
 from mizzen.operator.status.progress import Progress, parse_progress
 from mizzen.operator.status.promotion import find_promotion
+from mizzen.operator.status.reasons import Reason
 from tests.fixtures.serving_world import World, publish_job
 from tests.unit.test_llmdeployment_canary import STEPS, answers
 from tests.unit.test_llmdeployment_rollout import go_on
@@ -111,6 +112,14 @@ def seen(
     found = find_promotion(job, progress, deployment, [job, *others], now=NOW)
     assert found is not None
     return found
+
+
+def test_an_adapter_that_the_replicas_refuse_is_not_promoted_and_the_job_says_why() -> None:
+    deployment = copy.deepcopy(SERVING)
+    deployment["status"]["adapters"][0] |= {"readyReplicas": 0, "error": "Another base model."}
+    found = seen(published("a", adapter="x"), deployment=deployment)
+    assert found.problem == Problem(Reason.ADAPTER_REFUSED, "Another base model.")
+    assert not found.is_done and not found.has_failed
 
 
 def test_a_second_job_for_one_name_is_refused_and_told_whose_it_is() -> None:

@@ -264,3 +264,6 @@ def test_weights_are_told_apart_whatever_lies_beside_them(tmp_path: Path) -> Non
     mark = mark_weights(one)
     (one / "README.md").write_text("notes")
     assert mark_weights(one) == mark != mark_weights(other)
+    for nothing in (tmp_path / "gone", tmp_path):
+        with pytest.raises(FileNotFoundError, match="There are no weights in"):
+            mark_weights(nothing)

@@ -128,7 +128,7 @@ def test_an_artifact_is_copied_to_a_bucket_and_a_layout(
             lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"weights"),
             step=8,
             verdicts=[],
-            made_from=Provenance(base_digest="ab", data_digest=None, counts={}),
+            made_from=Provenance(base_digest="ab", base_weights="cd", data_digest=None, counts={}),
         )
         folder = Path(artifact.path)
         store = S3Store("models", client_options={"allow_http": True})
