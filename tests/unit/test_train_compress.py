@@ -174,6 +174,35 @@ def test_a_model_with_fewer(tmp_path: Path, rules: Prune, says: dict[str, int]) 
     torch.testing.assert_close(logits, theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_what_pruning_layers_costs_is_won_back_by_learning_from_the_whole_model(
+    tmp_path: Path,
+) -> None:
+    full = {"adaptation": {"type": "full"}, "output": MODEL}
+    steps = {"hyperparameters": {"max_steps": 40, "learning_rate": 0.003}}
+    lax = {"evaluation": {"suites": [{"name": "holdout", "max_regression_ratio": 10.0}]}}
+    base = write_tiny_model(tmp_path / "deep", layers=4)
+    whole = write_job(tmp_path / "whole", base_model=str(base), **full, **steps)
+    assert run(whole) == 0
+    (teacher,) = whole.artifacts
+    rules = {"kind": "depth", "ratio": 0.5}
+    pruned = computed(tmp_path / "pruned", "prune", rules, base_model=str(teacher), **lax)
+    assert run(pruned) == 0
+    (student,) = pruned.artifacts
+    recovered = write_job(
+        tmp_path / "recovered",
+        method="distill",
+        distill={"teacher": str(teacher), "samples": 16},
+        base_model=str(student),
+        **full,
+        **steps,
+    )
+    assert run(recovered) == 0
+    (cost,), (won,) = pruned.last_word["evaluation"], recovered.last_word["evaluation"]
+    assert won["base"] == pytest.approx(cost["candidate"], rel=1e-3), "of the same held-out text"
+    assert cost["candidate"] > 2 * cost["base"]
+    assert won["candidate"] < (cost["base"] + cost["candidate"]) / 2, "half of what was lost"
+
+
 def test_what_is_pruned_is_what_adds_least(tmp_path: Path) -> None:
     decoder = load_decoder(write_tiny_model(tmp_path, layers=3), dtype=torch.float32)
     tensors = {shard.name: shard.tensor for shard in decoder.shards()}
