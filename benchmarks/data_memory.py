@@ -12,12 +12,14 @@ import argparse
 import json
 import logging
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import psutil
 
@@ -56,7 +58,7 @@ def main() -> None:
 
 def write_rows(path: Path, mb: int) -> Path:
     """Write a file of so many megabytes."""
-    words = [f"w{random.Random(n).randrange(10**6):x}" for n in range(5000)]
+    words = re.findall(r"\w+", " ".join(topics.values()))  # English, of Python's own manual
     draw, written = random.Random(0), 0
     with path.open("w") as file:
         while written < mb * _MB:
