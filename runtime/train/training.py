@@ -223,7 +223,9 @@ class Training:
         """
         weights = self._adapted.trainable.weights()
         if self._ranks.group.size > 1:
-            weights = self._store.tensors(self.step, WEIGHTS)
+            names = {name for name, _ in weights}  # a commit has the method's heads too
+            held = self._store.tensors(self.step, WEIGHTS)
+            weights = ((name, tensor) for name, tensor in held if name in names)
         self._adapted.write(
             folder, weights, base_model=self._config.base_model, tokenizer=self._tokenizer
         )
