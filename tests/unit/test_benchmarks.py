@@ -19,6 +19,7 @@ IN_PROCESS = {
     "prefix_cache": (["MODEL", "--prefix-tokens=64", "--rounds=1"], "on_over_off"),
     "perplexity": (["MODEL", "--tokens=128", "--window=64"], "over_reference_pct"),
     "decode_profile": (["MODEL", "--rows=2", "--context=20", "--steps=2", "--top=3"], "operator"),
+    "loan_stops": (["MODEL", "--requests=3", "--sample-words=8", "--threads=1"], "stop_max_ms"),
     "gpu_decode": (
         ["--shape=tiny", "--device=cpu", "--contexts=16", "--output-tokens=4", "--rounds=1"],
         "share_of_floor",

@@ -80,18 +80,19 @@ def test_the_loss_mixes_the_teachers_ids_with_the_datas_own(tmp_path: Path, shar
     torch.testing.assert_close(found, wanted)
 
 
-def test_a_student_comes_nearer_to_its_teacher(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adaptation", ["full", "qlora"])
+def test_a_student_comes_nearer_to_its_teacher(tmp_path: Path, adaptation: str) -> None:
     # A teacher that was trained a little: a random one has nothing to say about the data.
     full = {"adaptation": {"type": "full"}, "output": {"kind": "model"}}
     steps = {"max_steps": 30, "learning_rate": 0.003}
     teacher = write_job(tmp_path / "teacher", **full, hyperparameters=steps)
     assert run(teacher) == 0
+    beside = {"adaptation": {"type": adaptation}, "hyperparameters": {"max_steps": 30}}
     student = write_job(
         tmp_path / "student",
         method="distill",
         distill={"teacher": str(teacher.artifacts[0]), "samples": 16},
-        **full,
-        hyperparameters=steps,
+        **({**full, "hyperparameters": steps} if adaptation == "full" else beside),
     )
     assert run(student) == 0
     (suite,) = student.last_word["evaluation"]

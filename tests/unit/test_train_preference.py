@@ -188,13 +188,14 @@ def test_a_base_compared_with_itself_has_no_preference(decoder: Decoder) -> None
     assert total / weight == pytest.approx(math.log(2), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["adapter", "model"])
-def test_dpo_makes_the_chosen_answers_likelier(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("adaptation", ["lora", "full", "qlora"])
+def test_dpo_makes_the_chosen_answers_likelier(tmp_path: Path, adaptation: str) -> None:
+    kind = "model" if adaptation == "full" else "adapter"
     job = write_job(
         tmp_path,
         method="dpo",
         dpo={"beta": 0.5},
-        adaptation={"type": "lora" if kind == "adapter" else "full"},
+        adaptation={"type": adaptation},
         datasets=[{"name": "votes", "path": str(write_preferences(tmp_path / "votes.jsonl"))}],
         hyperparameters={"learning_rate": 0.01 if kind == "adapter" else 0.001, "max_steps": 12},
         evaluation=VOTES,
@@ -237,13 +238,15 @@ def write_ratings(path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("adaptation", ["lora", "qlora"])
 @pytest.mark.parametrize("write", [write_preferences, write_ratings])
 def test_a_reward_model_is_published_with_its_head_and_ranks_what_it_has_not_seen(
-    tmp_path: Path, write: Callable[[Path], Path]
+    tmp_path: Path, write: Callable[[Path], Path], adaptation: str
 ) -> None:
     job = write_job(
         tmp_path,
         method="reward",
+        adaptation={"type": adaptation},
         datasets=[{"name": "votes", "path": str(write(tmp_path / "votes.jsonl"))}],
         hyperparameters={"max_steps": 12},
         evaluation=VOTES,

@@ -45,12 +45,19 @@ WORTH = {"suites": [{"name": "worth", "type": "reward", "max_regression_ratio": 
 
 
 def rl_job(
-    root: Path, method: str, *, steps: int = 10, prompts: int = 4, dropout: float = 0.0, **rl: Any
+    root: Path,
+    method: str,
+    *,
+    steps: int = 10,
+    prompts: int = 4,
+    adaptation: str = "lora",
+    dropout: float = 0.0,
+    **rl: Any,
 ) -> Job:
     return write_job(
         root,
         method=method,
-        adaptation={"dropout": dropout},
+        adaptation={"type": adaptation, "dropout": dropout},
         rl={**RL, **rl},
         datasets=[{"name": "questions", "path": str(write_prompts(root.parent / "q.jsonl"))}],
         hyperparameters={"max_steps": steps, "batch_size": prompts, "micro_batch": 32},
@@ -279,9 +286,16 @@ def test_an_answer_that_does_not_end_pays_for_it(tmp_path: Path, decoder: Decode
 
 
 # Without siblings to compare with, PPO needs more answers before their mean tells anything.
-@pytest.mark.parametrize(("method", "prompts"), [("grpo", 4), ("ppo", 32)])
-def test_rewards_rise_and_the_drift_stays_small(tmp_path: Path, method: str, prompts: int) -> None:
-    job = rl_job(tmp_path / "job", method, steps=16, prompts=prompts, epochs=2)
+@pytest.mark.parametrize(
+    ("method", "prompts", "adaptation"),
+    [("grpo", 4, "lora"), ("grpo", 4, "qlora"), ("ppo", 32, "lora"), ("ppo", 32, "qlora")],
+)
+def test_rewards_rise_and_the_drift_stays_small(
+    tmp_path: Path, method: str, prompts: int, adaptation: str
+) -> None:
+    job = rl_job(
+        tmp_path / "job", method, steps=16, prompts=prompts, adaptation=adaptation, epochs=2
+    )
     assert run(job) == 0
     records = read_history(job.checkpoints / "metrics.jsonl")
     rewards = [record.measured["reward"] for record in records]

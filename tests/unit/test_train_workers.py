@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hack.ports import free_port
+from hack.tiny_model import write_tiny_model
 from tests.fixtures.train_runs import (
     assert_same_curve,
     exit_codes,
@@ -16,6 +17,7 @@ from tests.fixtures.train_runs import (
     start_workers,
     wait_for_step,
     write_job,
+    write_preferences,
 )
 
 WAIT_S = 400
@@ -23,11 +25,43 @@ LORA = {"adaptation": {"type": "lora", "rank": 4, "alpha": 8.0}}
 FULL = {"adaptation": {"type": "full"}, "output": {"kind": "model"}}
 
 
-@pytest.mark.parametrize("overrides", [LORA, FULL], ids=["lora", "full"])
+EIGHT_BITS = {"adaptation": {**LORA["adaptation"], "type": "qlora", "quantization": "int8"}}
+KINDS = {
+    "lora": LORA,
+    "full": FULL,
+    "8 bits": EIGHT_BITS,
+    "4 bits": {"adaptation": {**EIGHT_BITS["adaptation"], "quantization": "int4"}},
+}
+
+
+@pytest.mark.parametrize("overrides", KINDS.values(), ids=KINDS)
 def test_workers_together_learn_what_one_learns(tmp_path: Path, overrides: dict) -> None:
     alone = write_job(tmp_path / "alone", **overrides)
     assert run(alone) == 0
     shared = write_job(tmp_path / "shared", **overrides)
+    assert exit_codes(start_workers(shared, 2)) == [0, 0]
+    assert_same_curve(read_curve(shared), read_curve(alone))
+    assert len(shared.artifacts) == 1
+
+
+@pytest.mark.parametrize("kind", [LORA, FULL, EIGHT_BITS], ids=["lora", "full", "8 bits"])
+@pytest.mark.parametrize("method", ["dpo", "reward", "distill"])
+def test_workers_together_learn_by_other_methods_what_one_learns(
+    tmp_path: Path, method: str, kind: dict
+) -> None:
+    asked = {**kind, "method": method}
+    if method == "distill":
+        teacher = write_tiny_model(tmp_path / "teacher", width=96, heads=6)
+        asked |= {"distill": {"teacher": str(teacher)}}
+    else:
+        data = write_preferences(tmp_path / "votes.jsonl")
+        asked |= {
+            "datasets": [{"name": "votes", "path": str(data)}],
+            "evaluation": {"suites": [{"name": "votes", "type": "preferenceLoss"}]},
+        }
+    alone = write_job(tmp_path / "alone", **asked)
+    assert run(alone) == 0
+    shared = write_job(tmp_path / "shared", **asked)
     assert exit_codes(start_workers(shared, 2)) == [0, 0]
     assert_same_curve(read_curve(shared), read_curve(alone))
     assert len(shared.artifacts) == 1
