@@ -12,7 +12,8 @@ BASE_WEIGHTS = "baseWeights"  # in it, of an adapter: the mark of what it was tr
 # So many parts, evenly spread over a file, tell two trainings apart: they differ nearly everywhere.
 _PARTS = 64
 _PART_BYTES = 64 * 1024
-_WEIGHTS = (".safetensors", ".gguf")
+# Where neither of the first is there, a base for Hugging Face's Trainer may have pickles.
+_WEIGHTS = ((".safetensors", ".gguf"), (".bin",))
 # Of the names of policies in training. No adapter that is loaded by name has a colon.
 POLICY_PREFIX = "policy:"
 
@@ -62,11 +63,11 @@ def mark_weights(model: Path) -> str:
     Raises:
         OSError: there are none, or they cannot be read.
     """
-    files = model.iterdir() if model.is_dir() else [model]
-    weights = [path for path in files if path.suffix in _WEIGHTS]
-    if not weights:
-        raise FileNotFoundError(f"There are no weights in {model}.")
-    return _mark(("", path) for path in sorted(weights))
+    files = sorted(model.iterdir() if model.is_dir() else [model])
+    for suffixes in _WEIGHTS:
+        if weights := [path for path in files if path.suffix in suffixes]:
+            return _mark(("", path) for path in weights)
+    raise FileNotFoundError(f"There are no weights in {model}.")
 
 
 def base_weights_of(adapter: Path) -> str | None:

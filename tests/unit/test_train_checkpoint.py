@@ -262,8 +262,12 @@ def test_a_commit_is_due_by_the_number_of_steps_or_by_the_time_since_the_last(
 def test_weights_are_told_apart_whatever_lies_beside_them(tmp_path: Path) -> None:
     one, other = write_tiny_model(tmp_path / "a"), write_tiny_model(tmp_path / "b", layers=3)
     mark = mark_weights(one)
-    (one / "README.md").write_text("notes")
+    for beside in ("README.md", "training_args.bin"):
+        (one / beside).write_text("notes")
     assert mark_weights(one) == mark != mark_weights(other)
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"weights")
+    assert mark_weights(tmp_path / "pickled") != mark
     for nothing in (tmp_path / "gone", tmp_path):
         with pytest.raises(FileNotFoundError, match="There are no weights in"):
             mark_weights(nothing)
