@@ -78,9 +78,7 @@ class Stack(Structure):
 _SIGNATURES: dict[str, list[type]] = {
     "normalise": [*[c_void_p] * 4, *[c_long] * 2, c_float, c_int, c_int],
     "activate": [c_void_p, *[c_long] * 2, *[c_int] * 3],
-    "norm_back": [*[c_void_p] * 5, *[c_long] * 2, c_float, c_int, c_int],
     "silu_gate": [*[c_void_p] * 3, *[c_long] * 3, c_int, c_int],
-    "silu_gate_back": [*[c_void_p] * 4, *[c_long] * 3, c_int, c_int],
     "rotate": [*[c_void_p] * 3, *[c_long] * 4, c_int, c_int],
     "linear": [POINTER(Linear), c_int],
     "use_team": [c_void_p],
@@ -110,14 +108,12 @@ def has_linear() -> bool:
 
 
 def is_current(path: Path) -> bool:
-    """Was a library compiled from sources that agree with this file? Others misread `Stack`."""
+    """Was a library compiled from sources that agree with `Stack`? Others misread its parts."""
     if not path.exists():
         return False
-    library = ctypes.CDLL(str(path))
-    if not all(hasattr(library, name) for name in ("argument_bytes", *_SIGNATURES)):
-        return False
+    argument_bytes = getattr(ctypes.CDLL(str(path)), "argument_bytes", None)
     expected = ctypes.sizeof(Stack) + ctypes.sizeof(Layer)
-    return bool(library.argument_bytes() == expected)
+    return argument_bytes is not None and argument_bytes() == expected
 
 
 def load(path: Path) -> ctypes.CDLL:

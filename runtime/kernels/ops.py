@@ -1,7 +1,7 @@
 """What the kernels compute, each with torch's own way beside it.
 
-torch's is the reference, and serves other devices and other types. Kernels have no gradient; where
-one is wanted, `gradients` may have a kernel for that too.
+torch's is the reference, and serves other devices, other types and training: kernels have no
+gradient.
 """
 
 # torch leaves some of its calls untyped.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mizzen.runtime.kernels import gradients, library
+from mizzen.runtime.kernels import library
 from mizzen.runtime.kernels.library import ACTIVATIONS, TYPES
 
 
@@ -30,8 +30,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale the last dimension to unit root mean square, then by the weight."""
     if are_used(x):
         return _normalise(x, weight, None, eps)
-    if gradients.are_used(x, weight):
-        return gradients.rms_norm(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -80,10 +78,7 @@ def _activate(units_TF: Tensor, activation: str) -> bool:
 def silu_gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """Return silu(gate) * up."""
     kernels = library.kernels()
-    have_one_stride = gate_TF.stride() == up_TF.stride() and gate_TF.stride(-1) == 1
-    if have_one_stride and gradients.are_used(gate_TF, up_TF):
-        return gradients.silu_gate(gate_TF, up_TF)
-    if kernels is None or not are_used(gate_TF) or not have_one_stride:
+    if kernels is None or not are_used(gate_TF) or gate_TF.stride() != up_TF.stride():
         return F.silu(gate_TF) * up_TF
     rows, width = gate_TF.shape
     out_TF = gate_TF.new_empty(rows, width)
@@ -112,8 +107,6 @@ def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor, *, is_interleaved: bool = Fa
         sizes = tokens, x_THd.stride(0), heads, dim
         kernels.rotate(*pointers, *sizes, is_interleaved, TYPES[x_THd.dtype])
         return x_THd
-    if gradients.are_used(x_THd, cos, sin):
-        return gradients.rotate(x_THd, cos, sin, is_interleaved=is_interleaved)
     if is_interleaved:
         partners = x_THd.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
