@@ -61,7 +61,8 @@ class Wish:
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return how soon the job stood still, over all wishes."""
     torch.set_num_threads(arguments.threads)
-    decoder = load_decoder(arguments.model, is_trained_beside=True)
+    decoder = load_decoder(arguments.model)
+    decoder.prepack()  # as served weights are
     wish, pauses = Wish(), random.Random(0)
     document = json.dumps(write_job(folder, arguments.model, arguments))
     config = read_lent(document, decoder, arguments.model)
@@ -74,13 +75,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     loan.start()
     while not loan.step:
-        assert not loan.is_over, loan.state()
+        state = loan.state()  # a job that nobody asks about ends
+        assert state.exit_code is None, state
         time.sleep(0.1)
     times = []
     for _ in range(arguments.requests):
         time.sleep(pauses.uniform(0.1, 1.0))
         times.append(1e3 * wish.want())
-        loan.state()  # a job that nobody asks about ends
+        loan.state()
     steps = loan.step
     loan.ask_to_stop()
     loan.wait()

@@ -119,7 +119,7 @@ class Processing(ApiModel):
     engine: Annotated[
         Literal["Auto", "InProcess", "Ray"],
         Field(
-            description="What prepares the data: the trainer by itself, or Ray Data in its pod "
-            "with memory that does not grow with the data. Auto: Ray from 256 MiB on."
+            description="What prepares the data: the trainer by itself, or Ray Data in its pod, "
+            "block by block. Auto: Ray from 256 MiB on."
         ),
     ] = "Auto"

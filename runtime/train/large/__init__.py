@@ -1,1 +1,1 @@
-"""Data that is prepared in blocks, so that memory does not grow with it."""
+"""Data that is prepared in blocks, so that only its tokens, in a mapped file, grow with it."""
