@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
@@ -28,35 +30,28 @@ pytestmark = pytest.mark.timeout(1800)
 WAIT_S = 400
 
 
-@pytest.fixture(scope="module")
-def crew() -> Iterator[Crew]:
-    with pod_ray(None, StopFlag()) as place:
-        from mizzen.runtime.train.large.on_ray import ray_crew  # noqa: PLC0415 - reads its settings
-
-        yield ray_crew(workers=2, place=place)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.load(write_tiny_model(tmp_path_factory.mktemp("model")))
-
-
 @pytest.mark.parametrize("name", ["preferences", "two weighted datasets with copies"])
-def test_the_outcome_is_the_small_paths(
-    tmp_path: Path, crew: Crew, tokenizer: Tokenizer, name: str
-) -> None:
+def test_the_outcome_is_the_small_paths(tmp_path: Path, name: str) -> None:
     assert name in SETS
-    datasets, shape = write_set(tmp_path, name)
+    in_own_process(outcome_is_the_small_paths, tmp_path, name)
+
+
+def outcome_is_the_small_paths(crew: Crew, folder: Path, name: str) -> None:
+    tokenizer = Tokenizer.load(write_tiny_model(folder / "model"))
+    datasets, shape = write_set(folder, name)
     rules = Processing(max_seq_len=96, holdout_ratio=0.2)
     reader = BlockReader(datasets=datasets, rules=rules, shape=shape)
     large = prepare_large(reader, tokenizer, crew, block_bytes=2500)
     assert_same(prepare_data(datasets, tokenizer, rules, shape, pod=None), large)
 
 
-def test_a_bad_row_is_refused_with_the_same_words(
-    tmp_path: Path, crew: Crew, tokenizer: Tokenizer
-) -> None:
-    datasets, shape = write_set(tmp_path, "chat")
+def test_a_bad_row_is_refused_with_the_same_words(tmp_path: Path) -> None:
+    in_own_process(bad_row_is_refused, tmp_path)
+
+
+def bad_row_is_refused(crew: Crew, folder: Path) -> None:
+    tokenizer = Tokenizer.load(write_tiny_model(folder / "model"))
+    datasets, shape = write_set(folder, "chat")
     path = datasets[0].path
     assert path is not None
     path.write_text(path.read_text() + '\n{"text": 1}\nnot JSON')
@@ -65,7 +60,11 @@ def test_a_bad_row_is_refused_with_the_same_words(
         prepare_large(reader, tokenizer, crew, block_bytes=2500)
 
 
-def test_a_process_that_dies_is_told_of(crew: Crew) -> None:
+def test_a_process_that_dies_is_told_of() -> None:
+    in_own_process(death_is_told_of)
+
+
+def death_is_told_of(crew: Crew) -> None:
     block = Block(dataset=0, path="", start=0, size=0, first_line=1, is_placed=False)
 
     def die(_: Block) -> None:
@@ -136,6 +135,19 @@ def test_a_yield_while_data_is_prepared_ends_all_of_it_at_once(tmp_path: Path) -
     assert process.exitcode == EXIT_YIELDED
     wait_until(lambda: not any(is_alive(one) for one in ended))
     assert not job.checkpoints.exists()
+
+
+def in_own_process(check: Callable[..., None], *arguments: Path | str) -> None:
+    """Check in a process that has not imported Ray: it reads its settings then, and only then."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        process.submit(with_crew, check, *arguments).result()
+
+
+def with_crew(check: Callable[..., None], *arguments: Path | str) -> None:
+    with pod_ray(None, StopFlag()) as place:
+        from mizzen.runtime.train.large.on_ray import ray_crew  # noqa: PLC0415 - reads its settings
+
+        check(ray_crew(workers=2, place=place), *arguments)
 
 
 def below(root: psutil.Process) -> list[psutil.Process]:
