@@ -52,7 +52,7 @@ class OneDnnWeight:
             torch.backends.mkldnn.is_available()
             and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-            and (dtype == torch.float32 or (dtype == torch.bfloat16 and _knows_bfloat16()))
+            and (dtype == torch.float32 or (dtype == torch.bfloat16 and knows_bfloat16()))
         )
 
     def __init__(self, weight_OI: Tensor) -> None:
@@ -67,7 +67,8 @@ class OneDnnWeight:
         return self._packed.to_dense()
 
 
-def _knows_bfloat16() -> bool:
+def knows_bfloat16() -> bool:
+    """Has the processor an instruction by which torch multiplies bfloat16?"""
     knows = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return knows is not None and knows()
 

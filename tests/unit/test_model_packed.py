@@ -12,6 +12,7 @@ from mizzen.runtime.engine.ranks import load_rank
 from mizzen.runtime.errors import QuantizationUnsupportedError
 from mizzen.runtime.kernels import compile as compiling
 from mizzen.runtime.kernels import library
+from mizzen.runtime.model import beside as beside_module
 from mizzen.runtime.model import packed as packed_module
 from mizzen.runtime.model.beside import is_recoverable, multiply_beside
 from mizzen.runtime.model.decoder import Decoder
@@ -215,7 +216,7 @@ def test_bfloat16_stays_as_it_is_where_nothing_multiplies_it_faster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A processor with AVX2 alone: oneDNN refuses the type there, and ended the engine."""
-    monkeypatch.setattr(packed_module, "_knows_bfloat16", lambda: False)
+    monkeypatch.setattr(packed_module, "knows_bfloat16", lambda: False)
     for shape in ((48, 64), (64, 48)):
         assert pack(torch.randn(shape).bfloat16(), "none") is None
     no_panels(monkeypatch)
@@ -318,6 +319,21 @@ def test_gradients_pass_a_packed_weight_as_they_pass_the_plain_one(dtype: torch.
         assert plain.grad is not None
         assert beside.grad is not None
         assert error(beside.grad, plain.grad) < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_gradients_are_multiplied_in_float32_where_bfloat16_has_no_instruction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed = pack(WEIGHT.bfloat16(), "none")
+    assert is_recoverable(packed)
+    monkeypatch.setattr(beside_module, "knows_bfloat16", lambda: False)
+    monkeypatch.setattr(beside_module, "_BLOCK", 40)  # the last one is smaller
+    generator = torch.Generator().manual_seed(3)
+    learned = torch.randn(9, 64, generator=generator).bfloat16().requires_grad_(True)
+    gradient = torch.randn(9, 96, generator=generator).bfloat16()
+    multiply_beside(learned, None, packed).backward(gradient)
+    assert learned.grad is not None
+    assert error(learned.grad.float(), gradient.float() @ WEIGHT.bfloat16().float()) < 0.005
 
 
 def test_panels_give_the_whole_weight_back_as_it_was() -> None:
