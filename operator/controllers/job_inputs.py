@@ -90,12 +90,11 @@ def find_rollout(spec: FineTuneJobSpec, namespace: str, store: Store) -> Json | 
             f"rl.rollout names {name}, but this namespace has no LLMDeployment of that name. "
             "Create it or correct the name.",
         )
-    parallelism = deployment["spec"].get("parallelism") or {}
-    if max(parallelism.get("tensor", 1), parallelism.get("pipeline", 1)) > 1:
+    if (deployment["spec"].get("parallelism") or {}).get("nodes", 1) > 1:
         return Problem(
             Reason.ROLLOUT_REFUSED,
-            f"rl.rollout names {name}, whose replicas are spread over ranks and take no policy. "
-            "Name a deployment with spec.parallelism.tensor and pipeline 1.",
+            f"rl.rollout names {name}, whose replicas have several pods each and take no policy. "
+            "Name a deployment with spec.parallelism.nodes 1.",
         )
     return {"url": f"http://{name}.{namespace}.svc:{HTTP_PORT}"}
 

@@ -297,7 +297,7 @@ class EngineApi(Protocol):
             EngineBusyError: no such moment came in time, or too much waits for one;
                 `DrainingError` and `AsleepError` when no more work is taken.
             PromptTooLongError: the tokens fill the context.
-            InvalidRequestError: a parameter is out of its range, or the model has several ranks.
+            InvalidRequestError: a parameter is out of its range.
             UnknownAdapterError: the adapter is not loaded.
             GenerationFailedError: the model's numbers are not finite here.
             EngineDeadError: the loop has stopped.

@@ -52,6 +52,24 @@ def dummy_step(query_lens: list[int], *, block_size: int) -> StepInput:
     )
 
 
+def lone_step(
+    token_ids: Items[int], start: int, blocks: Items[int], block_size: int, lora_slot: int
+) -> StepInput:
+    """Return a step of one sequence, whose tokens from `start` are all sampled from."""
+    positions_T = np.arange(start, start + len(token_ids))
+    table_B = np.array(blocks, dtype=np.int64)
+    return StepInput(
+        token_ids_T=np.array(token_ids, dtype=np.int64),
+        positions_T=positions_T,
+        slots_T=table_B[positions_T // block_size] * block_size + positions_T % block_size,
+        query_lens=[len(token_ids)],
+        context_lens=[start + len(token_ids)],
+        block_tables_SB=table_B[None, : -(-(start + len(token_ids)) // block_size)],
+        sample_at_N=np.arange(len(token_ids)),
+        lora_slots_S=[lora_slot],
+    )
+
+
 class BatchBuilder:
     """Keeps each running sequence's block table in a row of one array.
 

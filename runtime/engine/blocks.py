@@ -88,6 +88,18 @@ class BlockPool:
             raise ValueError(f"{count} blocks wanted, {self.free} free")
         return [self._take() for _ in range(count)]
 
+    def lend(self, count: int) -> list[int]:
+        """Return `count` free blocks to be written to before the next `allocate`; they stay free.
+
+        What the prefix cache holds in them is forgotten, the least recently used first. The caller
+        made sure that `free` suffices.
+        """
+        if count > self.free:
+            raise ValueError(f"{count} blocks wanted, {self.free} free")
+        while len(self._blank) < count:
+            self._blank.append(self._evict())
+        return self._blank[len(self._blank) - count :]
+
     def remember(self, block: int, block_hash: bytes) -> None:
         """Let later sequences find this full, computed block. The first of equal blocks stays."""
         if self._caching and block_hash not in self._block_of and block not in self._hash_of:
@@ -128,10 +140,11 @@ class BlockPool:
         assert NULL_BLOCK not in held and NULL_BLOCK not in free, f"block 0 was given out: {counts}"
 
     def _take(self) -> int:
-        if self._blank:
-            block = self._blank.pop()
-        else:
-            block, _ = self._cached_free.popitem(last=False)
-            del self._block_of[self._hash_of.pop(block)]
+        block = self._blank.pop() if self._blank else self._evict()
         self._refs[block] = 1
+        return block
+
+    def _evict(self) -> int:
+        block, _ = self._cached_free.popitem(last=False)
+        del self._block_of[self._hash_of.pop(block)]
         return block

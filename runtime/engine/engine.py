@@ -3,9 +3,11 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
 from pathlib import Path
+
+from torch import Tensor
 
 from mizzen.runtime.engine.adapters import AdapterTable, SlotUse, content_hash, names_of
 from mizzen.runtime.engine.admission import check_request, check_scored
@@ -35,7 +37,7 @@ from mizzen.runtime.engine.idle import busy
 from mizzen.runtime.engine.lender import Lender
 from mizzen.runtime.engine.live import Live
 from mizzen.runtime.engine.sampler import is_edited, needs_tokens
-from mizzen.runtime.engine.scoring import WAIT_S, Scoring
+from mizzen.runtime.engine.scoring import WAIT_S, IsWanted, Scoring, rows_of_ranks, rows_of_whole
 from mizzen.runtime.engine.sequence import Sequence
 from mizzen.runtime.engine.speculation import DraftPlaces, Guesser, NgramIndex
 from mizzen.runtime.engine.startup import Parts, start_parts
@@ -112,12 +114,11 @@ class Engine:
     async def score(self, request: ScoreRequest) -> PromptScores:
         """Return what the model thinks of tokens, once no request wants it; see `api`."""
         check_scored(request, vocab_size=self.arch.vocab_size, model_len=self.model_len)
-        self._ranks.check_whole("Scores")
         self._check_open()
         with self._loop.lock:
             use = self._adapters.acquire(request.adapter) if request.adapter else None
-        slot, tokens = use.slot if use else 0, len(request.token_ids)
-        scoring = Scoring(request, self._resident, lambda: self._ranks.adapter_of(slot, tokens))
+        slot = use.slot if use else 0
+        scoring = Scoring(request, lambda is_wanted: self._rows(request, slot, is_wanted))
         try:
             return await self._when_idle(scoring)
         finally:
@@ -136,6 +137,13 @@ class Engine:
             ) from None
         finally:
             self._loop.remove_idle(scoring)
+
+    def _rows(self, request: ScoreRequest, slot: int, is_wanted: IsWanted) -> Iterator[Tensor]:
+        decoder = self._resident()
+        if self._ranks.is_whole:
+            lora = self._ranks.adapter_of(slot, len(request.token_ids))
+            return rows_of_whole(decoder, request, lora, is_wanted)
+        return rows_of_ranks(self._ranks, self._loop.scheduler, request, slot, is_wanted)
 
     def _resident(self) -> Decoder:
         self._check_open()  # again: it may have fallen asleep since it was asked
@@ -183,7 +191,11 @@ class Engine:
     async def start_loan(self, job: str) -> LoanState:
         """Train beside the served weights while no request wants them; see `api`."""
         async with self._change_lock:
-            self._ranks.check_whole("Loans")
+            if not self._ranks.is_whole:
+                raise InvalidRequestError(
+                    "Loans need a model that is not spread over ranks. Ask a deployment with "
+                    "spec.parallelism.tensor and pipeline 1."
+                )
             decoder, path = self._resident(), self._weights_path
             state = await asyncio.to_thread(self._lender.lend, job, decoder, path)
             if self._draining:

@@ -11,7 +11,6 @@ from torch import Tensor
 from mizzen.runtime.engine.batch import StepInput
 from mizzen.runtime.engine.config import EngineConfig
 from mizzen.runtime.engine.draft import DraftModel
-from mizzen.runtime.engine.errors import InvalidRequestError
 from mizzen.runtime.engine.graphs import graph_rows
 from mizzen.runtime.engine.heap import give_back_freed
 from mizzen.runtime.engine.kv_room import free_bytes, least_room, own_kv, room_for_blocks
@@ -35,6 +34,7 @@ from mizzen.runtime.errors import RankLostError, WeightShapeError
 from mizzen.runtime.handover import wait_for_memory
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.layers import Placement
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import Adapter, load_adapter
 from mizzen.runtime.parallel.group import RankGroup
@@ -66,16 +66,13 @@ class ModelRanks:
         self.check = ranks.check
         self.serve = ranks.serve
 
-    def check_whole(self, what: str) -> None:
-        """Raise InvalidRequestError if the model is spread over ranks: `what` needs it whole."""
-        if self._ranks.size > 1:
-            raise InvalidRequestError(
-                f"{what} need a model that is not spread over ranks. Ask a deployment "
-                "with spec.parallelism.tensor and pipeline 1."
-            )
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank holds all of the model."""
+        return self._ranks.size == 1
 
     def resident(self) -> Decoder:
-        """Return the served weights, for what is computed beside the steps of a whole model."""
+        """Return the served weights, for what is computed beside the steps."""
         return self._runner.decoder
 
     def spare_bytes(self) -> int:
@@ -108,10 +105,11 @@ class ModelRanks:
         return self._runner.run(step, before_N)
 
     def load_adapter(self, slot: int, adapter: Adapter, path: Path) -> None:
-        """Fill a slot on every rank; the others read the files themselves."""
+        """Fill a slot on every rank; the others read the files, which may go afterwards."""
         # Own rank first: what does not fit is refused here, before anyone else has seen it.
         self._runner.load_adapter(slot, adapter)
         self._tell(Load(slot, path))
+        _wait_for_all(self._place)
 
     def clear_adapter(self, slot: int) -> None:
         """Empty a slot on every rank."""
@@ -214,6 +212,7 @@ def follow(
     assert isinstance(first, Allocate), "the KV cache comes before the first step"
     room = min(first.room, room_for_blocks(config, decoder))
     runner = _runner(config, decoder, least_room(decoder, room) + 1)
+    place = decoder.place
     del decoder  # the runner's, which may let go of it
     reader, prepared = ThreadPoolExecutor(1), Future[Decoder]()
     for message in messages:
@@ -222,6 +221,7 @@ def follow(
                 runner.run(message)
             case Load(slot, path):
                 runner.load_adapter(slot, load_adapter(path))
+                _wait_for_all(place)
             case Clear(slot):
                 runner.clear_adapter(slot)
             case Scrub(blocks):
@@ -236,6 +236,11 @@ def follow(
             case Release():
                 runner.release()
     runner.release()  # captured collectives go before their group
+
+
+def _wait_for_all(place: Placement) -> None:
+    """Return once every rank has come here; reading the number waits for the device too."""
+    place.group.stages.least(torch.zeros(1, device=place.device)).item()
 
 
 def _runner(config: EngineConfig, decoder: Decoder, blocks: int) -> Runner:

@@ -94,12 +94,12 @@ class Rollouts:
         Raises:
             ApiError: it is no policy, or of another model than the one that is served.
         """
-        config = self._service.config
-        if config.tensor_parallel_size * config.pipeline_parallel_size > 1:
+        if self._service.config.nnodes > 1:
+            # The other pods could not read what is unpacked here.
             raise invalid(
                 None,
-                "Rollouts need a model that is not spread over ranks. Name a deployment with "
-                "spec.parallelism.tensor and pipeline 1.",
+                "Rollouts need a replica of one pod. Name a deployment with "
+                "spec.parallelism.nodes 1.",
             )
         name = policy_name(body)
         with TemporaryDirectory(prefix="policy-") as folder:

@@ -128,7 +128,7 @@ SPREAD: Document = {
     "apiVersion": "mizzen.dev/v1alpha1",
     "kind": "LLMDeployment",
     "metadata": {"name": "spread"},
-    "spec": {"model": {"source": "pvc://models/smollm2"}, "parallelism": {"tensor": 2}},
+    "spec": {"model": {"source": "pvc://models/smollm2"}, "parallelism": {"tensor": 2, "nodes": 2}},
 }
 
 
@@ -164,7 +164,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Scene], None], Document, str, str]] = {
     "a deployment for rollouts that is missing": (
         lambda scene: None, drawn_by("ghost"), "RolloutNotFound", "ghost",
     ),
-    "a deployment for rollouts that is spread over ranks": (
+    "a deployment for rollouts whose replicas have several pods": (
         lambda scene: scene.apply(SPREAD), drawn_by("spread"), "RolloutRefused", "parallelism",
     ),
 }  # fmt: skip
@@ -183,7 +183,8 @@ async def test_missing_input_is_named_and_waited_for(
 
 
 async def test_a_job_is_told_where_the_replicas_are_that_draw_for_it(scene: Scene) -> None:
-    chat = SPREAD | {"metadata": {"name": "chat"}, "spec": {"model": SPREAD["spec"]["model"]}}
+    spec = {"model": SPREAD["spec"]["model"], "parallelism": {"tensor": 2}}
+    chat = SPREAD | {"metadata": {"name": "chat"}, "spec": spec}
     scene.apply(chat)
     scene.apply(job(**drawn_by("chat")))
     await scene.look()

@@ -80,6 +80,20 @@ def test_uncached_blocks_are_reused_before_cached_ones_and_tails_before_heads() 
     assert pool.find(hashes) == blocks[:2]
 
 
+def test_lent_blocks_stay_free_and_are_no_more_found() -> None:
+    hashes = chain(PLAIN, TOKENS)
+    pool, blocks = pool_with(hashes, num_blocks=6)
+    pool.release(blocks)
+    blank = pool.lend(2)
+    assert pool.find(hashes) == blocks
+    assert set(pool.lend(3)) == {*blank, blocks[2]}
+    assert pool.find(hashes) == blocks[:2]
+    assert pool.used == 0
+    pool.check()
+    with pytest.raises(ValueError, match="6 blocks wanted, 5 free"):
+        pool.lend(6)
+
+
 def test_without_caching_nothing_is_found() -> None:
     hashes = chain(PLAIN, TOKENS)
     pool = BlockPool(num_blocks=8, block_size=SIZE, enable_caching=False)

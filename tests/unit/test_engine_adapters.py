@@ -5,11 +5,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import torch
-from peft import LoraConfig as PeftConfig
-from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from mizzen.runtime.engine.engine import Engine
 from mizzen.runtime.engine.errors import (
@@ -17,7 +13,13 @@ from mizzen.runtime.engine.errors import (
     GenerationFailedError,
     UnknownAdapterError,
 )
-from tests.fixtures.engine_models import generate, greedy_reference, save_served_llama, tiny_config
+from tests.fixtures.engine_models import (
+    generate,
+    greedy_reference,
+    save_random_adapter,
+    save_served_llama,
+    tiny_config,
+)
 
 PROMPT = list(range(30, 70))
 OUT = 12
@@ -40,16 +42,8 @@ async def engine(checkpoint: Path) -> AsyncIterator[Engine]:
 
 def save_adapter(checkpoint: Path, directory: Path, *, seed: int, rank: int = 4) -> list[int]:
     """Write a random adapter with PEFT and return what PEFT generates with it."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    torch.manual_seed(seed)
-    config = PeftConfig(r=rank, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, config).eval()
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    adapted.save_pretrained(directory)
-    return greedy_reference(adapted.merge_and_unload(), PROMPT, OUT)
+    model = save_random_adapter(checkpoint, directory, seed=seed, rank=rank)
+    return greedy_reference(model, PROMPT, OUT)
 
 
 async def test_each_request_gets_its_own_adapter(

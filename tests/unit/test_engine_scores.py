@@ -4,7 +4,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mizzen.runtime.engine import engine as engine_module
@@ -22,6 +24,7 @@ from mizzen.runtime.engine.errors import (
     AsleepError,
     EngineBusyError,
     EngineDeadError,
+    GenerationFailedError,
     InvalidRequestError,
     PromptTooLongError,
     UnknownAdapterError,
@@ -30,10 +33,16 @@ from mizzen.runtime.engine.idle import MAX_WAITING, IdleQueue, Interrupted
 from mizzen.runtime.engine.messages import FromEngine, Report, Started, Timings, ToEngine, open_link
 from mizzen.runtime.engine.process import Host, TimingLog
 from mizzen.runtime.engine.remote import RemoteEngine
-from mizzen.runtime.engine.scoring import Scoring
+from mizzen.runtime.engine.scoring import IsWanted, Scoring, rows_of_ranks, rows_of_whole
 from mizzen.runtime.engine.startup import NullRecorder
-from mizzen.runtime.model.layers import LoraDelta
-from tests.fixtures.engine_models import generate, save_served_llama, tiny_config
+from tests.fixtures.engine_models import (
+    assert_scores_of,
+    generate,
+    greedy_reference,
+    save_random_adapter,
+    save_served_llama,
+    tiny_config,
+)
 from tests.fixtures.runtime_server import Running, eventually, running_tiny_model
 
 PROMPT = tuple(range(40, 70))
@@ -88,13 +97,7 @@ async def test_scores_are_those_of_transformers(
     engine: Engine, checkpoint: tuple[Path, PreTrainedModel]
 ) -> None:
     scores = await engine.score(ScoreRequest(token_ids=PROMPT, alternatives=3))
-    with torch.inference_mode():
-        log_probs_TV = checkpoint[1](torch.tensor([PROMPT])).logits[0].log_softmax(-1)
-    assert [entry.token_id for entry in scores.logprobs] == list(PROMPT[1:])
-    wanted = [log_probs_TV[at, token].item() for at, token in enumerate(PROMPT[1:])]
-    assert [entry.logprob for entry in scores.logprobs] == pytest.approx(wanted, abs=1e-4)
-    best = log_probs_TV[:-1].topk(3).indices.tolist()
-    assert [[token for token, _ in entry.top] for entry in scores.logprobs] == best
+    assert_scores_of(scores, checkpoint[1], PROMPT)
     assert scores.drawn == ()
 
 
@@ -167,11 +170,13 @@ async def test_the_loop_is_alive_while_it_computes_in_an_idle_moment(engine: Eng
 
 
 def test_a_score_is_given_up_when_its_asker_leaves(engine: Engine) -> None:
-    def leave() -> LoraDelta | None:
-        scoring.done.cancel()
-        return None
+    asked = ScoreRequest(token_ids=PROMPT)
 
-    scoring = Scoring(ScoreRequest(token_ids=PROMPT), engine._ranks.resident, leave)
+    def leave(is_wanted: IsWanted) -> Iterator[Tensor]:
+        scoring.done.cancel()
+        return rows_of_whole(engine._ranks.resident(), asked, None, is_wanted)
+
+    scoring = Scoring(asked, leave)
     with pytest.raises(Interrupted):
         scoring.do(lambda: False)
     scoring.do(lambda: True)  # nobody waits: it is over before it looks up
@@ -180,7 +185,7 @@ def test_a_score_is_given_up_when_its_asker_leaves(engine: Engine) -> None:
 def test_an_asker_that_leaves_at_the_last_moment_is_told_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scoring = Scoring(ScoreRequest(token_ids=PROMPT), lambda: None, lambda: None)
+    scoring = Scoring(ScoreRequest(token_ids=PROMPT), lambda _: iter(()))
     monkeypatch.setattr(scoring_module, "score", lambda *_: scoring.done.cancel())
     scoring.do(lambda: False)
     scoring.fail(ZeroDivisionError())
@@ -201,13 +206,93 @@ async def test_a_score_that_waits_when_the_engine_falls_asleep_is_told_so(
     await engine.stop()
 
 
-async def test_a_model_on_several_ranks_refuses_scores_at_once(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def two_ranks(checkpoint: tuple[Path, PreTrainedModel]) -> AsyncIterator[Engine]:
+    started = Engine.start(
+        tiny_config(checkpoint[0], tensor_parallel_size=2, max_num_batched_tokens=24)
+    )
+    yield started
+    await started.stop()
+
+
+LONG = tuple(range(10, 90))  # takes several steps
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_scores_of_two_ranks_are_those_of_transformers(
+    two_ranks: Engine, checkpoint: tuple[Path, PreTrainedModel]
 ) -> None:
-    with idle_work(engine), monkeypatch.context() as spread:
-        spread.setattr(engine._ranks._ranks, "size", 2)
-        with pytest.raises(InvalidRequestError, match="tensor and pipeline 1"):
-            await engine.score(ScoreRequest(token_ids=PROMPT))
+    scores = await two_ranks.score(ScoreRequest(token_ids=LONG, alternatives=3, samples=4))
+    assert_scores_of(scores, checkpoint[1], LONG)
+    assert [len(ids) for ids in scores.drawn] == [4] * (len(LONG) - 1)
+    alone = await two_ranks.score(ScoreRequest(token_ids=LONG[:1]))
+    assert alone.logprobs == ()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_two_ranks_score_with_an_adapter_what_one_rank_does(
+    two_ranks: Engine, engine: Engine, checkpoint: tuple[Path, PreTrainedModel], tmp_path: Path
+) -> None:
+    save_random_adapter(checkpoint[0], tmp_path / "a", seed=1)
+    asked = ScoreRequest(token_ids=LONG, adapter="a")
+    found = []
+    for spread in (two_ranks, engine):
+        await spread.load_adapter("a", tmp_path / "a")
+        found.append([entry.logprob for entry in (await spread.score(asked)).logprobs])
+        await spread.unload_adapter("a")
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    base = await engine.score(ScoreRequest(token_ids=LONG))
+    assert found[1] != pytest.approx([entry.logprob for entry in base.logprobs], abs=0.01)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_scores_of_two_ranks_leave_no_block_behind_and_no_answer_changed(
+    two_ranks: Engine, checkpoint: tuple[Path, PreTrainedModel]
+) -> None:
+    pool = two_ranks._loop.scheduler.pool
+    prompt = list(PROMPT)
+    expected = greedy_reference(checkpoint[1], prompt, 8)
+    assert await generate(two_ranks, prompt, max_tokens=8) == expected  # is cached from now on
+    for _ in range(pool.total // pool.blocks_for(len(LONG)) + 1):
+        await two_ranks.score(ScoreRequest(token_ids=LONG))
+    pool.check()
+    assert pool.used == 0
+    assert await generate(two_ranks, prompt, max_tokens=8) == expected
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_two_ranks_give_up_a_score_between_two_steps(two_ranks: Engine) -> None:
+    """A request that came would wait for one step, not for the whole prompt."""
+    steps = []
+    asked = ScoreRequest(token_ids=LONG)
+
+    def is_wanted() -> bool:
+        steps.append(1)
+        return len(steps) == 3
+
+    def score() -> None:
+        rows = rows_of_ranks(two_ranks._ranks, two_ranks._loop.scheduler, asked, 0, is_wanted)
+        with pytest.raises(Interrupted), torch.inference_mode():
+            list(rows)
+
+    await asyncio.wrap_future(two_ranks._loop.call_between_steps(score))
+    assert len(steps) == 3
+    assert (await two_ranks.score(asked)).logprobs
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_numbers_of_two_ranks_that_overflow_leave_no_trace(
+    two_ranks: Engine, checkpoint: tuple[Path, PreTrainedModel], tmp_path: Path
+) -> None:
+    save_random_adapter(checkpoint[0], tmp_path / "broken", seed=1)
+    file = tmp_path / "broken" / "adapter_model.safetensors"
+    save_file({name: tensor * 1e38 for name, tensor in load_file(file).items()}, file)
+    await two_ranks.load_adapter("broken", tmp_path / "broken")
+    with pytest.raises(GenerationFailedError, match="Change the prompt"):
+        await two_ranks.score(ScoreRequest(token_ids=LONG, adapter="broken"))
+    await two_ranks.unload_adapter("broken")
+    scores = await two_ranks.score(ScoreRequest(token_ids=LONG, alternatives=3))
+    assert_scores_of(scores, checkpoint[1], LONG)
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mizzen.runtime.engine.api import GenerationRequest, SamplingParams, ScoreRequest
 from mizzen.runtime.engine.engine import Engine
-from mizzen.runtime.engine.errors import EngineDeadError, InvalidRequestError
+from mizzen.runtime.engine.errors import EngineDeadError
 from mizzen.runtime.engine.kv_room import KvCacheTooSmallError
 from mizzen.runtime.errors import EXIT_RANK_LOST, PipelineInvalidError, RankLostError
 from tests.fixtures.engine_models import (
+    assert_scores_of,
     collect,
     generate,
     greedy_reference,
+    save_random_adapter,
     save_served_llama,
     tiny_config,
 )
@@ -94,15 +94,7 @@ async def test_an_embedding_is_the_last_stages_hidden_state(
 async def test_an_adapter_changes_the_layers_of_every_stage(
     engine: Engine, folder: Path, tmp_path: Path
 ) -> None:
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = PeftConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(whole, config).eval()
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    adapted.save_pretrained(tmp_path)
-    expected = greedy_reference(adapted.merge_and_unload(), PROMPT, OUT)
+    expected = greedy_reference(save_random_adapter(folder, tmp_path, seed=1), PROMPT, OUT)
     base = await generate(engine, PROMPT, max_tokens=OUT)
     await engine.load_adapter("a", tmp_path)
     answers = await asyncio.gather(
@@ -129,10 +121,9 @@ async def test_all_stages_sleep_wake_and_change_their_weights_together(
     assert await generate(engine, PROMPT, max_tokens=OUT) == before
 
 
-async def test_scores_are_refused_with_what_to_ask_instead(engine: Engine) -> None:
-    request = ScoreRequest(token_ids=(1, 2, 3))
-    with pytest.raises(InvalidRequestError, match=r"spec\.parallelism\.tensor and pipeline 1"):
-        await engine.score(request)
+async def test_scores_are_those_of_transformers(engine: Engine, model: PreTrainedModel) -> None:
+    scores = await engine.score(ScoreRequest(token_ids=tuple(PROMPT), alternatives=3))
+    assert_scores_of(scores, model, PROMPT)
 
 
 async def test_quantized_stages_answer_as_the_quantized_whole(folder: Path, model: object) -> None:

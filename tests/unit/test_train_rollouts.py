@@ -251,15 +251,27 @@ async def test_every_prompt_needs_a_seed(replica: Running) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_model_spread_over_ranks_takes_no_policy(
+async def test_a_replica_of_several_pods_takes_no_policy(
     replica: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replica.service.config.model_copy(update={"tensor_parallel_size": 2})
+    config = replica.service.config.model_copy(update={"nnodes": 2})
     monkeypatch.setattr(replica.service, "config", config)
-    with pytest.raises(RolloutRefusedError, match="not spread over ranks"):
+    with pytest.raises(RolloutRefusedError, match="replica of one pod"):
         await asyncio.to_thread(
             fleet_of(replica.url).draw, Learner(replica).step(), ASKED[:1], RULES
         )
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+async def test_two_ranks_draw_of_the_newest_policy(tmp_path: Path, kind: str) -> None:
+    ranks = {f"{kind}_parallel_size": 2}
+    async with running_tiny_model(tmp_path, own_process=True, max_loras=2, **ranks) as server:
+        learner, fleet = Learner(server), fleet_of(server.url)
+        for _ in range(3):  # there is room for two
+            policy = learner.step()
+            answers = await asyncio.to_thread(fleet.draw, policy, ASKED, RULES)
+            expected = learner.log_probs(answers, learner.lora)
+            np.testing.assert_allclose(told(answers), expected, atol=1e-3)
 
 
 @pytest.mark.asyncio(loop_scope="module")
