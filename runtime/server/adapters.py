@@ -180,6 +180,24 @@ async def unload_adapter(service: Service, name: str) -> None:
     log.info("adapter unloaded: %s", name)
 
 
+async def swap_weights(service: Service, path: Path) -> None:
+    """Serve other weights, and no more the adapters that say they were trained beside others.
+
+    Raises:
+        MizzenError: the engine cannot take them; what is served stays as it was.
+    """
+    await service.load_weights(path)
+    async with service.change_lock:
+        for name, folder in [(one.name, Path(one.path)) for one in service.adapters()]:
+            try:
+                await _check_base(service, folder)
+            except AdapterLoadError as error:
+                await service.engine.unload_adapter(name)
+                service.adapter_digests.pop(name, None)
+                service.adapter_errors[name] = str(error)
+                log.error("adapter %s is no longer served: %s", name, error)
+
+
 async def load_listed(service: Service, file: Path | None) -> None:
     """Load the adapters that `file` lists; one that fails is noted and does not stop the rest.
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from mizzen.runtime.server.access import Access, Gate
-from mizzen.runtime.server.adapters import adapters_body, checked_path
+from mizzen.runtime.server.adapters import adapters_body, checked_path, swap_weights
 from mizzen.runtime.server.drain import Drain
 from mizzen.runtime.server.errors import ApiError, from_validation
 from mizzen.runtime.server.loans import look_at_loan, start_loan, stop_loan
@@ -43,7 +43,7 @@ class WeightsRequest(BaseModel):
 
 def admin_routes(service: Service, drain: Drain) -> list[GuardedRoute]:
     """Return every route of the admin port."""
-    swaps = WeightSwaps(service.load_weights)
+    swaps = WeightSwaps(partial(swap_weights, service))
     return [
         GuardedRoute("GET", "/healthz", partial(_healthz, service), Access.OPEN),
         GuardedRoute("GET", "/readyz", partial(_readyz, service), Access.OPEN),

@@ -96,6 +96,31 @@ async def test_other_weights_are_not_its_base_until_they_are_swapped_back(
     assert (await load(running, adapter)).status_code == 200
 
 
+async def test_a_swap_withdraws_the_adapters_of_other_weights_alone(
+    running: Running, adapter: Path, other: Path, root: Path
+) -> None:
+    served = running.service.weights
+    silent = root / "silent"
+    copy_files(adapter, silent, CONFIG_FILE, WEIGHTS_FILE)
+    body = {"parameters": {"path": str(silent)}}
+    assert (await load(running, adapter)).status_code == 200
+    await running.http.post("/v2/repository/models/silent/load", json=body)
+    try:
+        answer = await running.admin.post("/weights", json={"path": str(other)})
+        assert answer.status_code == 200
+        told = (await running.admin.get("/adapters")).json()
+        assert [one["name"] for one in told["adapters"]] == ["silent"]
+        (error,) = told["errors"]
+        assert error["name"] == "support"
+        assert "trained beside weights with the digest" in error["message"]
+        asked = {"model": "support", "prompt": "a", "max_tokens": 1}
+        assert (await running.http.post("/v1/completions", json=asked)).status_code == 404
+    finally:
+        await running.admin.post("/weights", json={"path": str(served)})
+    assert (await load(running, adapter)).status_code == 200
+    assert (await running.admin.get("/adapters")).json()["errors"] == []
+
+
 async def test_the_operator_is_told_that_trying_again_does_not_help(
     running: Running, adapter: Path, other: Path, tmp_path: Path
 ) -> None:
