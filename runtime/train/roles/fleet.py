@@ -136,7 +136,8 @@ class Fleet:
         bases = _addresses(self._url)[:_MOST_REPLICAS]
         futures = [self._threads.submit(self._serve, base, asked) for base in bases]
         troubles = [t for future in futures if (t := _wait_for(future, self._stop))]
-        return troubles[0] if troubles else "its name resolves to no address"
+        # Each once: of many replicas most have the same.
+        return ", ".join(dict.fromkeys(troubles)) or "its name resolves to no address"
 
     def _serve(self, base: str, asked: _Round) -> str | None:
         """Have one replica answer parts until none is left or it is away; return why it is."""
