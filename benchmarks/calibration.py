@@ -35,7 +35,8 @@ from mizzen.operator.simulator.traces import Request
 # One budget for every step, as the simulated engine has; left out, ours has two on a CPU.
 STEP_TOKENS = 256
 CONCURRENCIES = (1, 2, 4, 8, 16)
-PROMPT_LENGTHS = (128, 256, 512, 768)
+# Those of the run: attention makes a token of a longer prompt cost more.
+PROMPT_LENGTHS = (64, 128, 192, 256)
 MODEL_LEN = 1024
 REPEATS = 4
 SHORT_PROMPT, LONG_ANSWER = 8, 96
