@@ -1,7 +1,7 @@
 """Work on a served model for the moments in which no request wants it.
 
 It is done between two steps, in the loop's own thread, and given up as soon as a request arrives:
-within the time that one layer takes.
+within the time that one layer takes, or one small step where ranks share the model.
 """
 
 # Shapes: T packed tokens, H query heads, K KV heads, d head dimension.
