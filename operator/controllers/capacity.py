@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
 
+from mizzen.operator.controllers.capacity_kept import read_kept
 from mizzen.operator.controllers.capacity_observe import (
     Node,
     Replica,
@@ -29,6 +30,7 @@ from mizzen.operator.controllers.capacity_observe import (
 from mizzen.operator.controllers.capacity_usage import Usage, read_usage
 from mizzen.operator.crds import finetunejob, llmdeployment
 from mizzen.operator.crds.common import Json
+from mizzen.operator.crds.llmdeployment import LLMDeploymentSpec
 from mizzen.operator.desired import labels
 from mizzen.operator.engine.key import Key
 from mizzen.operator.facts import Facts
@@ -41,9 +43,7 @@ from mizzen.operator.planning.lending import (
     Wait,
     lend,
     next_usage,
-    reserved_blocks,
 )
-from mizzen.operator.planning.placement import Gang
 from mizzen.operator.planning.preemption import Lease
 from mizzen.operator.routing import DEPLOYMENT, JOB
 from mizzen.operator.specs import InvalidSpecError
@@ -222,6 +222,7 @@ class Arbiter:
                 where = gang_nodes(request.node_selector, request.tolerations, seen.nodes)
                 gang = replace(request.job.gang, nodes=where)
                 queue.append(replace(request.job, gang=gang))
+        kept = read_kept(self._deployments(), seen.pods, seen.nodes, resource, now=seen.now)
         return Snapshot(
             resource=resource,
             capacity={node.name: node.devices.get(resource, 0) for node in seen.nodes.values()},
@@ -229,32 +230,18 @@ class Arbiter:
             returning=read_returning(seen.pods, seen.jobs, seen.nodes, resource, now=seen.now),
             leases=seen.leases[resource],
             wants=tuple(replica.want for replica in replicas),
-            reserve=self._reserve(resource, seen),
+            reserve=kept.reserve,
+            surge=kept.surge,
             queue=tuple(queue),
             used_s=self._usage.used_s.get(resource, {}),
         )
 
-    def _reserve(self, resource: str, seen: Look) -> tuple[Gang, ...]:
-        """Return the blocks kept free for replicas that deployments may come to want."""
-        blocks: list[Gang] = []
+    def _deployments(self) -> Iterator[tuple[Json, LLMDeploymentSpec]]:
         for document in self._facts.store.all(llmdeployment.KIND):
             try:
-                spec = self._facts.specs.deployment(document)
+                yield document, self._facts.specs.deployment(document)
             except InvalidSpecError:
                 continue  # its own reconcile says so
-            if spec.scaling is None or spec.accelerator.resource != resource:
-                continue
-            there = sum(_leads(pod, document) and not is_over(pod) for pod in seen.pods)
-            patch = spec.pod_template_patch.to_api() if spec.pod_template_patch else {}
-            tolerations = patch.get("tolerations") or ()
-            where = gang_nodes(patch.get("nodeSelector") or {}, tolerations, seen.nodes)
-            blocks += reserved_blocks(
-                Gang(spec.parallelism.nodes, spec.devices_per_pod, where),
-                reserve=spec.scaling.reserve,
-                most=spec.scaling.max,
-                there=there,
-            )
-        return tuple(sorted(blocks, key=lambda gang: (-gang.devices, -gang.pods)))
 
     def _jobs(self) -> dict[str, Json]:
         return {
@@ -298,15 +285,6 @@ def _gated_resources(pods: Iterable[Json]) -> frozenset[str]:
         for container in pod["spec"]["containers"]
         for resource in (container.get("resources") or {}).get("limits") or {}
         if "/" in resource
-    )
-
-
-def _leads(pod: Json, deployment: Json) -> bool:
-    own = pod["metadata"].get("labels") or {}
-    return (
-        pod["metadata"]["namespace"] == deployment["metadata"]["namespace"]
-        and own.get(labels.DEPLOYMENT) == deployment["metadata"]["name"]
-        and own.get(labels.RANK) == "0"
     )
 
 

@@ -1,8 +1,9 @@
 """Who gets a cluster's devices: replicas first, then jobs, some of them until asked to leave. Pure.
 
-Spare is what nobody holds, less the blocks that are kept free for replicas to come. Any job may
-have it. A job with `spareCapacity` gives it back when a replica, or a job that goes before it,
-finds no room elsewhere. A job that does with fewer pods starts with as many as find room, and is
+Spare is what nobody holds, less the blocks that are kept free for replicas to come. A job with
+`spareCapacity` may have all of it, and gives it back when a replica, or a job that goes before it,
+finds no room elsewhere. One that keeps its devices leaves those that replicas had of late: they
+are lent, not given away. A job that does with fewer pods starts with as many as find room, and is
 offered more once nobody waits for those. One decision is made from one look at the cluster; the
 next look shows what came of it, so nothing is remembered in between.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
-from mizzen.operator.planning.placement import Gang, Room, count_fitting, place
+from mizzen.operator.planning.placement import Gang, Room, capped, count_fitting, freed, place
 from mizzen.operator.planning.preemption import Lease, choose_victims, protected_from_jobs
 
 # So long a wait, or one lost lease, lifts a job by one level of priority.
@@ -28,6 +29,7 @@ class Hold(StrEnum):
     """Why a job waits."""
 
     NO_ROOM = "NoSpareCapacity"
+    KEPT = "KeptForReplicas"
     TOO_LARGE = "MoreDevicesThanAnyNode"
     TOO_SLOW = "YieldTooSlow"
     BEHIND = "BehindOlderJob"
@@ -104,6 +106,7 @@ class Snapshot:
     leases: tuple[Lease, ...] = ()
     wants: tuple[Want, ...] = ()
     reserve: tuple[Gang, ...] = ()  # blocks kept free for replicas to come
+    surge: tuple[Gang, ...] = ()  # further blocks, which only jobs get that give them back
     queue: tuple[QueuedJob, ...] = ()
     used_s: Mapping[str, float] = field(default_factory=dict)  # device-seconds by namespace
 
@@ -123,6 +126,11 @@ class Decision:
 def reserved_blocks(gang: Gang, *, reserve: int, most: int, there: int) -> tuple[Gang, ...]:
     """Return the blocks kept free for a deployment: never for more replicas than it may have."""
     return (gang,) * max(0, min(reserve, most - there))
+
+
+def surge_blocks(gang: Gang, *, of_late: int, reserve: int, there: int) -> tuple[Gang, ...]:
+    """Return the blocks beyond the reserve for which a deployment had replicas of late."""
+    return (gang,) * max(0, of_late - there - reserve)
 
 
 def lend(snapshot: Snapshot, *, now: datetime) -> Decision:
@@ -202,7 +210,8 @@ class _Lending:
                 used_s[job.namespace] = used_s.get(job.namespace, 0.0) + cost
                 continue
             self._waits[job.job] = wait
-            if wait.hold is Hold.NO_ROOM and self._now - job.since >= _AGEING_STEP:
+            has_no_room = wait.hold in (Hold.NO_ROOM, Hold.KEPT)
+            if has_no_room and self._now - job.since >= _AGEING_STEP:
                 stuck.append(job)
         self._offer_more(used_s)
 
@@ -213,7 +222,9 @@ class _Lending:
         for job in sorted(growing, key=lambda job: rank(job, used_s, self._now)):
             if job.is_too_slow or any(other.gang.meets(job.gang) for other in waiting):
                 continue
-            nodes = self._room.take(job.largest(self._room.now))
+            limit = self._limit(job)
+            largest = job.largest(capped(self._room.now, limit))
+            nodes = self._room.take(largest, limit=limit)
             if nodes is not None:
                 self._admit[job.job] = nodes
 
@@ -258,40 +269,77 @@ class _Lending:
 
     def _start(self, job: QueuedJob) -> Wait | None:
         """Give the job its devices; return why it waits, if it does."""
-        nodes = self._room.take(job.largest(self._room.now))
+        limit = self._limit(job)
+        nodes = self._room.take(job.largest(capped(self._room.now, limit)), limit=limit)
         if nodes is not None:
             self._admit[job.job] = nodes
             return None
-        gang = job.largest(self._room.soon)
+        gang = job.largest(capped(self._room.soon, limit))
         weaker = [
             lease
             for lease in self._snapshot.leases
             if (not job.is_spare or lease.priority < job.priority)
             and not protected_from_jobs(lease, now=self._now)
         ]
-        if self._make_room(gang, job.job, weaker):
+        if self._make_room(gang, job.job, weaker, limit=limit):
             return Wait(Hold.COMING, "Other jobs are leaving the devices that it will get.")
         resource = self._snapshot.resource
+        if limit is not None and place(job.least, self._spare()) is not None:
+            return Wait(
+                Hold.KEPT,
+                f"The job asks for {_size(job)} {resource} and would not give them back to the "
+                "replicas that had them within the last hour. Set spec.spareCapacity.enabled to "
+                "true, or lower scaling.max of the deployments, or add nodes. It starts when they "
+                "have been idle for an hour.",
+            )
         return Wait(
             Hold.NO_ROOM,
             f"The job asks for {_size(job)} {resource} and no node can spare that now. It "
             "starts when replicas or other jobs leave, or nodes are added.",
         )
 
-    def _make_room(self, gang: Gang, who: str, leases: Iterable[Lease]) -> bool:
+    def _make_room(
+        self,
+        gang: Gang,
+        who: str,
+        leases: Iterable[Lease],
+        *,
+        limit: Mapping[str, int] | None = None,
+    ) -> bool:
         """Keep devices that are coming back, and ask for more where those are not enough."""
-        if self._room.reserve(gang) is not None:
+        if self._room.reserve(gang, limit=limit) is not None:
             return True
-        asked = self._reclaim
-        victims = choose_victims(
-            gang, self._room.soon, [lease for lease in leases if lease.job not in asked]
-        )
+        unasked = [lease for lease in leases if lease.job not in self._reclaim]
+        victims = choose_victims(gang, self._room.soon, unasked, limit=limit)
         if victims is None:
             return False
         self._reclaim.update({victim.job: who for victim in victims})
         self._room.expect(victim.devices for victim in victims)
-        self._room.reserve(gang)
+        self._room.reserve(gang, limit=limit)
         return True
+
+    def _limit(self, job: QueuedJob) -> dict[str, int] | None:
+        """Return how many devices of each node a job may have; None: all that it finds.
+
+        One that does not give them back leaves room for the replicas there were of late, be it free
+        or lent to others, who do.
+        """
+        if job.is_spare or not self._snapshot.surge:
+            return None
+        left = self._spare()
+        for gang in self._snapshot.surge:
+            for node in place(gang, left) or ():
+                left[node] -= gang.devices
+        return left
+
+    def _spare(self) -> dict[str, int]:
+        """Return what is free, comes back or can be asked back."""
+        lent = (
+            lease.devices
+            for lease in self._snapshot.leases
+            if lease.is_reclaimable and not lease.is_leaving and lease.job not in self._reclaim
+        )
+        return freed(self._room.soon, lent)
 
 
 def _size(job: QueuedJob) -> str:

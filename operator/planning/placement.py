@@ -29,12 +29,22 @@ def count_fitting(gang: Gang, free: Mapping[str, int]) -> int:
     return sum(max(0, room) // gang.devices for room in rooms)
 
 
-def place(gang: Gang, free: Mapping[str, int]) -> tuple[str, ...] | None:
+def capped(free: Mapping[str, int], limit: Mapping[str, int] | None) -> Mapping[str, int]:
+    """Return what is free, on no node more than the limit, if there is one."""
+    if limit is None:
+        return free
+    return {node: min(room, limit.get(node, 0)) for node, room in free.items()}
+
+
+def place(
+    gang: Gang, free: Mapping[str, int], *, limit: Mapping[str, int] | None = None
+) -> tuple[str, ...] | None:
     """Return a node for each pod, None where not all of them find one.
 
-    The pods are equal, so one that takes the fullest node never costs another its place.
+    The pods are equal, so one that takes the fullest node never costs another its place. Of a node
+    they get no more devices than its limit.
     """
-    left = dict(free)
+    left = dict(capped(free, limit))
     nodes: list[str] = []
     for _ in range(gang.pods):
         fitting = [
@@ -71,17 +81,19 @@ class Room:
         self.now = dict(now)
         self.soon = freed(now, leaving)
 
-    def take(self, gang: Gang) -> tuple[str, ...] | None:
+    def take(self, gang: Gang, *, limit: Mapping[str, int] | None = None) -> tuple[str, ...] | None:
         """Give the gang devices that are free, if there are enough."""
-        nodes = place(gang, self.now)
+        nodes = place(gang, self.now, limit=limit)
         for node in nodes or ():
             self.now[node] -= gang.devices
             self.soon[node] -= gang.devices
         return nodes
 
-    def reserve(self, gang: Gang) -> tuple[str, ...] | None:
+    def reserve(
+        self, gang: Gang, *, limit: Mapping[str, int] | None = None
+    ) -> tuple[str, ...] | None:
         """Keep devices for the gang that are free or will be, if there are enough."""
-        nodes = place(gang, self.soon)
+        nodes = place(gang, self.soon, limit=limit)
         for node in nodes or ():
             self.soon[node] -= gang.devices
             # Others may have the free ones only as far as what comes back covers the gang.

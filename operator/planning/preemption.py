@@ -6,7 +6,7 @@ the gang has lost its time for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -43,23 +43,32 @@ def protected_from_jobs(lease: Lease, *, now: datetime) -> bool:
 
 
 def choose_victims(
-    gang: Gang, free: Mapping[str, int], leases: Iterable[Lease]
+    gang: Gang,
+    free: Mapping[str, int],
+    leases: Iterable[Lease],
+    *,
+    limit: Mapping[str, int] | None = None,
 ) -> tuple[Lease, ...] | None:
     """Return the cheapest single job that makes room, or a set that loses less than it would.
 
     Of a set none can be spared. Nobody has to go where there is room. Of equally costly ones the
-    newest goes. None where even all of them together are not enough.
+    newest goes. None where even all of them together are not enough. Of a node the gang gets no
+    more devices than its limit, whatever comes free there.
     """
-    if place(gang, free) is not None:
+
+    def fits(gone: Iterable[Lease]) -> bool:
+        return place(gang, freed(free, (lease.devices for lease in gone)), limit=limit) is not None
+
+    if fits(()):
         return ()
     by_cost = sorted(
         (lease for lease in leases if lease.is_reclaimable and not lease.is_leaving),
         key=lambda lease: (lease.cost, -lease.started_at.timestamp(), lease.job),
     )
-    several = _cheapest_first(gang, free, by_cost)
+    several = _cheapest_first(by_cost, fits)
     if several is None:
         return None
-    alone = next((lease for lease in by_cost if _fits(gang, free, [lease])), None)
+    alone = next((lease for lease in by_cost if fits([lease])), None)
     # A large job that makes room alone may lose more than the small ones beside it.
     if alone is not None and alone.cost <= sum(lease.cost for lease in several):
         return (alone,)
@@ -67,21 +76,17 @@ def choose_victims(
 
 
 def _cheapest_first(
-    gang: Gang, free: Mapping[str, int], by_cost: Sequence[Lease]
+    by_cost: Sequence[Lease], fits: Callable[[Iterable[Lease]], bool]
 ) -> tuple[Lease, ...] | None:
     chosen: list[Lease] = []
     for lease in by_cost:
         chosen.append(lease)
-        if _fits(gang, free, chosen):
+        if fits(chosen):
             break
     else:
         return None
     for lease in reversed(by_cost):
         others = [other for other in chosen if other is not lease]
-        if len(others) < len(chosen) and _fits(gang, free, others):
+        if len(others) < len(chosen) and fits(others):
             chosen = others
     return tuple(chosen)
-
-
-def _fits(gang: Gang, free: Mapping[str, int], leases: Iterable[Lease]) -> bool:
-    return place(gang, freed(free, (lease.devices for lease in leases))) is not None

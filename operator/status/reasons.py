@@ -101,6 +101,7 @@ class Reason(StrEnum):
     PENDING = "Pending"
     ADMITTED = "Admitted"
     NO_SPARE_CAPACITY = "NoSpareCapacity"
+    KEPT_FOR_REPLICAS = "KeptForReplicas"
     YIELD_TOO_SLOW = "YieldTooSlow"
     BEHIND_OLDER_JOB = "BehindOlderJob"
     WAITS_FOR_DEVICES = "WaitsForDevices"

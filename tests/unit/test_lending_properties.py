@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 
 from hypothesis import given, settings
@@ -86,12 +87,19 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         leases=tuple(leases),
         wants=wants,
         reserve=tuple(draw(st.lists(gangs, max_size=2))),
+        surge=tuple(draw(st.lists(gangs, max_size=2))),
         queue=queue,
     )
 
 
 def free_of(snapshot: Snapshot) -> dict[str, int]:
     return {node: room - snapshot.held[node] for node, room in snapshot.capacity.items()}
+
+
+def spare_of(snapshot: Snapshot) -> dict[str, int]:
+    """Return the devices that are free, come back or can be asked back."""
+    back = [one.devices for one in snapshot.leases if one.is_reclaimable or one.is_leaving]
+    return freed(free_of(snapshot), [*back, snapshot.returning])
 
 
 def given_out(snapshot: Snapshot, decision: Decision) -> Counter[str]:
@@ -158,6 +166,38 @@ def test_admitted_jobs_leave_the_reserve_as_large_as_it_was(snapshot: Snapshot) 
 
 @given(snapshots())
 @settings(max_examples=80, deadline=None)
+def test_jobs_that_keep_their_devices_leave_room_for_the_replicas_of_late(
+    drawn: Snapshot,
+) -> None:
+    snapshot = replace(drawn, wants=(), reserve=(), surge=drawn.surge[:1])
+    decision = lend(snapshot, now=NOW)
+    before = spare_of(snapshot)
+    taken: Counter[str] = Counter()
+    for one in snapshot.queue:
+        for node in () if one.is_spare else decision.admit.get(one.job, ()):
+            taken[node] += one.gang.devices
+    assert placeable(snapshot.surge, less(before, taken)) == placeable(snapshot.surge, before)
+
+
+@given(snapshots())
+@settings(max_examples=80, deadline=None)
+def test_nobody_leaves_for_a_job_that_would_not_get_the_devices(
+    drawn: Snapshot,
+) -> None:
+    snapshot = replace(drawn, wants=(), reserve=(), surge=drawn.surge[:1])
+    decision = lend(snapshot, now=NOW)
+    keeping = {one.job: one for one in snapshot.queue if not one.is_spare}
+    left = spare_of(snapshot)
+    for gang in snapshot.surge:
+        for node in place(gang, left) or ():
+            left[node] -= gang.devices
+    for who in decision.reclaim.values():
+        if who in keeping:
+            assert place(keeping[who].least, left) is not None
+
+
+@given(snapshots())
+@settings(max_examples=80, deadline=None)
 def test_only_those_who_lend_are_asked_to_leave_and_each_for_somebody(snapshot: Snapshot) -> None:
     decision = lend(snapshot, now=NOW)
     leases = {lease.job: lease for lease in snapshot.leases}
@@ -198,6 +238,7 @@ def test_the_order_in_which_things_are_listed_changes_nothing(snapshot: Snapshot
         leases=snapshot.leases[::-1],
         wants=snapshot.wants[::-1],
         reserve=snapshot.reserve,
+        surge=snapshot.surge,
         queue=snapshot.queue[::-1],
     )
     assert lend(turned, now=NOW) == lend(snapshot, now=NOW)
