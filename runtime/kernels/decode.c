@@ -6,6 +6,9 @@ a time. The heads that share a KV head are done together, so that each key and v
 for all of them. */
 #include "attention.h"
 
+/* A key or value is read once for `HEADS` heads, whose sums are `WIDTH` vectors at most. */
+enum { HEADS = 3, WIDTH = 4 };
+
 typedef struct {
     const Attention *a;
     long token, sequence, seen, first_kv; /* `seen` keys, and the item's first KV head */
@@ -37,11 +40,24 @@ INLINE void find_part(const Item *item, long start, Part *part) {
     find_keys(item->a, item->sequence, start, part->count, part->places);
 }
 
-INLINE float dot(const float *a, const void *b, long dim, int type) {
-    float sum = 0.0f;
-    SUM(sum)
-    for (long i = 0; i < dim; i++) sum += a[i] * get(b, i, type);
-    return sum;
+/* The products of some heads' queries with a key, which is read once for them. */
+INLINE void dot(const float *q, const void *key, const int heads, float *scores, long dim,
+                int type) {
+    Lanes sums[HEADS], numbers, of_query;
+    long i = 0;
+    for (int h = 0; h < heads; h++) sums[h] = (Lanes){0};
+    for (; i + LANES <= dim; i += LANES) {
+        load(&numbers, at(key, i, type), type);
+        for (int h = 0; h < heads; h++) {
+            load(&of_query, q + h * dim + i, FLOAT32);
+            sums[h] += numbers * of_query;
+        }
+    }
+    for (int h = 0; h < heads; h++) {
+        scores[h] = add_up(sums + h);
+        for (long rest = i; rest < dim; rest++)
+            scores[h] += q[h * dim + rest] * get(key, rest, type);
+    }
 }
 
 /* Has numbers on their way, `count` of a row in memory. */
@@ -56,10 +72,12 @@ INLINE void score(const Item *item, const float *q, const long *places, long cou
     const Attention *a = item->a;
     for (long t = 0; t < count; t++) {
         fetch(a->values, places[t] + item->first_kv * dim, a->kv_per_item * dim, type);
-        for (long h = 0; h < a->kv_per_item * item->group; h++) {
-            const long place = places[t] + (item->first_kv + h / item->group) * dim;
-            float *of_key = (float *)(scores + t * item->vectors);
-            of_key[h] = dot(q + h * dim, at(a->keys, place, type), dim, type);
+        for (long h = 0; h < a->kv_per_item * item->group;) {
+            const long kv = h / item->group, left = (kv + 1) * item->group - h;
+            const void *key = at(a->keys, places[t] + (item->first_kv + kv) * dim, type);
+            float *of_key = (float *)(scores + t * item->vectors) + h;
+            if (left >= HEADS) dot(q + h * dim, key, HEADS, of_key, dim, type), h += HEADS;
+            else dot(q + h * dim, key, 1, of_key, dim, type), h++;
         }
     }
 }
@@ -107,58 +125,43 @@ INLINE void score_by_unit(const Item *item, const uint16_t *pairs, const long *p
 }
 #endif
 
-/* What some heads of a group add up: `sums` [heads, dim] from `weights` [count, 16 * vectors]. */
+/* What some heads of a group add up: `sums` [heads, dim] from `weights` [count, LANES * vectors]. */
 typedef struct {
     const void *values;
     const long *places;
-    const void *next_keys; /* to have on their way meanwhile: as many, or nobody's */
+    const void *next_keys; /* to have on their way meanwhile: as many; NULL: none */
     const long *next_places;
     const float *weights;
     float *sums;
     long count, stride;
 } Mix;
 
-INLINE void mix_one(const Mix *m, long dim, int type) {
+/* Adds to `width` vectors of some heads' sums, from number `i` on; each value is read once. */
+INLINE void mix_some(const Mix *m, const int heads, const int width, long i, long dim, int type) {
+    Lanes sums[HEADS][WIDTH], value;
+    for (int h = 0; h < heads; h++)
+        for (int w = 0; w < width; w++)
+            load(&sums[h][w], m->sums + h * dim + i + w * LANES, FLOAT32);
+    for (long t = 0; t < m->count; t++) {
+        if (m->next_keys) fetch(m->next_keys, m->next_places[t] + i, width * LANES, type);
+        for (int w = 0; w < width; w++) {
+            load(&value, at(m->values, m->places[t] + i + w * LANES, type), type);
+            for (int h = 0; h < heads; h++) sums[h][w] += value * m->weights[t * m->stride + h];
+        }
+    }
+    for (int h = 0; h < heads; h++)
+        memcpy(m->sums + h * dim + i, sums[h], width * sizeof *sums[h]);
+}
+
+INLINE void mix_heads(const Mix *m, const int heads, const int width, long dim, int type) {
     long i = 0;
-    for (; i + LANES <= dim; i += LANES) {
-        Lanes sum, value;
-        load(&sum, m->sums + i, FLOAT32);
-        for (long t = 0; t < m->count; t++) {
-            load(&value, at(m->values, m->places[t] + i, type), type);
-            sum += value * m->weights[t * m->stride];
-        }
-        memcpy(m->sums + i, &sum, sizeof sum);
-    }
+    for (; i + width * LANES <= dim; i += width * LANES) mix_some(m, heads, width, i, dim, type);
+    for (; i + LANES <= dim; i += LANES) mix_some(m, heads, 1, i, dim, type);
     for (; i < dim; i++)
-        for (long t = 0; t < m->count; t++)
-            m->sums[i] += m->weights[t * m->stride] * get(m->values, m->places[t] + i, type);
-}
-
-/* A value is read once for three heads. */
-INLINE void mix_three(const Mix *m, long dim, int type) {
-    for (long i = 0; i + 2 * LANES <= dim; i += 2 * LANES) {
-        Lanes a, b, c, d, e, f, low, high;
-        float *first = m->sums + i, *second = first + dim, *third = second + dim;
-        load(&a, first, FLOAT32), load(&b, first + LANES, FLOAT32);
-        load(&c, second, FLOAT32), load(&d, second + LANES, FLOAT32);
-        load(&e, third, FLOAT32), load(&f, third + LANES, FLOAT32);
-        for (long t = 0; t < m->count; t++) {
-            const float *weights = m->weights + t * m->stride;
-            fetch(m->next_keys, m->next_places[t] + i, 2 * LANES, type);
-            load(&low, at(m->values, m->places[t] + i, type), type);
-            load(&high, at(m->values, m->places[t] + i + LANES, type), type);
-            a += low * weights[0], b += high * weights[0];
-            c += low * weights[1], d += high * weights[1];
-            e += low * weights[2], f += high * weights[2];
-        }
-        memcpy(first, &a, sizeof a), memcpy(first + LANES, &b, sizeof b);
-        memcpy(second, &c, sizeof c), memcpy(second + LANES, &d, sizeof d);
-        memcpy(third, &e, sizeof e), memcpy(third + LANES, &f, sizeof f);
-    }
-}
-
-INLINE int is_for_three(const Item *item, long dim) {
-    return item->group >= 3 && dim % (2 * LANES) == 0;
+        for (int h = 0; h < heads; h++)
+            for (long t = 0; t < m->count; t++)
+                m->sums[h * dim + i] +=
+                    m->weights[t * m->stride + h] * get(m->values, m->places[t] + i, type);
 }
 
 INLINE void mix(const Item *item, const Part *part, const Part *next, const Lanes *weights,
@@ -167,11 +170,12 @@ INLINE void mix(const Item *item, const Part *part, const Part *next, const Lane
     for (long h = 0; h < a->kv_per_item * item->group;) {
         const long kv = h / item->group, left = (kv + 1) * item->group - h;
         const long place = (item->first_kv + kv) * dim;
-        const Mix m = {at(a->values, place, type), part->places, at(a->keys, place, type),
-                       next->places, (const float *)weights + h, sums + h * dim, part->count,
+        const void *next_keys = h % item->group ? NULL : at(a->keys, place, type);
+        const Mix m = {at(a->values, place, type), part->places, next_keys, next->places,
+                       (const float *)weights + h, sums + h * dim, part->count,
                        item->vectors * LANES};
-        if (left >= 3 && is_for_three(item, dim)) mix_three(&m, dim, type), h += 3;
-        else mix_one(&m, dim, type), h++;
+        if (left >= HEADS) mix_heads(&m, HEADS, 2, dim, type), h += HEADS;
+        else mix_heads(&m, 1, WIDTH, dim, type), h++;
     }
 }
 
@@ -236,7 +240,7 @@ INLINE void attend(const Item *item, const Item *later, int is_fetched, long dim
         for (long h = 0; h < heads; h++)
             for (long i = 0; i < dim; i++) sums[h * dim + i] *= ((const float *)fades)[h];
         mix(item, part, next, scores, sums, dim, type);
-        fetch_keys(item, next, is_for_three(item, dim) ? count : 0, dim, type);
+        fetch_keys(item, next, count, dim, type);
         Part *done = part;
         part = next, next = done;
     }

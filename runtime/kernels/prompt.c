@@ -64,42 +64,41 @@ INLINE void widen_rows(const Item *item, const void *cache, const long *places, 
     }
 }
 
-/* Four keys at once, so that a query's numbers are read once for them. */
+/* So many sums are added to in turn that none has to wait for itself. */
+enum { AT_ONCE = 8 };
+
+/* A query's numbers are read once for `keys_at_once` keys. */
+INLINE void score_some(const Lanes *q, const float *keys, const int keys_at_once, Lanes *scores,
+                       long dim) {
+    Lanes sums[AT_ONCE];
+    for (int t = 0; t < keys_at_once; t++) sums[t] = (Lanes){0};
+    for (long i = 0; i < dim; i++)
+        for (int t = 0; t < keys_at_once; t++) sums[t] += q[i] * keys[t * dim + i];
+    for (int t = 0; t < keys_at_once; t++) scores[t] = sums[t];
+}
+
 INLINE void score(const Lanes *q, const float *keys, long count, Lanes *scores, long dim) {
     long t = 0;
-    for (; t + 4 <= count; t += 4) {
-        const float *key = keys + t * dim;
-        Lanes a = {0}, b = {0}, c = {0}, d = {0};
-        for (long i = 0; i < dim; i++) {
-            a += q[i] * key[i];
-            b += q[i] * key[dim + i];
-            c += q[i] * key[2 * dim + i];
-            d += q[i] * key[3 * dim + i];
-        }
-        scores[t] = a, scores[t + 1] = b, scores[t + 2] = c, scores[t + 3] = d;
-    }
-    for (; t < count; t++) {
-        Lanes sum = {0};
-        for (long i = 0; i < dim; i++) sum += q[i] * keys[t * dim + i];
-        scores[t] = sum;
-    }
+    for (; t + AT_ONCE <= count; t += AT_ONCE)
+        score_some(q, keys + t * dim, AT_ONCE, scores + t, dim);
+    for (; t < count; t++) score_some(q, keys + t * dim, 1, scores + t, dim);
+}
+
+/* Weights are read once for `numbers` of each value. */
+INLINE void mix_some(const Lanes *weights, const float *values, const int numbers, long count,
+                     Lanes *sums, long dim) {
+    Lanes mixed[AT_ONCE];
+    for (int i = 0; i < numbers; i++) mixed[i] = sums[i];
+    for (long t = 0; t < count; t++)
+        for (int i = 0; i < numbers; i++) mixed[i] += weights[t] * values[t * dim + i];
+    for (int i = 0; i < numbers; i++) sums[i] = mixed[i];
 }
 
 INLINE void mix(const Lanes *weights, const float *values, long count, Lanes *sums, long dim) {
     long i = 0;
-    for (; i + 4 <= dim; i += 4) {
-        Lanes a = sums[i], b = sums[i + 1], c = sums[i + 2], d = sums[i + 3];
-        for (long t = 0; t < count; t++) {
-            const float *value = values + t * dim + i;
-            a += weights[t] * value[0];
-            b += weights[t] * value[1];
-            c += weights[t] * value[2];
-            d += weights[t] * value[3];
-        }
-        sums[i] = a, sums[i + 1] = b, sums[i + 2] = c, sums[i + 3] = d;
-    }
-    for (; i < dim; i++)
-        for (long t = 0; t < count; t++) sums[i] += weights[t] * values[t * dim + i];
+    for (; i + AT_ONCE <= dim; i += AT_ONCE)
+        mix_some(weights, values + i, AT_ONCE, count, sums + i, dim);
+    for (; i < dim; i++) mix_some(weights, values + i, 1, count, sums + i, dim);
 }
 
 static const void *query_of(const Item *item, long lane) {

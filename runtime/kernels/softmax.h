@@ -1,4 +1,4 @@
-/* The softmax of sixteen queries' scores, one per lane, taken a part of the keys at a time. Source:
+/* The softmax of some queries' scores, one per lane, taken a part of the keys at a time. Source:
 Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018). */
 #pragma once
 #include "lanes.h"
