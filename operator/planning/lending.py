@@ -222,11 +222,7 @@ class _Lending:
         for job in sorted(growing, key=lambda job: rank(job, used_s, self._now)):
             if job.is_too_slow or any(other.gang.meets(job.gang) for other in waiting):
                 continue
-            limit = self._limit(job)
-            largest = job.largest(capped(self._room.now, limit))
-            nodes = self._room.take(largest, limit=limit)
-            if nodes is not None:
-                self._admit[job.job] = nodes
+            self._admit_now(job, self._limit(job))
 
     def _why_not(self, job: QueuedJob) -> Wait | None:
         resource = self._snapshot.resource
@@ -270,9 +266,7 @@ class _Lending:
     def _start(self, job: QueuedJob) -> Wait | None:
         """Give the job its devices; return why it waits, if it does."""
         limit = self._limit(job)
-        nodes = self._room.take(job.largest(capped(self._room.now, limit)), limit=limit)
-        if nodes is not None:
-            self._admit[job.job] = nodes
+        if self._admit_now(job, limit):
             return None
         gang = job.largest(capped(self._room.soon, limit))
         weaker = [
@@ -297,6 +291,13 @@ class _Lending:
             f"The job asks for {_size(job)} {resource} and no node can spare that now. It "
             "starts when replicas or other jobs leave, or nodes are added.",
         )
+
+    def _admit_now(self, job: QueuedJob, limit: Mapping[str, int] | None) -> bool:
+        """Give the job the largest gang it can use for which devices are free, if any are."""
+        nodes = self._room.take(job.largest(capped(self._room.now, limit)), limit=limit)
+        if nodes is not None:
+            self._admit[job.job] = nodes
+        return nodes is not None
 
     def _make_room(
         self,

@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.calibration import NoisyMachineError, between, compare, draw_requests, full_rate
+from benchmarks.calibration import (
+    NoisyMachineError,
+    between,
+    compare,
+    draw_requests,
+    full_rate,
+    together_s,
+)
 from benchmarks.load_generator import Stream
 from mizzen.operator.simulator.replica_profile import Profile
 from mizzen.operator.simulator.traces import Request
@@ -35,6 +42,18 @@ def test_an_engine_twice_as_slow_is_told_by_both_ratios() -> None:
     row = compare([answer], [alone], PROFILE)
     assert row["itl_ratio"] == 0.5
     assert 0.45 <= float(row["ttft_ratio"] or 0) <= 0.55
+
+
+def test_a_running_sequence_costs_what_steps_take_while_all_of_them_run() -> None:
+    early = Stream(0.0, (1.0, 3.0, 3.1, 3.2), 4)  # the gap of 2 s is the other's prompt
+    late = Stream(0.0, (3.0, 3.1, 3.2, 4.0), 4)  # and that of 0.8 s is not shared
+    assert together_s([early, late]) == pytest.approx(0.1)
+
+
+def test_answers_one_after_another_say_nothing_of_how_they_run_together() -> None:
+    first, second = Stream(0.0, (1.0, 1.1), 2), Stream(0.0, (2.0, 2.1), 2)
+    with pytest.raises(NoisyMachineError, match="one after another"):
+        together_s([first, second])
 
 
 def test_requests_come_at_the_rate_asked_for() -> None:
