@@ -8,7 +8,7 @@ concurrencies, after prompts and answers as long as the run's: attention makes a
 more) and one for each prompt token (from times to the first token of prompts of several lengths).
 In the run requests arrive at random, at a share of the rate at which steps would take
 for ever, and a simulated replica of the mean of both profiles is given the very same. The aim:
-below the knee, mean ITL and p95 TTFT agree within 15 %. About seven minutes with SmolLM2-135M.
+below the knee, mean ITL and p95 TTFT agree within 15 %. About twelve minutes with SmolLM2-135M.
 """
 
 from __future__ import annotations
