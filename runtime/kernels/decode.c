@@ -125,7 +125,7 @@ INLINE void score_by_unit(const Item *item, const uint16_t *pairs, const long *p
 }
 #endif
 
-/* What some heads of a group add up: `sums` [heads, dim] from `weights` [count, LANES * vectors]. */
+/* What some heads of a group add up: `sums` [heads, dim]; `weights` are [count, vectors] Lanes. */
 typedef struct {
     const void *values;
     const long *places;
