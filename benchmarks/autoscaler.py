@@ -11,6 +11,8 @@ any policy. The traces are Azure's of 2023 (see
 
 Ours runs again with each of PROMISES, the same on every trace: what `slo.attainment` is set to.
 These runs are a line, on which each baseline is compared at its own attainment and its own hours.
+Another such line is of replicas that start in no time and cost nothing while they do: what ours
+would be if it knew of every burst a start-up ahead. The baselines' replicas start as before.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from benchmarks.frontier import (
 )
 from mizzen.operator.simulator.experiment import run_policy
 from mizzen.operator.simulator.plot import plot
+from mizzen.operator.simulator.replica_profile import StartUp
 from mizzen.operator.simulator.report import Report
 from mizzen.operator.simulator.simulation import Setting
 from mizzen.operator.simulator.traces import Request, TraceFormat, load_trace
@@ -70,6 +73,7 @@ class Run:
     target: float | None
     has_gap: bool = False
     promise: float = PROMISE  # what ours is told to keep; the others are told a target
+    starts_at_once: bool = False
 
     @property
     def label(self) -> str:
@@ -92,6 +96,9 @@ def score(run: Run) -> tuple[Run, Report, int]:
     """Return the run's figures and how often it went down while the metrics were unknown."""
     objective = replace(SETTING.objective, attainment_ratio=run.promise)
     setting = replace(SETTING, objective=objective, gaps=(GAP_S,) if run.has_gap else ())
+    if run.starts_at_once:
+        at_once = StartUp(median_s=0.0, p90_s=0.0)
+        setting = replace(setting, profile=replace(setting.profile, start_up=at_once))
     outcome, report = run_policy(run.policy, requests_of(run.trace), setting, target=run.target)
     downs = sum(
         event.after < event.before and GAP_S[0] + UNKNOWN_AFTER_S <= event.at < GAP_S[1]
@@ -109,11 +116,15 @@ def all_runs() -> list[Run]:
     ]
     runs += [Run(trace, "static", n) for trace in TRACES for n in range(1, 27)]
     runs += [run for trace in TRACES for run in promised(trace) if run.promise != PROMISE]
+    runs += [run for trace in TRACES for run in promised(trace, starts_at_once=True)]
     return runs + [Run(trace, OURS, None, has_gap=True) for trace in TRACES]
 
 
-def promised(trace: str) -> list[Run]:
-    return [Run(trace, OURS, None, promise=promise) for promise in PROMISES]
+def promised(trace: str, *, starts_at_once: bool = False) -> list[Run]:
+    return [
+        Run(trace, OURS, None, promise=promise, starts_at_once=starts_at_once)
+        for promise in PROMISES
+    ]
 
 
 def static_hours(statics: Sequence[Report], attainment: float) -> float | None:
@@ -155,8 +166,8 @@ def verdict(ours: Report, theirs: Report) -> str:
     return "not ahead"
 
 
-def print_trace(trace: str, reports: dict[Run, Report]) -> list[tuple[str, str]]:
-    """Print the trace's table; return each baseline's two verdicts: our defaults, our line."""
+def print_trace(trace: str, reports: dict[Run, Report]) -> list[tuple[str, str, str]]:
+    """Print the trace's table; return each baseline's verdicts: our defaults and our two lines."""
     statics = [reports[Run(trace, "static", n)] for n in range(1, 27)]
     print(f"\n{trace}: {statics[0].requests} requests in {statics[0].duration_s / 60:.0f} min")
     print(
@@ -164,8 +175,15 @@ def print_trace(trace: str, reports: dict[Run, Report]) -> list[tuple[str, str]]
         f"{'rev/h':>7}{'worst 5':>9}{'p95 TTFT':>10}  {'ours beside it':<30}our line beside it"
     )
     ours = reports[Run(trace, OURS, None)]
-    line = frontier([_point(reports[run]) for run in promised(trace)])
-    rows = [(f"(at {run.promise:.0%})", run) for run in promised(trace)]
+    line, foreseeing = (
+        frontier([_point(reports[run]) for run in promised(trace, starts_at_once=at_once)])
+        for at_once in (False, True)
+    )
+    rows = [
+        (f"(at {run.promise:.0%}{', at once' if at_once else ''})", run)
+        for at_once in (False, True)
+        for run in promised(trace, starts_at_once=at_once)
+    ]
     for policy in SWEEPS:
         others = {tuned_on(reports, t, policy): t for t in TRACES if t != trace}
         if policy != OURS:
@@ -177,9 +195,10 @@ def print_trace(trace: str, reports: dict[Run, Report]) -> list[tuple[str, str]]
     for origin, run in rows:
         report = reports[run]
         fixed = static_hours(statics, report.attainment)
-        said = ("", "")
+        said = ("", "", "")
         if run.policy != OURS:
-            said = verdict(ours, report), compare(line, _point(report))
+            point = _point(report)
+            said = verdict(ours, report), compare(line, point), compare(foreseeing, point)
             verdicts.append(said)
         ratio = f"{report.gpu_hours / fixed:.2f}" if fixed else "-"
         print(
@@ -200,12 +219,13 @@ def _seconds(value_ms: float | None) -> str:
 
 
 def print_acceptance(
-    reports: dict[Run, Report], verdicts: Sequence[tuple[str, str]], downs_in_gap: int
+    reports: dict[Run, Report], verdicts: Sequence[tuple[str, str, str]], downs_in_gap: int
 ) -> None:
     print("\nAcceptance (scaling.md 3.7), ours with its defaults:")
-    by_default, on_line = zip(*verdicts, strict=True)
+    by_default, on_line, foreseeing = zip(*verdicts, strict=True)
     print(f"  (i)   beside {len(verdicts)} baselines tuned elsewhere: {_counted(by_default)}")
     print(f"        at their attainment or hours, by our promise: {_counted(on_line)}")
+    print(f"        so, if ours started replicas in no time: {_counted(foreseeing)}")
     for trace in TRACES:
         ours = reports[Run(trace, OURS, None)]
         statics = [reports[Run(trace, "static", n)] for n in range(1, 27)]
