@@ -172,7 +172,8 @@ def print_trace(trace: str, reports: dict[Run, Report]) -> list[tuple[str, str, 
     print(f"\n{trace}: {statics[0].requests} requests in {statics[0].duration_s / 60:.0f} min")
     print(
         f"  {'policy':<26}{'tuned on':<12}{'attained':>9}{'GPU-h':>8}{'x static':>9}"
-        f"{'rev/h':>7}{'worst 5':>9}{'p95 TTFT':>10}  {'ours beside it':<30}our line beside it"
+        f"{'rev/h':>7}{'worst 5':>9}{'p95 TTFT':>10}  {'ours beside it':<30}"
+        f"{'our line beside it':<26}the same, started at once"
     )
     ours = reports[Run(trace, OURS, None)]
     line, foreseeing = (
@@ -205,7 +206,7 @@ def print_trace(trace: str, reports: dict[Run, Report]) -> list[tuple[str, str, 
             f"  {run.label:<26}{origin:<12}{100 * report.attainment:>8.1f}%"
             f"{report.gpu_hours:>8.1f}{ratio:>9}{report.reversals_per_hour:>7.1f}"
             f"{100 * report.worst_five_minutes.attainment:>8.0f}%"
-            f"{_seconds(report.ttft_ms.p95):>10}  {said[0]:<30}{said[1]}".rstrip()
+            f"{_seconds(report.ttft_ms.p95):>10}  {said[0]:<30}{said[1]:<26}{said[2]}".rstrip()
         )
     return verdicts
 

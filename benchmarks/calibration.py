@@ -6,9 +6,9 @@ Before and after each run the three costs of a step are measured on the server, 
 otherwise: one for the step, one for each running sequence (from inter-token times at several
 concurrencies, after prompts and answers as long as the run's: attention makes a longer context cost
 more) and one for each prompt token (from times to the first token of prompts of several lengths).
-In the run requests arrive at random, at a share of the rate at which steps would take
-for ever, and a simulated replica of the mean of both profiles is given the very same. The aim:
-below the knee, mean ITL and p95 TTFT agree within 15 %. About twelve minutes with SmolLM2-135M.
+In the run requests arrive at random, at a share of the rate at which steps would take for ever, and
+a simulated replica of the mean of both profiles is given the very same. The aim: below the knee,
+mean ITL and p95 TTFT agree within 15 %. About twelve minutes with SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ STEP_TOKENS = 256
 CONCURRENCIES = (1, 2, 4, 8, 16)
 # The run's prompts: attention makes a token of a longer one cost more.
 PROMPT_LENGTHS = (64, 128, 192, 256)
-PROMPT_RANGE, MEAN_PROMPT = (64, 256), 160
+PROMPT_RANGE = (PROMPT_LENGTHS[0], PROMPT_LENGTHS[-1])
+MEAN_PROMPT = sum(PROMPT_RANGE) // 2
 ANSWER_TOKENS = 64
 MODEL_LEN = 1024
 REPEATS = 4
