@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mizzen.runtime.attention import causal_cpu
 from mizzen.runtime.attention.base import NO_BIAS, AttentionBias
 
 # A bias makes torch hold its scores' shape in memory, so queries come in pieces of this many.
@@ -33,6 +34,8 @@ class CausalAttention:
         bias: AttentionBias = NO_BIAS,
     ) -> Tensor:
         """Return each token's mixture of itself and the earlier tokens of its own sequence."""
+        if causal_cpu.is_for(q_THd):
+            return causal_cpu.attend_packed(q_THd, k_TKd, v_TKd, self._lens, bias)
         parts = (x.split(self._lens) for x in (q_THd, k_TKd, v_TKd))
         return torch.cat([attend_causal(q, k, v, bias) for q, k, v in zip(*parts, strict=True)])
 

@@ -18,6 +18,19 @@ typedef struct {
     int out_type;
 } Linear;
 
+/* Sequences that lie one after the other. Tensors are [heads, tokens, width], those of keys and
+values [kv_heads, tokens, width]: rows are filled up with zeros to a multiple of 16 numbers. */
+typedef struct {
+    const float *q, *k, *v;
+    float *out, *log_totals;       /* [heads, tokens]: of each softmax's sum of exponentials */
+    const float *d_out;            /* the gradient of `out`, */
+    float *d_q, *d_k, *d_v;        /* and what it gives, all by query head */
+    const int64_t *ends;           /* one per sequence: the token after its last */
+    const float *slopes;           /* one per head, or NULL */
+    long sequences, tokens, heads, kv_heads, width, window; /* window 0: all earlier keys are seen */
+    float scale;
+} CausalAttention;
+
 /* What a feed-forward does to its units. */
 enum { SILU_GATE = 0, RELU = 1, GELU_TANH = 2 };
 
@@ -30,3 +43,5 @@ EXPORT void activate(void *units, long rows, long width, int kind, int type, int
 EXPORT void rotate(void *x, const void *cos, const void *sin, long rows, long stride, long heads,
                    long dim, int is_interleaved, int type);
 EXPORT void paged_attention(Attention *a, int threads);
+EXPORT void causal_attention(CausalAttention *a, int threads);
+EXPORT void causal_attention_gradients(CausalAttention *a, int threads);

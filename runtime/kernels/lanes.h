@@ -17,6 +17,9 @@ enum { LANES = 8 };
 enum { LANES = 4 };
 #endif
 
+/* Of numbers that are read as vectors. */
+#define ALIGNED __attribute__((aligned(64)))
+
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4 * LANES), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES), aligned(4 * LANES), may_alias));
 

@@ -31,6 +31,18 @@ class Attention(Structure):
     ]
 
 
+class CausalAttention(Structure):
+    """The arguments of `causal_attention` and its gradients, as kernels.h describes them."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "out", "log_totals")),
+        *((name, c_void_p) for name in ("d_out", "d_q", "d_k", "d_v", "ends", "slopes")),
+        *((name, c_long) for name in ("sequences", "tokens", "heads")),
+        *((name, c_long) for name in ("kv_heads", "width", "window")),
+        ("scale", c_float),
+    ]
+
+
 class Linear(Structure):
     """The arguments of `linear`, as linear.c describes them."""
 
@@ -84,6 +96,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "use_team": [c_void_p],
     "paged_attention": [POINTER(Attention), c_int],
     "run_stack": [POINTER(Stack), c_int],
+    "causal_attention": [POINTER(CausalAttention), c_int],
+    "causal_attention_gradients": [POINTER(CausalAttention), c_int],
 }
 
 
@@ -108,11 +122,11 @@ def has_linear() -> bool:
 
 
 def is_current(path: Path) -> bool:
-    """Was a library compiled from sources that agree with `Stack`? Others misread its parts."""
+    """Was a library compiled from sources that agree with these structures?"""
     if not path.exists():
         return False
     argument_bytes = getattr(ctypes.CDLL(str(path)), "argument_bytes", None)
-    expected = ctypes.sizeof(Stack) + ctypes.sizeof(Layer)
+    expected = sum(map(ctypes.sizeof, (Stack, Layer, CausalAttention)))
     return argument_bytes is not None and argument_bytes() == expected
 
 

@@ -92,4 +92,4 @@ EXPORT void run_stack(const Stack *s, int threads) {
 }
 
 /* By this the loader knows a library of other sources, which would misread its arguments. */
-EXPORT long argument_bytes(void) { return sizeof(Stack) + sizeof(Layer); }
+EXPORT long argument_bytes(void) { return sizeof(Stack) + sizeof(Layer) + sizeof(CausalAttention); }

@@ -5,8 +5,6 @@
 #ifdef __AMX_BF16__
 #include <immintrin.h>
 
-#define ALIGNED __attribute__((aligned(64)))
-
 typedef struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];

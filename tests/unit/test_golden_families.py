@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -23,8 +24,15 @@ from transformers import (
 )
 
 from mizzen.runtime.model.arch import ArchSpec
+from mizzen.runtime.model.families import family_named
+from mizzen.runtime.model.loader import load_decoder
+from mizzen.runtime.model.names import to_checkpoint
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.parallel.ranks import Ranks
+from mizzen.runtime.train.batches import pack
+from mizzen.runtime.train.methods.token_loss import token_losses_sum
+from mizzen.runtime.train.samples import Sample
+from mizzen.runtime.train.trainable import full_views
 from tests.fixtures import rank_work
 from tests.fixtures.tiny_models import TINY, make_model
 
@@ -128,3 +136,31 @@ def test_renamed_fields_mean_the_same(config: PretrainedConfig) -> None:
     renamed = {SPELLINGS.get(name, name): value for name, value in saved.items()}
     assert renamed.keys() != saved.keys()
     assert ArchSpec.from_config(renamed) == ArchSpec.from_config(saved)
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_a_loss_and_its_gradients_are_transformers(
+    tmp_path: Path, config: PretrainedConfig
+) -> None:
+    model = make_model(config)
+    model.save_pretrained(tmp_path)
+    decoder = load_decoder(tmp_path, dtype="float32")
+    learned = full_views(decoder)
+    texts = [np.array(FIRST, np.int32), np.array(SECOND[30:], np.int32)]
+    samples = [Sample(text, np.arange(len(text)) > 0) for text in texts]
+    ours = token_losses_sum(decoder, pack(samples, torch.device("cpu")), None)
+    ours.backward()
+    # Labels are shifted, and their losses' mean taken.
+    theirs = sum(
+        model(ids, labels=ids).loss * (ids.shape[1] - 1)
+        for ids in (torch.from_numpy(text).long()[None] for text in texts)
+    )
+    theirs.backward()
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    names = family_named(decoder.spec.family).names
+    gradients = ((view.name, view.of(view.parameter.grad)) for view in learned)
+    found = to_checkpoint(gradients, names, head_dim=decoder.spec.head_dim)
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-3, rtol=1e-3, msg=name)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mizzen.runtime.attention.base import AttentionBias, KvShape, PagedBatch, alibi_slopes
+from mizzen.runtime.attention.causal import CausalAttention, attend_causal
 from mizzen.runtime.attention.paged_cpu import PagedCpu
 from mizzen.runtime.attention.sdpa import PagedSdpa
 from mizzen.runtime.attention.select import paged_attention
@@ -197,6 +199,34 @@ def test_what_is_not_finite_stays_with_its_own_sequence(
     for found in found_by:
         assert not found[0, 1].isfinite()
         assert found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize(
+    ("heads", "dim"), [((9, 3), 64), ((4, 4), 20), ((6, 1), 16), ((2, 1), 256)]
+)
+@pytest.mark.parametrize("lens", [[130, 1, 48, 97], [7]], ids=str)
+def test_attention_for_training_and_its_gradients_are_torchs(
+    level: str, threads: int, lens: list[int], heads: tuple[int, int], dim: int, bias: str
+) -> None:
+    kinds = [heads[0], heads[1], heads[1], heads[0]]
+    *inputs, given = (random(sum(lens), kind, dim) for kind in kinds)
+    added = BIASES[bias](heads[0])
+    attends = CausalAttention(lens), partial(attend_by_torch, lens)
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        both = []
+        for attend in attends:
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            out = attend(0, *leaves, bias=added)
+            both.append((out, *torch.autograd.grad(out, leaves, given.clone())))
+    for found, expected in zip(*both, strict=True):
+        assert_close(found, expected)
+    assert_close(attends[0](0, *inputs, bias=added), both[0][0])
+
+
+def attend_by_torch(lens: list[int], layer: int, *tensors: Tensor, bias: AttentionBias) -> Tensor:
+    parts = (x.split(lens) for x in tensors)
+    return torch.cat([attend_causal(*part, bias) for part in zip(*parts, strict=True)])
 
 
 def test_training_and_other_types_are_torchs() -> None:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mizzen.runtime.attention.base import AttentionBias
 from mizzen.runtime.attention.causal import CausalAttention
-from mizzen.runtime.model.block import Attend
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.train.batches import PackedBatch, pack
@@ -103,16 +103,18 @@ def log_probs_by_sample(
 
 
 class _FastOnCpu:
-    """Attention of a CPU in float32: its bfloat16 kernel takes 2.5 times as long."""
+    """Attention of a CPU in float32, which our kernel differentiates and torch does faster."""
 
-    def __init__(self, attend: Attend) -> None:
+    def __init__(self, attend: CausalAttention) -> None:
         self._attend = attend
 
-    def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, **bias: AttentionBias
+    ) -> Tensor:
         if q_THd.device.type != "cpu":
-            return self._attend(layer, q_THd, k_TKd, v_TKd)
+            return self._attend(layer, q_THd, k_TKd, v_TKd, **bias)
         q, k, v = (x.float() for x in (q_THd, k_TKd, v_TKd))
-        return self._attend(layer, q, k, v).to(q_THd.dtype)
+        return self._attend(layer, q, k, v, **bias).to(q_THd.dtype)
 
 
 class _HeadLoss(torch.autograd.Function):
