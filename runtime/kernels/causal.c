@@ -173,7 +173,8 @@ static void differentiate_from(const Item *item, Queries *queries) {
                 exponentials(weight);
                 *d_score = *weight * (*d_score - ((Lanes *)means)[tile]) * a->scale;
             }
-        const Factors by_key = {(float *)weights, BLOCK, 1}, d_by_key = {(float *)d_scores, BLOCK, 1};
+        const Factors by_key = {(float *)weights, BLOCK, 1};
+        const Factors d_by_key = {(float *)d_scores, BLOCK, 1};
         const Factors d_by_query = {(float *)d_scores, 1, BLOCK};
         add_products(d_v, count, by_key, d_out, queries->count, columns, columns);
         add_products(d_k, count, d_by_key, q, queries->count, columns, columns);

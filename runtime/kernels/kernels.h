@@ -27,7 +27,8 @@ typedef struct {
     float *d_q, *d_k, *d_v;        /* and what it gives, all by query head */
     const int64_t *ends;           /* one per sequence: the token after its last */
     const float *slopes;           /* one per head, or NULL */
-    long sequences, tokens, heads, kv_heads, width, window; /* window 0: all earlier keys are seen */
+    long sequences, tokens, heads, kv_heads, width;
+    long window; /* 0: all earlier keys are seen */
     float scale;
 } CausalAttention;
 
