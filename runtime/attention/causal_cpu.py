@@ -21,6 +21,7 @@ from mizzen.runtime.attention.base import AttentionBias
 from mizzen.runtime.kernels import library
 
 _VECTOR = 16  # numbers of the longest
+_KEPT = ("q", "k", "v", "out", "log_totals")  # for the way back, as the kernel names them
 
 
 def is_for(q_THd: Tensor) -> bool:
@@ -50,16 +51,16 @@ class _Attend(torch.autograd.Function):
         ctx.lens, ctx.bias, ctx.dim = lens, bias, q_THd.shape[2]
         q_HTw, k_KTw, v_KTw = map(_by_head, (q_THd, k_TKd, v_TKd))
         out_HTw, log_totals_HT = torch.empty_like(q_HTw), torch.empty(q_HTw.shape[:2])
-        tensors = {"q": q_HTw, "k": k_KTw, "v": v_KTw, "out": out_HTw, "log_totals": log_totals_HT}
-        ctx.save_for_backward(*tensors.values())
-        _call("causal_attention", tensors, lens, bias, ctx.dim)
+        kept = (q_HTw, k_KTw, v_KTw, out_HTw, log_totals_HT)
+        ctx.save_for_backward(*kept)
+        _call("causal_attention", dict(zip(_KEPT, kept, strict=True)), lens, bias, ctx.dim)
         return _by_token(out_HTw, ctx.dim)
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
-        q_HTw, k_KTw, v_KTw, out_HTw, log_totals_HT = ctx.saved_tensors
+        q_HTw, k_KTw, *_ = kept = ctx.saved_tensors
         d_q_HTw, d_k_HTw, d_v_HTw = (torch.zeros_like(q_HTw) for _ in range(3))
-        tensors = {"q": q_HTw, "k": k_KTw, "v": v_KTw, "out": out_HTw, "log_totals": log_totals_HT}
+        tensors = dict(zip(_KEPT, kept, strict=True))
         tensors |= {"d_out": _by_head(given[0]), "d_q": d_q_HTw, "d_k": d_k_HTw, "d_v": d_v_HTw}
         _call("causal_attention_gradients", tensors, ctx.lens, ctx.bias, ctx.dim)
         kv_heads = len(k_KTw)

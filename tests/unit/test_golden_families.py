@@ -1,6 +1,7 @@
 """Every family computes what transformers computes, on the files that transformers saves.
 
-On one rank and on several; in one chunk, three and token by token; with and without a prefix hit.
+On one rank and on several; in one chunk, three and token by token; with and without a prefix hit;
+and the gradients of a loss.
 """
 
 import json

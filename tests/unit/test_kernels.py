@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mizzen.runtime.attention import causal_cpu
 from mizzen.runtime.attention.base import AttentionBias, KvShape, PagedBatch, alibi_slopes
 from mizzen.runtime.attention.causal import CausalAttention, attend_causal
 from mizzen.runtime.attention.paged_cpu import PagedCpu
@@ -212,6 +213,7 @@ def test_attention_for_training_and_its_gradients_are_torchs(
     kinds = [heads[0], heads[1], heads[1], heads[0]]
     *inputs, given = (random(sum(lens), kind, dim) for kind in kinds)
     added = BIASES[bias](heads[0])
+    assert causal_cpu.is_for(inputs[0])
     attends = CausalAttention(lens), partial(attend_by_torch, lens)
     with torch.inference_mode(mode=False), torch.enable_grad():
         both = []
