@@ -20,6 +20,7 @@ _FLAGS = [
 LEVELS = {
     "x86_64": {
         "amx": "-march=x86-64-v4 -mavx512bf16 -mamx-tile -mamx-bf16 -mprefer-vector-width=512",
+        "avx512bf16": "-march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512",
         "avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
         "avx2": "-march=x86-64-v3",
         "plain": "",

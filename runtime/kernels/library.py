@@ -145,11 +145,12 @@ def runs(level: str) -> bool:
     capability = torch.backends.cpu.get_cpu_capability()
     if level == "amx":
         return (
-            capability == "AVX512"
-            and torch.cpu._is_avx512_bf16_supported()
+            runs("avx512bf16")
             and torch.cpu._is_amx_tile_supported()
             and torch.cpu._init_amx()  # the system allots the tiles to processes that ask
         )
+    if level == "avx512bf16":
+        return capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     wanted = {"avx512": ("AVX512",), "avx2": ("AVX512", "AVX2")}
     return level not in wanted or capability in wanted[level]
 

@@ -170,7 +170,7 @@ EXPORT void linear(const Linear *l, int threads) {
     Groups groups = {l, panels_together(l, threads)};
     each_item(group_item, &groups, l->outputs / PANEL / groups.panels, threads);
 }
-#elif !defined(__AVX2__) || defined(__AVX512F__) /* else linear_vectors.c has them */
+#elif !defined(__AVX2__) /* else linear_vectors.c has them */
 EXPORT int has_linear(void) { return 0; }
 
 EXPORT void linear(const Linear *l, int threads) { (void)l, (void)threads; }

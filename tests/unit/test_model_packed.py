@@ -110,9 +110,9 @@ def test_int4_refuses_what_does_not_divide_into_groups(rows: int, columns: int) 
     pack(torch.randn(rows, columns), "int8")
 
 
-@pytest.fixture(params=["amx", "avx2"])
+@pytest.fixture(params=["amx", "avx512bf16", "avx512", "avx2"])
 def panels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Multiply panels by the matrix unit, then by vectors."""
+    """Multiply panels by the matrix unit, then by each kind of vectors."""
     if not library.runs(request.param):
         pytest.skip(f"this processor has no {request.param}")
     loaded = library.load(compiling.library_path(request.param))
