@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mizzen.runtime.attention.base import NO_BIAS, AttentionBias
 from mizzen.runtime.attention.causal import CausalAttention
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.decoder import Decoder
@@ -136,26 +137,41 @@ class _Cache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.positions_B = torch.tensor(self._lens, device=device) - 1
 
-    def read_prompts(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+    def read_prompts(
+        self,
+        layer: int,
+        q_THd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        *,
+        bias: AttentionBias = NO_BIAS,
+    ) -> Tensor:
         """Keep the prompts' keys and values, and let each prompt attend to itself."""
         self._layers[layer] = (self._padded(k_TKd), self._padded(v_TKd))
-        return CausalAttention(self._lens)(layer, q_THd, k_TKd, v_TKd)
+        return CausalAttention(self._lens)(layer, q_THd, k_TKd, v_TKd, bias=bias)
 
     def advance(self) -> None:
         """Make room for one more token of each sequence."""
         self.positions_B = self.positions_B + 1
 
-    def read_one_more(self, layer: int, q_BHd: Tensor, k_BKd: Tensor, v_BKd: Tensor) -> Tensor:
-        """Add one token to each sequence and let it attend to all before it."""
+    def read_one_more(
+        self,
+        layer: int,
+        q_BHd: Tensor,
+        k_BKd: Tensor,
+        v_BKd: Tensor,
+        *,
+        bias: AttentionBias = NO_BIAS,
+    ) -> Tensor:
+        """Add one token to each sequence and let it attend to those before it."""
         k_BCKd, v_BCKd = self._layers[layer]
         rows = torch.arange(len(self._lens), device=k_BKd.device)
         k_BCKd[rows, self.positions_B], v_BCKd[rows, self.positions_B] = k_BKd, v_BKd
-        is_seen_BC = torch.arange(self._room, device=k_BKd.device) <= self.positions_B[:, None]
         out = F.scaled_dot_product_attention(
             q_BHd[:, :, None],
             k_BCKd.transpose(1, 2),
             v_BCKd.transpose(1, 2),
-            attn_mask=is_seen_BC[:, None, None],
+            attn_mask=_mask(self.positions_B, self._room, bias, q_BHd.dtype),
             enable_gqa=q_BHd.shape[1] != k_BKd.shape[1],
         )
         return out[:, :, 0]
@@ -165,3 +181,19 @@ class _Cache:
         for row, part in enumerate(x_TKd.split(self._lens)):
             padded[row, : len(part)] = part
         return padded
+
+
+def _mask(positions_B: Tensor, room: int, bias: AttentionBias, dtype: torch.dtype) -> Tensor:
+    """Return what each sequence's last token sees of a cache with so much room.
+
+    Under ALiBi that is [B, H, 1, C], added to each head's scores, and otherwise a boolean
+    [B, 1, 1, C].
+    """
+    distance_BC = torch.arange(room, device=positions_B.device) - positions_B[:, None]
+    is_seen_BC = distance_BC <= 0
+    if bias.window is not None:
+        is_seen_BC &= distance_BC > -bias.window
+    if bias.slopes_H is None:
+        return is_seen_BC[:, None, None]
+    cost_BHC = bias.slopes_H[:, None] * distance_BC[:, None]
+    return cost_BHC.masked_fill_(~is_seen_BC[:, None], -torch.inf)[:, :, None].to(dtype)

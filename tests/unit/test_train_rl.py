@@ -5,12 +5,13 @@ import math
 import signal
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from transformers import BloomConfig, LlamaConfig, MistralConfig, PretrainedConfig
 
 from hack.tiny_model import write_tiny_model
 from mizzen.runtime.engine.tokenizer import Tokenizer
@@ -31,10 +32,11 @@ from mizzen.runtime.train.methods.ppo import Ppo, gae, token_rewards
 from mizzen.runtime.train.methods.token_loss import hidden_states
 from mizzen.runtime.train.options import Rule
 from mizzen.runtime.train.rewards import RewardModel, rule_reward
-from mizzen.runtime.train.samples import Prompt, Sample
+from mizzen.runtime.train.samples import Prompt, Sample, joined
 from mizzen.runtime.train.sources import load_source
 from mizzen.runtime.train.stop import StopFlag, YieldRequested
 from mizzen.runtime.train.surroundings import Surroundings
+from tests.fixtures.tiny_models import TINY, make_model, save_tiny_tokenizer
 from tests.fixtures.train_runs import Job, run, write_job, write_preferences, write_prompts
 
 CPU = torch.device("cpu")
@@ -74,22 +76,54 @@ def prompt(length: int, seed: int) -> Prompt:
     return Prompt(np.random.RandomState(seed).randint(0, 250, length).astype(np.int32))
 
 
-def test_answers_drawn_with_a_cache_are_those_of_whole_forward_passes(decoder: Decoder) -> None:
-    lora = TrainableLora(decoder, LoraConfig(rank=2, alpha=8.0))
+BLOOM = BloomConfig(  # three heads are no power of two
+    vocab_size=300,
+    hidden_size=48,
+    n_layer=2,
+    n_head=3,
+    initializer_range=0.2,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+# What an answer's tokens see: all before them, that at a cost, or the last five alone.
+SEEN: dict[str, PretrainedConfig] = {
+    "all": LlamaConfig(**TINY),
+    "ALiBi": BLOOM,
+    "a window": MistralConfig(**TINY, sliding_window=5),
+}
+
+
+@pytest.mark.parametrize("model", SEEN.values(), ids=SEEN)
+def test_answers_drawn_with_a_cache_are_those_of_whole_forward_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: PretrainedConfig
+) -> None:
+    make_model(model).save_pretrained(tmp_path)
+    decoder = load_decoder(tmp_path, dtype=torch.float32)
+    targets = ("q_proj", "k_proj", "v_proj", "down_proj")
+    lora = TrainableLora(decoder, LoraConfig(rank=2, alpha=8.0, targets=targets))
     with torch.no_grad():
         for matrix in lora.b.values():
             matrix.normal_(std=0.2)
     prompts = [prompt(5, 0), prompt(11, 1), prompt(2, 2)]
     coldest = Drawing(max_new_tokens=6, temperature=1e-6, eos_ids=())
-    drawn = draw_answers(decoder, prompts, lora, coldest, seed=0, stop=StopFlag())
-    for one, answer in zip(prompts, drawn, strict=True):
-        token_ids = one.token_ids_T.tolist()
-        for token_id in answer:
-            sample = Sample(np.asarray(token_ids, np.int32), np.zeros(len(token_ids), bool))
-            with torch.no_grad():
-                hidden_TD = hidden_states(decoder, pack([sample], CPU), lora)
-            assert decoder.logits(hidden_TD[-1:]).argmax().item() == token_id
-            token_ids.append(token_id)
+    score, scores = decoder.logits, list[Tensor]()
+
+    def logits(hidden_BD: Tensor) -> Tensor:
+        scores.append(score(hidden_BD))
+        return scores[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoder, "logits", logits)
+        drawn = draw_answers(decoder, prompts, lora, coldest, seed=0, stop=StopFlag())
+    for row, (one, answer) in enumerate(zip(prompts, drawn, strict=True)):
+        whole = joined(one, answer)
+        with torch.no_grad():
+            hidden_TD = hidden_states(decoder, pack([whole], CPU), lora)
+        logits_NV = decoder.logits(hidden_TD[len(one) - 1 : -1])
+        assert logits_NV.argmax(-1).tolist() == answer
+        # A likeliest token may stay that even where distances cost nothing.
+        found_NV = torch.stack([logits_BV[row] for logits_BV in scores])
+        torch.testing.assert_close(found_NV, logits_NV, atol=1e-4, rtol=1e-4)
 
 
 def test_an_answer_ends_with_its_end_and_the_same_seed_draws_the_same(decoder: Decoder) -> None:
@@ -309,6 +343,28 @@ def test_rewards_rise_and_the_drift_stays_small(
     assert word["evalLoss"] is None
 
 
+def test_a_model_with_alibi_learns_from_rewards_and_answers_its_exam(tmp_path: Path) -> None:
+    make_model(BLOOM).save_pretrained(tmp_path / "bloom")
+    save_tiny_tokenizer(tmp_path / "bloom")
+    questions = write_prompts(tmp_path / "q.jsonl")
+    words = {"name": "words", "type": "exactMatch", "max_new_tokens": 4}
+    job = write_job(
+        tmp_path / "job",
+        method="grpo",
+        base_model=str(tmp_path / "bloom"),
+        adaptation={"type": "full"},
+        output={"kind": "model"},
+        rl=RL,
+        datasets=[{"name": "questions", "path": str(questions)}],
+        hyperparameters={"max_steps": 8, "micro_batch": 32},
+        evaluation={"suites": [*WORTH["suites"], words]},
+    )
+    assert run(job) == 0
+    worth, words = job.last_word["evaluation"]
+    assert worth["candidate"] > worth["base"] + 0.5
+    assert (words["samples"], words["passed"]) == (worth["samples"], True)
+
+
 def test_a_killed_run_draws_the_same_answers_again(tmp_path: Path) -> None:
     reference = rl_job(tmp_path / "reference", "ppo", steps=4, dropout=0.1)
     assert run(reference) == 0
@@ -368,14 +424,6 @@ def test_a_prompt_row_without_a_prompt_is_refused(tmp_path: Path) -> None:
     config: TrainConfig = load_config(job.config_path)
     with pytest.raises(DatasetError, match='neither "prompt" nor "messages"'):
         load_source(config.datasets[0], default_format="auto", shape="prompt")
-
-
-def test_a_model_that_draws_with_windows_is_refused(tmp_path: Path) -> None:
-    config: Any = SimpleNamespace(rl=SimpleNamespace(), method="grpo")
-    spec: Any = SimpleNamespace(is_plain_causal=False, family="bloom")
-    around: Any = SimpleNamespace(config=config, spec=spec)
-    with pytest.raises(JobConfigError, match="the base is bloom"):
-        Grpo(around)
 
 
 def test_a_token_counts_by_how_much_likelier_the_policy_finds_it_up_to_twice() -> None:

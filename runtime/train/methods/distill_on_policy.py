@@ -22,7 +22,6 @@ from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.batches import pack
 from mizzen.runtime.train.copies import Row, share_out
 from mizzen.runtime.train.device import choose_dtype
-from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.generate import Drawing, draw_answers
 from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.methods.method import Method
@@ -60,11 +59,6 @@ class OnPolicyDistill(Method):
     def __init__(self, around: Surroundings) -> None:
         rules = around.config.distill
         assert rules is not None, "checked by the job's configuration"
-        if not around.spec.is_plain_causal:
-            raise JobConfigError(
-                "distill.on_policy draws answers from models without windows and ALiBi, and the "
-                f"base is {around.spec.family}. Choose another base model, or leave it out."
-            )
         self._around = around
         self._rules = rules
         self._at_once = AtOnce(around.config.hyperparameters.micro_batch)

@@ -17,7 +17,6 @@ from torch import Tensor
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.train.batches import pack
-from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.generate import AT_ONCE, Drawing, draw_answers
 from mizzen.runtime.train.methods.method import NotedMethod
 from mizzen.runtime.train.methods.token_loss import token_losses_sum
@@ -73,11 +72,6 @@ class SequenceDistill(NotedMethod):
 
     def ask(self, decoder: Decoder, items: Sequence[Sample], *, first: int) -> list[Tensor]:
         """Return the teacher's answer to each item's prompt."""
-        if not decoder.spec.is_plain_causal:
-            raise JobConfigError(
-                "distill.teacher_answers draws answers from models without windows and ALiBi, and "
-                f"the teacher is {decoder.spec.family}. Choose another teacher, or leave it out."
-            )
         prompts = [prompt_of(item) for item in items]
         # Whoever asks a job to stop while it takes notes ends the process.
         answers = draw_answers(decoder, prompts, None, self._drawing, seed=0, stop=StopFlag())

@@ -25,7 +25,6 @@ from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.train.batches import pack
 from mizzen.runtime.train.copies import Row, share_out
-from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.generate import draw_answers, drawing_of
 from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.measures import REWARD
@@ -98,11 +97,6 @@ class PolicyMethod(Method):
     def __init__(self, around: Surroundings) -> None:
         config = around.config
         assert config.rl is not None, "checked by the job's configuration"
-        if not around.spec.is_plain_causal:
-            raise JobConfigError(
-                f"Method {config.method} draws answers from models without windows and ALiBi, and "
-                f"the base is {around.spec.family}. Choose another base model."
-            )
         self._rules = config.rl
         self._around = around
         self._at_once = AtOnce(config.hyperparameters.micro_batch)

@@ -73,11 +73,6 @@ def build_exam(suite: Suite, around: Surroundings, method: Method, data: Prepare
 
 
 def _spoken(suite: Suite, questions: Sequence[Question], around: Surroundings) -> Exam:
-    if not around.spec.is_plain_causal:
-        raise JobConfigError(
-            f"Suite {suite.name} of type {suite.type} draws answers from models without windows "
-            f"and ALiBi, and the base is {around.spec.family}. Use perplexity or classification."
-        )
     speaker = Speaker(suite, around.tokenizer, around.stop)
     if suite.type == "exactMatch":
         return ExactMatch(suite, questions, speaker)
