@@ -75,11 +75,6 @@ class ArchSpec:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
-    @property
-    def is_plain_causal(self) -> bool:
-        """Does every query see all earlier keys, with no bias? All attention can do that."""
-        return self.positions != "alibi" and not any(self.windows)
-
     @classmethod
     def from_dir(cls, path: Path) -> "ArchSpec":
         """Read the description of the checkpoint at `path`: a directory or a `.gguf` file."""

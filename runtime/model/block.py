@@ -41,7 +41,7 @@ class Attend(Protocol):
 
 
 class BiasedAttend(Protocol):
-    """What a model needs whose `spec.is_plain_causal` is false."""
+    """What a model with ALiBi or sliding windows needs."""
 
     def __call__(
         self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, *, bias: AttentionBias

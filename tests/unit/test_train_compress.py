@@ -9,22 +9,33 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 from hack.tiny_model import write_tiny_model
 from mizzen.runtime.attention.causal import CausalAttention
+from mizzen.runtime.engine.tokenizer import Tokenizer
+from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora import LoraConfig, TrainableLora, save_adapter
 from mizzen.runtime.train.batches import pack
+from mizzen.runtime.train.compress.candidate import Candidate
 from mizzen.runtime.train.compress.gptq import quantize_gptq
 from mizzen.runtime.train.compress.merge import merge
 from mizzen.runtime.train.compress.prune import prune
+from mizzen.runtime.train.compress.quantize import quantize
 from mizzen.runtime.train.compress.rounding import Grid, scales_for, to_levels, to_weights
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.methods.token_loss import token_losses_sum
-from mizzen.runtime.train.options import Merge, Prune
+from mizzen.runtime.train.options import Merge, Prune, Quantize
 from mizzen.runtime.train.samples import Sample
+from tests.fixtures.tiny_models import TINY, make_model, save_tiny_tokenizer
 from tests.fixtures.train_runs import Job, run, write_job
 
 MODEL = {"kind": "model"}
@@ -229,6 +240,102 @@ def test_pruning_that_leaves_nothing_or_all_is_refused(tmp_path: Path) -> None:
     for ratio in (0.9, 0.1):
         with pytest.raises(JobConfigError, match=r"Choose one that leaves some and takes some"):
             prune(decoder, Prune(kind="depth", ratio=ratio), samples())
+
+
+FOUR_LAYERS: dict[str, Any] = {**TINY, "intermediate_size": 128, "num_hidden_layers": 4}
+WINDOWED: dict[str, PretrainedConfig] = {
+    "in every layer": MistralConfig(**FOUR_LAYERS, sliding_window=7),
+    "in the last two": Qwen2Config(
+        **FOUR_LAYERS, use_sliding_window=True, sliding_window=7, max_window_layers=2
+    ),
+}
+
+
+def windowed(root: Path, config: PretrainedConfig) -> Path:
+    make_model(config).save_pretrained(root / "base")
+    save_tiny_tokenizer(root / "base")
+    return root / "base"
+
+
+def logits_of(decoder: Decoder) -> Tensor:
+    token_ids = torch.arange(20)
+    with torch.no_grad():
+        return decoder.logits(decoder(token_ids, token_ids, CausalAttention([20])))
+
+
+def written(candidate: Candidate, base: Path) -> Path:
+    folder = base.parent / "candidate"
+    folder.mkdir()
+    candidate.write(folder, base_model=base, tokenizer=Tokenizer.load(base))
+    assert ArchSpec.from_dir(folder).windows == candidate.spec.windows
+    return folder
+
+
+def idle(kind: str, tensors: dict[str, Tensor]) -> None:
+    """Have half of a model do nothing: layers 0 and 3, every other unit, or the first KV head."""
+    for name, tensor in tensors.items():
+        is_out, is_down = (name.endswith(f"{last}_proj.weight") for last in ("o", "down"))
+        if kind == "depth" and (is_out or is_down) and name.split(".")[2] in ("0", "3"):
+            tensor.zero_()
+        elif kind == "width" and is_down:
+            tensor[:, ::2] = 0
+        elif kind == "heads" and is_out:
+            tensor[:, :32] = 0
+
+
+@pytest.mark.parametrize("kind", ["depth", "width", "heads"])
+@pytest.mark.parametrize("config", WINDOWED.values(), ids=WINDOWED)
+def test_what_idles_is_left_out_of_a_model_with_windows(
+    tmp_path: Path, config: PretrainedConfig, kind: Any
+) -> None:
+    base = windowed(tmp_path, config)
+    decoder = load_decoder(base, dtype=torch.float32)
+    with torch.no_grad():
+        idle(kind, {shard.name: shard.tensor for shard in decoder.shards()})
+    whole = logits_of(decoder)
+    folder = written(prune(decoder, Prune(kind=kind, ratio=0.5), samples()), base)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(20)[None]).logits[0]
+    for found in (logits_of(load_decoder(folder, dtype=torch.float32)), theirs):
+        torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3)
+
+
+FEWER_BITS = {
+    "int8": Quantize(scheme="int8"),
+    "int4 by rounding": Quantize(scheme="int4", group_size=32),
+    "int4 by gptq": Quantize(scheme="int4", group_size=32, algorithm="gptq"),
+}
+
+
+@pytest.mark.parametrize("rules", FEWER_BITS.values(), ids=FEWER_BITS)
+@pytest.mark.parametrize("config", WINDOWED.values(), ids=WINDOWED)
+def test_a_model_with_windows_is_written_as_it_was_rounded(
+    tmp_path: Path, config: PretrainedConfig, rules: Quantize
+) -> None:
+    base = windowed(tmp_path, config)
+    decoder = load_decoder(base, dtype=torch.float32)
+    before = logits_of(decoder)
+    folder = written(quantize(decoder, rules, samples()), base)
+    rounded = logits_of(decoder)
+    assert not torch.allclose(rounded, before, rtol=1e-3, atol=1e-3)
+    found = logits_of(load_decoder(folder, dtype=torch.float32))
+    torch.testing.assert_close(found, rounded, rtol=1e-4, atol=1e-4)
+
+
+def test_a_job_quantizes_a_model_with_windows(tmp_path: Path) -> None:
+    base = windowed(tmp_path, WINDOWED["in the last two"])
+    rules = {"scheme": "int4", "group_size": 32, "algorithm": "gptq"}
+    lax = {"suites": [{"name": "holdout", "max_regression_ratio": 10.0}]}
+    job = computed(tmp_path, "quantize", rules, base_model=str(base), evaluation=lax)
+    assert run(job) == 0
+    assert len(job.artifacts) == 1
+
+
+def test_a_family_that_fuses_its_matrices_is_refused(tmp_path: Path) -> None:
+    config = BloomConfig(vocab_size=300, hidden_size=64, n_layer=2, n_head=4)
+    decoder = load_decoder(windowed(tmp_path, config), dtype=torch.float32)
+    with pytest.raises(JobConfigError, match="llama, mistral, qwen2, qwen3, and the base is bloom"):
+        prune(decoder, Prune(kind="width", ratio=0.5), samples())
 
 
 def adapter_for(decoder: Decoder, folder: Path) -> TrainableLora:

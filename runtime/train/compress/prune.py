@@ -99,8 +99,18 @@ def _fewer_layers(decoder: Decoder, flow: Flow, smaller: ArchSpec) -> Candidate:
         layer, rest = tail.split(".", 1)
         if int(layer) in kept:
             tensors[f"{head}{dot}{kept.index(int(layer))}.{rest}"] = tensor
-    changes = {"num_hidden_layers": len(kept), "layer_types": None}
-    return Candidate(spec=smaller, tensors=tensors, changes=changes)
+    windows = tuple(decoder.spec.windows[layer] for layer in kept) if decoder.spec.windows else ()
+    changes = {"num_hidden_layers": len(kept), "layer_types": _layer_types(windows)}
+    return Candidate(spec=replace(smaller, windows=windows), tensors=tensors, changes=changes)
+
+
+def _layer_types(windows: Sequence[int | None]) -> list[str] | None:
+    """Return how config.json says which layers have a window; None where there are none.
+
+    Its `max_window_layers` counts layers of the base, of which some are gone.
+    """
+    kinds = ["sliding_attention" if window else "full_attention" for window in windows]
+    return kinds or None
 
 
 def _fewer_units(decoder: Decoder, flow: Flow, smaller: ArchSpec) -> Candidate:
