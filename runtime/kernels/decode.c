@@ -6,8 +6,13 @@ a time. The heads that share a KV head are done together, so that each key and v
 for all of them. */
 #include "attention.h"
 
-/* A key or value is read once for `HEADS` heads, whose sums are `WIDTH` vectors at most. */
-enum { HEADS = 3, WIDTH = 4 };
+/* A key is read once for `HEADS` heads, a value for `MIXED`, with sums of `TOGETHER` vectors each;
+those of a single head are `WIDTH`. */
+#ifdef __AVX512F__
+enum { HEADS = 4, MIXED = 3, TOGETHER = 4, WIDTH = 4 };
+#else
+enum { HEADS = 3, MIXED = 3, TOGETHER = 2, WIDTH = 4 };
+#endif
 
 typedef struct {
     const Attention *a;
@@ -40,9 +45,39 @@ INLINE void find_part(const Item *item, long start, Part *part) {
     find_keys(item->a, item->sequence, start, part->count, part->places);
 }
 
-/* The products of some heads' queries with a key, which is read once for them. */
-INLINE void dot(const float *q, const void *key, const int heads, float *scores, long dim,
+/* Are a key's numbers multiplied by a query's as they are, two at a time? */
+INLINE int has_pairs(long dim, int type) {
+#ifdef __AVX512BF16__
+    return type == BFLOAT16 && dim % 32 == 0;
+#else
+    return (void)dim, (void)type, 0;
+#endif
+}
+
+#ifdef __AVX512BF16__
+INLINE void dot_pairs(const uint16_t *q, const uint16_t *key, const int heads, float *scores,
+                      long dim) {
+    Lanes sums[HEADS];
+    for (int h = 0; h < heads; h++) sums[h] = (Lanes){0};
+    for (long i = 0; i < dim; i += 32) {
+        const __m512bh numbers = (__m512bh)_mm512_loadu_si512(key + i);
+        for (int h = 0; h < heads; h++) {
+            const __m512bh of_query = (__m512bh)_mm512_loadu_si512(q + h * dim + i);
+            sums[h] = (Lanes)_mm512_dpbf16_ps((__m512)sums[h], numbers, of_query);
+        }
+    }
+    add_up_each(sums, heads, scores);
+}
+#endif
+
+/* The products of some heads' queries with a key, which is read once for them. Queries are float32,
+or as they came where there are pairs. */
+INLINE void dot(const void *queries, const void *key, const int heads, float *scores, long dim,
                 int type) {
+#ifdef __AVX512BF16__
+    if (has_pairs(dim, type)) return dot_pairs(queries, key, heads, scores, dim);
+#endif
+    const float *q = queries;
     Lanes sums[HEADS], numbers, of_query;
     long i = 0;
     for (int h = 0; h < heads; h++) sums[h] = (Lanes){0};
@@ -53,11 +88,9 @@ INLINE void dot(const float *q, const void *key, const int heads, float *scores,
             sums[h] += numbers * of_query;
         }
     }
-    for (int h = 0; h < heads; h++) {
-        scores[h] = add_up(sums + h);
-        for (long rest = i; rest < dim; rest++)
-            scores[h] += q[h * dim + rest] * get(key, rest, type);
-    }
+    add_up_each(sums, heads, scores);
+    for (; i < dim; i++)
+        for (int h = 0; h < heads; h++) scores[h] += q[h * dim + i] * get(key, i, type);
 }
 
 /* Has numbers on their way, `count` of a row in memory. */
@@ -66,19 +99,40 @@ INLINE void fetch(const void *from, long index, long count, int type) {
     for (; first < end; first += 64) __builtin_prefetch(first, 0, 2);
 }
 
+#define DOT(count)                                                                             \
+    case count:                                                                                \
+        dot(query, key, count, scores, dim, type);                                             \
+        break
+
+/* The products of a group's queries with its key. */
+INLINE void score_group(const void *q, const void *key, long group, float *scores, long dim,
+                        int type) {
+    const int query_type = has_pairs(dim, type) ? BFLOAT16 : FLOAT32;
+    for (long h = 0; h < group; h += HEADS, scores += HEADS) {
+        const void *query = at(q, h * dim, query_type);
+        switch (group - h < HEADS ? group - h : HEADS) {
+            DOT(1);
+            DOT(2);
+            DOT(3);
+#ifdef __AVX512F__
+            DOT(4);
+#endif
+        }
+    }
+}
+
 /* scores[t, h] = query h times key t. Meanwhile the values come from memory. */
-INLINE void score(const Item *item, const float *q, const long *places, long count, Lanes *scores,
+INLINE void score(const Item *item, const void *q, const long *places, long count, Lanes *scores,
                   long dim, int type) {
     const Attention *a = item->a;
+    const long group = item->group;
+    const int query_type = has_pairs(dim, type) ? BFLOAT16 : FLOAT32;
     for (long t = 0; t < count; t++) {
-        fetch(a->values, places[t] + item->first_kv * dim, a->kv_per_item * dim, type);
-        for (long h = 0; h < a->kv_per_item * item->group;) {
-            const long kv = h / item->group, left = (kv + 1) * item->group - h;
-            const void *key = at(a->keys, places[t] + (item->first_kv + kv) * dim, type);
-            float *of_key = (float *)(scores + t * item->vectors) + h;
-            if (left >= HEADS) dot(q + h * dim, key, HEADS, of_key, dim, type), h += HEADS;
-            else dot(q + h * dim, key, 1, of_key, dim, type), h++;
-        }
+        const long place = places[t] + item->first_kv * dim;
+        fetch(a->values, place, a->kv_per_item * dim, type);
+        for (long kv = 0; kv < a->kv_per_item; kv++)
+            score_group(at(q, kv * group * dim, query_type), at(a->keys, place + kv * dim, type),
+                        group, (float *)(scores + t * item->vectors) + kv * group, dim, type);
     }
 }
 
@@ -138,7 +192,7 @@ typedef struct {
 
 /* Adds to `width` vectors of some heads' sums, from number `i` on; each value is read once. */
 INLINE void mix_some(const Mix *m, const int heads, const int width, long i, long dim, int type) {
-    Lanes sums[HEADS][WIDTH], value;
+    Lanes sums[MIXED][WIDTH], value;
     for (int h = 0; h < heads; h++)
         for (int w = 0; w < width; w++)
             load(&sums[h][w], m->sums + h * dim + i + w * LANES, FLOAT32);
@@ -167,15 +221,16 @@ INLINE void mix_heads(const Mix *m, const int heads, const int width, long dim, 
 INLINE void mix(const Item *item, const Part *part, const Part *next, const Lanes *weights,
                 float *sums, long dim, int type) {
     const Attention *a = item->a;
-    for (long h = 0; h < a->kv_per_item * item->group;) {
-        const long kv = h / item->group, left = (kv + 1) * item->group - h;
-        const long place = (item->first_kv + kv) * dim;
-        const void *next_keys = h % item->group ? NULL : at(a->keys, place, type);
-        const Mix m = {at(a->values, place, type), part->places, next_keys, next->places,
-                       (const float *)weights + h, sums + h * dim, part->count,
-                       item->vectors * LANES};
-        if (left >= HEADS) mix_heads(&m, HEADS, 2, dim, type), h += HEADS;
-        else mix_heads(&m, 1, WIDTH, dim, type), h++;
+    for (long kv = 0, h = 0; kv < a->kv_per_item; kv++) {
+        const long place = (item->first_kv + kv) * dim, end = h + item->group;
+        Mix m = {at(a->values, place, type), part->places, at(a->keys, place, type), next->places,
+                 .count = part->count, .stride = item->vectors * LANES};
+        while (h < end) {
+            m.weights = (const float *)weights + h, m.sums = sums + h * dim;
+            if (end - h >= MIXED) mix_heads(&m, MIXED, TOGETHER, dim, type), h += MIXED;
+            else mix_heads(&m, 1, WIDTH, dim, type), h++;
+            m.next_keys = NULL;
+        }
     }
 }
 
@@ -209,6 +264,7 @@ INLINE void attend(const Item *item, const Item *later, int is_fetched, long dim
     if (!is_fetched) fetch_keys(item, part, 0, dim, type);
     for (long i = 0; i < heads * dim; i++)
         q[i] = get(a->q, place + i, type) * a->scale, sums[i] = 0.0f;
+    const void *queries = has_pairs(dim, type) ? at(a->q, place, type) : q;
     memset(scores, 0, sizeof scores); /* some lanes may be no head's */
     for (long v = 0; v < item->vectors; v++) start_softmax(softmax + v);
     for (long h = 0; h < heads; h++)
@@ -228,10 +284,11 @@ INLINE void attend(const Item *item, const Item *later, int is_fetched, long dim
 #ifdef __AMX_BF16__
         if (uses_unit(a, dim, type)) {
             score_by_unit(item, pairs, part->places, count, scores, dim);
-            for (long i = 0; i < count * item->vectors; i++) scores[i] *= a->scale;
         } else
 #endif
-            score(item, q, part->places, count, scores, dim, type);
+            score(item, queries, part->places, count, scores, dim, type);
+        if (has_pairs(dim, type))
+            for (long i = 0; i < count * item->vectors; i++) scores[i] *= a->scale;
         for (long v = 0; v < item->vectors; v++) {
             if (a->slopes || start < softmax[v].first[0])
                 bias_scores(softmax + v, scores + v, item->vectors, start, count);

@@ -95,3 +95,20 @@ INLINE float add_up(const Lanes *lanes) {
     return sum;
 #endif
 }
+
+/* The sums of one to four vectors, side by side: together they take half the instructions. */
+INLINE void add_up_each(const Lanes *lanes, const int count, float *sums) {
+#ifdef __AVX512F__
+    __m512 v[4];
+    for (int i = 0; i < 4; i++) v[i] = i < count ? (__m512)lanes[i] : _mm512_setzero_ps();
+    const __m512d low = (__m512d)(_mm512_unpacklo_ps(v[0], v[1]) + _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512d high = (__m512d)(_mm512_unpacklo_ps(v[2], v[3]) + _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512 all =
+        (__m512)_mm512_unpacklo_pd(low, high) + (__m512)_mm512_unpackhi_pd(low, high);
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    _mm_mask_storeu_ps(sums, (__mmask8)((1 << count) - 1), four);
+#else
+    for (int i = 0; i < count; i++) sums[i] = add_up(lanes + i);
+#endif
+}

@@ -157,18 +157,20 @@ def test_a_token_that_is_not_finite_spoils_itself_alone_in_panels() -> None:
         assert is_bad.nonzero()[:, 0].tolist() == [3, 20]
 
 
-def test_a_token_gets_the_same_products_whoever_is_beside_it() -> None:
-    if not library.runs("avx2"):
-        pytest.skip("this processor has no AVX2")
-    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
-    vectors = library.load(compiling.library_path("avx2"))
+@pytest.mark.parametrize("level", ["avx512bf16", "avx512", "avx2"])
+def test_a_token_gets_the_same_products_whoever_is_beside_it(
+    level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not library.runs(level):
+        pytest.skip(f"this processor has no {level}")
+    x = torch.randn(30, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    vectors = library.load(compiling.library_path(level))
+    monkeypatch.setattr(library, "kernels", lambda: vectors)
     for has_8_bits in (False, True):
         packed = PanelWeight(WEIGHT.bfloat16(), has_8_bits=has_8_bits)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(library, "kernels", lambda: vectors)
-            together = packed(x, None)
-            for count in range(1, 8):
-                assert torch.equal(packed(x[:count], None), together[:count]), count
+        together = packed(x, None)
+        for count in range(1, 14):
+            assert torch.equal(packed(x[:count], None), together[:count]), count
 
 
 knows_bfloat16 = pytest.mark.skipif(
