@@ -97,8 +97,7 @@ def score(run: Run) -> tuple[Run, Report, int]:
     objective = replace(SETTING.objective, attainment_ratio=run.promise)
     setting = replace(SETTING, objective=objective, gaps=(GAP_S,) if run.has_gap else ())
     if run.starts_at_once:
-        at_once = StartUp(median_s=0.0, p90_s=0.0)
-        setting = replace(setting, profile=replace(setting.profile, start_up=at_once))
+        setting = starting_at_once(setting)
     outcome, report = run_policy(run.policy, requests_of(run.trace), setting, target=run.target)
     downs = sum(
         event.after < event.before and GAP_S[0] + UNKNOWN_AFTER_S <= event.at < GAP_S[1]
@@ -107,13 +106,23 @@ def score(run: Run) -> tuple[Run, Report, int]:
     return run, report, downs
 
 
-def all_runs() -> list[Run]:
-    runs = [
+def starting_at_once(setting: Setting) -> Setting:
+    """Return the setting with replicas that start in no time."""
+    start_up = StartUp(median_s=0.0, p90_s=0.0)
+    return replace(setting, profile=replace(setting.profile, start_up=start_up))
+
+
+def swept() -> list[Run]:
+    return [
         Run(trace, policy, target)
         for policy, targets in SWEEPS.items()
         for target in targets
         for trace in TRACES
     ]
+
+
+def all_runs() -> list[Run]:
+    runs = swept()
     runs += [Run(trace, "static", n) for trace in TRACES for n in range(1, 27)]
     runs += [run for trace in TRACES for run in promised(trace) if run.promise != PROMISE]
     runs += [run for trace in TRACES for run in promised(trace, starts_at_once=True)]
@@ -144,6 +153,20 @@ def tuned_on(reports: dict[Run, Report], trace: str, policy: str) -> float | Non
     if keeping:
         return min(keeping, key=lambda run: reports[run].gpu_hours).target
     return max(tried, key=lambda run: reports[run].attainment).target
+
+
+def tuned_elsewhere(reports: dict[Run, Report], trace: str) -> list[tuple[str, Run]]:
+    """Return each baseline's runs on a trace with targets tuned on others, and on which."""
+    runs = []
+    for policy in SWEEPS:
+        if policy == OURS:
+            continue
+        others = {tuned_on(reports, t, policy): t for t in TRACES if t != trace}
+        runs += [
+            (origin if len(SWEEPS[policy]) > 1 else "-", Run(trace, policy, target))
+            for target, origin in others.items()
+        ]
+    return runs
 
 
 def verdict(ours: Report, theirs: Report) -> str:
@@ -185,13 +208,7 @@ def print_trace(trace: str, reports: dict[Run, Report]) -> list[tuple[str, str, 
         for at_once in (False, True)
         for run in promised(trace, starts_at_once=at_once)
     ]
-    for policy in SWEEPS:
-        others = {tuned_on(reports, t, policy): t for t in TRACES if t != trace}
-        if policy != OURS:
-            rows += [
-                (origin if len(SWEEPS[policy]) > 1 else "-", Run(trace, policy, target))
-                for target, origin in others.items()
-            ]
+    rows += tuned_elsewhere(reports, trace)
     verdicts = []
     for origin, run in rows:
         report = reports[run]
@@ -266,7 +283,7 @@ def main() -> None:
     verdicts = [said for trace in TRACES for said in print_trace(trace, reports)]
     print_acceptance(reports, verdicts, downs_in_gap)
     if arguments.json:
-        rows = [asdict(run) | asdict(report) for run, report in reports.items()]
+        rows = [asdict(report) | asdict(run) for run, report in reports.items()]
         arguments.json.write_text(json.dumps(rows, indent=1))
     if arguments.plots:
         arguments.plots.mkdir(parents=True, exist_ok=True)
