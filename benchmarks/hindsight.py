@@ -1,6 +1,6 @@
 """How many of the comparisons of 3.7 (i) a plan wins that knows the whole trace.
 
-    python -m benchmarks.hindsight [--traces DIR] [--jobs 1] [--rounds 16]
+    python -m benchmarks.hindsight [--traces DIR] [--only TRACE ...] [--jobs 1] [--rounds 8]
 
 The comparisons are those of `benchmarks.autoscaler`: its baselines, traces and setting. They are
 held against the line through the best plans found (`benchmarks.planned_ahead`). In one search
@@ -92,22 +92,24 @@ def main() -> None:
     parser.add_argument(
         "--traces", default=os.environ.get("MIZZEN_TRACES", "../shared/data/traces")
     )
+    parser.add_argument("--only", nargs="+", choices=TRACES, default=TRACES, help="these traces")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=16, help="for each worth of a request")
+    parser.add_argument("--rounds", type=int, default=8, help="for each worth of a request")
     arguments = parser.parse_args()
     if not Path(arguments.traces).is_dir():
         sys.exit(f"No traces in {arguments.traces}: set MIZZEN_TRACES to their folder.")
     os.environ["MIZZEN_TRACES"] = arguments.traces
     lines: dict[str, Lines] = {starts: {} for starts in STARTS}
+    traces = [trace for trace in TRACES if trace in arguments.only]
     # The longest first, so that two processes end together.
-    tasks = [(starts, trace, arguments.rounds) for trace in TRACES[::-1] for starts in STARTS]
+    tasks = [(starts, trace, arguments.rounds) for trace in traces[::-1] for starts in STARTS]
     with Pool(arguments.jobs) as pool:
         reports = {run: report for run, report, _ in pool.imap_unordered(score, swept())}
         for starts, trace, line in pool.imap_unordered(best_line, tasks):
             lines[starts][trace] = line
     points = {run: Point(report.gpu_hours, report.attainment) for run, report in reports.items()}
-    ours = {trace: points[Run(trace, OURS, None)] for trace in TRACES}
-    others = [(run, points[run]) for trace in TRACES for _, run in tuned_elsewhere(reports, trace)]
+    ours = {trace: points[Run(trace, OURS, None)] for trace in traces}
+    others = [(run, points[run]) for trace in traces for _, run in tuned_elsewhere(reports, trace)]
     for starts in STARTS:
         print_ours(ours, starts, lines[starts])
         print_comparisons(others, lines[starts])
