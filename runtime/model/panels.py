@@ -1,7 +1,8 @@
 """Weights laid out for our own kernels, in bfloat16 or rounded to 8 bits.
 
 Intel's matrix unit (AMX) reads them so, and so do vectors, whose instruction for bfloat16
-(AVX512-BF16) wants the same pairs. One layout serves a single token, where reading the weights is all the time, and prompts.
+(AVX512-BF16) wants the same pairs. One layout serves a single token, where reading the weights is
+all the time, and prompts.
 """
 
 # Shapes: T packed tokens, I and O a linear's input and output width on this rank, P panels.
