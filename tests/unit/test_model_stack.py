@@ -25,10 +25,8 @@ from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.packed import Quantization
 from tests.fixtures.tiny_models import TINY, make_model
 
-has_avx2_alone = library.runs("avx2") and not library.runs("avx512")
 needs_panels = pytest.mark.skipif(
-    not (library.runs("amx") or has_avx2_alone),
-    reason="this processor has neither AMX nor AVX2 alone",
+    not library.runs("avx2"), reason="this processor has no AVX2, so no panels"
 )
 OLD: dict[str, Any] = {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4}
 OPT: dict[str, Any] = {
