@@ -214,13 +214,16 @@ def _intermediate_size(family: Family, config: _Config) -> int:
 
 
 def _windows(family: Family, config: _Config, layers: int) -> tuple[int | None, ...]:
-    """Return each layer's window: the first `max_window_layers` of Qwen's have none."""
+    """Return each layer's window: the first `max_window_layers` of Qwen's have none.
+
+    Those are 28 where the checkpoint does not say, as in transformers' Qwen2Config.
+    """
     window = config.get("sliding_window")
     if not window or not config.get("use_sliding_window", family.is_windowed):
         return ()
     kinds = config.get("layer_types")
     if kinds is None:
-        full = config.get("max_window_layers", 0) if family.name.startswith("qwen") else 0
+        full = config.get("max_window_layers", 28) if family.name.startswith("qwen") else 0
         kinds = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     return tuple(window if kind == "sliding_attention" else None for kind in kinds[:layers])
 

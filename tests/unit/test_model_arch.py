@@ -100,6 +100,15 @@ READ: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"windows": (None, 4096)},
     ),
+    "Qwen2's first 28 layers have no window": (
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "sliding_window": 4096,
+            "use_sliding_window": True,
+            "num_hidden_layers": 30,
+        },
+        {"windows": (None,) * 28 + (4096, 4096)},
+    ),
 }
 
 
