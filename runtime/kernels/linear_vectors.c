@@ -12,8 +12,8 @@ first numbers and a mask the second ones. Sums are float32. */
 #if defined(__AVX2__) && !defined(__AMX_BF16__)
 
 enum { PAIRS = STEP / 2, AHEAD = 4096, VECTORS = TILE / LANES };
-#ifdef __AVX512F__
 /* Tokens whose sums of a tile fit into the registers, and whose sums of two tiles do. */
+#ifdef __AVX512F__
 enum { MOST_TOKENS = 12, MOST_OF_TWO_TILES = 12 };
 #else
 enum { MOST_TOKENS = 6, MOST_OF_TWO_TILES = 2 };
