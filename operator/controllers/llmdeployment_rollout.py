@@ -142,7 +142,8 @@ def _look(observed: Observed, revision: str) -> Look:
     cause = first_cause(group.cause for group in own if group.cause)
     return Look(
         serving=serving,
-        is_over=len(own) == len(there) and serving >= observed.desired,
+        is_complete=serving >= observed.desired,
+        is_alone=len(own) == len(there),
         trouble=cause.message if cause else "",
         is_draining=any(
             group.draining_since is not None and group.replica.revision != revision

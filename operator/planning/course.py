@@ -64,7 +64,8 @@ class Look:
     """What is seen of the new revision."""
 
     serving: int  # its replicas in service
-    is_over: bool  # as many as wanted, and none of another revision
+    is_complete: bool  # those are as many as wanted
+    is_alone: bool = True  # no replica of another revision is there
     trouble: str = ""  # what keeps them from serving
     is_draining: bool = False  # a replica of another revision finishes its requests
     has_drained: bool = False  # or has done so and gone since the last look
@@ -112,7 +113,9 @@ def proceed(rollout: Rollout, look: Look, rules: Rules, *, now: datetime) -> Rol
     """
     if rollout.failure is not None:
         return rollout
-    if look.is_over and not rules.rests:
+    # A canary's replicas may be as many as wanted beside those that it is compared with.
+    is_over = look.is_complete and (look.is_alone or rollout.canary is None)
+    if is_over and not rules.rests:
         return None
     waits = rules.is_paused or rules.rests
     if rollout.is_paused != waits:

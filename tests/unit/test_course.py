@@ -61,15 +61,24 @@ def after(seconds: float) -> datetime:
     return NOW + timedelta(seconds=seconds)
 
 
-def look(serving: int = 1, *, is_over: bool = False, trouble: str = "") -> Look:
-    return Look(serving=serving, is_over=is_over, trouble=trouble)
+def look(serving: int = 1, *, is_complete: bool = False, trouble: str = "") -> Look:
+    return Look(serving=serving, is_complete=is_complete, trouble=trouble)
 
 
 DRAINING = replace(look(), is_draining=True)
 
 
-def test_a_rollout_is_over_when_only_the_new_revision_is_left() -> None:
-    assert proceed(UNDER_WAY, look(2, is_over=True), RULES, now=NOW) is None
+def test_a_rollout_is_over_when_all_that_is_wanted_serves_with_the_new_revision() -> None:
+    complete = look(2, is_complete=True)
+    assert proceed(UNDER_WAY, complete, RULES, now=NOW) is None
+    assert proceed(UNDER_WAY, replace(complete, is_alone=False), RULES, now=NOW) is None
+
+
+def test_a_canary_is_not_over_beside_the_replicas_that_it_is_compared_with() -> None:
+    rollout = replace(UNDER_WAY, canary=Canary(weight=10, since=NOW))
+    complete = look(1, is_complete=True)
+    assert proceed(rollout, replace(complete, is_alone=False), RULES, now=NOW) == rollout
+    assert proceed(rollout, complete, RULES, now=NOW) is None
 
 
 def test_each_further_replica_in_service_gives_it_time() -> None:
@@ -94,7 +103,7 @@ def test_standing_still_for_too_long_is_a_failure_that_says_why() -> None:
         "(spec.rollout.progressDeadlineSeconds). No config.json.",
         after(100),
     )
-    assert proceed(failed, look(2, is_over=True), RULES, now=after(999)) == failed
+    assert proceed(failed, look(2, is_complete=True), RULES, now=after(999)) == failed
 
 
 def test_without_a_way_back_it_waits() -> None:
@@ -125,13 +134,13 @@ def test_where_no_replica_is_wanted_nothing_is_proven_and_no_time_passes() -> No
     canary = Canary(step=1, weight=10, since=NOW)
     resting = replace(RULES, rests=True)
     rested = proceed(
-        replace(UNDER_WAY, canary=canary), look(0, is_over=True), resting, now=after(50)
+        replace(UNDER_WAY, canary=canary), look(0, is_complete=True), resting, now=after(50)
     )
     expected = replace(
         UNDER_WAY, canary=replace(canary, since=None), is_paused=True, serving=0, moved_at=after(50)
     )
     assert rested == expected
-    assert proceed(expected, look(0, is_over=True), resting, now=after(9999)) == expected
+    assert proceed(expected, look(0, is_complete=True), resting, now=after(9999)) == expected
     woken = proceed(expected, look(0), RULES, now=after(9999))
     assert woken == replace(expected, is_paused=False, moved_at=after(9999))
 

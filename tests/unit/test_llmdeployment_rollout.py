@@ -84,6 +84,20 @@ async def test_a_rollout_paused_half_way_stays_there_and_still_scales_and_mends(
     assert revisions(world) == {"4": 5}
 
 
+async def test_a_pause_holds_the_way_back_from_a_rollout_whose_last_replicas_still_drain() -> None:
+    world = World(replicas=2)
+    await world.settle()
+    world.change(engine={"maxNumSeqs": 4})
+    await go_on(world, 5)
+    while world.condition("Ready")[0] != "True":
+        await go_on(world, 5)
+    assert revisions(world) == {"first": 1, "4": 2}
+    world.change(engine={}, rollout={"paused": True})
+    await world.settle()
+    assert revisions(world) == {"4": 2}
+    assert world.condition("Ready")[:2] == ("False", "Paused")
+
+
 # Back by itself.
 
 
