@@ -24,6 +24,7 @@ from mizzen.runtime.engine.errors import InvalidRequestError
 from mizzen.runtime.engine.heap import give_back_freed
 from mizzen.runtime.engine.idle import busy
 from mizzen.runtime.errors import BadAdapterError, BadModelError, MizzenError
+from mizzen.runtime.kernels.team import dismiss_team
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.errors import JobConfigError, JobError
@@ -178,6 +179,8 @@ class Loan:
             torch.cuda.current_stream(device).synchronize()
         if time.monotonic() - self._asked_at > PATIENCE_S:
             self._stop.ask()
+        if self._is_wanted():
+            dismiss_team()
         while self._is_wanted() and not self._stop.is_asked:
             time.sleep(_REST_S)
         self._stop.check()

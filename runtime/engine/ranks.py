@@ -32,6 +32,7 @@ from mizzen.runtime.engine.wire import (
 )
 from mizzen.runtime.errors import RankLostError, WeightShapeError
 from mizzen.runtime.handover import wait_for_memory
+from mizzen.runtime.kernels.team import dismiss_team
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import Placement
@@ -181,7 +182,7 @@ class ModelRanks:
 
 
 def load_rank(config: EngineConfig, device: torch.device, group: RankGroup) -> Decoder:
-    """Load this rank's weights, ready to serve."""
+    """Load this rank's weights, ready to serve; the thread that does keeps no team for it."""
     decoder = load_decoder(
         config.model,
         dtype=config.dtype,
@@ -191,6 +192,7 @@ def load_rank(config: EngineConfig, device: torch.device, group: RankGroup) -> D
     )
     decoder.prepack()
     give_back_freed()
+    dismiss_team()
     return decoder
 
 

@@ -33,6 +33,7 @@ from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.errors import BadModelError
 from mizzen.runtime.handover import wait_for_memory
 from mizzen.runtime.host import cpu_count
+from mizzen.runtime.kernels.team import dismiss_team
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import Placement
@@ -166,6 +167,7 @@ def _start_model(
     with _timed(seconds, "warm_up"):
         for step in warm_up_steps(step_tokens, config, device):
             model.warm_up(step)
+    dismiss_team()  # the loop computes from now on, in a thread of its own
     limits = Limits(
         step_tokens=step_tokens,
         # Who names a step's tokens means every step.

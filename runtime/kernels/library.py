@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mizzen.runtime.kernels.compile import levels, library_path
+from mizzen.runtime.kernels.team import openmp
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,9 @@ def load(path: Path) -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
-    loaded.use_team(_gomp_parallel())
+    runtime = openmp()
+    if runtime is not None:
+        loaded.use_team(ctypes.cast(runtime.GOMP_parallel, c_void_p))
     return loaded
 
 
@@ -153,16 +156,3 @@ def runs(level: str) -> bool:
         return capability == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     wanted = {"avx512": ("AVX512",), "avx2": ("AVX512", "AVX2")}
     return level not in wanted or capability in wanted[level]
-
-
-def _gomp_parallel() -> int | None:
-    """Return the address of GOMP_parallel in the OpenMP runtime that torch has loaded."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return None
-    mapped = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
-    # Another package's may be there too; torch's own lies beside it.
-    beside_torch = sorted(mapped, key=lambda path: "/torch" not in path)
-    if not beside_torch:
-        return None
-    return ctypes.cast(ctypes.CDLL(beside_torch[0]).GOMP_parallel, c_void_p).value
