@@ -20,7 +20,7 @@ def openmp() -> ctypes.CDLL | None:
 
 
 def dismiss_team() -> None:
-    """End the threads that OpenMP keeps ready for the calling one; new ones come when it needs some.
+    """End the threads that OpenMP keeps ready for the calling one; it gets new ones when it asks.
 
     Every thread that computes has a team of its own, and the runtime counts them all: with more of
     them than processors, whoever waits for the next work sleeps at once instead of looking out for
