@@ -91,10 +91,17 @@ typedef struct {
     const Input *x; /* [tokens, inputs] */
 } Job;
 
+/* What comes from memory meanwhile: weights that lie so many bytes later, of each step those of some
+pairs. */
+typedef struct {
+    long ahead;
+    int first, last;
+} Fetch;
+
 /* Sums a few tokens' products with the sixteen outputs of a tile, or of two side by side. A token's
 sum is taken in the same order whoever is multiplied beside it. */
 INLINE void multiply_tiles(const Job *job, const char *weights, const int is_narrow, long token,
-                           const int tokens, const int tiles, float (*sums)[PANEL]) {
+                           const int tokens, const int tiles, Fetch fetch, float (*sums)[PANEL]) {
     const long inputs = job->l->inputs, pair_bytes = TILE * (is_narrow ? 2 : 4);
     const Input *x = job->x + token * inputs;
     Lanes sum[MOST_TOKENS][2][VECTORS];
@@ -110,7 +117,8 @@ INLINE void multiply_tiles(const Job *job, const char *weights, const int is_nar
                 const char *from = weights + ((2 * s + w) * PAIRS + p) * pair_bytes;
                 if (is_narrow) widen_pair(from, &pair[w]);
                 else load_pair(from, &pair[w]);
-                if (token == 0) _mm_prefetch(from + AHEAD, _MM_HINT_T1);
+                if (p >= fetch.first && p < fetch.last)
+                    _mm_prefetch(from + fetch.ahead, _MM_HINT_T1);
             }
 #pragma GCC unroll 12
             for (int t = 0; t < tokens; t++)
@@ -129,17 +137,17 @@ INLINE void multiply_tiles(const Job *job, const char *weights, const int is_nar
 #define MULTIPLY(count)                                                                        \
     case count:                                                                                \
         if (count <= MOST_OF_TWO_TILES)                                                        \
-            multiply_tiles(job, weights, is_narrow, token, count, 2, sums);                    \
+            multiply_tiles(job, weights, is_narrow, token, count, 2, fetch, sums);             \
         else {                                                                                 \
-            multiply_tiles(job, weights, is_narrow, token, count, 1, sums);                    \
-            multiply_tiles(job, weights + tile_bytes, is_narrow, token, count, 1, second);     \
+            multiply_tiles(job, weights, is_narrow, token, count, 1, fetch, sums);             \
+            multiply_tiles(job, weights + tile_bytes, is_narrow, token, count, 1, fetch, next); \
         }                                                                                      \
         break
 
 INLINE void multiply_panel(const Job *job, const char *weights, const int is_narrow, long token,
-                           long tokens, float (*sums)[PANEL]) {
+                           long tokens, Fetch fetch, float (*sums)[PANEL]) {
     const long tile_bytes = PAIRS * TILE * (is_narrow ? 2 : 4);
-    float(*second)[PANEL] = (float(*)[PANEL])(sums[0] + TILE);
+    float(*next)[PANEL] = (float(*)[PANEL])(sums[0] + TILE);
     switch (tokens) {
         MULTIPLY(1);
         MULTIPLY(2);
@@ -195,8 +203,13 @@ static void panel_item(void *data, long panel) {
     float sums[MOST_TOKENS][PANEL] ALIGNED;
     for (long b = 0; b < blocks; b++) {
         const long token = l->tokens * b / blocks, tokens = l->tokens * (b + 1) / blocks - token;
-        if (is_narrow) multiply_panel(job, weights, 1, token, tokens, sums);
-        else multiply_panel(job, weights, 0, token, tokens, sums);
+        /* With several blocks each fetches its part of the panel after this one, so that none waits
+        while the others only compute. */
+        const Fetch all = {AHEAD, 0, PAIRS};
+        const Fetch some = {2 * size, PAIRS * b / blocks, PAIRS * (b + 1) / blocks};
+        if (is_narrow) multiply_panel(job, weights, 1, token, tokens, all, sums);
+        else if (blocks == 1) multiply_panel(job, weights, 0, token, tokens, all, sums);
+        else multiply_panel(job, weights, 0, token, tokens, some, sums);
         finish(l, panel, token, tokens, sums);
     }
     free(wide);
