@@ -3,7 +3,7 @@ queries. */
 #include "kernels.h"
 #include "team.h"
 
-enum { ELEMENTS_PER_THREAD = 1 << 15, MOST_DECODES = 4, ITEMS_PER_THREAD = 4 };
+enum { ELEMENTS_PER_THREAD = 1 << 15 };
 
 static void store(const Attention *a) {
     const long row = a->kv_heads * a->dim, size = a->type == BFLOAT16 ? 2 : 4;
@@ -15,21 +15,11 @@ static void store(const Attention *a) {
     }
 }
 
-typedef struct {
-    const Attention *a;
-    long decodes_per_item, decodes; /* each with all its heads, or with those of one KV head */
-} Shares;
-
 /* A prompt's items take longest, so they come first. */
 static void attend_item(void *data, long item) {
-    const Shares *shares = data;
-    const Attention *a = shares->a;
+    const Attention *a = data;
     if (item < a->prompt_items) attend_prompt(a, item);
-    else {
-        const long first = (item - a->prompt_items) * shares->decodes_per_item;
-        const long end = first + shares->decodes_per_item;
-        attend_decodes(a, first, end < shares->decodes ? end : shares->decodes);
-    }
+    else attend_decode(a, item - a->prompt_items);
 }
 
 static long count_seen(const Attention *a) {
@@ -38,13 +28,6 @@ static long count_seen(const Attention *a) {
     for (const int64_t *p = a->prompts; p < a->prompts + 4 * a->prompt_count; p += 4)
         seen += p[3] * p[2];
     return seen;
-}
-
-/* Several are one item, so that each one's keys come from memory beside the one before; but the
-threads must be able to share them out evenly. With less than one for each thread, all are apart. */
-static long decodes_per_item(long count, int threads) {
-    const long most = count / (ITEMS_PER_THREAD * threads);
-    return most > MOST_DECODES ? MOST_DECODES : most > 1 ? most : 1;
 }
 
 /* Stores all new keys and values, then attends from all queries. */
@@ -56,7 +39,5 @@ EXPORT void paged_attention(Attention *a, int threads) {
     a->kv_per_item = a->count < threads ? 1 : a->kv_heads;
     a->splits = a->kv_heads / a->kv_per_item;
     a->prompt_items = count_prompt_items(a);
-    const long decodes = a->count * a->splits, size = decodes_per_item(a->count, threads);
-    Shares shares = {a, size, decodes};
-    each_item(attend_item, &shares, a->prompt_items + (decodes + size - 1) / size, threads);
+    each_item(attend_item, a, a->prompt_items + a->count * a->splits, threads);
 }

@@ -24,7 +24,7 @@ typedef struct {
     long kv_per_item, splits, prompt_items;
 } Attention;
 
-void attend_decodes(const Attention *a, long first, long end);
+void attend_decode(const Attention *a, long item);
 void attend_prompt(const Attention *a, long item);
 long count_prompt_items(const Attention *a);
 

@@ -1,9 +1,8 @@
 /* Attention of single queries over the pages of the KV cache.
 
-An item is one query with all its heads, or with those of one KV head; some are done in a row. Each
-head is a lane: scores lie by key, then head, and the softmax is taken along the way, `KEYS` keys at
-a time. The heads that share a KV head are done together, so that each key and value is read once
-for all of them. */
+An item is one query with all its heads, or with those of one KV head. Each head is a lane: scores
+lie by key, then head, and the softmax is taken along the way, `KEYS` keys at a time. The heads that
+share a KV head are done together, so that each key and value is read once for all of them. */
 #include "attention.h"
 
 /* A key is read once for `HEADS` heads, a value for `MIXED`, with sums of `TOGETHER` vectors each;
@@ -251,8 +250,8 @@ INLINE void fetch_keys(const Item *item, const Part *part, long from, long dim, 
 }
 
 /* Pages lie apart, so the processor cannot guess the next: it is told in time, also of the first
-keys of the item that comes `later`, as this one's were where `is_fetched`. */
-INLINE void attend(const Item *item, const Item *later, int is_fetched, long dim, int type) {
+keys of the item that comes `later`. */
+INLINE void attend(const Item *item, const Item *later, long dim, int type) {
     const Attention *a = item->a;
     const long heads = a->kv_per_item * item->group, head = item->first_kv * item->group;
     const long place = item->token * a->q_stride + head * dim;
@@ -261,7 +260,7 @@ INLINE void attend(const Item *item, const Item *later, int is_fetched, long dim
     Softmax softmax[item->vectors];
     Part parts[2], *part = parts, *next = parts + 1;
     find_part(item, first_key(item), part);
-    if (!is_fetched) fetch_keys(item, part, 0, dim, type);
+    fetch_keys(item, part, 0, dim, type);
     for (long i = 0; i < heads * dim; i++)
         q[i] = get(a->q, place + i, type) * a->scale, sums[i] = 0.0f;
     const void *queries = has_pairs(dim, type) ? at(a->q, place, type) : q;
@@ -312,17 +311,16 @@ INLINE void attend(const Item *item, const Item *later, int is_fetched, long dim
 }
 
 /* Most models' heads have one of two sizes; loops of a known length are twice as fast. */
-static void attend_one(const Item *item, const Item *later, int is_fetched) {
+static void attend_one(const Item *item, const Item *later) {
     const Attention *a = item->a;
-    if (a->dim == 64) BY_TYPE(a->type, attend, item, later, is_fetched, 64);
-    else if (a->dim == 128) BY_TYPE(a->type, attend, item, later, is_fetched, 128);
-    else BY_TYPE(a->type, attend, item, later, is_fetched, a->dim);
+    if (a->dim == 64) BY_TYPE(a->type, attend, item, later, 64);
+    else if (a->dim == 128) BY_TYPE(a->type, attend, item, later, 128);
+    else BY_TYPE(a->type, attend, item, later, a->dim);
 }
 
-void attend_decodes(const Attention *a, long first, long end) {
-    for (long index = first; index < end; index++) {
-        const int is_last = index + 1 == end;
-        const Item item = find_item(a, index), later = find_item(a, is_last ? index : index + 1);
-        attend_one(&item, is_last ? NULL : &later, index > first);
-    }
+/* The item after it most likely is the same thread's, unless heads of one query are shared out. */
+void attend_decode(const Attention *a, long index) {
+    const int has_later = a->splits == 1 && index + 1 < a->count;
+    const Item item = find_item(a, index), later = find_item(a, has_later ? index + 1 : index);
+    attend_one(&item, has_later ? &later : NULL);
 }

@@ -2,7 +2,7 @@
 #include "kernels.h"
 #include "team.h"
 
-enum { ROWS_PER_ITEM = 16, ELEMENTS_PER_THREAD = 1 << 15 };
+enum { ROWS_PER_ITEM = 16, ELEMENTS_PER_THREAD = 1 << 14 };
 
 static int useful_threads(long elements, int threads) {
     long most = elements / ELEMENTS_PER_THREAD;
