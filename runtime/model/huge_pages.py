@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 PAGE = 2 << 20
-_PIECE = 8 * PAGE
+_PIECE = 32 * PAGE
 _LINE = 64
 
 
@@ -21,7 +21,7 @@ class HugePages:
     """Hands out tensors that lie side by side: most matrices are smaller than such a page.
 
     A piece of memory is given back with the last tensor in it. Pages that nothing was written to
-    take none.
+    take none, so that pieces may be large: what is lost is the rest of one page at the end of each.
     """
 
     def __init__(self) -> None:
@@ -43,6 +43,11 @@ class HugePages:
         whole = torch.frombuffer(piece, dtype=torch.uint8)  # which keeps the piece
         return whole[start : start + count].view(dtype).view(sides)
 
+    def begin_anew(self) -> None:
+        """Put what comes into a piece of its own: what was there may go while that stays."""
+        with self._lock:
+            self._piece = None
+
     def _begin_piece(self, count: int) -> mmap.mmap:
         size = max(_PIECE, -(-count // PAGE) * PAGE)
         # Older kernels do not begin a mapping where such a page may begin.
@@ -51,3 +56,6 @@ class HugePages:
         self._piece = weakref.ref(piece)
         self._free_from = -torch.frombuffer(piece, dtype=torch.uint8).data_ptr() % PAGE
         return piece
+
+
+WEIGHT_PAGES = HugePages()

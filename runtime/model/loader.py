@@ -9,6 +9,7 @@ from mizzen.runtime.model.arch import ArchSpec, find_checkpoint, read_json
 from mizzen.runtime.model.compressed import open_compressed
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.families import family_named
+from mizzen.runtime.model.huge_pages import WEIGHT_PAGES
 from mizzen.runtime.model.layers import Placement, TensorShard
 from mizzen.runtime.model.names import NamedSource, WeightSource
 from mizzen.runtime.model.packed import Quantization, check_device
@@ -41,6 +42,7 @@ def load_decoder(
     spec, source = open_checkpoint(checkpoint)
     place = Placement(choose_dtype(dtype, spec, device), device, group or RankGroup())
     decoder = Decoder(spec, place)
+    WEIGHT_PAGES.begin_anew()
     keep = decoder.store if is_trained_beside else decoder.pack
     for part in decoder.parts():
         for shard in part.shards():

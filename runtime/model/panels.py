@@ -13,11 +13,10 @@ from torch import Tensor
 
 from mizzen.runtime.kernels import library
 from mizzen.runtime.kernels.library import TYPES, Linear
-from mizzen.runtime.model.huge_pages import HugePages
+from mizzen.runtime.model.huge_pages import WEIGHT_PAGES
 from mizzen.runtime.model.rounding import round_to_8_bits
 
 _STEP, _PANEL, _TILE = 32, 32, 16  # inputs, outputs, and outputs of one tile, as kernels.h has
-_pages = HugePages()
 
 
 class PanelWeight:
@@ -33,7 +32,7 @@ class PanelWeight:
         self._outputs, self._inputs = weight_OI.shape
         pairs = weight_OI.view(-1, _PANEL // _TILE, _TILE, self._inputs // _STEP, _STEP // 2, 2)
         panels = pairs.permute(0, 3, 1, 4, 2, 5)
-        self._panels = _pages.empty(tuple(panels.shape), panels.dtype).copy_(panels)
+        self._panels = WEIGHT_PAGES.empty(tuple(panels.shape), panels.dtype).copy_(panels)
 
     def rows(self, at_T: Tensor) -> Tensor:
         """Return rows of the weight as they were, rows_TI; not with 8 bits."""

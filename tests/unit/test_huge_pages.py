@@ -21,16 +21,28 @@ def test_tensors_lie_apart_and_where_vectors_are_read() -> None:
     assert all((tensor == index).all() for index, tensor in enumerate(made))
 
 
-def test_memory_is_given_back_with_the_last_tensor_in_it() -> None:
-    def held() -> int:
-        return psutil.Process().memory_info().rss
+def held() -> int:
+    return psutil.Process().memory_info().rss
 
+
+def test_memory_is_given_back_with_the_last_tensor_in_it() -> None:
     pages, before = HugePages(), held()
     tensors = [pages.empty((64, 1 << 20), torch.int8).fill_(1) for _ in range(2)]
     assert held() - before > 100 << 20
     del tensors
     assert held() - before < 40 << 20
     assert (pages.empty((3,), torch.int8).fill_(1) == 1).all()
+
+
+def test_what_begins_anew_does_not_keep_what_was_there_before() -> None:
+    pages, before = HugePages(), held()
+    old = pages.empty((60, 1 << 20), torch.int8).fill_(1)
+    pages.begin_anew()
+    new = pages.empty((3,), torch.int8).fill_(2)
+    assert held() - before > 50 << 20
+    del old
+    assert held() - before < 30 << 20
+    assert (new == 2).all()
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has none")
