@@ -15,7 +15,7 @@ static void store(const Attention *a) {
     }
 }
 
-/* A prompt's items take longest, so they come first. */
+/* Prompts' items come first, then those of decodes, which fetch one another's keys. */
 static void attend_item(void *data, long item) {
     const Attention *a = data;
     if (item < a->prompt_items) attend_prompt(a, item);

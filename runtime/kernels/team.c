@@ -40,14 +40,10 @@ static void take_items(void *argument) {
     }
 }
 
-static void do_alone(Work work, void *data, long items) {
-    for (long item = 0; item < items; item++) work(data, item);
-}
-
 void each_item(Work work, void *data, long items, int threads) {
     if (threads > items) threads = (int)items;
     if (threads <= 1 || !start_team) {
-        do_alone(work, data, items);
+        for (long item = 0; item < items; item++) work(data, item);
         return;
     }
     Share shares[threads];

@@ -7,6 +7,7 @@ more than a processor remembers.
 import mmap
 import threading
 import weakref
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -52,7 +53,8 @@ class HugePages:
         size = max(_PIECE, -(-count // PAGE) * PAGE)
         # Older kernels do not begin a mapping where such a page may begin.
         piece = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        piece.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel that was built without them
+            piece.madvise(mmap.MADV_HUGEPAGE)
         self._piece = weakref.ref(piece)
         self._free_from = -torch.frombuffer(piece, dtype=torch.uint8).data_ptr() % PAGE
         return piece

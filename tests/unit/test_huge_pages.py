@@ -8,7 +8,10 @@ import psutil
 import pytest
 import torch
 
+from mizzen.runtime.kernels import library
 from mizzen.runtime.model.huge_pages import PAGE, HugePages
+from mizzen.runtime.model.loader import load_decoder
+from tests.fixtures.tiny_models import save_tiny_llama
 
 
 def test_tensors_lie_apart_and_where_vectors_are_read() -> None:
@@ -43,6 +46,23 @@ def test_what_begins_anew_does_not_keep_what_was_there_before() -> None:
     del old
     assert held() - before < 30 << 20
     assert (new == 2).all()
+
+
+@pytest.mark.skipif(not library.has_linear(), reason="this processor has no panels")
+def test_each_model_has_pieces_of_its_own(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path)
+    models, at = [], []
+    for _ in range(2):
+        model = load_decoder(tmp_path, quantization="int8", dtype="bfloat16")
+        models.append(model)
+        at.append(model.blocks[0].attention.qkv.panels.describe(None).weight)
+    assert abs(at[1] - at[0]) > PAGE
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has none")
+def test_a_kernel_without_large_pages_gives_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999)  # an advice that is none: EINVAL, as there
+    assert (HugePages().empty((3,), torch.int8).fill_(1) == 1).all()
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has none")
