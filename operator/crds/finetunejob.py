@@ -214,7 +214,7 @@ class FineTuneJobSpec(ApiModel):
             "rl.rollout needs workers.max 1.",
         ),
         cel(
-            "self.roles == 'InProcess' || self.method in ['grpo', 'ppo']",
+            "self.roles != 'Ray' || self.method in ['grpo', 'ppo']",
             "roles Ray needs method grpo or ppo.",
         ),
         cel(
@@ -223,8 +223,8 @@ class FineTuneJobSpec(ApiModel):
             "workers.min and workers.max must be multiples of parallelism.tensor.",
         ),
         cel(
-            "self.parallelism.tensor == 1 || self.roles == 'InProcess'",
-            "parallelism.tensor above 1 needs roles InProcess.",
+            "self.parallelism.tensor == 1 || self.roles != 'Ray'",
+            "roles Ray needs parallelism.tensor 1.",
         ),
         cel(
             "self.parallelism.tensor == 1 || !has(self.distill) || has(self.distill.teacher)",
@@ -286,12 +286,12 @@ class FineTuneJobSpec(ApiModel):
     ] = None
     workers: Annotated[Workers, Field(description="How many pods train together.")] = Workers()
     roles: Annotated[
-        Literal["InProcess", "Ray"],
+        Literal["Auto", "InProcess", "Ray"],
         Field(
             description="Who draws answers, judges them and knows the base (grpo, ppo): the "
-            "trainer, or processes of their own beside it."
+            "trainer, or processes beside it. Auto: these, in a single pod with room for them."
         ),
-    ] = "InProcess"
+    ] = "Auto"
     parallelism: Annotated[
         TensorParallelism, Field(description="How many workers share one copy of the model.")
     ] = TensorParallelism()

@@ -353,8 +353,8 @@ def method_rules() -> tuple[dict[str, str], ...]:
         ),
         cel(
             "!has(self.rl) || !has(self.rl.rollout) || "
-            "self.adaptation.type != 'full' && self.roles == 'InProcess'",
-            "rl.rollout needs adaptation.type lora or qlora, and roles InProcess: replicas draw "
+            "self.adaptation.type != 'full' && self.roles != 'Ray'",
+            "rl.rollout needs adaptation.type lora or qlora, and no roles on Ray: replicas draw "
             "the answers, and are given adapters.",
         ),
         cel(

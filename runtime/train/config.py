@@ -197,7 +197,7 @@ class TrainConfig(Part):
     checkpoint: Checkpointing
     output: Output
     evaluation: Evaluation = Evaluation()
-    roles: Literal["InProcess", "Ray"] = "InProcess"  # who draws and judges answers
+    roles: Literal["Auto", "InProcess", "Ray"] = "InProcess"  # who draws and judges answers
     workers: int = Field(default=1, ge=1)  # pods of this generation
     parallelism: Parallelism = Parallelism()
     generation: int = Field(default=1, ge=0)
@@ -240,7 +240,7 @@ class TrainConfig(Part):
                 "rl.rollout has replicas answer with an adapter: set adaptation.type to lora or "
                 "qlora"
             )
-        if self.roles != "InProcess":
+        if self.roles == "Ray":
             raise ValueError("rl.rollout has replicas draw the answers: set roles to InProcess")
 
     def _check_tensor(self) -> None:

@@ -35,6 +35,7 @@ from mizzen.runtime.train.publish import publish
 from mizzen.runtime.train.records import Shape
 from mizzen.runtime.train.render import ChatRenderer
 from mizzen.runtime.train.roles.cast import close_stage, open_stage
+from mizzen.runtime.train.roles.choice import settle_roles
 from mizzen.runtime.train.stop import EXIT_DONE, EXIT_YIELDED, StopFlag, YieldRequested
 from mizzen.runtime.train.surroundings import Stage, Surroundings
 from mizzen.runtime.train.teacher import check_same_tokens
@@ -76,6 +77,7 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
     board = ProgressBoard(generation=config.generation)
     AdminServer(board, stop, token_file=environment.admin_token_file).start(config.admin_port)
     with stop.nothing_to_lose():
+        config = settle_roles(config, choose_device(environment.device))
         workers = meet(config, environment, choose_device(environment.device), stop)
         stage = open_stage(config, environment, workers, stop)
     if stage is not None and not workers.is_leader:

@@ -264,11 +264,11 @@ REFUSED: dict[str, tuple[Document, str]] = {
     ),
     "replicas that draw where every weight moves": (
         job(method="grpo", rl=SERVED, adaptation={"type": "full"}),
-        "rl.rollout needs adaptation.type lora or qlora, and roles InProcess",
+        "rl.rollout needs adaptation.type lora or qlora, and no roles on Ray",
     ),
     "replicas that draw beside roles on Ray": (
         job(method="grpo", rl=SERVED, roles="Ray"),
-        "rl.rollout needs adaptation.type lora or qlora, and roles InProcess",
+        "rl.rollout needs adaptation.type lora or qlora, and no roles on Ray",
     ),
     "a rule without its pattern": (
         job(method="grpo", rl={"rewards": [{"type": "regex"}]}),
@@ -316,7 +316,7 @@ REFUSED: dict[str, tuple[Document, str]] = {
     "copies shared beside roles on Ray": (
         job(method="grpo", rl={"rewards": [{"type": "exactAnswer"}]}, roles="Ray",
             parallelism={"tensor": 2}, workers={"min": 2, "max": 2}),
-        "parallelism.tensor above 1 needs roles InProcess.",
+        "roles Ray needs parallelism.tensor 1.",
     ),
     "copies shared beside a teacher that is served": (
         job(method="distill", distill={"deployment": "teacher"},

@@ -230,7 +230,7 @@ def test_a_yield_in_the_midst_ends_ray_too_and_changes_no_number(
 def test_a_role_that_dies_ends_the_generation_and_no_port_is_for_others(
     tmp_path: Path, temporary: Path
 ) -> None:
-    job = rl_job(tmp_path, "grpo", steps=100_000, roles="Ray")
+    job = rl_job(tmp_path, "grpo", steps=100_000, roles="Auto")  # what a job that says nothing has
     trainer = start(job, temporary=temporary)
     wait_for_step(job, 1, trainer)
     processes = psutil.Process(trainer.pid).children(recursive=True)
