@@ -67,7 +67,7 @@ class Engine:
         )
         self._adapters: AdapterTable = parts.loop.adapters
         self._arrivals = count()
-        self._lender = Lender(parts.loop, spare_bytes=parts.ranks.spare_bytes)
+        self._lender = Lender(parts.loop, parts.ranks)
         self._change_lock = asyncio.Lock()  # adapters and weights change one at a time
         self._draining = False
         self._asleep = False
@@ -191,10 +191,10 @@ class Engine:
     async def start_loan(self, job: str) -> LoanState:
         """Train beside the served weights while no request wants them; see `api`."""
         async with self._change_lock:
-            if not self._ranks.is_whole:
+            if not self._ranks.can_lend:
                 raise InvalidRequestError(
-                    "Loans need a model that is not spread over ranks. Ask a deployment with "
-                    "spec.parallelism.tensor and pipeline 1."
+                    "Loans need a model that one pod holds and that is not cut into stages. Ask a "
+                    "deployment with spec.parallelism.pipeline and nodes 1."
                 )
             decoder, path = self._resident(), self._weights_path
             state = await asyncio.to_thread(self._lender.lend, job, decoder, path)

@@ -1,28 +1,28 @@
 """Lends the served weights to one training job at a time."""
 
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mizzen.runtime.engine.api import LoanState
 from mizzen.runtime.engine.idle import busy
+from mizzen.runtime.engine.wire import Lend
 from mizzen.runtime.model.decoder import Decoder
 
 if TYPE_CHECKING:
-    from mizzen.runtime.engine.loan import Loan
+    from mizzen.runtime.engine.loan import Loan, MeetingPoint
     from mizzen.runtime.engine.loop import Loop
+    from mizzen.runtime.engine.ranks import ModelRanks
 
 
 class Lender:
     """Knows the job that has the weights, or had them last. Its calls come one at a time."""
 
-    def __init__(self, loop: "Loop", *, spare_bytes: Callable[[], int]) -> None:
-        """Make one; whoever wants the loop comes before a job.
-
-        `spare_bytes` is the memory beside the model and its cache, for jobs and for the loop's own
-        steps.
-        """
-        self._is_wanted, self._spare_bytes = loop.is_wanted, spare_bytes
+    def __init__(self, loop: "Loop", ranks: "ModelRanks") -> None:
+        """Make one; whoever wants the loop comes before a job."""
+        self._loop, self._ranks = loop, ranks
+        # The memory beside the model and its cache, for jobs and for the loop's own steps.
+        self._spare_bytes = ranks.spare_bytes
         self._step_tokens = loop.scheduler.limits.step_tokens
         self._loan: Loan | None = None
 
@@ -47,12 +47,25 @@ class Lender:
         self._loan = loan = Loan(
             config,
             decoder,
-            self._is_wanted,
+            self._loop.is_wanted,
             spare_bytes=self._spare_bytes,
             step_tokens=self._step_tokens,
+            ranks=self._call_ranks(job, decoder.group.size),
         )
         loan.start()
         return loan.state()
+
+    def _call_ranks(self, job: str, size: int) -> "MeetingPoint | None":
+        """Have the other ranks begin too; return where they meet, None where there are none."""
+        from mizzen.runtime.engine.loan import MeetingPoint  # noqa: PLC0415 - as above
+
+        if size == 1:
+            return None
+        folder = tempfile.TemporaryDirectory(prefix="mizzen-loan-")
+        store = Path(folder.name) / "store"
+        message = Lend(job, store, self._step_tokens)
+        self._loop.call_between_steps(lambda: self._ranks.announce_loan(message)).result()
+        return MeetingPoint(0, size, store, folder)
 
     def state(self) -> LoanState | None:
         """Return the job that is at it, or the last one; None where there was none."""

@@ -10,9 +10,11 @@ import gc
 import json
 import logging
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,8 @@ from mizzen.runtime.engine.idle import busy
 from mizzen.runtime.errors import BadAdapterError, BadModelError, MizzenError
 from mizzen.runtime.kernels.team import dismiss_team
 from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.twin import twin_of
+from mizzen.runtime.parallel.connect import Meeting, connect
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.errors import JobConfigError, JobError
 from mizzen.runtime.train.lendable import read_loan
@@ -39,6 +43,7 @@ from mizzen.runtime.train.stop import (
     YieldRequested,
 )
 from mizzen.runtime.train.surroundings import Resident
+from mizzen.runtime.train.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +53,8 @@ _REST_S = 0.02
 _NICENESS = 19
 # An operator asks every few seconds. One that does so no more has deleted the job, or is gone.
 PATIENCE_S = 60.0
+_MEET_S = 60.0
+_STANDING_STILL_S = 10 * 365 * 86_400.0  # for a rank, between two collectives
 
 
 class _End(NamedTuple):
@@ -58,8 +65,22 @@ class _End(NamedTuple):
     message: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class MeetingPoint:
+    """Where the ranks of a replica meet for a loan, and which of them this is."""
+
+    rank: int
+    size: int
+    store: Path  # a file that all of them reach
+    folder: tempfile.TemporaryDirectory[str] | None = None  # that it lies in, if ours to remove
+
+
 class Loan:
-    """One generation of one job, from its start to its end."""
+    """One generation of one job, from its start to its end, as one rank of the replica sees it.
+
+    Rank 0 stands still while requests are there, and the others with it: at the next sum over the
+    ranks at the latest. Only where all of them look up together can one of them stop.
+    """
 
     def __init__(
         self,
@@ -69,11 +90,14 @@ class Loan:
         *,
         spare_bytes: Callable[[], int],
         step_tokens: int,
+        ranks: MeetingPoint | None = None,
     ) -> None:
         """Prepare it; `is_wanted` says whether somebody else wants the weights.
 
         `spare_bytes` and `step_tokens` are those of `Resident`.
         """
+        self._ranks = ranks
+        self._workers = Workers()
         self.config = config
         self._decoder: Decoder | None = decoder
         self._is_wanted = is_wanted
@@ -133,6 +157,7 @@ class Loan:
     def _run(self) -> None:
         self._training.start()
         self._training.join()
+        self._workers.tensor.leave()  # where this rank has failed, none must wait for it
         # Not by that thread, which cannot raise its priority again: a collection holds the
         # interpreter's lock throughout, and where the machine is busy the loop would wait for a
         # thread that gets next to nothing of it.
@@ -146,16 +171,25 @@ class Loan:
         log.info("The loan to %s has ended: %s", self.config.job, self._end)
 
     def _train_below_all(self) -> None:
+        assert self._decoder is not None, "it runs once"
+        if (device := self._decoder.place.device).type == "cuda":
+            torch.cuda.set_device(device)  # each thread has its own choice
         with contextlib.suppress(OSError):
             # Linux has a priority for each thread, and those that this one starts inherit it.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         self._outcome = self._train()
 
     def _train(self) -> _End:
-        assert self._decoder is not None, "it runs once"
-        resident = Resident(self._decoder, self._give_way, self._spare, self._step_tokens)
         try:
-            run_loan(self.config, resident, board=self._board, stop=self._stop)
+            self._meet_ranks()
+            resident = Resident(self._view(), self._give_way, self._spare, self._step_tokens)
+            run_loan(
+                self.config,
+                resident,
+                board=self._board,
+                stop=self._stop,
+                workers=self._workers,
+            )
         except YieldRequested:
             return _End(EXIT_YIELDED)
         except (JobError, BadModelError, BadAdapterError) as error:
@@ -167,6 +201,32 @@ class Loan:
             return _End(EXIT_CRASH, message=f"{type(error).__name__}: {error}")
         return _End(EXIT_DONE)
 
+    def _meet_ranks(self) -> None:
+        if self._ranks is None:
+            return
+        # Over the host's memory, also where the model is on GPUs: a rank that waits for one which
+        # stands still must not keep a kernel running meanwhile.
+        meeting = Meeting(
+            size=self._ranks.size,
+            store=self._ranks.store,
+            device=torch.device("cpu"),
+            timeout_s=_MEET_S,
+        )
+        try:
+            group = connect(self._ranks.rank, meeting)
+        finally:
+            # All have come. Left there, the file is written to once more when a group goes, and
+            # where that fails torch ends the process.
+            if self._ranks.folder is not None:
+                self._ranks.folder.cleanup()
+        group.wait_at_most(_STANDING_STILL_S)
+        self._workers = Workers(tensor=group)
+
+    def _view(self) -> Decoder:
+        assert self._decoder is not None, "it runs once"
+        group = self._workers.tensor
+        return self._decoder if group.size == 1 else twin_of(self._decoder, group)
+
     def _spare(self) -> int:
         give_back_freed()
         return self._spare_bytes()
@@ -177,13 +237,14 @@ class Loan:
         if device.type == "cuda":
             # The host would launch whole layers ahead, and a request queue behind all of them.
             torch.cuda.current_stream(device).synchronize()
-        if time.monotonic() - self._asked_at > PATIENCE_S:
+        if self._workers.is_leader and time.monotonic() - self._asked_at > PATIENCE_S:
             self._stop.ask()
         if self._is_wanted():
             dismiss_team()
         while self._is_wanted() and not self._stop.is_asked:
             time.sleep(_REST_S)
-        self._stop.check()
+        if self._ranks is None:
+            self._stop.check()
 
 
 def _identity(config: TrainConfig) -> tuple[str, int, Path]:

@@ -3,6 +3,7 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from mizzen.runtime.engine.draft import DraftModel
 from mizzen.runtime.engine.graphs import graph_rows
 from mizzen.runtime.engine.heap import give_back_freed
 from mizzen.runtime.engine.kv_room import free_bytes, least_room, own_kv, room_for_blocks
+from mizzen.runtime.engine.lending_rank import LendingRank, RecentSteps
 from mizzen.runtime.engine.runner import Runner
 from mizzen.runtime.engine.scheduler import Chunk
 from mizzen.runtime.engine.unknown import fill_unknown
@@ -21,6 +23,7 @@ from mizzen.runtime.engine.wire import (
     Allocate,
     Clear,
     Forgo,
+    Lend,
     Load,
     Message,
     Prepare,
@@ -72,15 +75,23 @@ class ModelRanks:
         """Whether this rank holds all of the model."""
         return self._ranks.size == 1
 
+    @property
+    def can_lend(self) -> bool:
+        """Whether a job can learn beside the weights: it knows no stages, and ranks of one pod."""
+        return self._config.pipeline_parallel_size == 1 and self._config.nodes is None
+
     def resident(self) -> Decoder:
         """Return the served weights, for what is computed beside the steps."""
         return self._runner.decoder
 
     def spare_bytes(self) -> int:
         """Return the memory that is left beside what the models hold and their caches may fill."""
-        caches = [self._runner, self._draft] if self._draft is not None else [self._runner]
-        unfilled = sum(model.unfilled_bytes() for model in caches)
-        return max(0, free_bytes(self._place.device) - unfilled)
+        unfilled = self._draft.unfilled_bytes() if self._draft is not None else 0
+        return spare_bytes(self._config, self._runner, self._place.device, unfilled)
+
+    def announce_loan(self, message: Lend) -> None:
+        """Have the other ranks begin their parts of a loan, beside what they compute."""
+        self._tell(message)
 
     def warm_up(self, step: StepInput) -> None:
         """Compute a step on the block nobody reads, with every model there is."""
@@ -217,10 +228,15 @@ def follow(
     place = decoder.place
     del decoder  # the runner's, which may let go of it
     reader, prepared = ThreadPoolExecutor(1), Future[Decoder]()
+    steps, lending = RecentSteps(), LendingRank(group.rank, group.size)
     for message in messages:
         match message:
             case StepInput():
-                runner.run(message)
+                with steps.one():
+                    runner.run(message)
+            case Lend():
+                spare = partial(spare_bytes, config, runner, device)
+                lending.begin(message, runner.decoder, steps.are_recent, spare_bytes=spare)
             case Load(slot, path):
                 runner.load_adapter(slot, load_adapter(path))
                 _wait_for_all(place)
@@ -233,11 +249,26 @@ def follow(
             case Forgo():
                 prepared = Future()
             case Swap():
+                lending.take_back()
                 runner.use(prepared.result())
                 prepared = Future()
             case Release():
+                lending.take_back()
                 runner.release()
     runner.release()  # captured collectives go before their group
+
+
+def spare_bytes(
+    config: EngineConfig, runner: Runner, device: torch.device, unfilled_bytes: int = 0
+) -> int:
+    """Return a rank's share of the memory that is left beside what models hold and caches may fill.
+
+    `unfilled_bytes` is what a draft model's cache may yet fill.
+    """
+    # Each GPU has memory of its own.
+    sharing = config.ranks_per_pod if device.type == "cpu" else 1
+    unfilled_bytes += runner.unfilled_bytes()
+    return max(0, free_bytes(device) // sharing - unfilled_bytes)
 
 
 def _wait_for_all(place: Placement) -> None:

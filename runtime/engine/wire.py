@@ -1,4 +1,4 @@
-"""What rank 0 tells the other ranks, as bytes. Only integers and a path: nothing is unpickled."""
+"""What rank 0 tells the other ranks, as bytes. Only integers and text: nothing is unpickled."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 from mizzen.runtime.engine.batch import StepInput
 
-STEP, ALLOCATE, LOAD, CLEAR, SCRUB, PREPARE, FORGO, SWAP, RELEASE = range(9)
+STEP, ALLOCATE, LOAD, CLEAR, SCRUB, PREPARE, FORGO, SWAP, RELEASE, LEND = range(10)
 HEADER_INTS = 10
 WORD = np.dtype(np.int64)
 
@@ -63,7 +63,16 @@ class Release:
     """Give back the memory of weights and KV cache."""
 
 
-Message = StepInput | Allocate | Load | Clear | Scrub | Prepare | Forgo | Swap | Release
+@dataclass(frozen=True, slots=True)
+class Lend:
+    """Begin this rank's part of a loan, beside what is computed."""
+
+    job: str  # a job.json
+    store: Path  # where the ranks meet for it
+    step_tokens: int  # of the replica's own largest step
+
+
+Message = StepInput | Allocate | Load | Clear | Scrub | Prepare | Forgo | Swap | Release | Lend
 
 
 def encode(message: Message) -> bytes:
@@ -87,6 +96,9 @@ def encode(message: Message) -> bytes:
             return _header(SWAP)
         case Release():
             return _header(RELEASE)
+        case Lend(job, store, step_tokens):
+            path = str(store).encode()
+            return _header(LEND, step_tokens, len(path)) + path + job.encode()
 
 
 def decode(data: bytes) -> Message:
@@ -97,6 +109,10 @@ def decode(data: bytes) -> Message:
         return _decode_step(sizes, np.frombuffer(body, dtype=WORD).copy())
     if kind == SCRUB:
         return Scrub(np.frombuffer(body, dtype=WORD).tolist())
+    if kind == LEND:
+        step_tokens, length = sizes[:2]
+        store = Path(bytes(body[:length]).decode())
+        return Lend(bytes(body[length:]).decode(), store, step_tokens)
     path = Path(bytes(body).decode())
     plain: dict[int, Message] = {
         ALLOCATE: Allocate(sizes[0]),

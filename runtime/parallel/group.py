@@ -88,6 +88,12 @@ class RankGroup:
         if self.stages.count > 1 and hasattr(self._process_group, "abort"):
             self._process_group.abort()
 
+    def leave(self) -> None:
+        """Close the lines: whoever waits for this rank finds it gone. Nothing may be under way."""
+        # Gloo closes them with its object, and tensors and hooks may hold on to us for long.
+        self._process_group = None
+        self.stages.leave()
+
     def _sum_in_place(self, x: Tensor) -> Tensor:
         self._run(lambda group: group.allreduce([x]))
         return x

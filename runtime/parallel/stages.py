@@ -109,6 +109,10 @@ class Stages:
         if hasattr(self._process_group, "abort"):
             self._process_group.abort()
 
+    def leave(self) -> None:
+        """Close the lines of this rank, on which nothing may be under way."""
+        self._process_group = None
+
     def _send(self, x: Tensor, to: int) -> None:
         complete(self.rank, lambda: self._process_group.send([x.contiguous()], to, 0))
 

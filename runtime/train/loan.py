@@ -18,14 +18,20 @@ from mizzen.runtime.train.methods.registry import build_method
 from mizzen.runtime.train.progress import ProgressBoard
 from mizzen.runtime.train.stop import StopFlag
 from mizzen.runtime.train.surroundings import Resident, Surroundings
+from mizzen.runtime.train.together import SharedStop, Together
 from mizzen.runtime.train.training import Training
 from mizzen.runtime.train.workers import Workers
 
 
 def run_loan(
-    config: TrainConfig, resident: Resident, *, board: ProgressBoard, stop: StopFlag
+    config: TrainConfig,
+    resident: Resident,
+    *,
+    board: ProgressBoard,
+    stop: StopFlag,
+    workers: Workers,
 ) -> None:
-    """Train, ask the gate and publish.
+    """Train, ask the gate and publish; `workers` are the replica's ranks.
 
     Raises:
         YieldRequested: somebody asked to stop; the last whole step is committed.
@@ -33,22 +39,31 @@ def run_loan(
         MizzenError: the job cannot go on; the message says what to change.
     """
     decoder = resident.decoder
+    ranks = Together(workers.tensor, decoder.place.device)
     around = Surroundings(
         config=config,
         spec=decoder.spec,
         tokenizer=Tokenizer.load(find_checkpoint(config.base_model)),
         device=decoder.place.device,
-        stop=stop,
+        stop=SharedStop(stop, ranks) if workers.tensor.size > 1 else stop,
+        workers=workers,
         resident=resident,
     )
     method = build_method(around)
-    renderer = GivingWayRenderer(around.tokenizer, resident.give_way)
+
+    def look_up() -> None:
+        resident.give_way()
+        stop.check()  # nothing is computed together yet
+
+    renderer = GivingWayRenderer(around.tokenizer, look_up)
     data = read_data(config, renderer, board, method.shape, decoder.spec.max_len, pod=None)
     mark = fingerprint(config, data)
-    around = replace(around, config=_running(config, fit_loan(config, resident, method, data)))
-    work = Training(around, method, data, fingerprint=mark, board=board, workers=Workers())
+    at_once = fit_loan(config, resident, method, data, ranks)
+    around = replace(around, config=_running(config, at_once))
+    work = Training(around, method, data, fingerprint=mark, board=board, workers=workers)
     verdicts = work.run()
-    conclude(config, work, verdicts, board)
+    if workers.is_leader:
+        conclude(config, work, verdicts, board)
 
 
 def _running(config: TrainConfig, at_once: int) -> TrainConfig:

@@ -27,6 +27,7 @@ from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.methods.token_loss import LOGIT_ROWS
 from mizzen.runtime.train.samples import Sample
 from mizzen.runtime.train.surroundings import Resident
+from mizzen.runtime.train.together import Together
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,12 @@ class Activations:
         return int(sum(self.per_token * n + self.per_pair * n * n for n in lens))
 
 
-def fit_loan(config: TrainConfig, resident: Resident, method: Method, data: Prepared) -> int:
+def fit_loan(
+    config: TrainConfig, resident: Resident, method: Method, data: Prepared, ranks: Together
+) -> int:
     """Return how many samples can run at once: as many as the job asks for, or a half of a half.
+
+    Each rank looks at its own memory, and the least of them counts.
 
     Raises:
         LoanDoesNotFitError: not even the longest sample fits alone.
@@ -66,15 +71,18 @@ def fit_loan(config: TrainConfig, resident: Resident, method: Method, data: Prep
     spare = resident.spare_bytes() - _largest_step(kept, resident)
     at_once = config.hyperparameters.micro_batch
     while (step := _step_bytes(kept, decoder, [longest] * at_once)) + adapter > spare:
-        if at_once == 1:
-            raise LoanDoesNotFitError(
-                adapter_bytes=adapter,
-                step_bytes=step,
-                tokens=longest,
-                spare_bytes=max(0, spare),
-                limit_bytes=memory_limit(decoder.place.device),
-            )
         at_once //= 2
+        if at_once == 0:
+            break
+    at_once = ranks.least(at_once)
+    if at_once == 0:
+        raise LoanDoesNotFitError(
+            adapter_bytes=adapter,
+            step_bytes=step,
+            tokens=longest,
+            spare_bytes=max(0, spare),
+            limit_bytes=memory_limit(decoder.place.device),
+        )
     if at_once < config.hyperparameters.micro_batch:
         log.warning("The replica has memory for %d samples at once.", at_once)
     return at_once

@@ -326,16 +326,6 @@ async def test_a_sleeping_replica_lends_nothing(running: Running) -> None:
     assert (answer.status_code, "sleeps" in answer.json()["error"]) == (503, True)
 
 
-async def test_a_model_that_is_spread_over_ranks_lends_nothing(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(running.service.engine._ranks._ranks, "size", 2)
-    answer = await lend(running, write_loan(running))
-    monkeypatch.undo()
-    assert answer.status_code == 400
-    assert "Loans need a model that is not spread" in answer.json()["error"]
-
-
 async def test_a_job_that_nobody_asks_about_any_more_commits_and_ends(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
