@@ -132,6 +132,16 @@ _SPELLINGS = {
 }
 
 
+def spell(fields: Mapping[str, Any], config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return fields by all names that this config.json has for them, or else its family's."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        spellings = (name, *_SPELLINGS.get(name, ()))
+        known = [spelling for spelling in spellings if spelling in config]
+        found |= dict.fromkeys(known or [family.words.get(name, name)], value)
+    return found
+
+
 class _Config:
     """A config.json, asked in one spelling; null counts as missing."""
 

@@ -5,11 +5,16 @@ low bits first, each plus half its range) or as `x.weight` in int8 or fp8, besid
 and perhaps `x.weight_zero_point`. The scales belong to groups of inputs, to outputs or to the
 whole matrix, which their shape tells.
 
+The format knows linear layers alone. Where a family's files hold a matrix as [in, out] (GPT-2),
+words and scales belong to outputs all the same, and `x.weight` stays as the family has it, which
+is what vLLM's loader of that family expects.
+
 Source: https://github.com/vllm-project/compressed-tensors, formats pack-quantized, int-quantized
 and float-quantized.
 """
 
 # Shapes: O and I a matrix's outputs and inputs, G groups of inputs.
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mizzen.runtime.errors import QuantizationUnsupportedError, WeightsMissingError
-from mizzen.runtime.model.names import WeightSource
+from mizzen.runtime.model.names import NameMap, WeightSource
 from mizzen.runtime.parallel.shard import Span
 
 METHOD = "compressed-tensors"
@@ -25,7 +30,9 @@ _WORD_BITS = 32
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized")
 
 
-def open_compressed(config: Mapping[str, Any], source: WeightSource) -> WeightSource:
+def open_compressed(
+    config: Mapping[str, Any], source: WeightSource, names: NameMap
+) -> WeightSource:
     """Return a source that decompresses what config.json says is compressed.
 
     Raises:
@@ -49,40 +56,57 @@ def open_compressed(config: Mapping[str, Any], source: WeightSource) -> WeightSo
         raise QuantizationUnsupportedError(
             f"The checkpoint stores weights in {sorted(bits)} bits. Supported: 4, or 8, for all."
         )
-    return CompressedSource(source, bits=bits.pop() if bits else 8)
+    return CompressedSource(source, names, bits=bits.pop() if bits else 8)
 
 
 class CompressedSource:
     """Gives the float tensors behind compressed ones, and others as they are."""
 
-    def __init__(self, source: WeightSource, *, bits: int) -> None:
+    def __init__(self, source: WeightSource, names: NameMap, *, bits: int) -> None:
         self._source = source
+        self._names = names
         self._bits = bits
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the whole tensor's shape; raises WeightsMissingError."""
         if not self._has(f"{name}_packed"):
             return self._source.shape(name)
-        return tuple(self._source.read(f"{name}_shape").tolist())
+        shape = tuple(self._source.read(f"{name}_shape").tolist())
+        return shape[::-1] if self._names.is_transposed(name) else shape
 
     def read(self, name: str, *, rows: Span | None = None, columns: Span | None = None) -> Tensor:
         """Return the tensor, or only the named rows or columns."""
         if not self._has(f"{name}_scale"):
             return self._source.read(name, rows=rows, columns=columns)
-        width = self.shape(name)[1]
-        scale_OG = self._source.read(f"{name}_scale", rows=rows).float()
-        if self._has(f"{name}_packed"):
-            words = self._source.read(f"{name}_packed", rows=rows)
-            levels_OI = unpack_words(words, bits=self._bits)[:, :width].float()
-        else:
-            levels_OI = self._source.read(name, rows=rows).float()
+        if self._names.is_transposed(name):
+            return self._matrix(name, rows=columns, columns=rows).T
+        return self._matrix(name, rows=rows, columns=columns)
+
+    def _matrix(self, name: str, *, rows: Span | None, columns: Span | None) -> Tensor:
+        levels_OI = self._levels(name, rows).float()
+        width = levels_OI.shape[1]
+        scale_OG = self._beside(f"{name}_scale", rows).float()
         if self._has(f"{name}_zero_point"):
             levels_OI = levels_OI - self._zeros(name, rows, width)
         weight_OI = levels_OI * _per_input(scale_OG, width)
         return weight_OI if columns is None else weight_OI[:, columns.start : columns.stop]
 
+    def _levels(self, name: str, rows: Span | None) -> Tensor:
+        if self._has(f"{name}_packed"):
+            _, width = self._source.read(f"{name}_shape").tolist()
+            words = self._source.read(f"{name}_packed", rows=rows)
+            return unpack_words(words, bits=self._bits)[:, :width]
+        if self._names.is_transposed(name):
+            return self._source.read(name, columns=rows).T
+        return self._source.read(name, rows=rows)
+
+    def _beside(self, name: str, rows: Span | None) -> Tensor:
+        """Read what belongs to these outputs; what is the whole matrix's has no rows to choose."""
+        is_by_output = math.prod(self._source.shape(name)) > 1
+        return self._source.read(name, rows=rows if is_by_output else None)
+
     def _zeros(self, name: str, rows: Span | None, width: int) -> Tensor:
-        zeros = self._source.read(f"{name}_zero_point", rows=rows)
+        zeros = self._beside(f"{name}_zero_point", rows)
         if zeros.dtype == torch.int32:
             raise QuantizationUnsupportedError(
                 f"{name} has packed zero points. Supported: symmetric quantization. Quantize the "

@@ -10,6 +10,22 @@ from typing import Any
 from mizzen.runtime.model.names import NameMap
 
 _ALL_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+# What config.json calls the fields that we ask for by other names.
+_LLAMA_WORDS = {"norm_eps": "rms_norm_eps"}
+_BLOOM_WORDS = {
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "norm_eps": "layer_norm_epsilon",
+}
+_GPT_WORDS = {
+    **_BLOOM_WORDS,
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+    "hidden_act": "activation_function",
+}
+# What every reader of config.json works out by itself.
+_EVEN_HEADS = {"head_dim": "the model's width divided by its heads"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,18 +40,23 @@ class Family:
     names: NameMap = field(default_factory=NameMap)
     is_windowed: bool = False  # whether sliding_window counts when use_sliding_window is missing
     width_ratio: int | None = None  # feed-forward over model width, where it is a rule
+    words: Mapping[str, str] = field(default_factory=dict)  # the family's own for config.json
+    # Fields that config.json has no word for, and what they are to every reader.
+    implied: Mapping[str, str] = field(default_factory=dict)
 
 
-LLAMA = Family(name="llama")
-MISTRAL = Family(name="mistral", is_windowed=True)
-QWEN2 = Family(name="qwen2", fixed={"qkv_bias": True})
-QWEN3 = Family(name="qwen3", fixed={"qk_norm": True})
+LLAMA = Family(name="llama", words=_LLAMA_WORDS)
+MISTRAL = Family(name="mistral", words=_LLAMA_WORDS, is_windowed=True)
+QWEN2 = Family(name="qwen2", words=_LLAMA_WORDS, fixed={"qkv_bias": True})
+QWEN3 = Family(name="qwen3", words=_LLAMA_WORDS, fixed={"qk_norm": True})
 GPT2 = Family(
     name="gpt2",
     fixed={"norm": "layer", "positions": "learned", "is_gated": False, **_ALL_BIASES},
     defaults={"hidden_act": "gelu_new", "tie_word_embeddings": True, "norm_eps": 1e-5},
     required={"add_cross_attention": False},
     width_ratio=4,
+    words=_GPT_WORDS,
+    implied=_EVEN_HEADS,
     names=NameMap(
         root="transformer.",
         layer="h.{}.",
@@ -63,6 +84,7 @@ OPT = Family(
     },
     defaults={"hidden_act": "relu", "tie_word_embeddings": True, "norm_eps": 1e-5},
     required={"layer_norm_elementwise_affine": True},
+    implied=_EVEN_HEADS,
     names=NameMap(
         root="model.decoder.",
         top={"norm": "final_layer_norm"},
@@ -87,6 +109,9 @@ BLOOM = Family(
     defaults={"hidden_act": "gelu_new", "tie_word_embeddings": True, "norm_eps": 1e-5},
     required={"apply_residual_connection_post_layernorm": False},
     width_ratio=4,
+    words=_BLOOM_WORDS,
+    # Slopes of ALiBi follow from the number of heads as well: those left would get others.
+    implied={**_EVEN_HEADS, "intermediate_size": "4 times the model's width"},
     names=NameMap(
         root="transformer.",
         layer="h.{}.",
@@ -115,6 +140,8 @@ GPTJ = Family(
     },
     defaults={"hidden_act": "gelu_new", "norm_eps": 1e-5},
     width_ratio=4,
+    words=_GPT_WORDS,
+    implied=_EVEN_HEADS,
     names=NameMap(
         root="transformer.",
         layer="h.{}.",

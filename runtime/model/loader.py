@@ -87,5 +87,6 @@ def open_checkpoint(checkpoint: Path) -> tuple[ArchSpec, WeightSource]:
         return file.spec(), NamedSource(file, file.names(), head_dim=file.spec().head_dim)
     config = read_json(checkpoint / "config.json")
     spec = ArchSpec.from_config(config)
-    source = open_compressed(config, SafetensorsDir(checkpoint))
-    return spec, NamedSource(source, family_named(spec.family).names, head_dim=spec.head_dim)
+    names = family_named(spec.family).names
+    source = open_compressed(config, SafetensorsDir(checkpoint), names)
+    return spec, NamedSource(source, names, head_dim=spec.head_dim)

@@ -70,6 +70,10 @@ class NameMap:
         """Is this one of the checkpoint's matrices stored as [in, out]?"""
         return theirs.endswith(".weight") and any(f".{t}." in theirs for t in self.transposed)
 
+    def is_rearranged(self, name: str) -> bool:
+        """Does the checkpoint hold one of our tensors in another order than we do?"""
+        return self.fused_index(name) is not None or self.is_transposed(self.theirs(name))
+
     def _fused_path(self, path: str) -> str | None:
         return self.fused if path.removeprefix("self_attn.") in _QKV else None
 
@@ -127,20 +131,28 @@ class NamedSource:
 def to_checkpoint(
     tensors: Iterable[tuple[str, Tensor]], names: NameMap, *, head_dim: int
 ) -> dict[str, Tensor]:
-    """Turn our whole tensors into the checkpoint's: what a `NamedSource` would read back."""
+    """Turn our whole tensors into the checkpoint's: what a `NamedSource` would read back.
+
+    Those that are fused or transposed are copied, as soon as all of one's parts are there.
+    """
     found: dict[str, Tensor] = {}
-    thirds: dict[str, dict[int, Tensor]] = {}
+    waiting: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors:
         theirs, part = names.theirs(name), names.fused_index(name)
-        if part is None:
-            found[theirs] = tensor
-        else:
-            thirds.setdefault(theirs, {})[part] = tensor
-    for theirs, parts in thirds.items():
-        ordered = [parts[i] for i in range(3)]
-        if names.is_fused_by_head:
-            by_head = [p.unflatten(0, (-1, head_dim)) for p in ordered]
-            found[theirs] = torch.stack(by_head, dim=1).flatten(0, 2)
-        else:
-            found[theirs] = torch.cat(ordered)
-    return {n: t.T.contiguous() if names.is_transposed(n) else t for n, t in found.items()}
+        if part is not None:
+            thirds = waiting.setdefault(theirs, {})
+            thirds[part] = tensor
+            if len(thirds) < len(_QKV):
+                continue
+            del waiting[theirs]
+            tensor = _fuse([thirds[i] for i in range(len(_QKV))], names, head_dim)
+        found[theirs] = tensor.T.contiguous() if names.is_transposed(theirs) else tensor
+    assert not waiting, f"parts of {sorted(waiting)} are missing"
+    return found
+
+
+def _fuse(thirds: list[Tensor], names: NameMap, head_dim: int) -> Tensor:
+    if not names.is_fused_by_head:
+        return torch.cat(thirds)
+    by_head = [third.unflatten(0, (-1, head_dim)) for third in thirds]
+    return torch.stack(by_head, dim=1).flatten(0, 2)

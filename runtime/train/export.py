@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
-from mizzen.runtime.model.arch import ArchSpec, find_checkpoint
+from mizzen.runtime.model.arch import ArchSpec, find_checkpoint, spell
 from mizzen.runtime.model.families import family_named
 from mizzen.runtime.model.names import to_checkpoint
 from mizzen.runtime.train.errors import JobConfigError
@@ -25,7 +25,10 @@ _COPIED = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+# Of GGUF files, which do not name them.
 _ARCHITECTURES = {
+    "bloom": "BloomForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -61,7 +64,7 @@ def write_description(
 ) -> None:
     """Write configuration, tokenizer and template; `changes` are what config.json says instead.
 
-    None takes a field away.
+    They are spelled as the base's config.json spells them; None takes a field away.
     A base that was compressed is so no longer: only `changes` can say that the result is.
     """
     base = find_checkpoint(base_model)
@@ -72,7 +75,7 @@ def write_description(
         config = build_config(spec, published_dtype(spec))
         _write_tokenizer(folder, tokenizer)
     config.pop("quantization_config", None)
-    said = config | dict(changes or {})
+    said = config | spell(changes or {}, config, family_named(spec.family))
     _write_json(folder / "config.json", {k: v for k, v in said.items() if v is not None})
 
 
@@ -91,8 +94,9 @@ def check_exportable(spec: ArchSpec) -> None:
     """
     if spec.rope.scaling == "factors":
         raise JobConfigError(
-            "A full fine-tune of this GGUF model cannot be written down: its rotary scaling is "
-            "given as bare factors. Use a safetensors base model, or adaptation.type lora."
+            "What this GGUF model becomes cannot be written down: its rotary scaling is given as "
+            "bare factors. Use a safetensors base model, or train an adapter (adaptation.type "
+            "lora)."
         )
 
 
@@ -114,8 +118,9 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def build_config(spec: ArchSpec, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the config.json that means this architecture."""
-    return {
+    """Return the config.json that means this architecture, in its family's words."""
+    family = family_named(spec.family)
+    fields = {
         "architectures": [_ARCHITECTURES[spec.family]],
         "model_type": spec.family,
         "vocab_size": spec.vocab_size,
@@ -126,7 +131,7 @@ def build_config(spec: ArchSpec, dtype: torch.dtype) -> dict[str, Any]:
         "num_key_value_heads": spec.kv_heads,
         "head_dim": spec.head_dim,
         "max_position_embeddings": spec.max_len,
-        "rms_norm_eps": spec.norm_eps,
+        "norm_eps": spec.norm_eps,
         "hidden_act": _ACTIVATIONS[spec.act],
         "attention_bias": spec.o_bias,
         "mlp_bias": spec.mlp_bias,
@@ -134,8 +139,10 @@ def build_config(spec: ArchSpec, dtype: torch.dtype) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": spec.bos_id,
         "eos_token_id": list(spec.eos_ids),
-        **_rope_config(spec),
+        **(_rope_config(spec) if spec.positions == "rope" else {}),
     }
+    said = {name: value for name, value in fields.items() if name not in family.implied}
+    return spell(said, {}, family)
 
 
 def _rope_config(spec: ArchSpec) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.compress.candidate import Candidate
 from mizzen.runtime.train.compress.merge import merge
 from mizzen.runtime.train.compress.prune import prune
-from mizzen.runtime.train.compress.quantize import quantize
+from mizzen.runtime.train.compress.quantize import quantize, warn_of_readers
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.durable import storage_faults_of
@@ -127,6 +127,7 @@ class Transform:
 def _compute(config: TrainConfig, decoder: Decoder, samples: list[Sample]) -> Candidate | None:
     """Return what becomes of the model; None where the decoder's own weights are the result."""
     if config.method == "quantize" and config.quantize is not None:
+        warn_of_readers(decoder.spec.family)
         return quantize(decoder, config.quantize, samples)
     if config.method == "prune" and config.prune is not None:
         return prune(decoder, config.prune, samples)

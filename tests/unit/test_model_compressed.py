@@ -12,6 +12,7 @@ from hack.tiny_model import write_tiny_model
 from mizzen.runtime.errors import QuantizationUnsupportedError
 from mizzen.runtime.model.compressed import CompressedSource, pack_words, unpack_words
 from mizzen.runtime.model.loader import load_decoder
+from mizzen.runtime.model.names import NameMap
 from mizzen.runtime.model.safetensors_dir import SafetensorsDir
 from mizzen.runtime.parallel.shard import Span
 
@@ -31,7 +32,7 @@ def test_words_hold_levels_with_the_lowest_bits_first(bits: int) -> None:
 
 def source_of(folder: Path, tensors: dict[str, torch.Tensor], *, bits: int) -> CompressedSource:
     save_file(tensors, folder / "model.safetensors")
-    return CompressedSource(SafetensorsDir(folder), bits=bits)
+    return CompressedSource(SafetensorsDir(folder), NameMap(), bits=bits)
 
 
 def test_a_group_of_inputs_shares_a_scale(tmp_path: Path) -> None:
@@ -62,7 +63,9 @@ def test_reads_whole_numbers(tmp_path: Path, dtype: torch.dtype, shape: tuple[in
     levels = torch.randint(-20, 20, (6, 64)).to(dtype)
     scale = torch.rand(shape)
     source = source_of(tmp_path, {NAME: levels, f"{NAME}_scale": scale}, bits=8)
-    torch.testing.assert_close(source.read(NAME), levels.float() * scale.reshape(-1, 1))
+    wanted = levels.float() * scale.reshape(-1, 1)
+    torch.testing.assert_close(source.read(NAME), wanted)
+    torch.testing.assert_close(source.read(NAME, rows=Span(2, 3)), wanted[2:5])
 
 
 def test_zero_points_move_the_levels(tmp_path: Path) -> None:

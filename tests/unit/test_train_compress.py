@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
     MistralConfig,
     PretrainedConfig,
     Qwen2Config,
@@ -225,12 +224,12 @@ def test_what_is_pruned_is_what_adds_least(tmp_path: Path) -> None:
         tensors["model.layers.0.mlp.down_proj.weight"][:, unit] *= 1e-3
     shallow = prune(decoder, Prune(kind="depth", ratio=0.34), samples())
     assert torch.equal(
-        shallow.tensors["model.layers.1.mlp.up_proj.weight"],
+        shallow.weights["model.layers.1.mlp.up_proj.weight"],
         tensors["model.layers.2.mlp.up_proj.weight"],
     )
     narrow = prune(decoder, Prune(kind="width", ratio=0.5), samples())
     assert torch.equal(
-        narrow.tensors["model.layers.0.mlp.down_proj.weight"],
+        narrow.weights["model.layers.0.mlp.down_proj.weight"],
         tensors["model.layers.0.mlp.down_proj.weight"][:, ~unit],
     )
 
@@ -329,13 +328,6 @@ def test_a_job_quantizes_a_model_with_windows(tmp_path: Path) -> None:
     job = computed(tmp_path, "quantize", rules, base_model=str(base), evaluation=lax)
     assert run(job) == 0
     assert len(job.artifacts) == 1
-
-
-def test_a_family_that_fuses_its_matrices_is_refused(tmp_path: Path) -> None:
-    config = BloomConfig(vocab_size=300, hidden_size=64, n_layer=2, n_head=4)
-    decoder = load_decoder(windowed(tmp_path, config), dtype=torch.float32)
-    with pytest.raises(JobConfigError, match="llama, mistral, qwen2, qwen3, and the base is bloom"):
-        prune(decoder, Prune(kind="width", ratio=0.5), samples())
 
 
 def adapter_for(decoder: Decoder, folder: Path) -> TrainableLora:

@@ -1,27 +1,35 @@
 """A job that cannot fit is refused with its arithmetic, before it reads anything."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import BloomConfig, GPT2Config, OPTConfig, PretrainedConfig
 
 from hack.tiny_model import write_tiny_model
 from mizzen.runtime.engine.tokenizer import Tokenizer
-from mizzen.runtime.model.arch import ArchSpec
+from mizzen.runtime.model.arch import ArchSpec, RopeSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.lora.files import CONFIG_FILE
+from mizzen.runtime.train import export as export_module
 from mizzen.runtime.train.adaptation import adapt, frozen_bits
-from mizzen.runtime.train.compress.candidate import Candidate
+from mizzen.runtime.train.compress import candidate as candidate_module
 from mizzen.runtime.train.compress.need import ComputingNeed, plan_computing
 from mizzen.runtime.train.compress.prune import prune
 from mizzen.runtime.train.compress.quantize import quantize
 from mizzen.runtime.train.config import TrainConfig, load_config
-from mizzen.runtime.train.errors import ComputingDoesNotFitError, TrainingDoesNotFitError
+from mizzen.runtime.train.errors import (
+    ComputingDoesNotFitError,
+    JobConfigError,
+    TrainingDoesNotFitError,
+)
 from mizzen.runtime.train.export import write_model
 from mizzen.runtime.train.memory import (
     Need,
@@ -34,6 +42,7 @@ from mizzen.runtime.train.memory import (
 from mizzen.runtime.train.methods.reward import HEAD_FILE, HEAD_NAME
 from mizzen.runtime.train.samples import Sample
 from mizzen.runtime.train.trainable import full_views
+from tests.fixtures.tiny_models import make_model, save_tiny_tokenizer
 from tests.fixtures.train_runs import run, write_job
 
 CPU = torch.device("cpu")
@@ -229,41 +238,85 @@ def computing_job(root: Path, method: str, options: dict[str, Any], dtype: str) 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("method", "options"), COMPUTED.values(), ids=COMPUTED)
 def test_the_need_of_computing_is_known_before_a_weight_is_read_where_the_result_is(
-    tmp_path: Path, method: str, options: dict[str, Any], dtype: str
+    tmp_path: Path,
+    method: str,
+    options: dict[str, Any],
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = computing_job(tmp_path, method, options, dtype)
     need = plan_computing(config, ArchSpec.from_dir(config.base_model))
     decoder = load_decoder(config.base_model, dtype=torch.float32)
     assert need.weights == sum(tensor.nbytes for tensor in decoder.parameters())
-    assert need.beside == held_beside(decoder, config, tmp_path)
+    assert need.beside == held_beside(decoder, config, tmp_path, monkeypatch)
 
 
-def held_beside(decoder: Decoder, config: TrainConfig, folder: Path) -> int:
+FUSED: dict[str, PretrainedConfig] = {
+    "GPT-2 whose layers scale": GPT2Config(
+        vocab_size=300, n_embd=64, n_layer=4, n_head=4, scale_attn_by_inverse_layer_idx=True
+    ),
+    "BLOOM": BloomConfig(vocab_size=300, hidden_size=64, n_layer=4, n_head=4),
+    "OPT": OPTConfig(
+        vocab_size=300,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        ffn_dim=128,
+        word_embed_proj_dim=32,
+        do_layer_norm_before=False,
+    ),
+}
+CANNOT = {("BLOOM", "of fewer hidden units"), *((name, "of fewer heads") for name in FUSED)}
+OTHERS = [(base, made) for base in FUSED for made in COMPUTED if (base, made) not in CANNOT]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("base", "made"), OTHERS, ids=" ".join)
+def test_the_need_of_computing_counts_what_a_family_fuses(
+    tmp_path: Path, base: str, made: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(FUSED[base]).save_pretrained(tmp_path / "base")
+    described = tmp_path / "base" / "config.json"
+    described.write_text(json.dumps({**json.loads(described.read_text()), "dtype": dtype}))
+    save_tiny_tokenizer(tmp_path / "base")
+    config = computing_job(tmp_path, *COMPUTED[made], dtype)
+    config = config.model_copy(update={"base_model": tmp_path / "base"})
+    need = plan_computing(config, ArchSpec.from_dir(config.base_model))
+    decoder = load_decoder(config.base_model, dtype=torch.float32)
+    assert need.weights == sum(tensor.nbytes for tensor in decoder.parameters())
+    assert need.beside == held_beside(decoder, config, tmp_path, monkeypatch)
+
+
+def held_beside(
+    decoder: Decoder, config: TrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> int:
     """Compute and write the result; return the bytes of what stands beside the base by then."""
     tokenizer = Tokenizer.load(config.base_model)
     sample = Sample(np.arange(20, dtype=np.int32), np.arange(20) > 0)
-    if config.quantize is not None:
-        candidate = quantize(decoder, config.quantize, [sample])
-    elif config.prune is not None:
-        candidate = prune(decoder, config.prune, [sample])
-    else:
-        tensors = {shard.name: shard.tensor.detach() for shard in decoder.shards()}
-        candidate = Candidate(spec=decoder.spec, tensors=tensors)
+    saved: dict[str, Tensor] = {}
+    for module in (candidate_module, export_module):
+        monkeypatch.setattr(module, "save_file", lambda tensors, *_, **__: saved.update(tensors))
     if config.merge is not None:
+        made = {shard.name: shard.tensor.detach() for shard in decoder.shards()}
         write_model(
             folder,
-            candidate.tensors.items(),
+            made.items(),
             spec=decoder.spec,
             base_model=config.base_model,
             tokenizer=tokenizer,
         )
     else:
+        if config.quantize is not None:
+            candidate = quantize(decoder, config.quantize, [sample])
+        else:
+            assert config.prune is not None
+            candidate = prune(decoder, config.prune, [sample])
+        made = {**candidate.weights, **candidate.packed}
         candidate.write(folder, base_model=config.base_model, tokenizer=tokenizer)
     base = {tensor.untyped_storage().data_ptr() for tensor in decoder.parameters()}
-    made = [t for t in candidate.tensors.values() if t.untyped_storage().data_ptr() not in base]
-    written = load_file(folder / "model.safetensors")
-    turned = [t for name, t in written.items() if t.dtype != candidate.tensors[name].dtype]
-    return sum(tensor.nbytes for tensor in (*made, *turned))
+    storages = [t.untyped_storage() for t in (*made.values(), *saved.values())]
+    beside = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in base}
+    return sum(beside.values())
 
 
 def test_gptq_also_holds_what_a_layer_s_inputs_have_in_common(tmp_path: Path) -> None:
@@ -272,10 +325,19 @@ def test_gptq_also_holds_what_a_layer_s_inputs_have_in_common(tmp_path: Path) ->
     spec = ArchSpec.from_dir(config.base_model)
     decoder = load_decoder(config.base_model, dtype=torch.float32)
     assert config.quantize is not None
-    tensors = quantize(decoder, config.quantize.model_copy(update={"algorithm": "rtn"}), ()).tensors
-    packed = sum(t.nbytes for t in tensors.values() if t.dtype != torch.float32)
+    candidate = quantize(decoder, config.quantize.model_copy(update={"algorithm": "rtn"}), ())
+    packed = sum(tensor.nbytes for tensor in candidate.packed.values())
     grams = [width**2 * 4 for width in (64, 64, 64, 128)]
     assert plan_computing(config, spec).beside == packed + sum(grams) + 3 * max(grams)
+
+
+@pytest.mark.parametrize("made", ["merged", "quantized to 8 bits", "of fewer layers"])
+def test_what_could_not_be_written_down_is_not_computed(tmp_path: Path, made: str) -> None:
+    config = computing_job(tmp_path, *COMPUTED[made], "float32")
+    spec = ArchSpec.from_dir(config.base_model)
+    factors = replace(spec, rope=RopeSpec(scaling="factors", factors=(1.0,) * 8))
+    with pytest.raises(JobConfigError, match="Use a safetensors base model, or train an adapter"):
+        plan_computing(config, factors)
 
 
 def test_a_computation_that_cannot_fit_is_refused_before_its_data_is_looked_for(

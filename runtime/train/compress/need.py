@@ -6,7 +6,7 @@ from the samples and the passing copies of one matrix, so a job may need a littl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +14,13 @@ import torch
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.block import Block
 from mizzen.runtime.model.decoder import Decoder
+from mizzen.runtime.model.families import family_named
 from mizzen.runtime.model.layers import Placement
 from mizzen.runtime.parallel.group import RankGroup
-from mizzen.runtime.train.compress.candidate import check_plain
-from mizzen.runtime.train.compress.prune import smaller_spec
+from mizzen.runtime.train.compress.prune import is_scaled_by_layer, smaller_spec
 from mizzen.runtime.train.compress.quantize import linears, quantize
 from mizzen.runtime.train.config import TrainConfig
-from mizzen.runtime.train.export import published_dtype
+from mizzen.runtime.train.export import check_exportable, published_dtype
 from mizzen.runtime.train.options import Prune, Quantize
 
 _FLOAT32_BYTES = 4
@@ -45,8 +45,9 @@ def plan_computing(config: TrainConfig, spec: ArchSpec) -> ComputingNeed:
     """Return what merge, quantize or prune needs.
 
     Raises:
-        JobConfigError: the model cannot be changed in this way.
+        JobConfigError: the model cannot be changed in this way, or the result not written.
     """
+    check_exportable(spec)
     decoder = _shapes_of(spec)
     held = (*decoder.parameters(), *decoder.buffers())
     weights = sum(tensor.nbytes for tensor in held)
@@ -54,15 +55,14 @@ def plan_computing(config: TrainConfig, spec: ArchSpec) -> ComputingNeed:
         return ComputingNeed(weights, _beside_quantize(decoder, config.quantize))
     if config.prune is not None:
         return ComputingNeed(weights, _beside_prune(decoder, config.prune))
-    return ComputingNeed(weights, _published_bytes(_sizes(decoder).values(), spec))
+    return ComputingNeed(weights, _published_bytes(_sizes(decoder), spec))
 
 
 def _beside_quantize(decoder: Decoder, rules: Quantize) -> int:
     # Both algorithms store the same; this one needs no samples.
-    stored = quantize(decoder, rules.model_copy(update={"algorithm": "rtn"}), ()).tensors
-    is_whole = {name: tensor.dtype == torch.float32 for name, tensor in stored.items()}
-    packed = sum(tensor.nbytes for name, tensor in stored.items() if not is_whole[name])
-    rest = [tensor.numel() for name, tensor in stored.items() if is_whole[name]]
+    candidate = quantize(decoder, rules.model_copy(update={"algorithm": "rtn"}), ())
+    packed = sum(tensor.nbytes for tensor in candidate.packed.values())
+    rest = {name: tensor.numel() for name, tensor in candidate.weights.items()}
     written = packed + _published_bytes(rest, decoder.spec)
     if rules.algorithm == "rtn":
         return written
@@ -73,19 +73,26 @@ def _beside_quantize(decoder: Decoder, rules: Quantize) -> int:
 
 
 def _beside_prune(decoder: Decoder, rules: Prune) -> int:
-    check_plain(decoder, "prune")
     spec, before = decoder.spec, _sizes(decoder)
     smaller = smaller_spec(spec, rules)
     after = _sizes(_shapes_of(smaller))
-    # Whole layers are left out without a copy; of others, what is kept is one.
-    cut = sum(size for name, size in after.items() if size != before[name]) * _FLOAT32_BYTES
-    return cut + _published_bytes(after.values(), smaller)
+    # Whole layers are left out without a copy, but for their queries where those are scaled; of
+    # others, what is kept is one.
+    copied = [
+        size
+        for name, size in after.items()
+        if size != before[name] or (rules.kind == "depth" and is_scaled_by_layer(spec, name))
+    ]
+    return sum(copied) * _FLOAT32_BYTES + _published_bytes(after, smaller)
 
 
-def _published_bytes(sizes: Iterable[int], spec: ArchSpec) -> int:
-    """Return what float32 weights need again in the type they are written in; as they are, none."""
+def _published_bytes(sizes: Mapping[str, int], spec: ArchSpec) -> int:
+    """Return what float32 weights need again as they are written: what stays as it is, nothing."""
     dtype = published_dtype(spec)
-    return 0 if dtype == torch.float32 else sum(sizes) * dtype.itemsize
+    names = family_named(spec.family).names
+    is_turned = dtype != torch.float32
+    copied = [size for name, size in sizes.items() if is_turned or names.is_rearranged(name)]
+    return sum(copied) * dtype.itemsize
 
 
 def _shapes_of(spec: ArchSpec) -> Decoder:

@@ -1,24 +1,30 @@
-"""Weights in 8 or 4 bits, written as compressed-tensors directories that any engine reads.
+"""Weights in 8 or 4 bits, written as compressed-tensors directories.
 
 Every linear inside the layers is stored in fewer bits. Embedding, head and norms stay: each
-token's score hangs on the head alone.
+token's score hangs on the head alone. Each of our matrices is rounded by itself; where a family
+fuses some, their levels and scales are fused, which are the same for any order of outputs.
 """
 
 # Shapes: O and I a matrix's outputs and inputs, G groups of inputs, T packed tokens.
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.block import Block
 from mizzen.runtime.model.compressed import METHOD, pack_words
 from mizzen.runtime.model.decoder import Decoder
-from mizzen.runtime.model.layers import ColumnLinear, RowLinear, TensorShard
+from mizzen.runtime.model.families import family_named
+from mizzen.runtime.model.layers import ColumnLinear, Replicated, RowLinear, TensorShard
+from mizzen.runtime.model.names import NameMap, to_checkpoint
 from mizzen.runtime.train.compress.calibration import Flow
-from mizzen.runtime.train.compress.candidate import Candidate, check_plain
+from mizzen.runtime.train.compress.candidate import Candidate
 from mizzen.runtime.train.compress.gptq import quantize_gptq
 from mizzen.runtime.train.compress.rounding import (
     SCALE_DTYPE,
@@ -31,34 +37,46 @@ from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.options import Quantize
 from mizzen.runtime.train.samples import Sample
 
+log = logging.getLogger(__name__)
+
 
 def quantize(decoder: Decoder, rules: Quantize, samples: Sequence[Sample]) -> Candidate:
     """Return the model in fewer bits; the decoder's own weights take the rounded values.
 
     Raises:
-        JobConfigError: the model's matrices do not divide into groups, or cannot be taken apart.
+        JobConfigError: the model's matrices do not divide into groups.
     """
-    check_plain(decoder, "quantize")
     grid = grid_of(rules)
     _check_groups(decoder, grid)
-    tensors: dict[str, Tensor] = {}
+    packed: dict[str, Tensor] = {}
     if rules.algorithm == "rtn":
         for block in decoder.blocks:
             assert isinstance(block, Block)
             for linear in linears(block):
-                tensors |= _compress(linear, grid, None)
+                packed |= _compress(linear, grid, None, decoder.spec)
     else:
         flow = Flow(decoder, samples[: rules.calibration_samples])
         for _, block in flow.layers():
             grams = _gram_matrices(flow, block)
             for linear in linears(block):
-                tensors |= _compress(linear, grid, grams[linear])
-    rest = {s.name: s.tensor.detach() for s in decoder.shards() if f"{s.name}_scale" not in tensors}
+                packed |= _compress(linear, grid, grams[linear], decoder.spec)
+    names = family_named(decoder.spec.family).names
     return Candidate(
         spec=decoder.spec,
-        tensors=rest | tensors,
-        changes={"quantization_config": describe_grid(grid)},
+        weights={shard.name: shard.tensor.detach() for shard in _others(decoder)},
+        packed=packed,
+        changes={"quantization_config": describe_grid(grid, names, whole=_whole(decoder, names))},
     )
+
+
+def warn_of_readers(family: str) -> None:
+    """Say so where other engines may not read the result."""
+    if family_named(family).names.transposed:
+        log.warning(
+            "transformers reads no compressed %s, as its matrices are no linear layers there: "
+            "serve the result with Mizzen, or with an engine that takes them for linear ones.",
+            family,
+        )
 
 
 def grid_of(rules: Quantize) -> Grid:
@@ -77,6 +95,22 @@ def linears(block: Block) -> list[ColumnLinear | RowLinear]:
 def matrices(linear: ColumnLinear | RowLinear) -> Iterator[TensorShard]:
     """Yield a linear's matrices by their checkpoint names, without biases."""
     return (shard for shard in linear.shards() if shard.name.endswith(".weight"))
+
+
+def _others(decoder: Decoder) -> Iterator[TensorShard]:
+    """Yield what stays as it is."""
+    compressed: set[str] = set()
+    for block in decoder.blocks:
+        assert isinstance(block, Block)
+        compressed.update(shard.name for one in linears(block) for shard in matrices(one))
+    return (shard for shard in decoder.shards() if shard.name not in compressed)
+
+
+def _whole(decoder: Decoder, names: NameMap) -> list[str]:
+    """Return the checkpoint's names of linears that stay as they are."""
+    beside = (decoder.project_in, decoder.project_out)
+    ours = [f"{one.name}.weight" for one in beside if isinstance(one, Replicated)]
+    return ["lm_head", *(names.theirs(name).removesuffix(".weight") for name in ours)]
 
 
 def _check_groups(decoder: Decoder, grid: Grid) -> None:
@@ -103,10 +137,11 @@ def _gram_matrices(flow: Flow, block: Block) -> dict[nn.Module, Tensor]:
 
 @torch.no_grad()
 def _compress(
-    linear: ColumnLinear | RowLinear, grid: Grid, gram_II: Tensor | None
+    linear: ColumnLinear | RowLinear, grid: Grid, gram_II: Tensor | None, spec: ArchSpec
 ) -> dict[str, Tensor]:
     """Return a linear's stored tensors, and give it the weights that they stand for."""
-    found: dict[str, Tensor] = {}
+    levels: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
     for shard in matrices(linear):
         weight_OI = shard.tensor.detach().float()
         if gram_II is None:
@@ -114,18 +149,34 @@ def _compress(
             levels_OI = to_levels(weight_OI, scale_OG, grid)
         else:
             levels_OI, scale_OG = quantize_gptq(weight_OI, gram_II, grid)
-        found[f"{shard.name}_scale"] = scale_OG.to(SCALE_DTYPE)
-        if grid.is_float:
-            found[shard.name] = levels_OI
-        else:
-            found[f"{shard.name}_packed"] = pack_words(levels_OI, bits=grid.bits)
-            found[f"{shard.name}_shape"] = torch.tensor(weight_OI.shape)
+        levels[shard.name], scales[shard.name] = levels_OI, scale_OG.to(SCALE_DTYPE)
         shard.tensor.copy_(to_weights(levels_OI, scale_OG))
+    return _stored(levels, scales, grid, spec)
+
+
+def _stored(
+    levels: Mapping[str, Tensor], scales: Mapping[str, Tensor], grid: Grid, spec: ArchSpec
+) -> dict[str, Tensor]:
+    """Return a linear's tensors by the checkpoint's names, as `CompressedSource` reads them."""
+    names = family_named(spec.family).names
+    upright = replace(names, transposed=())
+    fused, scale = (
+        to_checkpoint(parts.items(), upright, head_dim=spec.head_dim) for parts in (levels, scales)
+    )
+    found: dict[str, Tensor] = {}
+    for name, levels_OI in fused.items():
+        found[f"{name}_scale"] = scale[name]
+        if grid.is_float:
+            is_turned = names.is_transposed(name)
+            found[name] = levels_OI.T.contiguous() if is_turned else levels_OI
+        else:
+            found[f"{name}_packed"] = pack_words(levels_OI, bits=grid.bits)
+            found[f"{name}_shape"] = torch.tensor(levels_OI.shape)
     return found
 
 
-def describe_grid(grid: Grid) -> dict[str, Any]:
-    """Return config.json's quantization_config."""
+def describe_grid(grid: Grid, names: NameMap, *, whole: Sequence[str]) -> dict[str, Any]:
+    """Return config.json's quantization_config; linears that are `whole` are not compressed."""
     weights = {
         "num_bits": grid.bits,
         "type": "float" if grid.is_float else "int",
@@ -140,7 +191,8 @@ def describe_grid(grid: Grid) -> dict[str, Any]:
     }
     layout = "float-quantized" if grid.is_float else "pack-quantized"
     group = {
-        "targets": ["Linear"],
+        # Without the second name transformers would make up GPT-2's weights; so it refuses them.
+        "targets": ["Linear", *(["Conv1D"] if names.transposed else [])],
         "weights": weights,
         "input_activations": None,
         "output_activations": None,
@@ -151,7 +203,7 @@ def describe_grid(grid: Grid) -> dict[str, Any]:
         "format": layout,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
+        "ignore": list(whole),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
