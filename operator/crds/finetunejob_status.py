@@ -18,6 +18,9 @@ class Progress(ApiModel):
     percent: Annotated[int | None, Field(description="Share of the steps done.")] = None
     epoch: Annotated[float | None, Field(description="Passes over the data so far.")] = None
     tokens: Annotated[int | None, Field(description="Tokens trained on.")] = None
+    skipped_samples: Annotated[
+        int | None, Field(description="Samples left out, as they gave no finite gradient.")
+    ] = None
     tokens_per_second: Annotated[float | None, Field(description="Current speed.")] = None
     mfu_ratio: Annotated[
         float | None, Field(description="That speed over that of the devices' peak FLOP/s.")

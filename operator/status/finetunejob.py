@@ -158,7 +158,10 @@ def _progress_fields(previous: Mapping[str, object], facts: JobFacts, phase: str
             report["percent"] = min(100, 100 * int(numbers["step"]) // total)
         if "epoch" in numbers:
             report["epoch"] = round(numbers["epoch"], 2)
-        report.update({name: int(numbers[name]) for name in ("tokens",) if name in numbers})
+        if "tokens" in numbers:
+            report["tokens"] = int(numbers["tokens"])
+        if skipped := int(numbers.get("skippedSamples", 0)):
+            report["skippedSamples"] = skipped
         if progress.budget_spent:
             report["budgetSpent"] = progress.budget_spent
         if phase in AT_WORK:

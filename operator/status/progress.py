@@ -60,7 +60,7 @@ class Progress:
 
 _NUMBERS = (
     "step", "totalSteps", "epoch", "tokens", "tokensPerSecond", "mfuRatio", "etaSeconds",
-    "loss", "evalLoss", "learningRate", "reward", "kl",
+    "loss", "evalLoss", "learningRate", "reward", "kl", "skippedSamples",
 )  # fmt: skip
 
 

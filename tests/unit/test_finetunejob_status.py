@@ -186,6 +186,16 @@ def test_utilization_is_shown_while_a_trainer_is_at_work() -> None:
     assert status["progress"]["mfuRatio"] == 0.4124
 
 
+@pytest.mark.parametrize(("skipped", "shown"), [(0, None), (8, 8)])
+def test_samples_that_were_skipped_are_shown_where_there_are_any(
+    skipped: int, shown: int | None
+) -> None:
+    document = {"phase": "Running", "step": 12, "totalSteps": 40, "skippedSamples": skipped}
+    working = replace(BASE, progress=parse_progress(document))
+    status: Any = next_status({}, working, generation=1, now=NOW)
+    assert status["progress"].get("skippedSamples") == shown
+
+
 def test_progress_speaks_to_people() -> None:
     status = next_status({}, replace(BASE, progress=WORKING), generation=1, now=NOW)
     assert status["progress"] == {
