@@ -190,13 +190,13 @@ class MemoryTooSmallError(JobError):
 
 
 class MicroBatchTooLargeError(JobError):
-    """A step does not fit, and this backend or these ranks cannot make it smaller on the way."""
+    """A step does not fit, and this backend cannot make it smaller on the way."""
 
     reason = "MemoryTooSmall"
 
-    def __init__(self, samples: int, *, lower: str = "hyperparameters.microBatch") -> None:
+    def __init__(self, samples: int) -> None:
         super().__init__(
-            f"Memory runs out with {samples} samples at once. Lower {lower} or "
+            f"Memory runs out with {samples} samples at once. Lower hyperparameters.microBatch or "
             "processing.maxSeqLen, or run on a device with more memory."
         )
 

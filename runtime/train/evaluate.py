@@ -138,6 +138,7 @@ class Examination:
         Raises:
             YieldRequested: somebody asked to stop; what was counted is kept.
             MemoryTooSmallError: not even one question fits.
+            FewerAtOnce: not as many fit as ranks of one model are asked at once.
         """
         tally = self.store.get(name)
         at_once = AtOnce(self.micro_batch)

@@ -25,8 +25,9 @@ from mizzen.runtime.train.stop import Stop
 AT_ONCE = 64  # sequences whose keys and values live together, as long as there is memory for them
 
 
-def _as_many_as_fit() -> AtOnce:
-    return AtOnce(AT_ONCE, lower="maxNewTokens, hyperparameters.batchSize")
+def drawn_at_once(answers: int = AT_ONCE) -> AtOnce:
+    """Return how many answers are drawn at once."""
+    return AtOnce(answers, limit="drawn")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,15 +37,16 @@ class Drawing:
     max_new_tokens: int
     temperature: float  # 0: the likeliest token
     eos_ids: tuple[int, ...]
-    at_once: AtOnce = field(default_factory=_as_many_as_fit)
+    at_once: AtOnce = field(default_factory=drawn_at_once)
 
 
-def drawing_of(rules: Rl, tokenizer: Tokenizer) -> Drawing:
-    """Return how a policy's answers are drawn."""
+def drawing_of(rules: Rl, tokenizer: Tokenizer, *, at_most: int = AT_ONCE) -> Drawing:
+    """Return how a policy's answers are drawn, at most so many of them at once."""
     return Drawing(
         max_new_tokens=rules.max_new_tokens,
         temperature=rules.temperature,
         eos_ids=tokenizer.eos_token_ids,
+        at_once=drawn_at_once(at_most),
     )
 
 
@@ -65,7 +67,7 @@ def draw_answers(
     Raises:
         YieldRequested: somebody asked to stop; nothing of a step has happened yet.
         MemoryTooSmallError: not even one answer fits.
-        MicroBatchTooLargeError: not as many fit as ranks of one model draw at once.
+        FewerAtOnce: not as many fit as ranks of one model draw at once.
     """
 
     def draw(part: Sequence[Prompt], first: int) -> list[list[int]]:

@@ -9,25 +9,35 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
-from mizzen.runtime.train.errors import MemoryTooSmallError, MicroBatchTooLargeError
+from mizzen.runtime.train.errors import MemoryTooSmallError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
+# What a number of samples at once is of: those that are read, or answers that are drawn.
+Limit = Literal["micro_batch", "drawn"]
+
+
+class FewerAtOnce(Exception):
+    """Raised on one of several ranks of a model, when memory runs out: so many may fit."""
+
+    def __init__(self, limit: Limit, samples: int) -> None:
+        super().__init__(f"Memory ran out; no more than {samples} at once may fit.")
+        self.limit = limit
+        self.samples = samples
 
 
 class AtOnce:
     """So many samples at once, and half as many from then on where memory runs out."""
 
-    def __init__(self, samples: int, *, lower: str = "hyperparameters.microBatch") -> None:
-        """`lower` are the settings that make them fewer from the start."""
+    def __init__(self, samples: int, *, limit: Limit = "micro_batch") -> None:
         self.samples = samples
-        self._lower = lower
+        self._limit = limit
 
     def fit(self, work: Callable[[], T], *, of: int, ranks: int = 1) -> T:
         """Return what `work` returns, which is called again where memory runs out.
@@ -36,7 +46,7 @@ class AtOnce:
 
         Raises:
             MemoryTooSmallError: not even one sample fits.
-            MicroBatchTooLargeError: of several ranks of one model none can try again alone.
+            FewerAtOnce: of several ranks of one model none can try again alone.
         """
         while True:
             try:
@@ -45,11 +55,11 @@ class AtOnce:
                 tried = min(self.samples, of)
                 if not is_out_of_memory(error):
                     raise
-                if ranks > 1:
-                    # The others wait in the middle of a layer for what does not come.
-                    raise MicroBatchTooLargeError(tried, lower=self._lower) from error
                 if tried == 1:
                     raise MemoryTooSmallError from error
+                if ranks > 1:
+                    # The others wait in the middle of a layer for what does not come.
+                    raise FewerAtOnce(self._limit, tried // 2) from error
             # Outside of the handler, whose traceback holds on to what did not fit.
             gc.collect()
             self.samples = tried // 2

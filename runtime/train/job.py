@@ -26,6 +26,8 @@ from mizzen.runtime.train.device import choose_device, use_own_cpus
 from mizzen.runtime.train.digest import mark_weights, model_digest
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.evaluate import TallyStore
+from mizzen.runtime.train.fewer import FewerStore, Limits, agree_on
+from mizzen.runtime.train.halving import FewerAtOnce
 from mizzen.runtime.train.hugging_face.installed import check_installed
 from mizzen.runtime.train.memory import check_fits, check_memory, memory_limit
 from mizzen.runtime.train.methods.registry import build_method
@@ -84,9 +86,35 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
         board.enter("Running")
         workers.wait_for_end()
         return EXIT_YIELDED if stop.is_asked else EXIT_DONE
+    limits = Limits(micro_batch=config.hyperparameters.micro_batch)
+    if (ranks := config.parallelism.tensor) == 1:
+        return _run_work(config, environment, board, stop, workers, stage, limits)
+    notes = FewerStore(config.checkpoint.directory, ranks=ranks)
+    with stop.nothing_to_lose():
+        limits = agree_on(limits, notes, workers, choose_device(environment.device))
+    config = limits.applied_to(config)
+    try:
+        return _run_work(config, environment, board, stop, workers, stage, limits)
+    except FewerAtOnce as fewer:
+        log.warning("%s The next generation begins with as many.", fewer)
+        notes.note(environment.node_rank, limits, fewer)
+        # Without a word to the others: they take it for lost, in whatever they wait.
+        _report(environment.termination_log, board)
+        return EXIT_YIELDED
+
+
+def _run_work(
+    config: TrainConfig,
+    environment: TrainerEnvironment,
+    board: ProgressBoard,
+    stop: StopFlag,
+    workers: Workers,
+    stage: Stage | None,
+    limits: Limits,
+) -> int:
     with stop.nothing_to_lose():
         wait_for_memory(choose_device(environment.device))
-        work = _prepare(config, environment, board, stop, workers, stage)
+        work = _prepare(config, environment, board, stop, workers, stage, limits)
     watch(stop, timeout_s=config.failure.hang_timeout_s)
     try:
         if isinstance(work, Training) and not workers.is_in_first_copy:
@@ -139,13 +167,14 @@ def _prepare(
     stop: StopFlag,
     workers: Workers,
     stage: Stage | None,
+    limits: Limits,
 ) -> Work:
     if config.backend == "Transformers":
         return prepare_transformers(config, environment, board, stop)
     pod = Pod(stop, stage)
     around = _surround(config, environment, stop, stage)
     check_memory(around)
-    around = replace(around, workers=workers)
+    around = replace(around, workers=workers, draw_at_most=limits.drawn)
     if workers.tensor.size > 1:
         around = replace(around, stop=SharedStop(stop, Together(workers.tensor, around.device)))
     if config.distill is not None and config.distill.teacher is not None:

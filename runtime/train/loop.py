@@ -107,6 +107,7 @@ class Loop:
             YieldRequested: somebody asked to stop; the last whole step is the state to commit.
             LossNotFiniteError: the job diverged.
             MemoryTooSmallError: not even one sample fits.
+            FewerAtOnce: not as many fit as ranks of one model run at once.
         """
         self._validate()
         self._timed_at_s = time.monotonic()

@@ -1,7 +1,7 @@
 """`mizzen train`: the process around a job, and what its exit code says.
 
-0 done, 75 yielded with everything committed, 42 only a changed job can succeed, 76 another
-worker was lost, 1 try again.
+0 done, 75 yielded and the next run goes on from what is committed, 42 only a changed job can
+succeed, 76 another worker was lost, 1 try again.
 """
 
 from __future__ import annotations

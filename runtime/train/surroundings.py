@@ -11,6 +11,7 @@ from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.train.config import TrainConfig
+from mizzen.runtime.train.generate import AT_ONCE
 from mizzen.runtime.train.stop import Stop
 from mizzen.runtime.train.workers import Workers
 
@@ -47,6 +48,7 @@ class Surroundings:
     device: torch.device
     stop: Stop
     workers: Workers = field(default_factory=Workers)  # who learns the same; alone, nobody
+    draw_at_most: int = AT_ONCE  # answers at once
     judge_api_key: str | None = None
     teacher_api_key: str | None = None
     admin_token: str | None = None  # of the replicas that draw

@@ -24,6 +24,7 @@ from mizzen.runtime.train.device import choose_dtype
 from mizzen.runtime.train.digest import mark_model
 from mizzen.runtime.train.errors import RoleLostError
 from mizzen.runtime.train.evaluate import Examination, TallyStore
+from mizzen.runtime.train.generate import drawn_at_once
 from mizzen.runtime.train.giving_way import GivingWay
 from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.history import LossHistory, note_holdout
@@ -95,7 +96,9 @@ class Training:
                 method,
                 SharedNotes(notes, ranks) if is_asked_together else notes,
                 ask=lambda: _asker(around, method, self._decoder, self._adapted, ranks.group),
-                at_once=AtOnce(method.asked_at_once or config.hyperparameters.micro_batch),
+                at_once=drawn_at_once(around.draw_at_most)
+                if method.draws
+                else AtOnce(config.hyperparameters.micro_batch),
                 ranks=ranks.group.size,
             )
         tallies = TallyStore(directory, fingerprint=fingerprint)

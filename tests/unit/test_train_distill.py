@@ -112,6 +112,7 @@ def test_a_teachers_text_takes_the_place_of_the_datas_but_not_in_the_gate(tmp_pa
         ),
         spec=teacher.spec,
         tokenizer=SimpleNamespace(eos_token_ids=()),
+        draw_at_most=64,
     )
     method, items = SequenceDistill(around), [sample(20, seed=1), sample(12, seed=2)]
     items = [Sample(one.token_ids_T[:16], one.is_label_T[:16]) for one in items]

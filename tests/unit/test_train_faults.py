@@ -26,8 +26,8 @@ from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.errors import (
     LossNotFiniteError,
     MemoryTooSmallError,
-    MicroBatchTooLargeError,
 )
+from mizzen.runtime.train.halving import FewerAtOnce
 from mizzen.runtime.train.history import LossHistory
 from mizzen.runtime.train.ledger import DiskLedger
 from mizzen.runtime.train.loop import Loop, LoopParts
@@ -227,7 +227,7 @@ def test_memory_that_not_even_one_sample_fits_into_ends_the_job(tmp_path: Path) 
 
 def test_ranks_that_share_a_model_cannot_each_try_with_fewer_samples(tmp_path: Path) -> None:
     pair = Workers(tensor=RankGroup(0, 2))
-    with pytest.raises(MicroBatchTooLargeError, match=r"with 2 samples at once. Lower"):
+    with pytest.raises(FewerAtOnce, match="no more than 1 at once"):
         loop_of(tmp_path, samples(4), Fragile(room=1), workers=pair).run()
 
 

@@ -1,5 +1,6 @@
 """Memory that runs out where nothing is learned: fewer samples at once, and the same outcome."""
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,15 @@ from mizzen.runtime.model.arch import ArchSpec
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.parallel.group import RankGroup
+from mizzen.runtime.train import fewer
 from mizzen.runtime.train.config import Suite, load_config
 from mizzen.runtime.train.data import Prepared
-from mizzen.runtime.train.errors import MemoryTooSmallError, MicroBatchTooLargeError
+from mizzen.runtime.train.errors import MemoryTooSmallError, StorageFullError
 from mizzen.runtime.train.evaluate import Examination, TallyStore
-from mizzen.runtime.train.generate import Drawing, draw_answers
-from mizzen.runtime.train.halving import AtOnce
+from mizzen.runtime.train.fewer import FewerStore, Limits
+from mizzen.runtime.train.generate import Drawing, draw_answers, drawn_at_once
+from mizzen.runtime.train.halving import AtOnce, FewerAtOnce
+from mizzen.runtime.train.job import fingerprint
 from mizzen.runtime.train.methods.dpo import Dpo
 from mizzen.runtime.train.methods.ppo import Ppo
 from mizzen.runtime.train.methods.sft import Sft
@@ -106,13 +110,14 @@ def test_an_answer_that_does_not_fit_alone_ends_the_job(decoder: Decoder) -> Non
         draw(decoder, Drawing(**RULES))
 
 
-def test_ranks_that_draw_together_say_what_to_lower(decoder: Decoder) -> None:
+def test_ranks_that_draw_together_ask_for_a_start_with_fewer(decoder: Decoder) -> None:
     decoder.group = RankGroup(0, 2)
-    with room_for(decoder, 8), pytest.raises(MicroBatchTooLargeError) as raised:
+    with room_for(decoder, 8) as tried, pytest.raises(FewerAtOnce) as raised:
         draw(decoder, Drawing(**RULES))
-    assert "with 6 samples at once. Lower maxNewTokens, hyperparameters.batchSize or" in str(
-        raised.value
-    )
+    assert (raised.value.limit, raised.value.samples) == ("drawn", 3)
+    assert tried == [24]
+    with room_for(decoder, 3), pytest.raises(MemoryTooSmallError):
+        draw(decoder, Drawing(**RULES, at_once=drawn_at_once(1)))
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
@@ -200,3 +205,46 @@ def test_a_frozen_model_is_asked_about_fewer_items_at_once(
     with room_for(decoder, 16) as tried:
         assert noted("tight") == pytest.approx(expected, rel=1e-4)
     assert tried == [64, 32, 16, 16, 16, 16]
+
+
+WANTED = Limits(micro_batch=8, drawn=64)
+
+
+def test_the_least_of_what_the_ranks_have_noted_counts(tmp_path: Path) -> None:
+    store = FewerStore(tmp_path / "checkpoints", ranks=2)
+    assert store.least(WANTED) == WANTED
+    store.note(1, WANTED, FewerAtOnce("micro_batch", 4))
+    store.note(0, WANTED, FewerAtOnce("drawn", 32))
+    assert store.least(WANTED) == Limits(micro_batch=4, drawn=32)
+    store.note(1, store.least(WANTED), FewerAtOnce("micro_batch", 2))
+    assert store.least(WANTED) == Limits(micro_batch=2, drawn=32)
+    assert store.least(Limits(micro_batch=1, drawn=16)) == Limits(micro_batch=1, drawn=16)
+
+
+def test_another_number_of_ranks_has_other_room(tmp_path: Path) -> None:
+    FewerStore(tmp_path, ranks=2).note(0, WANTED, FewerAtOnce("micro_batch", 4))
+    assert FewerStore(tmp_path, ranks=4).least(WANTED) == WANTED
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"ranks": 2, "micro_batch": "x"}'])
+def test_a_damaged_note_says_nothing(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "at-once-0.json").write_bytes(content)
+    assert FewerStore(tmp_path, ranks=2).least(WANTED) == WANTED
+
+
+def test_a_note_for_which_there_is_no_room_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fewer, "write_durably", full)
+    with pytest.raises(StorageFullError, match="How many samples run at once cannot be written"):
+        FewerStore(tmp_path, ranks=2).note(0, WANTED, FewerAtOnce("micro_batch", 4))
+
+
+def test_a_job_keeps_its_checkpoints_with_fewer_samples_at_once(tmp_path: Path) -> None:
+    config = load_config(write_job(tmp_path).config_path)
+    fewer_at_once = Limits(micro_batch=1).applied_to(config)
+    assert fewer_at_once.hyperparameters.micro_batch == 1
+    assert fingerprint(fewer_at_once, None) == fingerprint(config, None)

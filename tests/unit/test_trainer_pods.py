@@ -30,6 +30,12 @@ def test_all_of_them_run() -> None:
     assert found == Generation(2, Outcome.RUNNING, 1, None, workers=2, placed=2)
 
 
+def test_a_rank_that_leaves_to_begin_with_fewer_samples_is_no_crash_of_those_that_missed_it() -> (
+    None
+):
+    assert outcome(pod(0, code=76), pod(1, code=75)) is Outcome.YIELDED
+
+
 def test_they_say_how_many_of_them_share_a_copy() -> None:
     pods = [pod(0), pod(1)]
     for one in pods:

@@ -22,7 +22,7 @@ from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.train.batches import pack
 from mizzen.runtime.train.copies import Row, share_out
 from mizzen.runtime.train.device import choose_dtype
-from mizzen.runtime.train.generate import Drawing, draw_answers
+from mizzen.runtime.train.generate import Drawing, draw_answers, drawn_at_once
 from mizzen.runtime.train.halving import AtOnce
 from mizzen.runtime.train.methods.method import Method
 from mizzen.runtime.train.methods.policy import concatenated, without_dropout
@@ -68,6 +68,7 @@ class OnPolicyDistill(Method):
             max_new_tokens=rules.max_new_tokens,
             temperature=1.0,
             eos_ids=around.tokenizer.eos_token_ids,
+            at_once=drawn_at_once(around.draw_at_most),
         )
         self._kl = 0.0
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mizzen.runtime.model.decoder import Decoder
 from mizzen.runtime.model.layers import LoraDelta
 from mizzen.runtime.train.batches import pack
-from mizzen.runtime.train.generate import AT_ONCE, Drawing, draw_answers
+from mizzen.runtime.train.generate import Drawing, draw_answers, drawn_at_once
 from mizzen.runtime.train.methods.method import NotedMethod
 from mizzen.runtime.train.methods.token_loss import token_losses_sum
 from mizzen.runtime.train.samples import Sample, joined, prompt_of
@@ -44,7 +44,7 @@ class AnsweredSample:
 class SequenceDistill(NotedMethod):
     """Cross entropy to the teacher's texts; the data's own answers are for the gate alone."""
 
-    asked_at_once = AT_ONCE
+    draws = True
 
     def __init__(self, around: Surroundings) -> None:
         rules, processing = around.config.distill, around.config.processing
@@ -54,6 +54,7 @@ class SequenceDistill(NotedMethod):
             max_new_tokens=rules.max_new_tokens,
             temperature=0.0,
             eos_ids=around.tokenizer.eos_token_ids,
+            at_once=drawn_at_once(around.draw_at_most),
         )
 
     def loss_sum(

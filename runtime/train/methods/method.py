@@ -69,7 +69,7 @@ class Method(ABC):
 class NotedMethod(Method):
     """A method whose items bear what a frozen model thinks of them, asked before the first step."""
 
-    asked_at_once: ClassVar[int | None] = None  # items; None: as many as run at once in a step
+    draws: ClassVar[bool] = False  # whether the frozen model writes answers
 
     @abstractmethod
     def ask(self, decoder: Decoder, items: Sequence[Any], *, first: int) -> list[Tensor]:

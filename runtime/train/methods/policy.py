@@ -100,7 +100,7 @@ class PolicyMethod(Method):
         self._rules = config.rl
         self._around = around
         self._at_once = AtOnce(config.hyperparameters.micro_batch)
-        self._drawing = drawing_of(self._rules, around.tokenizer)
+        self._drawing = drawing_of(self._rules, around.tokenizer, at_most=around.draw_at_most)
         self._roles = cast_roles(around)
         self._measured: dict[str, float] = {}
 

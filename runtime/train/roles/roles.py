@@ -71,7 +71,7 @@ class OwnRoles:
         self._config = around.config
         self._stop = around.stop
         assert around.config.rl is not None, "checked by the job's configuration"
-        self._drawing = drawing_of(around.config.rl, around.tokenizer)
+        self._drawing = drawing_of(around.config.rl, around.tokenizer, at_most=around.draw_at_most)
         self._rewards = Rewards(around.config, around.tokenizer, around.device)
         self._reference: Decoder | None = None
         self._at_once = AtOnce(around.config.hyperparameters.micro_batch)

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.train.config import Suite
-from mizzen.runtime.train.generate import Drawing, draw_answers
+from mizzen.runtime.train.generate import AT_ONCE, Drawing, draw_answers, drawn_at_once
 from mizzen.runtime.train.measures import EXACT_MATCH, WIN_RATE
 from mizzen.runtime.train.records import Messages
 from mizzen.runtime.train.stop import Stop
@@ -29,13 +29,17 @@ class Judge(Protocol):
 class Speaker:
     """Draws the likeliest answer, token by token: asked again, a model says the same."""
 
-    def __init__(self, suite: Suite, tokenizer: Tokenizer, stop: Stop) -> None:
+    def __init__(
+        self, suite: Suite, tokenizer: Tokenizer, stop: Stop, *, at_most: int = AT_ONCE
+    ) -> None:
+        """`at_most` answers are drawn at once."""
         self._tokenizer = tokenizer
         self._stop = stop
         self._rules = Drawing(
             max_new_tokens=suite.max_new_tokens,
             temperature=0.0,
             eos_ids=tokenizer.eos_token_ids,
+            at_once=drawn_at_once(at_most),
         )
 
     def answers(self, subject: Subject, questions: Sequence[Question]) -> list[str]:

@@ -67,13 +67,13 @@ def build_exam(suite: Suite, around: Surroundings, method: Method, data: Prepare
             questions,
             tokenizer,
             max_tokens=max_tokens,
-            at_once=max(2, config.hyperparameters.micro_batch),
+            at_once=config.hyperparameters.micro_batch,
         )
     return _spoken(suite, questions, around)
 
 
 def _spoken(suite: Suite, questions: Sequence[Question], around: Surroundings) -> Exam:
-    speaker = Speaker(suite, around.tokenizer, around.stop)
+    speaker = Speaker(suite, around.tokenizer, around.stop, at_most=around.draw_at_most)
     if suite.type == "exactMatch":
         return ExactMatch(suite, questions, speaker)
     where = around.config.evaluation.judge
