@@ -188,9 +188,8 @@ class FineTuneJobSpec(ApiModel):
         *backend_rules(),
         *loan_rules(),
         cel(
-            "self.checkpoint.keepBest == 0 || "
-            "self.processing.holdoutRatio > 0.0 && self.workers.max == 1",
-            "checkpoint.keepBest needs processing.holdoutRatio above 0 and workers.max 1.",
+            "self.checkpoint.keepBest == 0 || self.processing.holdoutRatio > 0.0",
+            "checkpoint.keepBest needs processing.holdoutRatio above 0.",
         ),
         cel(
             "!self.spareCapacity.enabled || self.resources.accelerator.resource != 'none'",

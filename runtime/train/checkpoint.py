@@ -175,9 +175,13 @@ class CheckpointStore:
         """Keep these steps beside the last ones, however old they are, and no others."""
         self._protected = frozenset(steps)
 
+    def is_intact(self, step: int) -> bool:
+        """Whether a state is there, byte for byte as it was committed."""
+        return _intact_manifest(self._path(step)) is not None
+
     def load(self, step: int) -> TrainState | None:
         """Return one committed state, None where it is damaged."""
-        return None if _intact_manifest(self._path(step)) is None else self.read(step)
+        return self.read(step) if self.is_intact(step) else None
 
     def tensors(self, step: int, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Yield a committed state's tensors of one kind, whole, one after the other.

@@ -282,8 +282,6 @@ class TrainConfig(Part):
                 "checkpoint.keep_best needs checkpoint.every_steps and processing.holdout_ratio "
                 "above 0"
             )
-        if self.workers > 1:
-            raise ValueError("checkpoint.keep_best runs on one worker: set workers to 1")
 
     def _check_suites(self) -> None:
         possible = {_MEASURE_OF.get(self.method, "perplexity")}

@@ -5,6 +5,7 @@ The leader makes the folder and, once every rank's files are on the disk, the ma
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from mizzen.runtime.train.checkpoint import (
@@ -54,6 +55,36 @@ class LeadingStore:
         if newest is None:
             return None
         return newest[0], self._store.read(newest[0].step, self._trainable.wanted())
+
+
+class SharedCheckpoints:
+    """The committed steps as the leader finds them, the same on every rank of its copy."""
+
+    def __init__(self, store: CheckpointStore, ranks: Together, trainable: Trainable) -> None:
+        self._store = store
+        self._ranks = ranks
+        self._trainable = trainable
+
+    def steps(self) -> list[int]:
+        """Return the committed steps, oldest first."""
+        return list(self._ranks.tell(self._store.steps() if self._ranks.is_leader else None))
+
+    def protect(self, steps: Iterable[int]) -> None:
+        """Keep these steps beside the last ones, however old they are, and no others."""
+        if self._ranks.is_leader:
+            self._store.protect(steps)
+
+    def prune(self) -> None:
+        """Remove what is neither among the last nor protected."""
+        if self._ranks.is_leader:
+            self._store.prune()
+
+    def load(self, step: int) -> TrainState | None:
+        """Return this rank's part of a committed state, None where that is damaged."""
+        is_intact = self._ranks.is_leader and self._store.is_intact(step)
+        if not self._ranks.tell(is_intact):
+            return None
+        return self._store.read(step, self._trainable.wanted())
 
 
 class FollowingLedger:

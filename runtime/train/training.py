@@ -36,7 +36,7 @@ from mizzen.runtime.train.methods.method import Method, NotedMethod
 from mizzen.runtime.train.notes import Ask, NoteStore, take_notes
 from mizzen.runtime.train.progress import ProgressBoard, Verdict
 from mizzen.runtime.train.samples import Item
-from mizzen.runtime.train.shared_store import FollowingLedger, LeadingStore
+from mizzen.runtime.train.shared_store import FollowingLedger, LeadingStore, SharedCheckpoints
 from mizzen.runtime.train.stop import Stop, YieldRequested
 from mizzen.runtime.train.suites.build import build_exams, build_validation
 from mizzen.runtime.train.suites.exam import Subject
@@ -116,12 +116,15 @@ class Training:
             generation=config.generation,
             keep=config.checkpoint.keep_last,
         )
+        self._checkpoints: CheckpointStore | SharedCheckpoints = self._store
+        if ranks.group.size > 1:
+            self._checkpoints = SharedCheckpoints(self._store, ranks, self._adapted.trainable)
         self._validation: Validation | None = None
-        if config.checkpoint.keep_best:
+        if config.checkpoint.keep_best and workers.is_in_first_copy:
             self._validation = Validation(
                 build_validation(method, self.data),
                 self._examination,
-                self._store,
+                self._checkpoints,
                 keep=config.checkpoint.keep_best,
                 subject=lambda: self._subject(self._lora),
             )
@@ -186,18 +189,21 @@ class Training:
     def _take_best(self) -> None:
         """Put the weights back that were best on the holdout, where the best are kept."""
         for step in self._validation.best_first() if self._validation else ():
-            if (state := self._store.load(step)) is not None:
+            if (state := self._checkpoints.load(step)) is not None:
                 log.info("The best step on the holdout is %d.", step)
                 self._adapted.trainable.restore(state.tensors, steps=step)
                 self.step = step
                 return
 
     def _validate(self, step: int) -> None:
-        assert self._validation is not None, "the loop asks only where there is one"
-        self._adapted.set_training(False)
-        figures = self._validation.measure(step)
-        note_holdout(self._config.checkpoint.directory, step, figures)
-        self._adapted.set_training(True)
+        """Measure the weights after `step`; as another copy, wait until the first has."""
+        if self._validation is not None:
+            self._adapted.set_training(False)
+            figures = self._validation.measure(step)
+            if self._workers.is_leader:
+                note_holdout(self._config.checkpoint.directory, step, figures)
+            self._adapted.set_training(True)
+        self._workers.begin()
 
     def _giving_way(self, lora: LoraDelta | None) -> LoraDelta | None:
         resident = self._resident
@@ -255,7 +261,7 @@ class Training:
             board=self._board,
             stop=self._stop,
             workers=self._workers,
-            validate=self._validate if self._validation else None,
+            validate=self._validate if config.checkpoint.keep_best else None,
         )
         return Loop(
             parts,

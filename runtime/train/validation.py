@@ -6,11 +6,27 @@ stood at, and the best of a run that was interrupted are those of one that was n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
-from mizzen.runtime.train.checkpoint import CheckpointStore
 from mizzen.runtime.train.evaluate import Examination
 from mizzen.runtime.train.suites.exam import Exam, Subject
+
+
+class Checkpoints(Protocol):
+    """The committed steps of a job."""
+
+    def steps(self) -> list[int]:
+        """Return them, oldest first."""
+        ...
+
+    def protect(self, steps: Iterable[int]) -> None:
+        """Keep these steps beside the last ones, however old they are, and no others."""
+        ...
+
+    def prune(self) -> None:
+        """Remove what is neither among the last nor protected."""
+        ...
 
 
 class Validation:
@@ -20,7 +36,7 @@ class Validation:
         self,
         exam: Exam,
         examination: Examination,
-        checkpoints: CheckpointStore,
+        checkpoints: Checkpoints,
         *,
         keep: int,
         subject: Callable[[], Subject],

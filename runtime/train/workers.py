@@ -26,7 +26,7 @@ from mizzen.runtime.parallel.line import END, Line
 from mizzen.runtime.parallel.nodes import Nodes, meet_followers, reach_leader, read_secret
 from mizzen.runtime.parallel.shard import Span, even_span
 from mizzen.runtime.train.config import TrainConfig, TrainerEnvironment
-from mizzen.runtime.train.stop import StopFlag, leave
+from mizzen.runtime.train.stop import StopFlag, YieldRequested, leave
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Workers:
         self.tensor = tensor or RankGroup()
         self.data = data or RankGroup()
         self._lines = lines
+        self._stop = StopFlag()
         self._heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._has_ended = threading.Event()
         self._is_over = False
@@ -83,6 +84,7 @@ class Workers:
         A line's patience stays that of a start: nobody waits for an answer here, and a worker that
         is well can be silent for longer than serving allows while it reads weights.
         """
+        self._stop = stop
         for line in self._lines:
             threading.Thread(target=self._listen, args=(line, stop), daemon=True).start()
         if self._lines:
@@ -103,11 +105,24 @@ class Workers:
         return self._lines[0].own_address if self._lines else None
 
     def begin(self) -> None:
-        """Let the other copies begin; as one of them, wait until they may."""
+        """Let the other copies go on; as one of them, wait until they may.
+
+        Nobody waits in a collective, so the first copy may take its time.
+
+        Raises:
+            YieldRequested: the leader was asked to stop and is gone.
+        """
         if self.is_leader:
             self.tell(_BEGIN)
-        if not self.is_in_first_copy:
-            self.hear()
+        while not self.is_in_first_copy:
+            is_over = self._has_ended.is_set()  # before looking: its last word came earlier
+            try:
+                self._heard.get(timeout=_LOOK_S)
+                return
+            except queue.Empty:
+                _ = self._stop.is_asked  # to look is to show that one is alive
+                if is_over:
+                    raise YieldRequested from None
 
     def tell(self, message: bytes) -> None:
         """As the leader, say something to all others; as another, to the leader."""

@@ -295,9 +295,9 @@ REFUSED: dict[str, tuple[Document, str]] = {
             adaptation={"type": "qlora"}),
         "adaptation.type qlora is for methods that train, not for merge, quantize, prune.",
     ),
-    "best checkpoints of several workers": (
-        job(checkpoint={"keepBest": 1}, workers={"min": 1, "max": 2}),
-        "checkpoint.keepBest needs processing.holdoutRatio above 0 and workers.max 1.",
+    "best checkpoints without a holdout": (
+        job(checkpoint={"keepBest": 1}, processing={"holdoutRatio": 0}),
+        "checkpoint.keepBest needs processing.holdoutRatio above 0.",
     ),
     "roles where nobody answers": (job(roles="Ray"), "roles Ray needs method grpo or ppo."),
     "a copy of the model that lacks a worker": (

@@ -291,10 +291,6 @@ IMPOSSIBLE = {
         },
         "checkpoint.keep_best needs checkpoint.every_steps and processing.holdout_ratio above 0",
     ),
-    "best checkpoints of several workers": (
-        {"checkpoint": {"keep_best": 1}, "workers": 2},
-        "checkpoint.keep_best runs on one worker: set workers to 1",
-    ),
     "a budget where nothing is trained": (
         {
             "method": "prune",

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import time
 from itertools import count, takewhile
 from pathlib import Path
 
@@ -12,7 +13,16 @@ from safetensors.torch import load_file
 
 from mizzen.runtime.train.checkpoint import CheckpointStore, Counters, TrainState
 from mizzen.runtime.train.trainable import WEIGHTS
-from tests.fixtures.train_runs import Job, read_curve, run, write_job, write_prompts
+from tests.fixtures.train_runs import (
+    Job,
+    exit_codes,
+    read_curve,
+    run,
+    start_workers,
+    write_job,
+    write_prompts,
+    write_samples,
+)
 
 KEEP = {"keep_best": 1, "keep_last": 1}
 
@@ -142,3 +152,66 @@ def test_a_protected_step_outlives_the_last_ones(
     newest = store.load(4)
     assert newest is not None
     assert newest.tensors[WEIGHTS]["a"].tolist() == [4.0, 4.0]
+
+
+GROUPS = {"two copies": (2, 1), "two ranks": (2, 2), "two copies of two ranks": (4, 2)}
+
+
+@pytest.mark.parametrize(("workers", "tensor"), GROUPS.values(), ids=GROUPS)
+def test_several_workers_keep_and_publish_the_steps_that_one_does(
+    tmp_path: Path, workers: int, tensor: int
+) -> None:
+    best = {"checkpoint": {**KEEP, "keep_best": 2}, "hyperparameters": {"max_steps": 6}}
+    alone = write_job(tmp_path / "alone", **best)
+    assert run(alone) == 0
+    job = write_job(tmp_path / "job", **best, parallelism={"tensor": tensor})
+    assert exit_codes(start_workers(job, workers)) == [0] * workers
+    assert losses(job) == pytest.approx(losses(alone), rel=1e-4)
+    assert [list(figures) for figures in held_out(job).values()] == [["loss"]] * 3
+    assert kept(job) == kept(alone)
+    assert published_step(job) == published_step(alone)
+
+
+def test_ranks_take_the_second_best_where_a_part_of_the_best_is_damaged(tmp_path: Path) -> None:
+    job = write_job(tmp_path, checkpoint={**KEEP, "keep_best": 4}, parallelism={"tensor": 2})
+    assert exit_codes(start_workers(job, 2)) == [0, 0]
+    best, second = [step for step in (2, 4, 6) if step != published_step(job)][:2]
+    make_best(job, best, second)
+    damaged = job.checkpoints / f"step-{best:08d}" / f"{WEIGHTS}-00002-of-00002.safetensors"
+    damaged.write_bytes(b"")
+    assert exit_codes(start_workers(job, 2)) == [0, 0]
+    assert published_step(job) == second
+    total = sum(
+        tensor.double().abs().sum()
+        for part in (job.checkpoints / f"step-{second:08d}").glob(f"{WEIGHTS}-*")
+        for name, tensor in load_file(part).items()
+    )
+    published = sum(t.double().abs().sum() for t in published_weights(job).values())
+    assert torch.allclose(published, total)
+
+
+@pytest.mark.parametrize(("workers", "tensor"), GROUPS.values(), ids=GROUPS)
+def test_all_workers_yield_while_the_holdout_is_asked(
+    tmp_path: Path, workers: int, tensor: int
+) -> None:
+    data = write_samples(tmp_path / "many.jsonl", 1200)
+    job = write_job(
+        tmp_path / "job",
+        checkpoint=KEEP,
+        processing={"holdout_ratio": 0.9},
+        hyperparameters={"micro_batch": 1},
+        datasets=[{"name": "colours", "path": str(data)}],
+        evaluation={"suites": []},
+        parallelism={"tensor": tensor},
+    )
+    running = start_workers(job, workers)
+    ends_at = time.monotonic() + 400
+    while not (job.checkpoints / "step-00000002").exists():
+        assert time.monotonic() < ends_at
+        time.sleep(0.01)
+    time.sleep(0.2)
+    running[-1].terminate()
+    assert exit_codes(running) == [75] * workers
+    tallies = json.loads((job.checkpoints / "evaluation.json").read_text())["tallies"]
+    assert 0 < tallies["step-00000002/validation"]["samples"] < 1000
+    assert kept(job) == ["step-00000002"]
