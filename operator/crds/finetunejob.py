@@ -230,11 +230,6 @@ class FineTuneJobSpec(ApiModel):
             "parallelism.tensor above 1 needs distill.teacher, not distill.deployment.",
         ),
         cel(
-            "self.parallelism.tensor == 1 || !has(self.evaluation) || "
-            "!self.evaluation.suites.exists(s, s.type == 'winRate')",
-            "A suite of type winRate needs parallelism.tensor 1.",
-        ),
-        cel(
             "has(self.output) && has(self.output.uri) || has(self.baseModel.deployment) || "
             "self.baseModel.source.startsWith('pvc://')",
             "Set output.uri, since the base model is on no claim the result could lie on.",

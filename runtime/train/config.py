@@ -253,8 +253,6 @@ class TrainConfig(Part):
         if self.distill is not None and self.distill.served is not None:
             # Each rank would ask for itself, and one that gets no answer would leave the others.
             raise ValueError("distill.served needs parallelism.tensor 1, or set distill.teacher")
-        if any(suite.type == "winRate" for suite in self.evaluation.suites):
-            raise ValueError("a suite of type winRate needs parallelism.tensor 1")
 
     def _check_workers(self) -> None:
         if not self.is_trained:

@@ -7,7 +7,7 @@ only the first of them knows, it tells the others.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.evaluate import Tally, TallyStore
 from mizzen.runtime.train.notes import NoteStore
-from mizzen.runtime.train.stop import StopFlag, YieldRequested
+from mizzen.runtime.train.stop import Stop, StopFlag, YieldRequested
 
 
 class Together:
@@ -39,11 +39,35 @@ class Together:
 
     def tell(self, document: Any = None) -> Any:
         """Return the leader's document, which must be of JSON, on every rank."""
-        said = json.dumps(document).encode()
+        return json.loads(self.say(json.dumps(document).encode() if self.is_leader else b""))
+
+    def say(self, said: bytes = b"") -> bytes:
+        """Return what the leader says on every rank."""
         size = torch.tensor([len(said)], device=self._device)
         count = int(self.group.broadcast(size).item())
-        content = torch.tensor(list(said) if self.is_leader else [0] * count, dtype=torch.uint8)
-        return json.loads(bytes(self.group.broadcast(content.to(self._device)).tolist()))
+        if not count:
+            return b""
+        content = np.frombuffer(bytearray(said), np.uint8) if self.is_leader else np.zeros(count)
+        told = torch.from_numpy(content.astype(np.uint8)).to(self._device)
+        return self.group.broadcast(told).cpu().numpy().tobytes()
+
+    def from_leader(self, work: Callable[[Stop], bytes], stop: Stop) -> bytes:
+        """Return on every rank what `work`, which is never nothing, gives the leader.
+
+        It may take as long as it likes if it looks at its stop several times a second: each look
+        is one that all ranks take together, so none of them waits long in a collective.
+
+        Raises:
+            YieldRequested: any rank was asked to stop; all of them raise it.
+            RankLostError: another rank is gone, perhaps since the leader's work has failed.
+        """
+        if self.group.size == 1:
+            return work(stop)
+        if self.is_leader:
+            return self.say(work(_Waiting(self, stop)))
+        while not (told := self.say()):
+            stop.check()
+        return told
 
     def least(self, count: int) -> int:
         """Return the smallest of the ranks' counts."""
@@ -62,6 +86,25 @@ class Together:
         padded[: len(said)] = torch.from_numpy(np.frombuffer(bytearray(said), np.uint8))
         joined = self.group.all_gather(padded.to(self._device)).cpu().split(len(padded))
         return [part[:size].numpy().tobytes() for part, size in zip(joined, sizes, strict=True)]
+
+
+class _Waiting:
+    """The leader's stop while others wait for it: they are told that they still do."""
+
+    def __init__(self, ranks: Together, stop: Stop) -> None:
+        self._ranks = ranks
+        self._stop = stop
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the job should stop; to look is also to show that one is alive."""
+        self._ranks.say()
+        return self._stop.is_asked
+
+    def check(self) -> None:
+        """Raise `YieldRequested` if any rank was asked to stop: all stand at a safe point."""
+        if self.is_asked:
+            raise YieldRequested
 
 
 class SharedStop:

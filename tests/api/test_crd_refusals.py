@@ -327,12 +327,6 @@ REFUSED: dict[str, tuple[Document, str]] = {
         job(method="distill", distill={"deployment": "teacher", "teacherAnswers": True}),
         "distill.teacherAnswers needs distill.teacher, and neither onPolicy nor dataWeight.",
     ),
-    "copies shared before a judge": (
-        job(parallelism={"tensor": 2}, workers={"min": 2, "max": 2},
-            evaluation={"suites": [{"name": "s", "type": "winRate"}],
-                        "judge": {"deployment": "judge"}}),
-        "A suite of type winRate needs parallelism.tensor 1.",
-    ),
     "a method of another backend": (
         job(backend="Transformers", method="dpo"),
         "backend Transformers runs method sft alone: all other methods need backend Mizzen.",

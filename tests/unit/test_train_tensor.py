@@ -306,12 +306,6 @@ REFUSED = {
         **BY_RULE,
         "rl": {"rewards": [RULE], "rollout": {"url": "http://replicas"}},
     },
-    "a suite of type winRate needs parallelism.tensor 1": {
-        "evaluation": {
-            "suites": [{"name": "s", "type": "winRate"}],
-            "judge": {"url": "http://judge", "model": "m"},
-        }
-    },
 }
 
 

@@ -8,11 +8,12 @@ from mizzen.runtime.train.config import Suite
 from mizzen.runtime.train.data import Prepared
 from mizzen.runtime.train.errors import JobConfigError
 from mizzen.runtime.train.methods.method import Method
-from mizzen.runtime.train.suites.answers import ExactMatch, Speaker, WinRate
+from mizzen.runtime.train.suites.answers import ExactMatch, Judge, Speaker, WinRate
 from mizzen.runtime.train.suites.classification import Classification
 from mizzen.runtime.train.suites.exam import Exam, MethodExam, Question, questions_of
-from mizzen.runtime.train.suites.judge import HttpJudge
+from mizzen.runtime.train.suites.judge import HttpJudge, SharedJudge
 from mizzen.runtime.train.surroundings import Surroundings
+from mizzen.runtime.train.together import Together
 
 
 def build_exams(around: Surroundings, method: Method, data: Prepared) -> list[Exam]:
@@ -78,5 +79,7 @@ def _spoken(suite: Suite, questions: Sequence[Question], around: Surroundings) -
         return ExactMatch(suite, questions, speaker)
     where = around.config.evaluation.judge
     assert where is not None, "checked by the job's configuration"
-    judge = HttpJudge(where, api_key=around.judge_api_key)
+    judge: Judge = HttpJudge(where, api_key=around.judge_api_key)
+    if around.workers.tensor.size > 1:
+        judge = SharedJudge(judge, Together(around.workers.tensor, around.device))
     return WinRate(suite, questions, speaker, judge, around.stop)

@@ -13,7 +13,8 @@ from mizzen.runtime.train.errors import JudgeFailedError, JudgeUnreachableError
 from mizzen.runtime.train.options import ServedModel
 from mizzen.runtime.train.records import Messages
 from mizzen.runtime.train.stop import Stop
-from mizzen.runtime.train.suites.answers import Preference
+from mizzen.runtime.train.suites.answers import Judge, Preference
+from mizzen.runtime.train.together import Together
 
 # A deployment that sleeps is woken by the request, which the gateway holds that long.
 _ANSWER_S = 300.0
@@ -63,6 +64,29 @@ class HttpJudge:
             return _MEANING[json.loads(text)["better"]]
         except (ValueError, LookupError, TypeError) as error:
             raise JudgeFailedError(self._model, f"says neither A, B nor tie: {said}.") from error
+
+
+class SharedJudge:
+    """A judge that the first of a model's ranks asks for all of them: its word is theirs."""
+
+    def __init__(self, own: Judge, ranks: Together) -> None:
+        self._own = own
+        self._ranks = ranks
+
+    def compare(
+        self, messages: Messages, pairs: Sequence[tuple[str, str]], stop: Stop
+    ) -> list[Preference]:
+        """Return what the judge tells the first rank; raises there what asking raises.
+
+        Raises:
+            YieldRequested: any rank was asked to stop; the judge's word is not waited for.
+            RankLostError: the first rank is gone, perhaps since the judge does not answer.
+        """
+
+        def ask(shown: Stop) -> bytes:
+            return json.dumps(self._own.compare(messages, pairs, shown)).encode()
+
+        return list(json.loads(self._ranks.from_leader(ask, stop)))
 
 
 def _question(messages: Messages, first: str, second: str) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""Ranks that share a model ask another one over HTTP: one of them asks, and all go on with it."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.asked_models import AskedModel, asked_model
+from tests.fixtures.train_runs import Job, exit_codes, run, start_workers, write_job
+
+WAIT_S = 400
+GROUPS = {"two copies": (2, 1), "two ranks": (2, 2), "two copies of two ranks": (4, 2)}
+
+
+def judged(root: Path, judge: AskedModel, **overrides: Any) -> Job:
+    """Write a job whose answers a judge compares after two quick steps."""
+    suite = {"name": "liked", "type": "winRate", "max_new_tokens": 4}
+    return write_job(
+        root,
+        hyperparameters={"max_steps": 2, "learning_rate": 0.05},
+        evaluation={"suites": [suite], "judge": judge.where, "on_fail": "Warn"},
+        **overrides,
+    )
+
+
+def verdict(better: str) -> tuple[int, dict[str, Any]]:
+    content = json.dumps({"better": better})
+    return 200, {"choices": [{"message": {"content": content}}]}
+
+
+def prefer_smaller(document: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Like the answer that comes first in the alphabet, wherever it stands."""
+    text = document["messages"][0]["content"].partition("[Answer A]\n")[2]
+    first, _, second = text.partition("\n\n[Answer B]\n")
+    return verdict("A" if first < second.rpartition("\n\nReply")[0] else "B")
+
+
+def wait_until_asked(model: AskedModel) -> None:
+    ends_at = time.monotonic() + WAIT_S
+    while not model.asked:
+        assert time.monotonic() < ends_at, "nobody asked"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("workers", "tensor"), GROUPS.values(), ids=GROUPS)
+def test_a_judge_is_asked_once_and_its_word_counts_on_all_ranks(
+    tmp_path: Path, workers: int, tensor: int
+) -> None:
+    with asked_model(prefer_smaller) as judge:
+        alone = judged(tmp_path / "alone", judge)
+        assert run(alone) == 0
+        expected = sorted(map(json.dumps, judge.asked))
+        del judge.asked[:]
+        job = judged(tmp_path / "job", judge, parallelism={"tensor": tensor})
+        assert exit_codes(start_workers(job, workers)) == [0] * workers
+    assert expected
+    assert sorted(map(json.dumps, judge.asked)) == expected
+    assert job.last_word["evaluation"] == alone.last_word["evaluation"]
+
+
+def test_a_judge_may_take_longer_than_ranks_wait_for_each_other(tmp_path: Path) -> None:
+    patience_s = 8.0
+
+    def think_once(document: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if len(judge.asked) == 1:
+            time.sleep(patience_s + 3)
+        return verdict("tie")
+
+    with asked_model(think_once) as judge:
+        failure = {"hang_timeout_s": patience_s}
+        job = judged(tmp_path, judge, parallelism={"tensor": 2}, failure=failure)
+        assert exit_codes(start_workers(job, 2)) == [0, 0]
+    assert len(judge.asked) > 1
+    assert job.last_word["evaluation"][0]["candidate"] == 0.5
+
+
+@pytest.mark.parametrize("told", [0, 1], ids=["the leader", "another rank"])
+def test_all_ranks_yield_while_they_wait_for_a_judge(tmp_path: Path, told: int) -> None:
+    is_over = threading.Event()
+
+    def never(_: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        is_over.wait(WAIT_S)
+        return verdict("tie")
+
+    with asked_model(never) as judge:
+        job = judged(tmp_path, judge, parallelism={"tensor": 2})
+        ranks = start_workers(job, 2)
+        wait_until_asked(judge)
+        ranks[told].terminate()
+        assert exit_codes(ranks) == [75, 75]
+        is_over.set()
+    assert [path.name for path in job.checkpoints.glob("step-*")] == ["step-00000002"]
+
+
+def test_a_judge_that_refuses_ends_the_job_on_all_ranks(tmp_path: Path) -> None:
+    with asked_model(lambda _: (404, {"error": "no such model"})) as judge:
+        job = judged(tmp_path, judge, parallelism={"tensor": 2})
+        assert exit_codes(start_workers(job, 2)) == [42, 76]
+    assert job.last_word["reason"] == "JudgeFailed"
