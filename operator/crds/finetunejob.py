@@ -226,10 +226,6 @@ class FineTuneJobSpec(ApiModel):
             "roles Ray needs parallelism.tensor 1.",
         ),
         cel(
-            "self.parallelism.tensor == 1 || !has(self.distill) || has(self.distill.teacher)",
-            "parallelism.tensor above 1 needs distill.teacher, not distill.deployment.",
-        ),
-        cel(
             "has(self.output) && has(self.output.uri) || has(self.baseModel.deployment) || "
             "self.baseModel.source.startsWith('pvc://')",
             "Set output.uri, since the base model is on no claim the result could lie on.",

@@ -250,9 +250,6 @@ class TrainConfig(Part):
         if self.roles == "Ray":
             # The other pods would play roles, each with a whole model.
             raise ValueError("roles Ray need parallelism.tensor 1, or set roles to InProcess")
-        if self.distill is not None and self.distill.served is not None:
-            # Each rank would ask for itself, and one that gets no answer would leave the others.
-            raise ValueError("distill.served needs parallelism.tensor 1, or set distill.teacher")
 
     def _check_workers(self) -> None:
         if not self.is_trained:

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import load, save
 
-from mizzen.runtime.train.stop import YieldRequested
-from mizzen.runtime.train.together import Together
+from mizzen.runtime.train.stop import Stop, YieldRequested
+from mizzen.runtime.train.together import Together, wait_together
 from mizzen.runtime.train.workers import Workers
 
 T = TypeVar("T")
@@ -44,6 +44,33 @@ def share_out(
     parts = Together(workers.data, device).gather(said)
     if not all(parts):
         raise YieldRequested
+    return [row for part in parts for row in unpack_rows(part)]
+
+
+def ask_out(
+    items: Sequence[T],
+    ask: Callable[[Sequence[T], Stop], Sequence[Row]],
+    *,
+    workers: Workers,
+    device: torch.device,
+    stop: Stop,
+) -> list[Row]:
+    """Return a row for each item; one worker of each copy asks others about its copy's share.
+
+    All workers wait together, so none runs out of time while another's answers take long.
+
+    Raises:
+        YieldRequested: a worker was asked to stop; all of them raise it.
+        RankLostError: another worker is gone, perhaps since it got no answer.
+    """
+    copy, copies = Together(workers.tensor, device), Together(workers.data, device)
+    own = workers.share(len(items))
+
+    def work(looks: Stop) -> bytes:
+        return pack_rows(ask(items[own.start : own.stop], looks))
+
+    found = wait_together([copy, copies], work if copy.is_leader else None, stop)
+    parts = copies.gather(copy.say(found or b""))
     return [row for part in parts for row in unpack_rows(part)]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import find_checkpoint
 from mizzen.runtime.train.asking import BUSY, Asker, has_no_numbers
+from mizzen.runtime.train.copies import Row, ask_out, pack_rows, unpack_rows
 from mizzen.runtime.train.errors import (
     JobConfigError,
     TeacherNotFiniteError,
@@ -28,7 +29,9 @@ from mizzen.runtime.train.errors import (
 )
 from mizzen.runtime.train.options import ServedModel
 from mizzen.runtime.train.samples import Floats, Sample
+from mizzen.runtime.train.stop import Stop
 from mizzen.runtime.train.surroundings import Surroundings
+from mizzen.runtime.train.together import Together
 
 _ANSWER_S = 60.0
 _RETRIES = 60  # half an hour of being told to come back, at half a minute each at last
@@ -50,7 +53,7 @@ def _check_digests(student: str, teacher: str) -> None:
 
 
 class ServedTeacher:
-    """A model that a deployment serves, asked over HTTP."""
+    """A model that a deployment serves, asked over HTTP by one worker of each copy."""
 
     def __init__(
         self, where: ServedModel, around: Surroundings, *, retries: int = _RETRIES
@@ -58,6 +61,8 @@ class ServedTeacher:
         self._where = where
         self._vocabulary = around.tokenizer.vocabulary_digest
         self._stop = around.stop
+        self._workers = around.workers
+        self._device = around.device
         self._asker = Asker(
             where,
             "/v1/completions",
@@ -69,44 +74,58 @@ class ServedTeacher:
     def draw(self, samples: Sequence[Sample], *, count: int, seeds: Sequence[int]) -> list[Tensor]:
         """Return `count` ids drawn where each label is to be predicted, drawn_NK a sample.
 
-        Raises as `log_probs` does.
+        The ranks of one copy ask together. Raises as `log_probs` does.
         """
         asked = [
             {"prompt": sample.token_ids_T.tolist(), "prompt_samples": count, "seed": seed}
             for sample, seed in zip(samples, seeds, strict=True)
         ]
-        choices = self._ask_all(asked)
-        return [
-            torch.tensor(_labelled(sample, choice["prompt_samples"]), dtype=torch.int32)
-            for sample, choice in zip(samples, choices, strict=True)
-        ]
+
+        def ask(stop: Stop) -> bytes:
+            choices = zip(samples, self._ask_all(asked, stop), strict=True)
+            drawn = (_labelled(sample, choice["prompt_samples"]) for sample, choice in choices)
+            return pack_rows([{"drawn_NK": np.asarray(ids, np.int32)} for ids in drawn])
+
+        said = Together(self._workers.tensor, self._device).from_leader(ask, self._stop)
+        return [torch.tensor(row["drawn_NK"]) for row in unpack_rows(said)]
 
     def log_probs(self, samples: Sequence[Sample]) -> list[Floats]:
-        """Return each label's log-probability.
+        """Return each label's log-probability; all workers ask together, each copy for a share.
 
         Raises:
             YieldRequested: somebody wants this job to stop.
+            RankLostError: another worker is gone, perhaps since the teacher gave it no answer.
             TeacherTokenizerError: the teacher's ids mean other tokens.
             JobConfigError: the deployment refuses the question.
             TeacherNotFiniteError: the teacher's numbers overflow on a sample.
             TeacherUnavailableError: it was busy or away for too long.
         """
+        rows = ask_out(
+            samples,
+            self._scored,
+            workers=self._workers,
+            device=self._device,
+            stop=self._stop,
+        )
+        return [row["log_probs_N"] for row in rows]
+
+    def _scored(self, samples: Sequence[Sample], stop: Stop) -> list[Row]:
         asked = [{"prompt": s.token_ids_T.tolist(), "prompt_logprobs": 0} for s in samples]
         found = []
-        for sample, choice in zip(samples, self._ask_all(asked), strict=True):
+        for sample, choice in zip(samples, self._ask_all(asked, stop), strict=True):
             places = [
                 0.0 if place is None else place[str(token_id)]["logprob"]
                 for token_id, place in zip(
                     sample.token_ids_T.tolist(), choice["prompt_logprobs"], strict=True
                 )
             ]
-            found.append(np.asarray(_labelled(sample, places), np.float32))
+            found.append({"log_probs_N": np.asarray(_labelled(sample, places), np.float32)})
         return found
 
-    def _ask_all(self, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _ask_all(self, asked: Sequence[dict[str, Any]], stop: Stop) -> list[dict[str, Any]]:
         questions = [{"max_tokens": 0, **fields} for fields in asked]
         try:
-            return self._asker.ask_all(questions, self._read, self._stop)
+            return self._asker.ask_all(questions, self._read, stop)
         except urllib3.exceptions.HTTPError as error:
             raise TeacherUnavailableError(
                 f"The teacher at {self._where.url} cannot be reached: {type(error).__name__}. "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from mizzen.runtime.parallel.group import RankGroup
 from mizzen.runtime.train.evaluate import Tally, TallyStore
 from mizzen.runtime.train.notes import NoteStore
 from mizzen.runtime.train.stop import Stop, StopFlag, YieldRequested
+
+T = TypeVar("T")
 
 
 class Together:
@@ -52,22 +54,13 @@ class Together:
         return self.group.broadcast(told).cpu().numpy().tobytes()
 
     def from_leader(self, work: Callable[[Stop], bytes], stop: Stop) -> bytes:
-        """Return on every rank what `work`, which is never nothing, gives the leader.
+        """Return on every rank what `work` gives the leader, while all wait as `wait_together`."""
+        return self.say(wait_together([self], work if self.is_leader else None, stop) or b"")
 
-        It may take as long as it likes if it looks at its stop several times a second: each look
-        is one that all ranks take together, so none of them waits long in a collective.
-
-        Raises:
-            YieldRequested: any rank was asked to stop; all of them raise it.
-            RankLostError: another rank is gone, perhaps since the leader's work has failed.
-        """
-        if self.group.size == 1:
-            return work(stop)
-        if self.is_leader:
-            return self.say(work(_Waiting(self, stop)))
-        while not (told := self.say()):
-            stop.check()
-        return told
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Return the sums of the ranks' numbers."""
+        own = torch.tensor(numbers, dtype=torch.float32, device=self._device)
+        return list(self.group.all_reduce(own).tolist())
 
     def least(self, count: int) -> int:
         """Return the smallest of the ranks' counts."""
@@ -88,23 +81,54 @@ class Together:
         return [part[:size].numpy().tobytes() for part, size in zip(joined, sizes, strict=True)]
 
 
-class _Waiting:
-    """The leader's stop while others wait for it: they are told that they still do."""
+def wait_together(
+    groups: Sequence[Together], work: Callable[[Stop], T] | None, stop: Stop
+) -> T | None:
+    """Return what `work` gives, on those that have some, once all workers of the groups are done.
 
-    def __init__(self, ranks: Together, stop: Stop) -> None:
-        self._ranks = ranks
+    It may take as long as it likes if it looks at its stop several times a second: each look is
+    one that all of them take together, so that none waits long in a collective.
+
+    Raises:
+        YieldRequested: any of them was asked to stop; all of them raise it.
+        RankLostError: another worker is gone, perhaps since its work has failed.
+    """
+    looks = _Looks(groups, stop)
+    found = None if work is None else work(looks)
+    while looks.is_any_at_work():
+        continue  # at the pace of those that are
+    return found
+
+
+class _Looks:
+    """The stop of workers that wait for each other, of which some are at work."""
+
+    def __init__(self, groups: Sequence[Together], stop: Stop) -> None:
+        self._groups = groups
         self._stop = stop
 
     @property
     def is_asked(self) -> bool:
         """Whether the job should stop; to look is also to show that one is alive."""
-        self._ranks.say()
-        return self._stop.is_asked
+        return self._look(is_at_work=True)[1] > 0
 
     def check(self) -> None:
-        """Raise `YieldRequested` if any rank was asked to stop: all stand at a safe point."""
+        """Raise `YieldRequested` if any was asked to stop: all stand at a safe point."""
         if self.is_asked:
             raise YieldRequested
+
+    def is_any_at_work(self) -> bool:
+        """Look as one that is not; raises as `check` does."""
+        at_work, asked = self._look(is_at_work=False)
+        if asked:
+            raise YieldRequested
+        return at_work > 0
+
+    def _look(self, *, is_at_work: bool) -> Sequence[float]:
+        numbers: Sequence[float] = [float(is_at_work), float(self._stop.is_asked)]
+        for ranks in self._groups:
+            numbers = ranks.sum(numbers)
+        return numbers
 
 
 class SharedStop:

@@ -318,11 +318,6 @@ REFUSED: dict[str, tuple[Document, str]] = {
             parallelism={"tensor": 2}, workers={"min": 2, "max": 2}),
         "roles Ray needs parallelism.tensor 1.",
     ),
-    "copies shared beside a teacher that is served": (
-        job(method="distill", distill={"deployment": "teacher"},
-            parallelism={"tensor": 2}, workers={"min": 2, "max": 2}),
-        "parallelism.tensor above 1 needs distill.teacher, not distill.deployment.",
-    ),
     "texts of a teacher that a deployment serves": (
         job(method="distill", distill={"deployment": "teacher", "teacherAnswers": True}),
         "distill.teacherAnswers needs distill.teacher, and neither onPolicy nor dataWeight.",

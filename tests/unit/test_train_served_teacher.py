@@ -5,6 +5,7 @@ import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,8 +33,16 @@ from mizzen.runtime.train.options import ServedModel
 from mizzen.runtime.train.samples import Sample
 from mizzen.runtime.train.stop import StopFlag, YieldRequested
 from mizzen.runtime.train.teacher import ServedTeacher
+from mizzen.runtime.train.workers import Workers
 from tests.fixtures.runtime_server import Running, running_tiny_model
-from tests.fixtures.train_runs import run, write_job
+from tests.fixtures.train_runs import (
+    assert_same_curve,
+    exit_codes,
+    read_curve,
+    run,
+    start_workers,
+    write_job,
+)
 
 SAMPLE = Sample(np.arange(20, 40, dtype=np.int32), np.arange(20) >= 12)
 
@@ -44,6 +53,8 @@ def around(model: Path, **fields: Any) -> Any:
             "tokenizer": Tokenizer.load(model),
             "stop": StopFlag(),
             "teacher_api_key": None,
+            "workers": Workers(),
+            "device": torch.device("cpu"),
             **fields,
         }
     )
@@ -100,6 +111,48 @@ async def test_a_job_learns_from_a_deployment(
     assert len(notes) == (0 if on_policy else 1)
     if notes:
         assert {tensor.shape[1] for tensor in load_file(notes[0]).values()} == {8}
+
+
+GROUPS = {"two copies": (2, 1), "two ranks": (2, 2), "two copies of two ranks": (4, 2)}
+
+
+@pytest.mark.parametrize("on_policy", [False, True], ids=["noted", "on policy"])
+@pytest.mark.parametrize(("workers", "tensor"), GROUPS.values(), ids=GROUPS)
+@pytest.mark.asyncio(loop_scope="module")
+async def test_several_workers_learn_from_a_deployment_as_one_does(
+    teacher: Running, tmp_path: Path, workers: int, tensor: int, on_policy: bool
+) -> None:
+    asked = {
+        "method": "distill",
+        "distill": {
+            "served": {"url": teacher.url, "model": "tiny"},
+            "samples": 8,
+            "on_policy": on_policy,
+            "max_new_tokens": 4,
+        },
+        # Otherwise the student would be the teacher, and have nothing to learn.
+        "base_model": str(write_tiny_model(tmp_path / "base", width=96, heads=6)),
+        "hyperparameters": {"max_steps": 3, "learning_rate": 0.001},
+    }
+    alone = write_job(tmp_path / "alone", **asked)
+    assert await asyncio.to_thread(run, alone, teacher_api_key="mz-1") == 0
+    job = write_job(tmp_path / "job", **asked, parallelism={"tensor": tensor})
+
+    def run_all() -> list[int | None]:
+        return exit_codes(start_workers(job, workers, teacher_api_key="mz-1"))
+
+    assert await asyncio.to_thread(run_all) == [0] * workers
+    found, expected = read_curve(job), read_curve(alone)
+    assert len(found) == 3
+    if on_policy:  # its loss is nothing but rounding
+        found = [replace(record, loss=record.measured["kl"]) for record in found]
+        expected = [replace(record, loss=record.measured["kl"]) for record in expected]
+    assert_same_curve(found, expected)
+    notes = [[load_file(path) for path in sorted(one.checkpoints.glob("notes/*"))]
+             for one in (job, alone)]  # fmt: skip
+    assert len(notes[0]) == len(notes[1]) == (0 if on_policy else 1)
+    for ours, theirs in zip(*notes, strict=True):
+        assert all(torch.equal(ours[name], drawn) for name, drawn in theirs.items())
 
 
 @pytest.mark.asyncio(loop_scope="module")

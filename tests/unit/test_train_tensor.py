@@ -293,10 +293,6 @@ RULE = {"type": "exactAnswer"}
 BY_RULE = {"method": "ppo", "rl": {"rewards": [RULE]}, "evaluation": {"suites": []}}
 REFUSED = {
     "workers must be a multiple of parallelism.tensor, 2": {"workers": 3},
-    "distill.served needs parallelism.tensor 1, or set distill.teacher": {
-        "method": "distill",
-        "distill": {"served": {"url": "http://teacher", "model": "m"}},
-    },
     "method prune runs on one worker: set workers to 1": {
         "method": "prune",
         "prune": {"kind": "nm24"},

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from hack.tiny_model import write_tiny_model
+from mizzen.runtime.engine.tokenizer import Tokenizer
 from tests.fixtures.asked_models import AskedModel, asked_model
 from tests.fixtures.train_runs import Job, exit_codes, run, start_workers, write_job
 
@@ -100,3 +102,111 @@ def test_a_judge_that_refuses_ends_the_job_on_all_ranks(tmp_path: Path) -> None:
         job = judged(tmp_path, judge, parallelism={"tensor": 2})
         assert exit_codes(start_workers(job, 2)) == [42, 76]
     assert job.last_word["reason"] == "JudgeFailed"
+
+
+def taught(root: Path, teacher: AskedModel, *, on_policy: bool, **overrides: Any) -> Job:
+    served = {"served": teacher.where, "samples": 2, "on_policy": on_policy, "max_new_tokens": 4}
+    return write_job(
+        root,
+        method="distill",
+        distill=served,
+        hyperparameters={"max_steps": 2},
+        evaluation={"suites": []},
+        **overrides,
+    )
+
+
+def teach(vocabulary: str, document: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Find every token as likely as its id says, and draw it and the id of half its number."""
+    ids = document["prompt"]
+    choice = {
+        "prompt_samples": [None, *([one, one // 2] for one in ids[1:])],
+        "prompt_logprobs": [None, *({str(one): {"logprob": -one / 100}} for one in ids[1:])],
+    }
+    return 200, {"vocabulary": vocabulary, "choices": [choice]}
+
+
+def vocabulary_of(root: Path) -> str:
+    return Tokenizer.load(write_tiny_model(root / "digest")).vocabulary_digest
+
+
+@pytest.mark.parametrize("on_policy", [False, True], ids=["noted", "on policy"])
+@pytest.mark.parametrize(("workers", "tensor"), GROUPS.values(), ids=GROUPS)
+def test_no_two_workers_ask_a_teacher_the_same(
+    tmp_path: Path, workers: int, tensor: int, on_policy: bool
+) -> None:
+    digest = vocabulary_of(tmp_path)
+    with asked_model(lambda document: teach(digest, document)) as teacher:
+        alone = taught(tmp_path / "alone", teacher, on_policy=on_policy)
+        assert run(alone) == 0
+        expected = sorted(map(json.dumps, teacher.asked))
+        del teacher.asked[:]
+        spread = {"parallelism": {"tensor": tensor}}
+        job = taught(tmp_path / "job", teacher, on_policy=on_policy, **spread)
+        assert exit_codes(start_workers(job, workers)) == [0] * workers
+    assert expected
+    assert sorted(map(json.dumps, teacher.asked)) == expected
+
+
+@pytest.mark.parametrize("on_policy", [False, True], ids=["noted", "on policy"])
+@pytest.mark.parametrize(("workers", "tensor"), GROUPS.values(), ids=GROUPS)
+def test_a_teacher_may_be_away_for_longer_than_workers_wait_for_each_other(
+    tmp_path: Path, workers: int, tensor: int, on_policy: bool
+) -> None:
+    patience_s, digest = 8.0, vocabulary_of(tmp_path)
+
+    def sleep_once(document: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if len(teacher.asked) == 1:
+            time.sleep(patience_s + 3)
+        return teach(digest, document)
+
+    with asked_model(sleep_once) as teacher:
+        more = {"parallelism": {"tensor": tensor}, "failure": {"hang_timeout_s": patience_s}}
+        job = taught(tmp_path / "job", teacher, on_policy=on_policy, **more)
+        assert exit_codes(start_workers(job, workers)) == [0] * workers
+
+
+@pytest.mark.parametrize("told", [0, 3], ids=["the leader", "a rank of another copy"])
+def test_all_workers_yield_while_they_wait_for_a_teacher(tmp_path: Path, told: int) -> None:
+    is_over = threading.Event()
+
+    def never(_: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        is_over.wait(WAIT_S)
+        return 503, {}
+
+    with asked_model(never) as teacher:
+        job = taught(tmp_path, teacher, on_policy=True, parallelism={"tensor": 2})
+        running = start_workers(job, 4)
+        wait_until_asked(teacher)
+        running[told].terminate()
+        assert exit_codes(running) == [75] * 4
+        is_over.set()
+    assert (job.checkpoints / "step-00000000").exists()
+
+
+def test_ranks_that_take_notes_leave_at_once_when_asked_to(tmp_path: Path) -> None:
+    is_over, digest = threading.Event(), vocabulary_of(tmp_path)
+
+    def never(_: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        is_over.wait(WAIT_S)
+        return teach(digest, {"prompt": []})
+
+    with asked_model(never) as teacher:
+        job = taught(tmp_path / "job", teacher, on_policy=False, parallelism={"tensor": 2})
+        ranks = start_workers(job, 2)
+        wait_until_asked(teacher)
+        for rank in ranks:
+            rank.terminate()
+        # The one that is faster may be missed before the other has heard.
+        codes = exit_codes(ranks)
+        is_over.set()
+    assert 75 in codes
+    assert set(codes) <= {75, 76}
+
+
+@pytest.mark.parametrize("on_policy", [False, True], ids=["noted", "on policy"])
+def test_a_teacher_that_refuses_ends_the_job_on_all_ranks(tmp_path: Path, on_policy: bool) -> None:
+    with asked_model(lambda _: (404, {"error": "no such model"})) as teacher:
+        job = taught(tmp_path, teacher, on_policy=on_policy, parallelism={"tensor": 2})
+        assert exit_codes(start_workers(job, 2)) == [42, 76]
+    assert "refuses to say what it thinks" in job.last_word["message"]

@@ -83,6 +83,11 @@ class OnPolicyDistill(Method):
         around = self._around
         with without_dropout(lora):
             rows = share_out(items, work, workers=around.workers, device=around.device)
+        if self._served is not None:
+            # Not with a copy's other work: while one waits for its teacher all have to.
+            samples = [Sample(row["token_ids_T"], row["is_label_T"]) for row in rows]
+            told = zip(rows, self._served.log_probs(samples), strict=True)
+            rows = [{**row, "teacher_N": teacher_N} for row, teacher_N in told]
         self._kl = float(np.mean(np.concatenate([row["old_N"] - row["teacher_N"] for row in rows])))
         # Less their mean: what all tokens have in common says nothing about any, only noise.
         return [
@@ -99,22 +104,20 @@ class OnPolicyDistill(Method):
     def _scored(
         self, decoder: Decoder, items: Sequence[Sample], lora: LoraDelta | None, *, seed: int
     ) -> list[Row]:
-        """Return answers of this copy, and how likely student and teacher find their tokens."""
+        """Return answers of this copy, and how likely student and local teacher find them."""
         prompts = [prompt_of(item) for item in items]
         stop = self._around.stop
         answers = draw_answers(decoder, prompts, lora, self._drawing, seed=seed, stop=stop)
         samples = [joined(p, answer) for p, answer in zip(prompts, answers, strict=True)]
         old = log_probs_by_sample(decoder, samples, lora, at_once=self._at_once)
-        teacher = self._teacher_log_probs(decoder, samples)
-        return [
-            {
-                "token_ids_T": sample.token_ids_T,
-                "is_label_T": sample.is_label_T,
-                "old_N": old_N,
-                "teacher_N": teacher_N,
-            }
-            for sample, old_N, teacher_N in zip(samples, old, teacher, strict=True)
+        rows: list[Row] = [
+            {"token_ids_T": sample.token_ids_T, "is_label_T": sample.is_label_T, "old_N": old_N}
+            for sample, old_N in zip(samples, old, strict=True)
         ]
+        if self._served is not None:
+            return rows
+        told = zip(rows, self._teacher_log_probs(decoder, samples), strict=True)
+        return [{**row, "teacher_N": teacher_N} for row, teacher_N in told]
 
     def loss_sum(
         self, decoder: Decoder, items: Sequence[ScoredAnswer], lora: LoraDelta | None
@@ -138,8 +141,6 @@ class OnPolicyDistill(Method):
         return {"kl": self._kl}
 
     def _teacher_log_probs(self, decoder: Decoder, samples: Sequence[Sample]) -> list[Floats]:
-        if self._served is not None:
-            return self._served.log_probs(samples)
         if self._resident is None:
             assert self._rules.teacher is not None, "checked by the job's configuration"
             place = decoder.place
