@@ -15,6 +15,7 @@ from tests.fixtures.train_runs import (
     run,
     start,
     write_job,
+    write_preferences,
     write_prompts,
 )
 
@@ -66,6 +67,30 @@ def test_ranks_that_run_out_together_halve_until_one_sample_is_too_much(tmp_path
     codes = run_two(job, room=(0, 0), first_too=True)
     assert set(codes) <= {42, 76}
     assert job.word_of(codes.index(42))["reason"] == "MemoryTooSmall"
+
+
+def test_a_rank_of_another_copy_has_all_begin_again(tmp_path: Path) -> None:
+    job = write_job(tmp_path, **SHORT, **NO_GATE, workers=4, parallelism={"tensor": 2})
+    job.root.joinpath("token").write_text("secret")
+    for expected in ([76, 76, 76, 75], [0, 0, 0, 0]):
+        port = free_port()
+        well = [start(job, node_rank=rank, port=port) for rank in range(3)]
+        assert exit_codes([*well, start(job, node_rank=3, port=port, room=(1, 0))]) == expected
+    assert len(read_curve(job)) == 4
+
+
+def test_a_frozen_model_is_asked_about_half_as_many_items(tmp_path: Path) -> None:
+    data = write_preferences(tmp_path / "preferences.jsonl")
+    job = two_ranks(
+        tmp_path / "job",
+        method="dpo",
+        datasets=[{"name": "colours", "path": str(data)}],
+        **NO_GATE,
+    )
+    # Each item is a pair.
+    assert run_two(job, room=(2, 0)) == [76, 75]
+    assert list(job.checkpoints.glob("notes/*")) == []
+    assert run_two(job, room=(2, 0)) == [0, 0]
 
 
 SUITES: dict[str, dict[str, Any]] = {
