@@ -6,21 +6,26 @@ the base is lent, so what would need another model, another process or another k
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
 from mizzen.runtime.model.arch import find_checkpoint
 from mizzen.runtime.train.config import TrainConfig
+from mizzen.runtime.train.fewer import FewerStore, Limits, agree_on
 from mizzen.runtime.train.giving_way import GivingWayRenderer
+from mizzen.runtime.train.halving import FewerAtOnce
 from mizzen.runtime.train.job import conclude, fingerprint, read_data
 from mizzen.runtime.train.loan_memory import fit_loan
 from mizzen.runtime.train.methods.registry import build_method
 from mizzen.runtime.train.progress import ProgressBoard
-from mizzen.runtime.train.stop import StopFlag
+from mizzen.runtime.train.stop import StopFlag, YieldRequested
 from mizzen.runtime.train.surroundings import Resident, Surroundings
 from mizzen.runtime.train.together import SharedStop, Together
 from mizzen.runtime.train.training import Training
 from mizzen.runtime.train.workers import Workers
+
+log = logging.getLogger(__name__)
 
 
 def run_loan(
@@ -58,15 +63,17 @@ def run_loan(
     renderer = GivingWayRenderer(around.tokenizer, look_up)
     data = read_data(config, renderer, board, method.shape, decoder.spec.max_len, pod=None)
     mark = fingerprint(config, data)
-    at_once = fit_loan(config, resident, method, data, ranks)
-    around = replace(around, config=_running(config, at_once))
+    notes = FewerStore(config.checkpoint.directory, ranks=workers.tensor.size)
+    limits = Limits(micro_batch=fit_loan(config, resident, method, data, ranks))
+    limits = agree_on(limits, notes, workers, decoder.place.device)
+    around = replace(around, config=limits.applied_to(config), draw_at_most=limits.drawn)
     work = Training(around, method, data, fingerprint=mark, board=board, workers=workers)
-    verdicts = work.run()
+    try:
+        verdicts = work.run()
+    except FewerAtOnce as fewer:
+        # The other ranks find this one gone.
+        log.warning("%s The next generation begins with as many.", fewer)
+        notes.note(workers.tensor.rank, limits, fewer)
+        raise YieldRequested from fewer
     if workers.is_leader:
         conclude(config, work, verdicts, board)
-
-
-def _running(config: TrainConfig, at_once: int) -> TrainConfig:
-    """Return the same job with so many samples at once, which no checkpoint minds."""
-    hyper = config.hyperparameters.model_copy(update={"micro_batch": at_once})
-    return config.model_copy(update={"hyperparameters": hyper})

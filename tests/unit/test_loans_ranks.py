@@ -1,6 +1,7 @@
 """A loan beside a model that several ranks hold: all of them train, and end together."""
 
 import asyncio
+import json
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.twin import twin_of
 from mizzen.runtime.parallel.group import RankGroup
+from mizzen.runtime.train.loop import Loop
 from tests.fixtures import train_runs
 from tests.fixtures.runtime_server import Running, begin_answer, eventually, running_tiny_model
 from tests.fixtures.train_runs import assert_same_curve, read_curve
@@ -147,6 +149,26 @@ async def test_the_rank_with_the_least_memory_counts(
     assert (state["exitCode"], state["reason"]) == (42, "TrainingDoesNotFit")
     monkeypatch.undo()
     await begin(spread, write_loan(spread, "next"), step=1)
+
+
+async def test_ranks_of_which_one_runs_out_of_memory_go_on_with_half_as_many_samples(
+    spread: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Loop._accumulate
+
+    def accumulate(self: Loop, *args: Any, **options: Any) -> float:
+        if self._at_once.samples > 1:
+            raise torch.OutOfMemoryError
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Loop, "_accumulate", accumulate)
+    job = write_loan(spread, hyperparameters={"micro_batch": 4, "max_steps": 4})
+    for generation, (code, left) in enumerate([(75, 2), (75, 1), (0, 1)], start=1):
+        await lend(spread, job, generation=generation)
+        assert (await wait_for_end(spread))["exitCode"] == code
+        note = json.loads((job.checkpoints / "at-once-0.json").read_text())
+        assert (note["ranks"], note["micro_batch"]) == (2, left)
+    assert len(read_curve(job)) == 4
 
 
 STAGES = {"pipeline_parallel_size": 2}
