@@ -50,7 +50,7 @@ SETTING = Setting(initial_replicas=2, warm_up_s=600.0)
 TRACES = ("code", "code x2", "conv", "conv ramp")
 OURS = "mizzen"
 PROMISE = SETTING.objective.attainment_ratio
-PROMISES = (LOWEST_PROMISE, 0.7, 0.8, 0.9, PROMISE, 0.99)
+PROMISES = (LOWEST_PROMISE, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, PROMISE, 0.99, 0.999)
 SWEEPS: dict[str, tuple[float | None, ...]] = {
     OURS: (None,),
     "hpa-queue": (1, 2, 5, 10),
@@ -204,7 +204,7 @@ def print_trace(trace: str, reports: dict[Run, Report]) -> list[tuple[str, str, 
         for at_once in (False, True)
     )
     rows = [
-        (f"(at {run.promise:.0%}{', at once' if at_once else ''})", run)
+        (f"(at {100 * run.promise:g}%{', at once' if at_once else ''})", run)
         for at_once in (False, True)
         for run in promised(trace, starts_at_once=at_once)
     ]

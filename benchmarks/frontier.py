@@ -14,7 +14,7 @@ from itertools import pairwise
 SAVED_RATIO = 0.85  # of the other's GPU-hours, at equal attainment
 SERVED_MORE = 0.05  # attainment, at equal GPU-hours
 EQUAL = 0.005  # attainments this close are equal
-LOWEST_PROMISE = 0.5  # the least that slo.attainment takes
+LOWEST_PROMISE = 0.1  # the least that slo.attainment takes
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,6 @@ from benchmarks.autoscaler import (
 )
 from benchmarks.frontier import (
     EQUAL,
-    LOWEST_PROMISE,
     Point,
     attained_for,
     compare,
@@ -40,6 +39,7 @@ from benchmarks.frontier import (
 )
 from benchmarks.planned_ahead import Search
 
+_HALF = 0.5
 STARTS = {"in no time": starting_at_once(SETTING), "like everybody's": SETTING}
 
 Lines = dict[str, list[Point]]  # by trace
@@ -66,11 +66,11 @@ def print_comparisons(others: Sequence[tuple[Run, Point]], lines: Lines) -> None
         for run, point in others
         if (said := compare(lines[run.trace], point)) not in ("saves", "serves")
     ]
-    low = sum(point.attainment < LOWEST_PROMISE for _, point in others)
-    low_lost = sum(point.attainment < LOWEST_PROMISE for _, _, point in lost)
+    low = sum(point.attainment < _HALF for _, point in others)
+    low_lost = sum(point.attainment < _HALF for _, _, point in lost)
     print(
         f"  They win {len(others) - len(lost)} of {len(others)} comparisons, of which"
-        f" {low - low_lost} of {low} with less than {LOWEST_PROMISE:.0%} attained."
+        f" {low - low_lost} of {low} with less than {_HALF:.0%} attained."
     )
     for said, run, point in lost:
         line = lines[run.trace]

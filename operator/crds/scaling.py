@@ -31,7 +31,7 @@ class ScalingSlo(ApiModel):
     ] = None
     attainment: Annotated[
         float,
-        Field(ge=0.5, le=0.999, description="Share of tokens and requests that must keep it."),
+        Field(ge=0.1, le=0.999, description="Share of tokens and requests that must keep it."),
     ] = 0.95
 
 

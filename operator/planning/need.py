@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from mizzen.operator.planning.demand import MEAN_S, Forecast, forecast
 from mizzen.operator.planning.digits import three_digits as _n
+from mizzen.operator.planning.fullness import load_ratio, planned_ratio
 from mizzen.operator.planning.readings import Readings, Sizing
 from mizzen.operator.planning.scale_history import History, WorkLog
 from mizzen.operator.planning.scale_rules import ScaleRules
@@ -96,11 +97,12 @@ def _unsized(work: Work, readings: Readings, rules: ScaleRules) -> Candidate:
     the first minute of a deployment would end at the maximum.
     """
     most = 2 * max(1, readings.ready)
-    plan = min(most, math.ceil(_rounded(work.replicas / rules.tuning.load_ratio)))
+    ratio = planned_ratio(rules)
+    plan = min(most, math.ceil(_rounded(work.replicas / ratio)))
     return Candidate(
         replicas=plan,
         formula=f"guess {plan} = ceil({_n(work.replicas)} replicas of work / "
-        f"{_n(rules.tuning.load_ratio)} load ratio), at most {most} until capacity is known; "
+        f"{_n(ratio)} load ratio), at most {most} until capacity is known; "
         f"{_now(work)}",
     )
 
@@ -114,8 +116,8 @@ def _from_work(
     sizing: Sizing,
 ) -> Iterator[Candidate]:
     tuning = rules.tuning
-    ratio = history.load_ratio or tuning.load_ratio
-    fullest = tuning.peak_ratio * ratio / tuning.load_ratio
+    ratio = load_ratio(history, rules)
+    fullest = tuning.peak_ratio * ratio / planned_ratio(rules)
     log = history.work
     covered = _covered(readings, log, rules)
     steady = max(min(seen.now, covered * ratio / fullest), seen.mean)

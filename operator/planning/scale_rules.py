@@ -64,11 +64,15 @@ class Tuning:
 
     stale_after_s: float = 15.0  # three scrapes
     bucket_s: float = 10.0
-    load_ratio: float = 0.7  # how full replicas are planned to be
+    load_ratio: float = 0.7  # how full replicas are planned to be, for the usual promise
+    usual_promise: float = 0.95
+    load_ratio_per_decade: float = 0.2  # fuller, where ten times as many requests may miss
     peak_ratio: float = 1.0  # how full they may be when work is as high as it may become
-    load_ratio_low: float = 0.65
+    load_ratio_low: float = 0.5
     load_ratio_high: float = 0.9
     trim_step: float = 0.02
+    trim_down: float = 0.05  # from what is planned, at most
+    trim_up: float = 0.2
     trim_every_s: float = 600.0
     kv_full_ratio: float = 0.85
     trend_cap: float = 2.0  # a trend foretells at most this multiple of now

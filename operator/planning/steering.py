@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
-from mizzen.operator.planning import demand
+from mizzen.operator.planning import demand, fullness
 from mizzen.operator.planning.scale_history import History, Move
 from mizzen.operator.planning.scale_rules import Tuning
 from mizzen.operator.planning.scale_situation import LOAD_REASONS, Answer, Situation, Why
@@ -19,8 +19,6 @@ from mizzen.operator.planning.throughput import step_s
 _HOUR_S = 3600.0
 _TURN_S = 600.0
 _KEPT_MOVES = 32
-# Attainment this much above the promise counts as met with room to spare.
-_SPARE_RATIO = 0.5
 
 
 def remember(history: History, now: Situation) -> History:
@@ -43,7 +41,8 @@ def remember(history: History, now: Situation) -> History:
     since = now.now_s if history.known_since_s is None else history.known_since_s
     needs = _with_need(history, now)
     grown = replace(history, work=work, needs=needs, known_since_s=since, unknown_since_s=None)
-    return _trimmed(_with_flap_guard(grown, now), now)
+    guarded, attained = _with_flap_guard(grown, now), now.readings.attained_ratio
+    return fullness.trim(guarded, attained, now.rules, now_s=now.now_s)
 
 
 def steer(history: History, now: Situation) -> Answer:
@@ -178,25 +177,6 @@ def _with_flap_guard(history: History, now: Situation) -> History:
     if turns <= now.rules.tuning.reversals_per_hour:
         return history
     return replace(history, flapping_until_s=now.now_s + _HOUR_S)
-
-
-def _trimmed(history: History, now: Situation) -> History:
-    """Return the history with the load ratio moved a little toward the promised attainment."""
-    tuning, slo = now.rules.tuning, now.rules.slo
-    attained = now.readings.attained_ratio
-    at = history.trimmed_at_s
-    if at is None:
-        return replace(history, trimmed_at_s=now.now_s)
-    if attained is None or not slo.is_set or now.now_s - at < tuning.trim_every_s:
-        return history
-    ratio = history.load_ratio or tuning.load_ratio
-    spare = slo.attainment_ratio + _SPARE_RATIO * (1 - slo.attainment_ratio)
-    if attained < slo.attainment_ratio:
-        ratio -= tuning.trim_step
-    elif attained > spare:
-        ratio += tuning.trim_step
-    ratio = min(tuning.load_ratio_high, max(tuning.load_ratio_low, ratio))
-    return replace(history, load_ratio=ratio, trimmed_at_s=now.now_s)
 
 
 def _explain(now: Situation, wanted: int) -> str:
