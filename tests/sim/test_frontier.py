@@ -48,7 +48,7 @@ VERDICTS = {
     "better than any run is not": (Point(60, 1.0), "not ahead"),
     "better and cheaper than the cheapest is not": (Point(9, 0.60), "not ahead"),
     "cheaper than the cheapest and worse than any promise is another matter": (
-        Point(9, 0.40),
+        Point(9, 0.05),
         "below the lowest promise",
     ),
 }
