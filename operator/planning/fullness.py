@@ -16,10 +16,13 @@ def planned_ratio(rules: ScaleRules) -> float:
     """Return the load ratio to begin with: the more requests may miss their limits, the fuller.
 
     On a ramp of recorded conversation, replicas planned to be full to 0.5, 0.7 and 0.9 missed
-    0.1, 0.6 and 7 % of them: a line over the logarithm of what is missed.
+    0.1, 0.6 and 7 % of them: a line over the logarithm of what is missed. Ours leaves room for
+    loads that are harder to follow.
     """
     tuning = rules.tuning
     missed = (1 - rules.slo.attainment_ratio) / (1 - tuning.usual_promise)
+    if missed <= 0:
+        return tuning.load_ratio_low
     ratio = tuning.load_ratio + tuning.load_ratio_per_decade * math.log10(missed)
     return min(tuning.load_ratio_high, max(tuning.load_ratio_low, ratio))
 

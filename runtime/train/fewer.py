@@ -8,6 +8,7 @@ with as many. Each note is a smaller number than the one before, so there are fe
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from mizzen.runtime.train.durable import storage_faults_of, write_durably
 from mizzen.runtime.train.generate import AT_ONCE
 from mizzen.runtime.train.halving import FewerAtOnce
 from mizzen.runtime.train.workers import Workers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,7 @@ class FewerStore:
         Raises:
             StorageFullError, StorageNotWritableError: it cannot be kept.
         """
+        log.warning("%s The next generation begins with as many.", fewer)
         left = replace(now, **{fewer.limit: fewer.samples})
         content = json.dumps({"ranks": self._ranks, **asdict(left)}).encode()
         with storage_faults_of("How many samples run at once", self._directory):

@@ -96,7 +96,6 @@ def run_job(config: TrainConfig, environment: TrainerEnvironment, stop: StopFlag
     try:
         return _run_work(config, environment, board, stop, workers, stage, limits)
     except FewerAtOnce as fewer:
-        log.warning("%s The next generation begins with as many.", fewer)
         notes.note(environment.node_rank, limits, fewer)
         # Without a word to the others: they take it for lost, in whatever they wait.
         _report(environment.termination_log, board)

@@ -6,10 +6,10 @@ the base is lent, so what would need another model, another process or another k
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 from mizzen.runtime.engine.tokenizer import Tokenizer
+from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.model.arch import find_checkpoint
 from mizzen.runtime.train.config import TrainConfig
 from mizzen.runtime.train.fewer import FewerStore, Limits, agree_on
@@ -25,8 +25,6 @@ from mizzen.runtime.train.together import SharedStop, Together
 from mizzen.runtime.train.training import Training
 from mizzen.runtime.train.workers import Workers
 
-log = logging.getLogger(__name__)
-
 
 def run_loan(
     config: TrainConfig,
@@ -39,7 +37,8 @@ def run_loan(
     """Train, ask the gate and publish; `workers` are the replica's ranks.
 
     Raises:
-        YieldRequested: somebody asked to stop; the last whole step is committed.
+        YieldRequested: somebody asked to stop, and the last whole step is committed; or a rank
+            ran out of memory, and the next generation runs fewer samples at once.
         LoanDoesNotFitError: its steps are more than the replica has left.
         MizzenError: the job cannot go on; the message says what to change.
     """
@@ -72,8 +71,11 @@ def run_loan(
         verdicts = work.run()
     except FewerAtOnce as fewer:
         # The other ranks find this one gone.
-        log.warning("%s The next generation begins with as many.", fewer)
         notes.note(workers.tensor.rank, limits, fewer)
         raise YieldRequested from fewer
+    except RankLostError as error:
+        if notes.least(limits) == limits:
+            raise
+        raise YieldRequested from error  # the other one ran out of memory
     if workers.is_leader:
         conclude(config, work, verdicts, board)

@@ -9,7 +9,7 @@ import torch
 from mizzen.runtime.engine.batch import StepInput, dummy_step
 from mizzen.runtime.engine.heap import Rest, give_back_freed
 from mizzen.runtime.engine.memory import untouched_bytes, zeros_when_touched
-from mizzen.runtime.engine.wire import Allocate, Clear, Load, decode, encode
+from mizzen.runtime.engine.wire import Allocate, Clear, Lend, Load, decode, encode
 from mizzen.runtime.host import cpu_count, memory_available_bytes
 
 
@@ -29,7 +29,8 @@ def test_messages_arrive_as_they_were_sent() -> None:
         assert isinstance(got, StepInput)
         for name in StepInput.__dataclass_fields__:
             assert np.array_equal(getattr(got, name), getattr(message, name)), name
-    for other in (Allocate(77), Load(3, Path("/mnt/pvc/ä/b")), Clear(3)):
+    lend = Lend('{"job": "Müller"}', Path("/tmp/ä/store"), 512)
+    for other in (Allocate(77), Load(3, Path("/mnt/pvc/ä/b")), Clear(3), lend):
         assert decode(encode(other)) == other
 
 

@@ -12,10 +12,16 @@ import psutil
 import pytest
 import torch
 
+from mizzen.runtime.engine import lending_rank, ranks
+from mizzen.runtime.engine.config import EngineConfig
+from mizzen.runtime.engine.lending_rank import LendingRank, RecentSteps
+from mizzen.runtime.engine.wire import Lend
 from mizzen.runtime.errors import RankLostError
 from mizzen.runtime.model.loader import load_decoder
 from mizzen.runtime.model.twin import twin_of
 from mizzen.runtime.parallel.group import RankGroup
+from mizzen.runtime.train.fewer import FewerStore, Limits
+from mizzen.runtime.train.halving import FewerAtOnce
 from mizzen.runtime.train.loop import Loop
 from tests.fixtures import train_runs
 from tests.fixtures.runtime_server import Running, begin_answer, eventually, running_tiny_model
@@ -175,6 +181,75 @@ async def test_ranks_of_which_one_runs_out_of_memory_go_on_with_half_as_many_sam
         note = json.loads((job.checkpoints / "at-once-0.json").read_text())
         assert (note["ranks"], note["micro_batch"]) == (2, left)
     assert len(read_curve(job)) == 4
+
+
+async def test_another_rank_that_ran_out_of_memory_is_no_crash(
+    spread: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the note is made up: what a rank does that runs out is seen on the first one above."""
+    job = write_loan(spread, hyperparameters={"micro_batch": 4, "max_steps": 4})
+
+    def accumulate(self: Loop, *args: Any, **options: Any) -> float:
+        raise RankLostError("Rank 0 lost another rank in a collective.")
+
+    monkeypatch.setattr(Loop, "_accumulate", accumulate)
+    await lend(spread, job)
+    assert (await wait_for_end(spread))["reason"] == "RankLost"
+    fewer = FewerAtOnce("micro_batch", 2)
+    FewerStore(job.checkpoints, ranks=2).note(1, Limits(micro_batch=4), fewer)
+
+    def later(self: Loop, *args: Any, **options: Any) -> float:
+        FewerStore(job.checkpoints, ranks=2).note(1, Limits(micro_batch=2), fewer_yet)
+        raise RankLostError("Rank 0 lost another rank in a collective.")
+
+    fewer_yet = FewerAtOnce("micro_batch", 1)
+    monkeypatch.setattr(Loop, "_accumulate", later)
+    await lend(spread, job, generation=2)
+    assert (await wait_for_end(spread))["exitCode"] == 75
+
+
+def test_a_rank_that_is_only_told_of_steps_takes_requests_for_there_a_moment_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(lending_rank.time, "monotonic", lambda: now)
+    steps = RecentSteps()
+    assert not steps.are_recent()
+    with steps.one():
+        now += 60
+        assert steps.are_recent()
+    assert steps.are_recent()
+    now += 0.09
+    assert steps.are_recent()
+    now += 0.02
+    assert not steps.are_recent()
+
+
+def test_a_part_that_could_not_begin_is_told_of_and_holds_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from hack.tiny_model import write_tiny_model  # noqa: PLC0415
+
+    decoder = load_decoder(write_tiny_model(tmp_path / "tiny"), dtype=torch.float32)
+    rank = LendingRank(1, 2)
+    message = Lend("no job", tmp_path / "store", 8)
+    rank.begin(message, decoder, lambda: False, spare_bytes=lambda: 0)
+    rank.take_back()
+    assert "part of a loan has not begun" in caplog.text
+    assert "The loan is not a valid job" in caplog.text
+
+
+def test_ranks_share_what_is_free_of_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cached:
+        def unfilled_bytes(self) -> int:
+            return 100
+
+    monkeypatch.setattr(ranks, "free_bytes", lambda device: 3000)
+    config = EngineConfig(model=Path("tiny"), tensor_parallel_size=3)
+    runner: Any = Cached()
+    assert ranks.spare_bytes(config, runner, torch.device("cpu")) == 900
+    assert ranks.spare_bytes(config, runner, torch.device("cuda")) == 2900
+    assert ranks.spare_bytes(config, runner, torch.device("cpu"), unfilled_bytes=950) == 0
 
 
 STAGES = {"pipeline_parallel_size": 2}

@@ -14,7 +14,17 @@ def promising(attainment: float) -> ScaleRules:
     return ScaleRules(min_replicas=1, max_replicas=10, slo=slo)
 
 
-PLANNED = {0.1: 0.9, 0.5: 0.9, 0.8: 0.82, 0.9: 0.76, 0.95: 0.7, 0.99: 0.56, 0.999: 0.5}
+PLANNED = {
+    0.0: 0.9,
+    0.1: 0.9,
+    0.5: 0.9,
+    0.8: 0.82,
+    0.9: 0.76,
+    0.95: 0.7,
+    0.99: 0.56,
+    0.999: 0.5,
+    1.0: 0.5,
+}
 
 
 @pytest.mark.parametrize(("promise", "ratio"), PLANNED.items())

@@ -67,8 +67,9 @@ def test_the_trainer_plays_them_where_processes_would_leave_less_than_half_the_m
 
 
 def test_on_a_gpu_the_hosts_memory_counts_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     host = {"cpu": 4 << 30, "cuda": PLENTY}
     monkeypatch.setattr(choice, "memory_limit", lambda device: host[device.type])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -76,3 +77,4 @@ def test_on_a_gpu_the_hosts_memory_counts_too(
     assert settle_roles(config, torch.device("cuda")).roles == "Ray"
     host["cpu"] -= 1
     assert settle_roles(config, torch.device("cuda")).roles == "InProcess"
+    assert "hold 2048 MiB, more than half of the 4095 MiB" in caplog.text

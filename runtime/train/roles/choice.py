@@ -44,14 +44,14 @@ def _has_room(on_ray: TrainConfig, device: torch.device) -> bool:
     """Whether the roles' models and processes leave half of the memory for what they compute."""
     spec = ArchSpec.from_dir(find_checkpoint(on_ray.base_model))
     held = plan_need(on_ray, spec, device).total + _PROCESSES_BYTES
-    limit = memory_limit(device)
-    host = memory_limit(torch.device("cpu"))
-    if 2 * held <= limit and host >= 2 * _PROCESSES_BYTES:
-        return True
-    log.info(
-        "The trainer plays all roles: on Ray they would hold %d MiB, more than half of the %d MiB "
-        "that there are.",
-        held >> 20,
-        min(limit, host) >> 20,
-    )
-    return False
+    host = torch.device("cpu")  # where the processes are, also when the models are on a GPU
+    for count, limit in ((held, memory_limit(device)), (_PROCESSES_BYTES, memory_limit(host))):
+        if 2 * count > limit:
+            log.info(
+                "The trainer plays all roles: on Ray they would hold %d MiB, more than half of "
+                "the %d MiB that there are.",
+                count >> 20,
+                limit >> 20,
+            )
+            return False
+    return True
